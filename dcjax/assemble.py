@@ -1,0 +1,166 @@
+"""From a `Config` to the objects that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dcjax.config import Config
+from dcjax.models import init_params, logical_axes, token_logps
+from dcjax.rl.discrepancy import probability_difference
+from dcjax.rl.losses import clipped_surrogate
+from dcjax.rl.objective import (
+    LossTransform,
+    chain,
+    discrepancy_penalty,
+    drop_zero_variance,
+    group_relative_advantages,
+)
+from dcjax.rl.step import make_train_step
+from dcjax.rl.transforms import dual_ascent
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.quantize import FormatName
+from dcjax.sharding.rules import batch_sharding, replicated, shardings
+from dcjax.types import Batch, Metrics, Params, TrainState
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Learning rate by optimiser update: linear warm-up, then constant."""
+    optimizer = config.optimizer
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, optimizer.learning_rate, optimizer.warmup_steps),
+            optax.constant_schedule(optimizer.learning_rate),
+        ],
+        [optimizer.warmup_steps],
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """One chain: gradient clip, AdamW, learning rate and, for dc_grpo, λ's dual ascent."""
+    optimizer, objective = config.optimizer, config.objective
+    transforms = [
+        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        optax.adamw(
+            make_schedule(config),
+            b1=optimizer.beta1,
+            b2=optimizer.beta2,
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+        ),
+    ]
+    if objective.algorithm == "dc_grpo":
+        ascent = dual_ascent(
+            objective.dual_lr,
+            budget=objective.budget,
+            init_value=objective.initial_multiplier,
+            max_value=objective.max_multiplier,
+            every=optimizer.updates,
+        )
+        transforms.append(ascent)
+    return optax.with_extra_args_support(optax.chain(*transforms))
+
+
+def make_objective(config: Config) -> LossTransform:
+    """Group-relative advantages, zero-variance groups dropped if asked, and dc_grpo's penalty."""
+    transforms = [group_relative_advantages()]
+    if config.objective.zero_variance == "drop":
+        transforms.append(drop_zero_variance())
+    if config.objective.algorithm == "dc_grpo":
+        transforms.append(discrepancy_penalty(probability_difference))
+    return chain(*transforms)
+
+
+def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature."""
+    return token_logps(
+        config.model,
+        params,
+        batch.tokens,
+        batch.attention_mask,
+        response_length=batch.response_mask.shape[1],
+        temperature=batch.temperature,
+    )
+
+
+def params_shardings(config: Config, mesh: Mesh) -> Params:
+    """Where each parameter lives."""
+    return shardings(mesh, logical_axes(config.model))
+
+
+def fresh_params(config: Config, mesh: Mesh) -> Params:
+    """Initial parameters from the seed, created where they live."""
+    create = jax.jit(partial(init_params, config.model), out_shardings=params_shardings(config, mesh))
+    return create(jax.random.key(config.seed))
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each leaf of the TrainState lives: Adam's moments beside their parameters, scalars everywhere."""
+    tx, params, everywhere = make_optimizer(config), params_shardings(config, mesh), replicated(mesh)
+    shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(step=everywhere, params=params, opt_state=opt_state, grad_norm_smoothed=everywhere)
+
+
+def _create_state(config: Config, params: Params) -> TrainState:
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros(()))
+
+
+def initial_state(config: Config, mesh: Mesh, params: Params) -> TrainState:
+    """Step 0 from given parameters, which are donated."""
+    create = jax.jit(partial(_create_state, config), out_shardings=state_shardings(config, mesh), donate_argnums=0)
+    return create(params)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the TrainState, to restore a checkpoint into."""
+    shapes = jax.eval_shape(lambda key: _create_state(config, init_params(config.model, key)), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, mesh),
+    )
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step on a mesh; the state is donated."""
+    objective, optimizer = config.objective, config.optimizer
+    step = make_train_step(
+        partial(apply_policy, config),
+        make_optimizer(config),
+        partial(clipped_surrogate, eps_low=objective.eps_low, eps_high=objective.eps_high),
+        make_objective(config),
+        group_size=config.rollout.group_size,
+        microbatch_size=optimizer.microbatch_size,
+        updates=optimizer.updates,
+    )
+    state = state_shardings(config, mesh)
+    return jax.jit(
+        step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
+    )
+
+
+def make_engine(config: Config, format: FormatName, mesh: Mesh, end_token: int) -> Qwen3Engine:
+    """A serving engine for the run's prompts and responses."""
+    return Qwen3Engine(
+        config.model,
+        format=format,
+        slots=config.serving.slots,
+        max_prompt_length=config.rollout.max_prompt_length,
+        max_response_length=config.rollout.max_response_length,
+        end_token=end_token,
+        steps_per_call=config.serving.steps_per_call,
+        mesh=mesh,
+    )

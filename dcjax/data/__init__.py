@@ -1,0 +1,1 @@
+"""Tasks, prompts and tokenizers: everything a rollout starts from. NumPy on the host, no JAX."""

@@ -1,0 +1,103 @@
+"""The KV cache of one layer, as an argument: written in place, read by causal attention, stored wide or in int8."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dcjax.models import layers
+from dcjax.models.config import ModelConfig
+
+INT8_MAX = 127.0
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer for B sequences of up to C tokens.
+
+    In int8, each token's head vector has its own scale: value ≈ int8 · scale.
+    """
+
+    # [B, C, K, D]
+    k: jax.Array
+    v: jax.Array
+    # float32 [B, C, K], None unless the cache is int8
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
+    """An empty cache; `dtype` int8 adds the scales."""
+    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+    scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
+    return LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), k_scale=scale, v_scale=scale)
+
+
+def quantize_rows(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[Array, "..."]]:
+    """Symmetric int8 of each vector along the last axis, with its float32 scale: x ≈ int8 · scale. A zero vector gets scale 0."""
+    wide = x.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(wide), axis=-1)
+    inverse = jnp.where(peak > 0, INT8_MAX / jnp.maximum(peak, jnp.finfo(jnp.float32).tiny), 0.0)
+    return jnp.round(wide * inverse[..., None]).astype(jnp.int8), peak / INT8_MAX
+
+
+def write(cache: LayerCache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], positions: Int[Array, "B S"]) -> LayerCache:
+    """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped)."""
+    at = (jnp.arange(k.shape[0])[:, None], positions)
+    if cache.k_scale is None or cache.v_scale is None:
+        return cache.replace(k=cache.k.at[at].set(k.astype(cache.k.dtype)), v=cache.v.at[at].set(v.astype(cache.v.dtype)))
+    (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
+    return LayerCache(
+        k=cache.k.at[at].set(k),
+        v=cache.v.at[at].set(v),
+        k_scale=cache.k_scale.at[at].set(k_scale),
+        v_scale=cache.v_scale.at[at].set(v_scale),
+    )
+
+
+def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, "B S"]) -> Float[Array, "B S H D"]:
+    """Softmax attention of queries at `positions` on the cached tokens up to and including their own.
+
+    Scores and softmax in float32; an int8 cache's scales multiply the scores and the weights, so that its integers
+    are never widened to a second copy of the cache.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    kv_heads = cache.k.shape[2]
+    grouped = q.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
+    scores = jnp.einsum("bskgd,bckd->bkgsc", grouped, cache.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores *= head_dim**-0.5
+    if cache.k_scale is not None:
+        scores *= cache.k_scale.swapaxes(1, 2)[:, :, None, None, :]
+    visible = jnp.arange(cache.k.shape[1]) <= positions[:, None, None, :, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    if cache.v_scale is not None:
+        weights *= cache.v_scale.swapaxes(1, 2)[:, :, None, None, :]
+    context = jnp.einsum("bkgsc,bckd->bskgd", weights.astype(q.dtype), cache.v.astype(q.dtype))
+    return context.reshape(batch, length, num_heads, head_dim)
+
+
+def forward_cached(
+    config: ModelConfig,
+    params,
+    x: Float[Array, "B S E"],
+    positions: Int[Array, "B S"],
+    caches: tuple[LayerCache, ...],
+    dot: layers.Dot,
+) -> tuple[Float[Array, "B S E"], tuple[LayerCache, ...]]:
+    """Embedded tokens through all layers against their caches: prefill with S tokens, decode with one.
+
+    `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. Returns normed hidden states.
+    """
+    rope = layers.rope_table(positions, config.head_dim, config.rope_theta)
+    filled = []
+    for layer, cache in zip(params["layers"], caches, strict=True):
+
+        def attend_cached(q, k, v, cache=cache):
+            written = write(cache, k, v, positions)
+            return attend(written, q, positions), written
+
+        x, cache = layers.block(config, layer, x, rope, attend_cached, dot)
+        filled.append(cache)
+    return layers.rms_norm(x, params["norm"], config.rms_norm_eps), tuple(filled)

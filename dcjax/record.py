@@ -1,0 +1,245 @@
+"""What a run writes besides its checkpoints: JSON lines indexed by step, and TensorBoard events.
+
+The JSON lines are the truth and the events a copy. A run that was killed resumes from its last checkpoint, so
+every log opens by dropping what was written after it.
+"""
+
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, SupportsFloat
+
+
+class StepLog:
+    """An append-only file of JSON objects, one a line, each with the `step` it belongs to as its first key."""
+
+    def __init__(self, path: Path, *, last_step: int | None):
+        """Opens `path`, keeping the lines of steps up to and including `last_step`.
+
+        Args:
+          path: the file; it and its directory are made if missing.
+          last_step: the step that the run resumes after; None starts an empty file.
+
+        Raises:
+          ValueError: if a damaged line stands before a line that would be kept. Damage after the kept lines
+            is what a killed run leaves, and goes with the rest of the tail.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        resumes = last_step is not None and self.path.exists()
+        kept = _lines_up_to(self.path, last_step) if resumes else []
+        write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+        self._file = open(self.path, "ab")  # noqa: SIM115 (it lives as long as the log, and `close` closes it)
+
+    def append(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Writes one line and flushes it to the operating system, so that it outlives the process.
+
+        Raises:
+          ValueError: if a field is called `step`, or is a float that is not finite.
+        """
+        if "step" in fields:
+            raise ValueError(f"{self.path.name}: a field is called 'step', which is the line's own key")
+        for name, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{self.path.name}: {name!r} is {value} at step {step}; only finite numbers are logged"
+                )
+        line = json.dumps({"step": operator.index(step), **fields}, ensure_ascii=False, allow_nan=False)
+        # A lone surrogate has no UTF-8; as backslash-u it is a JSON escape and reads back as itself.
+        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class MetricsLog(StepLog):
+    """`<stem>.jsonl` in a run directory: one object of numbers a step; optionally TensorBoard events as well."""
+
+    def __init__(self, run_dir: Path, stem: str, *, last_step: int | None, tensorboard: bool = False):
+        """Opens `run_dir/<stem>.jsonl`, and event files in `run_dir/tensorboard` if `tensorboard`.
+
+        Args:
+          run_dir: the run's directory, made if missing.
+          stem: `metrics` for reinforcement learning, `warm_start` for the supervised phase before it.
+          last_step: the step that the run resumes after, later ones being dropped; None drops all.
+          tensorboard: whether to write events too. Events after `last_step` are marked as purged.
+
+        Raises:
+          ValueError: as for `StepLog`.
+        """
+        super().__init__(Path(run_dir) / f"{stem}.jsonl", last_step=last_step)
+        first_step = 0 if last_step is None else last_step + 1
+        self._events = _open_events(Path(run_dir) / "tensorboard", first_step) if tensorboard else None
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Writes one step's metrics; a float32 is widened to float64, which keeps its value exactly.
+
+        Args:
+          step: the training step, 0 being before the first update.
+          metrics: numbers by name: Python's, NumPy's, or arrays without axes.
+
+        Raises:
+          TypeError: if a value is not one number.
+          ValueError: if a value is not finite, or a metric is called `step`.
+        """
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        self.append(step, numbers)
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the file and the events; a second call does nothing."""
+        super().close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Transcripts(StepLog):
+    """`samples.jsonl` in a run directory: prompts, responses and their rewards, one sample a line."""
+
+    def __init__(self, run_dir: Path, *, last_step: int | None):
+        """Opens `run_dir/samples.jsonl`; `last_step` and errors as for `StepLog`."""
+        super().__init__(Path(run_dir) / "samples.jsonl", last_step=last_step)
+
+    def write(
+        self,
+        step: int,
+        *,
+        prompt: str,
+        response: str,
+        reward: float,
+        finished: bool,
+        policy_version: int,
+        prob_diff_mean: float | None = None,
+    ) -> None:
+        """Writes one sample.
+
+        Args:
+          step: the training step that the sample was drawn for.
+          prompt: the prompt's text.
+          response: the response's text.
+          reward: what the verifier gave.
+          finished: whether the response ended by itself, not by the length limit.
+          policy_version: updates applied to the weights that sampled it.
+          prob_diff_mean: mean over the response's tokens of |p_train − p_infer|; left out if None.
+
+        Raises:
+          ValueError: if `reward` or `prob_diff_mean` is not finite.
+        """
+        fields = {
+            "prompt": prompt,
+            "response": response,
+            "reward": float(reward),
+            "finished": bool(finished),
+            "policy_version": int(policy_version),
+        }
+        if prob_diff_mean is not None:
+            fields["prob_diff_mean"] = float(prob_diff_mean)
+        self.append(step, fields)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `MetricsLog`, in the order written; a torn last line is left out.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if another line is damaged; the message names the file and the line's number.
+    """
+    return _read(Path(path))
+
+
+def read_transcripts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `Transcripts`, read as `read_metrics` reads."""
+    return _read(Path(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` with `data`: whoever reads it, even after a crash, finds all of the old or all of the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    records = [_decode(line) for line in _lines(path)]
+    if records and records[-1] is None:
+        records.pop()
+    for number, record in enumerate(records, start=1):
+        if record is None:
+            raise _damaged(path, number)
+    return records
+
+
+def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
+    kept, first_damaged = [], None
+    for number, line in enumerate(_lines(path), start=1):
+        record = _decode(line)
+        if record is None:
+            first_damaged = first_damaged or number
+        elif record["step"] <= last_step:
+            if first_damaged is not None:
+                raise _damaged(path, first_damaged)
+            kept.append(line)
+    return kept
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The line's object, or None if it is damaged: bytes that are no JSON object with an integer `step`."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _damaged(path: Path, number: int) -> ValueError:
+    return ValueError(
+        f'{path}, line {number}: not a JSON object with an integer "step"; only the end of the file may be'
+    )
+
+
+def _number(name: str, value: SupportsFloat) -> int | float:
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        pass
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric {name!r} is {value!r}, which is not one number") from None
+
+
+def _open_events(directory: Path, first_step: int):
+    from tensorboardX import SummaryWriter
+
+    # Event files are named by the second and opened for overwriting: without a suffix of its own, a run that
+    # is resumed within the second would erase the file that it resumes.
+    suffix = f".{first_step:08d}"
+    return SummaryWriter(str(directory), purge_step=first_step, flush_secs=10, filename_suffix=suffix)

@@ -1,0 +1,1 @@
+"""Verifiers: functions on the host that judge one finished response. No JAX."""

@@ -1,0 +1,44 @@
+"""Policy surrogates: per-token losses, summed and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dcjax.rl.masked import LossSum, token_mean
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to ± this before any exponential, as verl does."""
+
+Surrogate = Callable[..., tuple[LossSum, Array]]
+"""`clipped_surrogate` with its clip bounds filled in."""
+
+
+def ratio(*, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """exp(logps − reference_logps), the difference clamped to ±20."""
+    return jnp.exp(jnp.clip(logps - reference_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def clipped_surrogate(
+    logps: Float[Array, "B T"],
+    *,
+    old_logps: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    eps_low: float,
+    eps_high: float,
+) -> tuple[LossSum, Bool[Array, "B T"]]:
+    """−w · min(r Ã, clip(r, 1 − eps_low, 1 + eps_high) Ã) with r = exp(logps − old_logps), token-mean aggregated.
+
+    Returns:
+      The sum over `mask` with its denominator, and where the clip took the gradient away.
+
+    References:
+      PPO (arXiv 1707.06347), eq. 7; asymmetric bounds and token mean from DAPO (arXiv 2503.14476).
+    """
+    r = ratio(logps=logps, reference_logps=old_logps)
+    free, clipped = r * advantages, jnp.clip(r, 1 - eps_low, 1 + eps_high) * advantages
+    return token_mean(-weights * jnp.minimum(free, clipped), mask), clipped < free

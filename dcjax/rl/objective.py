@@ -1,0 +1,106 @@
+"""An objective as a chain of pure transforms, as an optimiser is in optax.
+
+Order matters where one transform reads what another wrote: an estimator sets the advantages and so comes first;
+penalties subtract from them; masks may come anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dcjax.rl.advantages import PenaltyShape, linear, penalize, relative_to_group
+from dcjax.types import Batch
+
+
+@flax.struct.dataclass
+class Terms:
+    """What the surrogate is made of; each transform returns a changed copy."""
+
+    advantages: Float[Array, "B T"]
+    # multiplied into the loss
+    weights: Float[Array, "B T"]
+    # tokens that count in the loss and its denominator
+    mask: Bool[Array, "B T"]
+    # one value a row, averaged over rows by the step
+    metrics: dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Context:
+    """What a transform may look at. Rows need not be whole groups: each carries its group's rewards."""
+
+    batch: Batch
+    # stop-gradient log-probs of the training policy at the rollout's weights
+    old_logps: Float[Array, "B T"]
+    # λ of this iteration, before its dual step; None where no dual ascent is in the optimiser's chain
+    multiplier: jax.Array | None
+
+
+LossTransform = Callable[[Terms, Context], Terms]
+"""A pure function; `chain` composes them."""
+
+Discrepancy = Callable[..., jax.Array]
+"""(*, old_logps, rollout_logps) -> δ [B, T]."""
+
+
+def initial_terms(batch: Batch) -> Terms:
+    """Advantages 0, weights 1, every response token counted."""
+    shape = batch.response_mask.shape
+    return Terms(jnp.zeros(shape), jnp.ones(shape), batch.response_mask, {})
+
+
+def chain(*transforms: LossTransform) -> LossTransform:
+    """Applies transforms from left to right. `chain()` is the identity, and chaining is associative."""
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        for transform in transforms:
+            terms = transform(terms, context)
+        return terms
+
+    return apply
+
+
+def group_relative_advantages(*, scale_by_std: bool = True) -> LossTransform:
+    """Sets every token's advantage to its response's `group_relative` one."""
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        batch = context.batch
+        advantages = relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std)
+        return terms.replace(advantages=jnp.broadcast_to(advantages[:, None], terms.advantages.shape))
+
+    return apply
+
+
+def drop_zero_variance() -> LossTransform:
+    """Takes groups whose rewards are all equal out of the loss and its denominator (paper B, §4.1); never out of δ̄."""
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        groups = context.batch.group_rewards
+        dropped = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
+        metrics = {**terms.metrics, "dropped_fraction": dropped.astype(jnp.float32)}
+        return terms.replace(mask=terms.mask & ~dropped[:, None], metrics=metrics)
+
+    return apply
+
+
+def discrepancy_penalty(discrepancy: Discrepancy, *, shape: PenaltyShape = linear) -> LossTransform:
+    """Subtracts λ · pen(δ) from the advantages (paper A, eqs. 3-4); λ is `dual_ascent`'s.
+
+    Raises:
+      ValueError: at trace time, where the optimiser's chain holds no `dual_ascent`.
+    """
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        if context.multiplier is None:
+            raise ValueError("discrepancy_penalty needs a multiplier; put dual_ascent(...) into the optimiser's chain")
+        delta = discrepancy(old_logps=context.old_logps, rollout_logps=context.batch.rollout_logps)
+        return terms.replace(
+            advantages=penalize(terms.advantages, delta, multiplier=context.multiplier, shape=shape)
+        )
+
+    return apply

@@ -1,0 +1,165 @@
+"""The training step: one pure function from (TrainState, Batch) to (TrainState, Metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from dcjax.rl.discrepancy import probability_difference
+from dcjax.rl.losses import Surrogate
+from dcjax.rl.masked import masked_mean, response_mean
+from dcjax.rl.metrics import mismatch_metrics, staleness_metrics
+from dcjax.rl.objective import Context, LossTransform, initial_terms
+from dcjax.types import Batch, Metrics, Params, TrainState
+
+ApplyFn = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T]."""
+
+GRAD_NORM_DECAY = 0.9
+"""Of the moving average of the gradient norm (paper B, figure 3)."""
+
+
+@flax.struct.dataclass
+class Pass:
+    """What a forward and backward pass leaves behind beside gradients, each with the batch's rows in front."""
+
+    # [B, T]
+    logps: jax.Array
+    entropy: jax.Array
+    clipped: jax.Array
+    # [B] each, of the objective's transforms
+    row_metrics: dict[str, jax.Array]
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    tx: optax.GradientTransformationExtraArgs,
+    surrogate: Surrogate,
+    objective: LossTransform,
+    *,
+    group_size: int,
+    microbatch_size: int,
+    updates: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the step; jit it with donation of the state.
+
+    With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once, before
+    the first. Gradients are summed over microbatches and divided once by the minibatch's denominator.
+
+    Args:
+      apply_fn: the training policy.
+      tx: one optax chain: clip, Adam, learning rate and, for DC-GRPO, `dual_ascent(..., every=updates)`.
+      surrogate: `clipped_surrogate` with its bounds.
+      objective: a chain of loss transforms.
+      group_size: responses a prompt; a minibatch is made of whole prompts.
+      microbatch_size: sequences in one forward and backward pass; divides a minibatch.
+      updates: optimiser updates in one iteration, each on its share of the prompts.
+    """
+
+    def loss(params: Params, batch: Batch, old_logps, multiplier):
+        logps, entropy = apply_fn(params, batch)
+        old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
+        terms = objective(initial_terms(batch), Context(batch, old_logps, multiplier))
+        (total, denominator), clipped = surrogate(
+            logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
+        )
+        return total, (denominator, Pass(logps, entropy, clipped, terms.metrics))
+
+    def differentiate(params: Params, batch: Batch, old_logps, multiplier):
+        def accumulate(sums, rows):
+            (total, (denominator, passed)), grads = jax.value_and_grad(loss, has_aux=True)(params, *rows, multiplier)
+            return jax.tree.map(jnp.add, sums, (grads, total, denominator)), passed
+
+        sums = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        (grads, total, denominator), passed = jax.lax.scan(accumulate, sums, microbatches((batch, old_logps)))
+        denominator = jnp.maximum(denominator, 1.0)
+        return jax.tree.map(lambda g: g / denominator, grads), total / denominator, _gather(passed, 1)
+
+    def microbatches(tree):
+        return _deal(tree, jax.tree.leaves(tree)[0].shape[0] // microbatch_size, 1)
+
+    def recompute(params: Params, batch: Batch) -> jax.Array:
+        return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(batch)), 1)
+
+    def update(state: TrainState, batch: Batch, old_logps, discrepancy):
+        grads, loss, passed = differentiate(state.params, batch, old_logps, _multiplier(state))
+        if discrepancy is None:
+            discrepancy = _mean_discrepancy(passed.logps, batch)
+        changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
+        state = state.replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+        return state, (loss, optax.global_norm(grads), passed)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        minibatches = _deal(batch, updates, group_size)
+        old_logps = discrepancy = None
+        if updates > 1:
+            old_logps = jax.lax.map(lambda minibatch: recompute(state.params, minibatch), minibatches)
+            discrepancy = _mean_discrepancy(_gather(old_logps, group_size), batch)
+        trained, (losses, grad_norms, passed) = jax.lax.scan(
+            lambda state, xs: update(state, *xs, discrepancy), state, (minibatches, old_logps)
+        )
+        passed = _gather(passed, group_size)
+        old_logps = passed.logps if updates == 1 else _gather(old_logps, group_size)
+        smoothed = _smooth(state, jnp.mean(grad_norms))
+        metrics = _batch_metrics(batch, old_logps, passed, stale=updates > 1) | {
+            "loss": jnp.mean(losses),
+            "grad_norm": jnp.mean(grad_norms),
+            "grad_norm_smoothed": smoothed,
+        }
+        if (multiplier := _multiplier(state)) is not None:
+            metrics["dual/multiplier"] = multiplier
+        return trained.replace(step=state.step + 1, grad_norm_smoothed=smoothed), metrics
+
+    return train_step
+
+
+def _deal(tree, parts: int, unit: int):
+    """Rows dealt round-robin in units to `parts`: [B, ...] -> [parts, B / parts, ...].
+
+    Each part takes its share from every stretch of rows, so that rows sharded over devices stay where they are.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, parts, unit, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:]), tree
+    )
+
+
+def _gather(tree, unit: int):
+    """Undoes `_deal`."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree
+    )
+
+
+def _multiplier(state: TrainState) -> jax.Array | None:
+    return optax.tree.get(state.opt_state, "multiplier")
+
+
+def _mean_discrepancy(old_logps: jax.Array, batch: Batch) -> jax.Array:
+    """δ̄: over all responses of the iteration, whatever the objective drops."""
+    delta = probability_difference(old_logps=old_logps, rollout_logps=batch.rollout_logps)
+    return response_mean(delta, batch.response_mask)
+
+
+def _smooth(state: TrainState, grad_norm: jax.Array) -> jax.Array:
+    moved = GRAD_NORM_DECAY * state.grad_norm_smoothed + (1 - GRAD_NORM_DECAY) * grad_norm
+    return jnp.where(state.step == 0, grad_norm, moved)
+
+
+def _batch_metrics(batch: Batch, old_logps: jax.Array, passed: Pass, *, stale: bool) -> Metrics:
+    mask = batch.response_mask
+    mismatch = mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=mask)
+    staleness = staleness_metrics(logps=passed.logps, old_logps=old_logps, mask=mask) if stale else {}
+    return {
+        "reward": jnp.mean(batch.rewards),
+        "response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
+        "entropy": masked_mean(passed.entropy, mask),
+        "clip_fraction": masked_mean(passed.clipped.astype(jnp.float32), mask),
+        "dual/discrepancy": _mean_discrepancy(old_logps, batch),
+        **{name: jnp.mean(rows) for name, rows in passed.row_metrics.items()},
+        **{f"mismatch/{name}": value for name, value in mismatch.items()},
+        **{f"staleness/{name}": value for name, value in staleness.items()},
+    }

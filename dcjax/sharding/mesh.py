@@ -1,0 +1,48 @@
+"""The device mesh."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, fields
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is how many are used.
+
+    Raises:
+      ValueError: an axis below 1.
+    """
+
+    data: int = 1
+    """Replicas that split the batch and keep whole parameters (devices)."""
+    fsdp: int = 1
+    """Devices that split the batch and the parameters."""
+    tensor: int = 1
+    """Devices that split heads, MLP width and vocabulary."""
+    expert: int = 1
+    """Devices that split the experts of an MoE."""
+    context: int = 1
+    """Devices that split long sequences."""
+
+    def __post_init__(self):
+        for field, size in zip(fields(self), astuple(self), strict=True):
+            if size < 1:
+                raise ValueError(f"mesh.{field.name} is {size}; it must be at least 1")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over the first devices, axes named as in `MeshConfig`.
+
+    Raises:
+      ValueError: fewer devices than the axes' product.
+    """
+    sizes = astuple(config)
+    needed, available = math.prod(sizes), jax.device_count()
+    if needed > available:
+        raise ValueError(f"the mesh needs {needed} devices and {available} are here; lower one of mesh.{config}")
+    names = tuple(field.name for field in fields(config))
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[:needed])

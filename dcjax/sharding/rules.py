@@ -1,0 +1,57 @@
+"""From the logical axes that models name to the mesh axes that hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Logical axis -> mesh axes; None is not split."""
+
+
+def partition_spec(logical: PartitionSpec) -> PartitionSpec:
+    """The mesh axes of an array's logical axes.
+
+    Raises:
+      ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
+    """
+    unknown = [name for name in logical if name is not None and name not in RULES]
+    if unknown:
+        raise ValueError(f"logical axis {unknown[0]!r} has no rule; known are {', '.join(RULES)}")
+    mapped = [None if name is None else RULES[name] for name in logical]
+    used = [axis for axes in mapped if axes is not None for axis in ((axes,) if isinstance(axes, str) else axes)]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {tuple(logical)} put one array twice on a mesh axis: {tuple(mapped)}")
+    return PartitionSpec(*mapped)
+
+
+def shardings(mesh: Mesh, logical: Any) -> Any:
+    """A NamedSharding for each PartitionSpec of logical axes in a tree.
+
+    Raises:
+      ValueError: as `partition_spec`.
+    """
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, partition_spec(axes)), logical, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the axes of "batch"."""
+    return NamedSharding(mesh, partition_spec(PartitionSpec("batch")))

@@ -1,0 +1,70 @@
+"""The loop: rollout → reward → step → log → checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dcjax.assemble import abstract_state
+from dcjax.checkpoint import Checkpoints
+from dcjax.config import Config
+from dcjax.progress import Progress
+from dcjax.record import MetricsLog, Transcripts
+from dcjax.report import write_report
+from dcjax.run import open_run
+from dcjax.trainer import Trainer
+
+
+def train(config: Config) -> tuple[Path, Path]:
+    """Runs, or resumes from the last checkpoint in the run directory; returns the report's picture and page.
+
+    Raises:
+      RunError: the run cannot start or go on; what was checkpointed stays.
+      ValueError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
+    """
+    trainer = Trainer(config)
+    with open_run(config) as directory, Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        trainer.tokenizer.save_pretrained(directory / "tokenizer")
+        _loop(trainer, directory, checkpoints)
+    return write_report(directory)
+
+
+def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
+    config = trainer.config
+    restored = checkpoints.restore_latest(abstract_state(config, trainer.mesh))
+    last_step = restored[1].step if restored else None
+    with (
+        MetricsLog(directory, "metrics", last_step=last_step, tensorboard=True) as log,
+        Transcripts(directory, last_step=last_step) as transcripts,
+    ):
+        if restored:
+            state, loop = restored
+        else:
+            state, loop = trainer.begin()
+            log.write(0, trainer.evaluate(state))
+            checkpoints.save(state, loop)
+        with Progress(config.steps, initial=loop.step, description="step") as progress:
+            while loop.step < config.steps:
+                state, loop, metrics, sampled = trainer.iterate(state, loop)
+                if _due(loop.step, config.evaluation.every, config.steps):
+                    metrics |= trainer.evaluate(state)
+                    sampled.write(transcripts, loop.step)
+                # logged before it is saved, so that a resumed run finds every line up to its checkpoint
+                log.write(loop.step, metrics)
+                progress.update(loop.step, **_shown(metrics, trainer.deployed_accuracy))
+                if _due(loop.step, config.checkpoint.every, config.steps):
+                    checkpoints.save(state, loop)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _shown(metrics: dict[str, float], deployed_accuracy: float | None) -> dict[str, str]:
+    return {
+        "reward": f"{metrics['reward']:.2f}",
+        "deployed": "-" if deployed_accuracy is None else f"{deployed_accuracy:.2f}",
+        "δ̄": f"{metrics['dual/discrepancy']:.4f}/{metrics['dual/budget']:.4f}",
+        "λ": f"{metrics['dual/multiplier']:.3f}",
+        "length": f"{metrics['response_length']:.1f}",
+        "tok/s": f"{metrics['tokens_per_second']:.0f}",
+    }

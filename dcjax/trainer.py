@@ -1,0 +1,154 @@
+"""What one iteration of the loop does, with everything it needs assembled once."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from dcjax import assemble
+from dcjax.checkpoint import LoopState
+from dcjax.config import Config
+from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
+from dcjax.errors import RunError
+from dcjax.evaluate import evaluate, make_engines, responses, score
+from dcjax.record import Transcripts
+from dcjax.rl.advantages import group_rewards
+from dcjax.serving.rollout import sample_responses
+from dcjax.sharding.mesh import make_mesh
+from dcjax.types import Batch, Rollout, TrainState
+from dcjax.warm_start import warm_start
+
+TRANSCRIPTS = 4
+"""Prompts whose first response is kept at each evaluation."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An iteration's responses, G neighbouring ones a problem."""
+
+    problems: list[Problem]
+    rollout: Rollout
+    texts: list[str]
+    rewards: np.ndarray
+
+    def write(self, transcripts: Transcripts, step: int) -> None:
+        """Records the first response of some prompts."""
+        group_size = len(self.texts) // len(self.problems)
+        for prompt, problem in enumerate(self.problems[:TRANSCRIPTS]):
+            row = prompt * group_size
+            transcripts.write(
+                step,
+                prompt=problem.prompt,
+                response=self.texts[row],
+                reward=self.rewards[row],
+                finished=self.rollout.finished[row],
+                policy_version=self.rollout.versions[row, 0],
+            )
+
+
+class Trainer:
+    """The run's machinery: mesh, tokenizer, engines and the compiled step.
+
+    Raises:
+      ValueError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.mesh = make_mesh(config.mesh)
+        self.tokenizer = build_tokenizer()
+        if len(self.tokenizer) > config.model.vocab_size:
+            raise ValueError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
+        self.engines = make_engines(config, self.mesh, self.tokenizer)
+        self.deployed_accuracy: float | None = None
+        self._step = assemble.compile_train_step(config, self.mesh)
+        self._schedule = assemble.make_schedule(config)
+
+    def begin(self) -> tuple[TrainState, LoopState]:
+        """The state before RL: fresh parameters, warmed up."""
+        params = warm_start(self.config, self.mesh, self.tokenizer)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
+        return assemble.initial_state(self.config, self.mesh, params), loop
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out accuracies of both policies, by the names of metrics.jsonl."""
+        accuracies = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
+        self.deployed_accuracy = accuracies["deployed"].value
+        measured = {f"eval/{name}_accuracy": accuracy.value for name, accuracy in accuracies.items()}
+        return measured | {"eval/prompts": self.config.evaluation.prompts}
+
+    def iterate(self, state: TrainState, loop: LoopState) -> tuple[TrainState, LoopState, dict[str, float], Sampled]:
+        """One RL iteration; `state` is donated.
+
+        Raises:
+          RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
+        """
+        started = time.perf_counter()
+        key, rollout_key = jax.random.split(jax.random.wrap_key_data(np.array(loop.rollout_key, np.uint32)))
+        sampled = self._sample(state, loop, rollout_key)
+        rolled_out = time.perf_counter()
+        state, metrics = self._update(state, loop, sampled)
+        ended = time.perf_counter()
+
+        tokens = int(sampled.rollout.response_mask.sum())
+        metrics |= {
+            "time/rollout": rolled_out - started,
+            "time/update": ended - rolled_out,
+            "tokens_per_second": tokens / (ended - started),
+        }
+        loop = replace(
+            loop,
+            step=loop.step + 1,
+            data_cursor=loop.data_cursor + self.config.rollout.prompts,
+            rollout_key=jax.random.key_data(key).tolist(),
+        )
+        return state, loop, metrics, sampled
+
+    def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
+        config, engine = self.config, self.engines["deployed"]
+        problems = config.task.problems("train", config.seed, loop.data_cursor, config.rollout.prompts)
+        rollout = sample_responses(
+            engine,
+            engine.sync(state.params, loop.step),
+            encode_prompts(self.tokenizer, problems),
+            samples_per_prompt=config.rollout.group_size,
+            temperature=config.rollout.temperature,
+            key=key,
+        )
+        texts = responses(self.tokenizer, rollout)
+        return Sampled(problems, rollout, texts, score(texts, problems, rollout))
+
+    def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
+        config, rollout, rewards = self.config, sampled.rollout, sampled.rewards
+        batch = Batch(
+            tokens=rollout.tokens,
+            prompt_mask=rollout.prompt_mask,
+            response_mask=rollout.response_mask,
+            rollout_logps=rollout.rollout_logps,
+            temperature=rollout.temperature,
+            rewards=rewards,
+            group_rewards=np.asarray(group_rewards(rewards, group_size=config.rollout.group_size)),
+        )
+        bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
+        if len(bad):
+            self._stop(loop, batch, f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite")
+        state, metrics = self._step(state, batch)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            self._stop(loop, batch, f"{', '.join(broken)} not finite")
+        metrics["learning_rate"] = float(self._schedule(loop.step * config.optimizer.updates))
+        return state, metrics | {"dual/budget": config.objective.budget}
+
+    def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
+        path = self.config.directory / "bad_batch.npz"
+        np.savez(path, **vars(batch))
+        raise RunError(
+            f"step {loop.step + 1}: {why}; the batch is in {path}, the last good checkpoint stays; "
+            "lower optimizer.learning_rate or look at the batch"
+        )

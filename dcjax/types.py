@@ -1,0 +1,67 @@
+"""The data that crosses rooms: what a rollout yields, what a step consumes, what training carries.
+
+Letters in shapes: B sequences (prompts × G), G samples of one prompt, P prompt columns, T response columns,
+S = P + T. Prompts are padded on the left and responses on the right, so that column P is every row's first response token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Params = Any
+"""A pytree of arrays, as `dcjax.models.init_params` lays it out."""
+
+Metrics = dict[str, jax.Array]
+"""Scalars by the names of `metrics.jsonl`."""
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Sampled responses, with the log-probs of the distribution that they were sampled from."""
+
+    tokens: Int[Array, "B S"]
+    prompt_mask: Bool[Array, "B P"]
+    # True on response tokens, the end token included
+    response_mask: Bool[Array, "B T"]
+    # float32, natural log, of the serving engine's own numerics at `temperature`; 0 outside `response_mask`
+    rollout_logps: Float[Array, "B T"]
+    # the sampler's temperature, which the trainer applies to its own logits too
+    temperature: Float[Array, "B"]
+    # weights version that produced each token; -1 outside `response_mask`
+    versions: Int[Array, "B T"]
+    # whether the end token was sampled within the limit
+    finished: Bool[Array, "B"]
+
+
+@flax.struct.dataclass
+class Batch:
+    """What one training iteration consumes. Rows may be cut anywhere: each carries its whole group's rewards."""
+
+    tokens: Int[Array, "B S"]
+    prompt_mask: Bool[Array, "B P"]
+    response_mask: Bool[Array, "B T"]
+    rollout_logps: Float[Array, "B T"]
+    temperature: Float[Array, "B"]
+    rewards: Float[Array, "B"]
+    group_rewards: Float[Array, "B G"]
+
+    @property
+    def attention_mask(self) -> jax.Array:
+        """Bool [B, S]: True on every token that is not padding."""
+        return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. λ and the learning rate's state live in `opt_state`."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    # moving average (.9) of the gradient norm, paper B figure 3
+    grad_norm_smoothed: Float[Array, ""]

@@ -1,0 +1,13 @@
+"""DC-GRPO on chained arithmetic: a tiny Qwen3 in float32, sampled by an int8 engine. Minutes on a laptop."""
+
+from dcjax.config import Config, ObjectiveConfig, OptimizerConfig
+
+
+def config() -> Config:
+    """Zero-variance groups are dropped (paper B); paper-exact dc_grpo keeps them."""
+    return Config(
+        name="quickstart",
+        steps=80,
+        objective=ObjectiveConfig(dual_lr=20.0, budget=0.001, zero_variance="drop"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+    )
