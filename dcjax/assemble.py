@@ -148,7 +148,10 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
     )
     state = state_shardings(config, mesh)
     return jax.jit(
-        step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
+        step,
+        in_shardings=(state, batch_sharding(mesh)),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
     )
 
 

@@ -216,7 +216,10 @@ class Config:
 
     def _check_lengths(self):
         for which in ("prompt", "response"):
-            limit, needed = getattr(self.rollout, f"max_{which}_length"), getattr(self.task, f"max_{which}_length")
+            limit, needed = (
+                getattr(self.rollout, f"max_{which}_length"),
+                getattr(self.task, f"max_{which}_length"),
+            )
             if limit < needed:
                 raise ValueError(
                     f"rollout.max_{which}_length is {limit}; this task's longest {which} needs {needed} tokens"

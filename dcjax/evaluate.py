@@ -63,7 +63,11 @@ def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.nda
 
 
 def evaluate(
-    config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[str, Qwen3Engine], params: Params, version: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    engines: dict[str, Qwen3Engine],
+    params: Params,
+    version: int,
 ) -> dict[str, Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters."""
     settings = config.evaluation

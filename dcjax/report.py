@@ -58,9 +58,7 @@ _PANELS = (
         False,
         (
             Curve("eval/deployed_accuracy", "deployed policy", _BLUE, marker="o", interval=True),
-            Curve(
-                "eval/training_accuracy", "training policy", _VERMILLION, line="--", marker="s", interval=True
-            ),
+            Curve("eval/training_accuracy", "training policy", _VERMILLION, line="--", marker="s", interval=True),
         ),
     ),
     Panel(
@@ -72,9 +70,7 @@ _PANELS = (
             Curve("dual/budget", "budget $c$", _VERMILLION, line="--", width=2.0),
         ),
     ),
-    Panel(
-        r"Multiplier $\lambda$", r"$\lambda$ (dimensionless)", True, (Curve("dual/multiplier", "λ", _BLUE),)
-    ),
+    Panel(r"Multiplier $\lambda$", r"$\lambda$ (dimensionless)", True, (Curve("dual/multiplier", "λ", _BLUE),)),
     Panel("Response length", "mean length (tokens)", True, (Curve("response_length", "length", _BLUE),)),
     Panel(
         "Gradient norm",
@@ -244,9 +240,7 @@ def _load_metrics(run_dir: Path) -> Records:
     if not path.is_file():
         elsewhere = ", ".join(str(found.parent) for found in sorted(run_dir.glob("*/metrics.jsonl")))
         hint = f"one of {elsewhere}" if elsewhere else "such as runs/NAME"
-        raise FileNotFoundError(
-            f"no {path}; a report is made of a run directory, which has that file: {hint}"
-        )
+        raise FileNotFoundError(f"no {path}; a report is made of a run directory, which has that file: {hint}")
     records = read_metrics(path)
     if not records:
         raise ValueError(f"{path} has no complete line: the run was stopped before it had logged a step")
@@ -314,11 +308,7 @@ def _early_and_late(samples: Records) -> list[tuple[str, Records]]:
     """Samples of the first and the last sampled step, each with a title: a few prompts, one response each."""
     steps = sorted({sample["step"] for sample in samples})
     moments = {"Early": steps[:1], "Late": steps[1:][-1:]}
-    return [
-        (f"{title}: step {step}", _of_step(samples, step))
-        for title, chosen in moments.items()
-        for step in chosen
-    ]
+    return [(f"{title}: step {step}", _of_step(samples, step)) for title, chosen in moments.items() for step in chosen]
 
 
 def _of_step(samples: Records, step: int) -> Records:

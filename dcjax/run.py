@@ -14,7 +14,16 @@ from dcjax.config import Config, differences, from_dict, to_dict
 from dcjax.errors import RunError
 from dcjax.record import write_atomically
 
-VERSIONED = ("dcjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "google-jetstream", "transformers")
+VERSIONED = (
+    "dcjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "google-jetstream",
+    "transformers",
+)
 
 
 @contextlib.contextmanager
@@ -54,7 +63,9 @@ def _read(directory: Path) -> dict:
         recorded = json.loads(path.read_text())
         return {name: value for name, value in recorded.items() if name not in ("versions", "platform")}
     except FileNotFoundError:
-        raise RunError(f"no run in {directory}: it has no config.json; give a directory that dcjax train made") from None
+        raise RunError(
+            f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
+        ) from None
     except (ValueError, AttributeError):
         raise RunError(f"{path} is damaged: it is not a JSON object") from None
 

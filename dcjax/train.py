@@ -22,7 +22,10 @@ def train(config: Config) -> tuple[Path, Path]:
       ValueError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
     """
     trainer = Trainer(config)
-    with open_run(config) as directory, Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with (
+        open_run(config) as directory,
+        Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+    ):
         trainer.tokenizer.save_pretrained(directory / "tokenizer")
         _loop(trainer, directory, checkpoints)
     return write_report(directory)

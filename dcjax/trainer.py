@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dcjax import assemble
@@ -44,9 +45,9 @@ class Sampled:
                 step,
                 prompt=problem.prompt,
                 response=self.texts[row],
-                reward=self.rewards[row],
-                finished=self.rollout.finished[row],
-                policy_version=self.rollout.versions[row, 0],
+                reward=float(self.rewards[row]),
+                finished=bool(self.rollout.finished[row]),
+                policy_version=int(self.rollout.versions[row, 0]),
             )
 
 
@@ -62,7 +63,9 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         self.tokenizer = build_tokenizer()
         if len(self.tokenizer) > config.model.vocab_size:
-            raise ValueError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
+            raise ValueError(
+                f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}"
+            )
         self.engines = make_engines(config, self.mesh, self.tokenizer)
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
@@ -89,7 +92,7 @@ class Trainer:
           RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
         """
         started = time.perf_counter()
-        key, rollout_key = jax.random.split(jax.random.wrap_key_data(np.array(loop.rollout_key, np.uint32)))
+        key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(loop.rollout_key, jnp.uint32)))
         sampled = self._sample(state, loop, rollout_key)
         rolled_out = time.perf_counter()
         state, metrics = self._update(state, loop, sampled)
@@ -136,7 +139,11 @@ class Trainer:
         )
         bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
         if len(bad):
-            self._stop(loop, batch, f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite")
+            self._stop(
+                loop,
+                batch,
+                f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite",
+            )
         state, metrics = self._step(state, batch)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]

@@ -11,7 +11,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
+"""On the host or on devices: a batch starts on the one and is consumed on the other."""
 
 Params = Any
 """A pytree of arrays, as `dcjax.models.init_params` lays it out."""

@@ -150,6 +150,4 @@ def test_a_narrow_terminal_keeps_the_line_and_the_time_left():
 
 def test_an_ascii_terminal():
     *_, last = on_terminal(120, "ascii").strip("\r\n").split("\r")
-    assert (
-        last.rstrip() == "|################| step 3/3  ETA 0:00  reward 0.69  gap 0.0014/0.0010  lambda 0.18"
-    )
+    assert last.rstrip() == "|################| step 3/3  ETA 0:00  reward 0.69  gap 0.0014/0.0010  lambda 0.18"

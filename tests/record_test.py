@@ -40,9 +40,7 @@ def test_a_line_a_step_with_the_step_first(tmp_path):
         log.write(0, {"eval/prompts": 128})
         log.write(np.int64(1), {"loss": 0.5, "eval/prompts": np.int32(3)})
     path = tmp_path / "runs" / "new" / "warm_start.jsonl"
-    assert (
-        path.read_text() == '{"step": 0, "eval/prompts": 128}\n{"step": 1, "loss": 0.5, "eval/prompts": 3}\n'
-    )
+    assert path.read_text() == '{"step": 0, "eval/prompts": 128}\n{"step": 1, "loss": 0.5, "eval/prompts": 3}\n'
 
 
 def test_floats_come_back_bit_for_bit(tmp_path):
@@ -115,9 +113,7 @@ def test_a_line_cut_anywhere_is_dropped(tmp_path):
         assert steps_in(tmp_path) == [*kept, 4]
 
 
-@pytest.mark.parametrize(
-    "garbage", [b'{"step": 7, "rew', b"\0" * 40, b"[8]", b'{"reward": 1}', b"\xff\xfe", b""]
-)
+@pytest.mark.parametrize("garbage", [b'{"step": 7, "rew', b"\0" * 40, b"[8]", b'{"reward": 1}', b"\xff\xfe", b""])
 def test_resume_drops_damage_in_the_tail(tmp_path, garbage):
     write_steps(tmp_path, range(3))
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -204,9 +200,7 @@ def test_tensorboard_is_told_to_purge_what_the_log_dropped(tmp_path):
     # The second log was opened within a second of the first, and must not have overwritten its file.
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     starts = [
-        event.step
-        for event in read_events(tmp_path / "tensorboard")
-        if event.session_log.status == SessionLog.START
+        event.step for event in read_events(tmp_path / "tensorboard") if event.session_log.status == SessionLog.START
     ]
     assert starts == [0, 5]
 
@@ -219,9 +213,7 @@ def test_only_the_log_that_asks_writes_events(tmp_path):
 def test_transcripts_keep_any_text(tmp_path):
     response = 'a\n"b"\\ 计算 \u2028 \x00 \ud800 </script>'
     with Transcripts(tmp_path, last_step=None) as log:
-        log.write(
-            2, prompt="x", response=response, reward=np.float32(0.5), finished=np.True_, policy_version=1
-        )
+        log.write(2, prompt="x", response=response, reward=np.float32(0.5), finished=np.True_, policy_version=1)
         log.write(2, prompt="y", response="", reward=1, finished=False, policy_version=2, prob_diff_mean=1e-3)
     first, second = read_transcripts(tmp_path / "samples.jsonl")
     assert list(first) == ["step", "prompt", "response", "reward", "finished", "policy_version"]

@@ -168,9 +168,7 @@ def test_page_stands_alone(tmp_path):
     picture_path, page_path = write_report(tmp_path)
     assert (picture_path, page_path) == (tmp_path / "report.png", tmp_path / "report.html")
     page = Page(page_path.read_text("utf-8"))
-    resources = [
-        value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")
-    ]
+    resources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
     (picture,) = resources
     assert base64.b64decode(picture.removeprefix("data:image/png;base64,")) == picture_path.read_bytes()
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -229,9 +227,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_samples_are_of_the_first_and_last_step_one_a_prompt(tmp_path):
-    samples = [
-        sample(step, f"prompt {step}{name}", more) for step in (1, 2, 3) for name in "abcde" for more in "xy"
-    ]
+    samples = [sample(step, f"prompt {step}{name}", more) for step in (1, 2, 3) for name in "abcde" for more in "xy"]
     samples[-1] |= {"finished": False, "prob_diff_mean": 0.00125}
     samples[-2] |= {"step": 3, "prompt": "prompt 3a"}
     write_run(tmp_path, records_of_a_run(steps=3), samples=samples)

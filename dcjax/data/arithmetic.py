@@ -142,9 +142,7 @@ class ArithmeticTask:
         return _longest_chain(
             self,
             start_length=lambda start: 0,
-            step_length=lambda before, operand, after: (
-                _digits(before) + _digits(operand) + _digits(after) + 3
-            ),
+            step_length=lambda before, operand, after: _digits(before) + _digits(operand) + _digits(after) + 3,
             end_length=lambda answer: _digits(answer) + 3,  # the box opens, closes, and the end token follows
         )
 
@@ -192,9 +190,7 @@ def _draw(task: ArithmeticTask, split: Split, generator: np.random.Generator) ->
         heldout = zlib.crc32(problem.prompt.encode()) % _HELDOUT_ONE_IN == 0
         if heldout == (split == "heldout"):
             return problem
-    raise ValueError(
-        f"{task} has no {split!r} problem in {_MAX_DRAWS} draws; give it a larger range of problems"
-    )
+    raise ValueError(f"{task} has no {split!r} problem in {_MAX_DRAWS} draws; give it a larger range of problems")
 
 
 def _random_problem(task: ArithmeticTask, uniforms: Sequence[float]) -> Problem:

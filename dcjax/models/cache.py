@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from dcjax.models import layers
 from dcjax.models.config import ModelConfig
+from dcjax.types import Array
 
 INT8_MAX = 127.0
 
@@ -43,11 +46,15 @@ def quantize_rows(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[
     return jnp.round(wide * inverse[..., None]).astype(jnp.int8), peak / INT8_MAX
 
 
-def write(cache: LayerCache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], positions: Int[Array, "B S"]) -> LayerCache:
+def write(
+    cache: LayerCache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], positions: Int[Array, "B S"]
+) -> LayerCache:
     """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped)."""
     at = (jnp.arange(k.shape[0])[:, None], positions)
     if cache.k_scale is None or cache.v_scale is None:
-        return cache.replace(k=cache.k.at[at].set(k.astype(cache.k.dtype)), v=cache.v.at[at].set(v.astype(cache.v.dtype)))
+        return dataclasses.replace(
+            cache, k=cache.k.at[at].set(k.astype(cache.k.dtype)), v=cache.v.at[at].set(v.astype(cache.v.dtype))
+        )
     (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
     return LayerCache(
         k=cache.k.at[at].set(k),

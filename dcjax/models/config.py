@@ -37,7 +37,15 @@ class ModelConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
         for name in sizes:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1")

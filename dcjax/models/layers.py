@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dcjax.models.config import ModelConfig
+from dcjax.types import Array
 
 Dot = Callable[[jax.Array, Any], jax.Array]
 """(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or whatever the engine's dot understands."""
@@ -57,14 +58,22 @@ def causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
 
 
 def attention(
-    q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], mask: Bool[Array, "B 1 S S"]
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    mask: Bool[Array, "B 1 S S"],
 ) -> Float[Array, "B S H D"]:
     """Softmax attention of H query heads on K key-value heads; rows that may look nowhere come back finite."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def block(
-    config: ModelConfig, params: Mapping[str, Any], x: Float[Array, "B S E"], rope: Rope, attend: Attend, dot: Dot = dense
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    x: Float[Array, "B S E"],
+    rope: Rope,
+    attend: Attend,
+    dot: Dot = dense,
 ) -> tuple[Float[Array, "B S E"], Any]:
     """One Qwen3 decoder layer: x + attention(norm x), then + SwiGLU(norm x). Returns what `attend` made of the cache too."""
     batch, length, _ = x.shape

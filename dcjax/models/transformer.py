@@ -5,11 +5,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dcjax.models import layers
 from dcjax.models.config import ModelConfig
-from dcjax.types import Params
+from dcjax.types import Array, Params
 
 
 class Block(nn.Module):
@@ -106,7 +106,10 @@ def head_kernel(config: ModelConfig, params: Params):
 
 
 def forward(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B S"], attention_mask: Bool[Array, "B S"] | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    attention_mask: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B S V"]:
     """Next-token logits in float32.
 

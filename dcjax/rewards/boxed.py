@@ -83,9 +83,7 @@ def _equal(answer: str, gold: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     parsed_gold = _parse(gold)
     if not parsed_gold:
-        raise ValueError(
-            f"gold is {gold!r}, which math-verify cannot read; give a number such as '7' or '-12'"
-        )
+        raise ValueError(f"gold is {gold!r}, which math-verify cannot read; give a number such as '7' or '-12'")
     # The comparison is asymmetric: the gold answer comes first.
     return math_verify.verify(parsed_gold, _parse(answer), timeout_seconds=None)
 

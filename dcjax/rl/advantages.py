@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from dcjax.types import Array
 
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as verl does."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from dcjax.rl.masked import LossSum, token_mean
+from dcjax.types import Array
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this before any exponential, as verl does."""

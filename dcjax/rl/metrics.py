@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.losses import ratio
 from dcjax.rl.masked import masked_max, masked_mean, masked_sum
+from dcjax.types import Array
 
 
 def mismatch_metrics(

@@ -6,15 +6,16 @@ penalties subtract from them; masks may come anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from dcjax.rl.advantages import PenaltyShape, linear, penalize, relative_to_group
-from dcjax.types import Batch
+from dcjax.types import Array, Batch
 
 
 @flax.struct.dataclass
@@ -71,7 +72,7 @@ def group_relative_advantages(*, scale_by_std: bool = True) -> LossTransform:
     def apply(terms: Terms, context: Context) -> Terms:
         batch = context.batch
         advantages = relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std)
-        return terms.replace(advantages=jnp.broadcast_to(advantages[:, None], terms.advantages.shape))
+        return dataclasses.replace(terms, advantages=jnp.broadcast_to(advantages[:, None], terms.advantages.shape))
 
     return apply
 
@@ -83,7 +84,7 @@ def drop_zero_variance() -> LossTransform:
         groups = context.batch.group_rewards
         dropped = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
         metrics = {**terms.metrics, "dropped_fraction": dropped.astype(jnp.float32)}
-        return terms.replace(mask=terms.mask & ~dropped[:, None], metrics=metrics)
+        return dataclasses.replace(terms, mask=terms.mask & ~dropped[:, None], metrics=metrics)
 
     return apply
 
@@ -99,8 +100,8 @@ def discrepancy_penalty(discrepancy: Discrepancy, *, shape: PenaltyShape = linea
         if context.multiplier is None:
             raise ValueError("discrepancy_penalty needs a multiplier; put dual_ascent(...) into the optimiser's chain")
         delta = discrepancy(old_logps=context.old_logps, rollout_logps=context.batch.rollout_logps)
-        return terms.replace(
-            advantages=penalize(terms.advantages, delta, multiplier=context.multiplier, shape=shape)
+        return dataclasses.replace(
+            terms, advantages=penalize(terms.advantages, delta, multiplier=context.multiplier, shape=shape)
         )
 
     return apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -90,7 +91,7 @@ def make_train_step(
         if discrepancy is None:
             discrepancy = _mean_discrepancy(passed.logps, batch)
         changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
-        state = state.replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+        state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
         return state, (loss, optax.global_norm(grads), passed)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -112,7 +113,7 @@ def make_train_step(
         }
         if (multiplier := _multiplier(state)) is not None:
             metrics["dual/multiplier"] = multiplier
-        return trained.replace(step=state.step + 1, grad_norm_smoothed=smoothed), metrics
+        return dataclasses.replace(trained, step=state.step + 1, grad_norm_smoothed=smoothed), metrics
 
     return train_step
 
@@ -123,7 +124,8 @@ def _deal(tree, parts: int, unit: int):
     Each part takes its share from every stretch of rows, so that rows sharded over devices stay where they are.
     """
     return jax.tree.map(
-        lambda x: x.reshape(-1, parts, unit, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:]), tree
+        lambda x: x.reshape(-1, parts, unit, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:]),
+        tree,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from jetstream.engine import engine_api, tokenizer_pb2
 
 from dcjax.models import ModelConfig
 from dcjax.models.cache import LayerCache, forward_cached, init_cache
 from dcjax.serving import quantize
 from dcjax.serving.sync import ServingParams, make_sync
+from dcjax.types import Array
 
 
 @flax.struct.dataclass
@@ -73,8 +75,8 @@ class SampledTokens(engine_api.ResultTokens):
 
     def convert_to_numpy(self) -> SampledTokens:
         """The same on the host."""
-        return self.replace(
-            data=np.asarray(self.data), log_prob=np.asarray(self.log_prob), version=np.asarray(self.version)
+        return dataclasses.replace(
+            self, data=np.asarray(self.data), log_prob=np.asarray(self.log_prob), version=np.asarray(self.version)
         )
 
     @property
@@ -141,10 +143,14 @@ class Qwen3Engine(engine_api.Engine):
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
         return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length]])
 
-    def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None) -> DecodeState:
+    def insert(
+        self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None
+    ) -> DecodeState:
         """Starts a sample of a one-row prefix in `slot`; without a request: temperature 1, the longest response, key 0."""
         if request is None:
-            request = make_requests(rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=np.zeros((1, 2)))
+            request = make_requests(
+                rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=np.zeros((1, 2))
+            )
         return self.insert_many(prefix, decode_state, [slot], request)
 
     def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
@@ -258,7 +264,8 @@ class Qwen3Engine(engine_api.Engine):
         tokens = jnp.where(state.active, tokens, state.tokens)
         generated = state.generated + state.active
         ended = (tokens == self.end_token) | (generated >= state.limits)
-        following = state.replace(
+        following = dataclasses.replace(
+            state,
             caches=caches,
             tokens=tokens,
             positions=state.positions + state.active,
@@ -269,7 +276,10 @@ class Qwen3Engine(engine_api.Engine):
 
 
 def sample(
-    logits: Float[Array, "B V"], temperatures: Float[Array, "B"], keys: Int[Array, "B 2"], count: Int[Array, "B"]
+    logits: Float[Array, "B V"],
+    temperatures: Float[Array, "B"],
+    keys: Int[Array, "B 2"],
+    count: Int[Array, "B"],
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token a row from softmax(logits / temperature), and its log-prob in that very distribution, float32.
 

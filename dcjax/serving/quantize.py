@@ -8,10 +8,11 @@ from typing import Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from dcjax.models.cache import quantize_rows
 from dcjax.models.layers import dense
+from dcjax.types import Array
 
 FormatName = Literal["float32", "bf16", "int8"]
 
@@ -66,7 +67,9 @@ def dot(x: Float[Array, "... K"], kernel: Int8Matrix | Float[Array, "K N"]) -> F
     return dense(x, kernel)
 
 
-def lookup(table: Int8Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S E"]:
+def lookup(
+    table: Int8Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype
+) -> Float[Array, "B S E"]:
     """Rows of an embedding table."""
     if isinstance(table, Int8Matrix):
         return (table.values[tokens].astype(jnp.float32) * table.scale[tokens][..., None]).astype(dtype)

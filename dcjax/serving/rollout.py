@@ -49,7 +49,16 @@ def sample_responses(
     while True:
         free = np.flatnonzero(running < 0)[: total - queued]
         if len(free):
-            state = _start(engine, prefix, state, free, np.arange(queued, queued + len(free)), samples_per_prompt, temperature, keys)
+            state = _start(
+                engine,
+                prefix,
+                state,
+                free,
+                np.arange(queued, queued + len(free)),
+                samples_per_prompt,
+                temperature,
+                keys,
+            )
             running[free] = np.arange(queued, queued + len(free))
             queued += len(free)
         if (running < 0).all():

@@ -8,11 +8,11 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from dcjax.models import ModelConfig
 from dcjax.serving.quantize import FormatName, formats, quantize_kernel, quantize_table
-from dcjax.types import Params
+from dcjax.types import Array, Params
 
 
 @flax.struct.dataclass

@@ -43,7 +43,9 @@ def shardings(mesh: Mesh, logical: Any) -> Any:
       ValueError: as `partition_spec`.
     """
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)), logical, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        lambda axes: NamedSharding(mesh, partition_spec(axes)),
+        logical,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 

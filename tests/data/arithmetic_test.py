@@ -47,7 +47,10 @@ def rows(tokenizer, examples):
     """The (prompt, response) texts of a supervised batch, read off its masks."""
     for tokens, prompt_mask, response_mask in zip(*examples.values(), strict=True):
         response = tokens[-response_mask.size :][response_mask]
-        yield tokenizer.decode(tokens[prompt_mask]), tokenizer.decode(response, skip_special_tokens=True)
+        yield (
+            tokenizer.decode(tokens[: prompt_mask.size][prompt_mask]),
+            tokenizer.decode(response, skip_special_tokens=True),
+        )
 
 
 def evaluate(expression):
@@ -118,10 +121,10 @@ def test_every_kind_of_problem_occurs():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"min_operations": 0}, "min_operations is 0; it must be at least 1"),
-        ({"max_operations": 2}, "max_operations is 2; it must be at least min_operations, which is 3"),
-        ({"max_operand": 0}, "max_operand is 0; it must be at least 1"),
-        ({"max_value": -3}, "max_value is -3; it must be at least 1"),
+        ({"min_operations": 0}, "task.min_operations is 0; it must be at least 1"),
+        ({"max_operations": 2}, "task.max_operations is 2; it must be at least min_operations, which is 3"),
+        ({"max_operand": 0}, "task.max_operand is 0; it must be at least 1"),
+        ({"max_value": -3}, "task.max_value is -3; it must be at least 1"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(fields, message):
@@ -238,7 +241,7 @@ def test_a_supervised_batch_has_its_shapes_and_types(tokenizer):
     examples = batch(tokenizer, batch_size=8, prompt_length=16, response_length=50)
     assert {name: (array.shape, array.dtype) for name, array in examples.items()} == {
         "tokens": ((8, 66), np.int32),
-        "prompt_mask": ((8, 66), np.bool_),
+        "prompt_mask": ((8, 16), np.bool_),
         "response_mask": ((8, 50), np.bool_),
     }
 
@@ -246,10 +249,9 @@ def test_a_supervised_batch_has_its_shapes_and_types(tokenizer):
 def test_a_supervised_batch_pads_prompts_left_and_responses_right(tokenizer):
     examples = batch(tokenizer)
     tokens, prompt_mask, response_mask = examples.values()
-    assert not prompt_mask[:, 13:].any()
-    assert (np.diff(prompt_mask[:, :13].astype(int)) >= 0).all() and prompt_mask[:, 12].all()
+    assert (np.diff(prompt_mask.astype(int)) >= 0).all() and prompt_mask[:, 12].all()
     assert (np.diff(response_mask.astype(int)) <= 0).all() and response_mask[:, 0].all()
-    used = np.concatenate([prompt_mask[:, :13], response_mask], axis=1)
+    used = np.concatenate([prompt_mask, response_mask], axis=1)
     assert (tokens[~used] == tokenizer.pad_token_id).all()
     assert (tokens[used] != tokenizer.pad_token_id).all()
     last = 13 + response_mask.sum(axis=1) - 1

@@ -22,9 +22,7 @@ def reward(text, gold="7"):
 
 def verified_directly(content, gold):
     """math-verify's own opinion, with its defaults and nothing in between."""
-    return math_verify.verify(
-        math_verify.parse(rf"\boxed{{{gold}}}"), math_verify.parse(rf"\boxed{{{content}}}")
-    )
+    return math_verify.verify(math_verify.parse(rf"\boxed{{{gold}}}"), math_verify.parse(rf"\boxed{{{content}}}"))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +130,7 @@ def test_negative_and_long_integers():
     assert reward("\\boxed{\N{MINUS SIGN}12}", gold="-12") == 0.0
     long = "1" + "0" * (MAX_ANSWER_LENGTH - 1)
     assert reward(rf"\boxed{{{long}}}", gold=long) == 1.0
-    assert (
-        reward(rf"\boxed{{{long[:-1]}1}}", gold=long) == 0.0
-    )  # equal as a float, and as a decimal of 15 digits
+    assert reward(rf"\boxed{{{long[:-1]}1}}", gold=long) == 0.0  # equal as a float, and as a decimal of 15 digits
 
 
 def test_the_question_in_the_box_earns_nothing_although_it_verifies():
