@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,14 @@ from dcjax.rl.objective import (
     drop_zero_variance,
     group_relative_advantages,
 )
-from dcjax.rl.step import make_train_step
+from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.rl.transforms import dual_ascent
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
-from dcjax.types import Batch, Metrics, Params, TrainState
+from dcjax.types import Batch, Params, TrainState
+
+Optimizer = optax.GradientTransformationExtraArgs
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -41,7 +43,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config) -> Optimizer:
     """One chain: gradient clip, AdamW, learning rate and, for dc_grpo, λ's dual ascent."""
     optimizer, objective = config.optimizer, config.objective
     transforms = [
@@ -99,12 +101,12 @@ def fresh_params(config: Config, mesh: Mesh) -> Params:
     return create(jax.random.key(config.seed))
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+def state_shardings(config: Config, mesh: Mesh, tx: Optimizer) -> Any:
     """Where each leaf of the TrainState lives: Adam's moments beside their parameters, scalars everywhere."""
-    tx, params, everywhere = make_optimizer(config), params_shardings(config, mesh), replicated(mesh)
+    params, everywhere = params_shardings(config, mesh), replicated(mesh)
     shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
     opt_state = optax.tree.map_params(
-        tx,
+        tx.init,
         lambda _, sharding: sharding,
         jax.eval_shape(tx.init, shapes),
         params,
@@ -113,46 +115,48 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     return TrainState(step=everywhere, params=params, opt_state=opt_state, grad_norm_smoothed=everywhere)
 
 
-def _create_state(config: Config, params: Params) -> TrainState:
-    opt_state = make_optimizer(config).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros(()))
+def _create_state(tx: Optimizer, params: Params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
 
 
-def initial_state(config: Config, mesh: Mesh, params: Params) -> TrainState:
+def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params) -> TrainState:
     """Step 0 from given parameters, which are donated."""
-    create = jax.jit(partial(_create_state, config), out_shardings=state_shardings(config, mesh), donate_argnums=0)
-    return create(params)
+    places = state_shardings(config, mesh, tx)
+    return jax.jit(partial(_create_state, tx), out_shardings=places, donate_argnums=0)(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the TrainState, to restore a checkpoint into."""
-    shapes = jax.eval_shape(lambda key: _create_state(config, init_params(config.model, key)), jax.random.key(0))
+    """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
+    tx = make_optimizer(config)
+    shapes = jax.eval_shape(lambda key: _create_state(tx, init_params(config.model, key)), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(config, mesh),
+        state_shardings(config, mesh, tx),
     )
 
 
-def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step on a mesh; the state is donated."""
-    objective, optimizer = config.objective, config.optimizer
+def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep) -> TrainStep:
+    """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
+    state = state_shardings(config, mesh, tx)
+    return jax.jit(
+        step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
+    )
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    """The RL step."""
+    objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
     step = make_train_step(
         partial(apply_policy, config),
-        make_optimizer(config),
+        tx,
         partial(clipped_surrogate, eps_low=objective.eps_low, eps_high=objective.eps_high),
         make_objective(config),
         group_size=config.rollout.group_size,
         microbatch_size=optimizer.microbatch_size,
         updates=optimizer.updates,
     )
-    state = state_shardings(config, mesh)
-    return jax.jit(
-        step,
-        in_shardings=(state, batch_sharding(mesh)),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return compile_step(config, mesh, tx, step)
 
 
 def make_engine(config: Config, format: FormatName, mesh: Mesh, end_token: int) -> Qwen3Engine:

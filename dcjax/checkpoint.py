@@ -44,6 +44,16 @@ class Checkpoints:
         """Steps that can be restored, in order."""
         return sorted(self._manager.all_steps())
 
+    def latest(self) -> int:
+        """The newest step that can be restored.
+
+        Raises:
+          RunError: there is none.
+        """
+        if not (steps := self.steps()):
+            raise RunError(f"no checkpoint in {self.directory}; dcjax train writes the first one after the warm start")
+        return steps[-1]
+
     def save(self, state: TrainState, loop: LoopState) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
 

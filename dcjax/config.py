@@ -143,7 +143,7 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm."""
     updates: int = 1
     """Optimiser updates an iteration, each on its share of the prompts."""
-    microbatch_size: int = 32
+    microbatch_size: int = 16
     """Sequences in one forward and backward pass."""
 
     def __post_init__(self):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dcjax.assemble import make_engine
+from dcjax.assemble import abstract_state, make_engine
+from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, encode_prompts
+from dcjax.errors import RunError
 from dcjax.rewards.boxed import integer_reward
+from dcjax.run import load_config
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.quantize import FormatName, formats
 from dcjax.serving.rollout import sample_responses
+from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.statistics import wilson_interval
 from dcjax.types import Params, Rollout
 
@@ -24,19 +31,24 @@ HELDOUT_SEED = 0
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of so many responses were right."""
+    """How many of one policy's responses were right."""
 
+    policy: Literal["deployed", "training"]
+    format: FormatName
     correct: int
     total: int
+    accuracy: float
+    # 95% Wilson
+    interval: tuple[float, float]
 
-    @property
-    def value(self) -> float:
-        return self.correct / self.total
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson interval."""
-        return wilson_interval(self.correct, self.total)
+@dataclass(frozen=True)
+class Evaluation:
+    """Both policies at one checkpoint."""
+
+    step: int
+    temperature: float
+    rows: list[Accuracy]
 
 
 def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[str, Qwen3Engine]:
@@ -63,18 +75,14 @@ def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.nda
 
 
 def evaluate(
-    config: Config,
-    tokenizer: PreTrainedTokenizerFast,
-    engines: dict[str, Qwen3Engine],
-    params: Params,
-    version: int,
-) -> dict[str, Accuracy]:
+    config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[str, Qwen3Engine], params: Params, version: int
+) -> list[Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters."""
     settings = config.evaluation
     problems = config.task.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
     prompts = encode_prompts(tokenizer, problems)
-    accuracies = {}
-    for name, engine in engines.items():
+    rows = []
+    for policy, engine in engines.items():
         rollout = sample_responses(
             engine,
             engine.sync(params, version),
@@ -83,6 +91,41 @@ def evaluate(
             temperature=settings.temperature,
             key=jax.random.key(HELDOUT_SEED),
         )
-        rewards = score(responses(tokenizer, rollout), problems, rollout)
-        accuracies[name] = Accuracy(int(rewards.sum()), len(rewards))
-    return accuracies
+        correct = int(score(responses(tokenizer, rollout), problems, rollout).sum())
+        interval = wilson_interval(correct, len(problems))
+        rows.append(Accuracy(policy, engine.format_name, correct, len(problems), correct / len(problems), interval))
+    return rows
+
+
+def evaluate_source(
+    source: Path, *, prompts: int | None = None, temperature: float | None = None, format: str | None = None
+) -> Evaluation:
+    """Accuracies of a run's newest checkpoint, or of one checkpoint in it; None takes the run's own setting.
+
+    Raises:
+      RunError: no such run or checkpoint, a damaged one, or a setting out of range.
+    """
+    run_dir, step = (source.parent.parent, int(source.name)) if source.name.isdecimal() else (source, None)
+    config = load_config(run_dir)
+    if format is not None and format not in formats:
+        raise RunError(f"format is {format!r}; it must be one of {', '.join(formats)}")
+    given = {
+        name: value for name, value in {"prompts": prompts, "temperature": temperature}.items() if value is not None
+    }
+    try:
+        config = replace(
+            config,
+            mesh=MeshConfig(),
+            evaluation=replace(config.evaluation, **given),
+            serving=replace(config.serving, format=format or config.serving.format),
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    if step is None:
+        step = checkpoints.latest()
+    state, loop = checkpoints.restore(step, abstract_state(config, mesh))
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    rows = evaluate(config, tokenizer, make_engines(config, mesh, tokenizer), state.params, loop.step)
+    return Evaluation(loop.step, config.evaluation.temperature, rows)

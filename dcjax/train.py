@@ -19,7 +19,6 @@ def train(config: Config) -> tuple[Path, Path]:
 
     Raises:
       RunError: the run cannot start or go on; what was checkpointed stays.
-      ValueError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
     """
     trainer = Trainer(config)
     with (

@@ -55,17 +55,18 @@ class Trainer:
     """The run's machinery: mesh, tokenizer, engines and the compiled step.
 
     Raises:
-      ValueError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
+      RunError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
     """
 
     def __init__(self, config: Config):
         self.config = config
-        self.mesh = make_mesh(config.mesh)
         self.tokenizer = build_tokenizer()
+        try:
+            self.mesh = make_mesh(config.mesh)
+        except ValueError as error:
+            raise RunError(str(error)) from None
         if len(self.tokenizer) > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}"
-            )
+            raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
         self.engines = make_engines(config, self.mesh, self.tokenizer)
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
@@ -76,13 +77,13 @@ class Trainer:
         params = warm_start(self.config, self.mesh, self.tokenizer)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
-        return assemble.initial_state(self.config, self.mesh, params), loop
+        return assemble.initial_state(self.config, self.mesh, assemble.make_optimizer(self.config), params), loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
-        accuracies = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
-        self.deployed_accuracy = accuracies["deployed"].value
-        measured = {f"eval/{name}_accuracy": accuracy.value for name, accuracy in accuracies.items()}
+        rows = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
+        measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
+        self.deployed_accuracy = measured["eval/deployed_accuracy"]
         return measured | {"eval/prompts": self.config.evaluation.prompts}
 
     def iterate(self, state: TrainState, loop: LoopState) -> tuple[TrainState, LoopState, dict[str, float], Sampled]:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+import math
+from functools import partial
+
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import fresh_params, params_shardings
+from dcjax.assemble import apply_policy, compile_step, fresh_params, initial_state
 from dcjax.config import Config
 from dcjax.data.arithmetic import supervised_batch
 from dcjax.errors import RunError
-from dcjax.models import token_logps
 from dcjax.progress import Progress
 from dcjax.record import MetricsLog
-from dcjax.rl.masked import token_mean
-from dcjax.sharding.rules import batch_sharding, replicated
-from dcjax.types import Params
+from dcjax.rl.losses import negative_log_likelihood
+from dcjax.rl.objective import chain
+from dcjax.rl.step import make_train_step
+from dcjax.types import Batch, Params
 
 EARLY_SHARE = 0.8
 """Of the updates, before the share of scratchpads changes."""
+LOG_EVERY = 10
+"""Updates between lines of warm_start.jsonl."""
 
 
 def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> Params:
@@ -30,27 +33,33 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     Raises:
       RunError: the loss is not finite.
     """
-    settings = config.warm_start
-    params = fresh_params(config, mesh)
-    tx = _optimizer(config)
-    # no output shardings are asked for: the moments come back placed like the parameters
-    opt_state = jax.jit(tx.init)(params)
-    update = _compile_update(config, mesh, tx)
+    settings, tx = config.warm_start, _optimizer(config)
+    state = initial_state(config, mesh, tx, fresh_params(config, mesh))
+    step = make_train_step(
+        partial(apply_policy, config),
+        tx,
+        negative_log_likelihood,
+        chain(),
+        group_size=1,
+        microbatch_size=math.gcd(settings.batch_size, config.optimizer.microbatch_size),
+    )
+    update = compile_step(config, mesh, tx, step)
     with (
         MetricsLog(config.directory, "warm_start", last_step=None) as log,
         Progress(settings.steps, initial=0, description="warm start") as progress,
     ):
-        for step in range(1, settings.steps + 1):
-            params, opt_state, loss = update(params, opt_state, _batch(config, tokenizer, step))
-            if step % 10 == 0 or step == settings.steps:
-                if not (value := float(loss)) < float("inf"):
-                    raise RunError(f"the warm start's loss is {value} at step {step}; lower warm_start.learning_rate")
-                log.write(step, {"loss": value})
-                progress.update(step, loss=f"{value:.3f}")
-    return params
+        for count in range(1, settings.steps + 1):
+            state, metrics = update(state, _batch(config, tokenizer, count))
+            if count % LOG_EVERY == 0 or count == settings.steps:
+                shown = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+                if not all(map(math.isfinite, shown.values())):
+                    raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
+                log.write(count, shown)
+                progress.update(count, loss=f"{shown['loss']:.3f}")
+    return state.params
 
 
-def _optimizer(config: Config) -> optax.GradientTransformation:
+def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     settings = config.warm_start
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
@@ -59,13 +68,13 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
         max(settings.steps, 1),
         end_value=settings.learning_rate / 10,
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
 
 
-def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> dict[str, np.ndarray]:
+def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
     settings, rollout = config.warm_start, config.rollout
     early = step <= EARLY_SHARE * settings.steps
-    return supervised_batch(
+    examples = supervised_batch(
         config.task,
         tokenizer,
         seed=config.seed,
@@ -75,30 +84,11 @@ def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> dic
         prompt_length=rollout.max_prompt_length,
         response_length=rollout.max_response_length,
     )
-
-
-def _compile_update(config: Config, mesh: Mesh, tx: optax.GradientTransformation):
-    def loss(params, batch):
-        logps, _ = token_logps(
-            config.model,
-            params,
-            batch["tokens"],
-            jnp.concatenate([batch["prompt_mask"], batch["response_mask"]], axis=1),
-            response_length=config.rollout.max_response_length,
-            temperature=jnp.ones(config.warm_start.batch_size),
-        )
-        total, count = token_mean(-logps, batch["response_mask"])
-        return total / count
-
-    def update(params, opt_state, batch):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        changes, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, changes), opt_state, value
-
-    places = params_shardings(config, mesh)
-    return jax.jit(
-        update,
-        in_shardings=(places, None, batch_sharding(mesh)),
-        out_shardings=(places, None, replicated(mesh)),
-        donate_argnums=(0, 1),
+    rows = settings.batch_size
+    return Batch(
+        **examples,
+        rollout_logps=np.zeros(examples["response_mask"].shape, np.float32),
+        temperature=np.ones(rows, np.float32),
+        rewards=np.zeros(rows, np.float32),
+        group_rewards=np.zeros((rows, 1), np.float32),
     )

@@ -43,3 +43,10 @@ def clipped_surrogate(
     r = ratio(logps=logps, reference_logps=old_logps)
     free, clipped = r * advantages, jnp.clip(r, 1 - eps_low, 1 + eps_high) * advantages
     return token_mean(-weights * jnp.minimum(free, clipped), mask), clipped < free
+
+
+def negative_log_likelihood(
+    logps: Float[Array, "B T"], *, weights: Float[Array, "B T"], mask: Bool[Array, "B T"], **unused: Array
+) -> tuple[LossSum, Bool[Array, "B T"]]:
+    """−w · log π, token-mean aggregated: the surrogate of supervised training, which clips nothing."""
+    return token_mean(-weights * logps, mask), jnp.zeros(mask.shape, bool)

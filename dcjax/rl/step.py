@@ -20,6 +20,8 @@ from dcjax.types import Batch, Metrics, Params, TrainState
 ApplyFn = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 """(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T]."""
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
 GRAD_NORM_DECAY = 0.9
 """Of the moving average of the gradient norm (paper B, figure 3)."""
 
@@ -45,7 +47,7 @@ def make_train_step(
     group_size: int,
     microbatch_size: int,
     updates: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Builds the step; jit it with donation of the state.
 
     With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once, before

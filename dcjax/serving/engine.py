@@ -119,7 +119,7 @@ class Qwen3Engine(engine_api.Engine):
         steps_per_call: int = 1,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self.config, self.format = config, quantize.formats[format]
+        self.config, self.format_name, self.format = config, format, quantize.formats[format]
         self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
         self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
         self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))

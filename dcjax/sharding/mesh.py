@@ -40,9 +40,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Raises:
       ValueError: fewer devices than the axes' product.
     """
-    sizes = astuple(config)
+    sizes, names = astuple(config), tuple(field.name for field in fields(config))
     needed, available = math.prod(sizes), jax.device_count()
     if needed > available:
-        raise ValueError(f"the mesh needs {needed} devices and {available} are here; lower one of mesh.{config}")
-    names = tuple(field.name for field in fields(config))
+        asked = ", ".join(f"mesh.{name} {size}" for name, size in zip(names, sizes, strict=True) if size > 1)
+        raise ValueError(f"{asked} needs {needed} devices; {available} found, so the product must be at most that")
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[:needed])

@@ -1,0 +1,53 @@
+# Every target makes .venv and installs what it needs, once; uv is used where it is present, else venv and pip.
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+UV := $(shell command -v uv 2>/dev/null)
+VENV := .venv
+BIN := $(VENV)/bin
+
+ifdef UV
+CREATE := $(UV) venv --quiet --allow-existing $(if $(PYTHON),--python $(PYTHON),--python '>=3.11,<3.14') $(VENV)
+INSTALL := $(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt
+else
+CREATE := $(if $(PYTHON),$(PYTHON),$(error dcjax needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/one)) -m venv $(VENV)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+endif
+
+.PHONY: help quickstart test test-all lint clean
+
+help:
+	@echo "make quickstart   train the embedded task and show where the plot is (about 5 minutes)"
+	@echo "make test         the everyday tests     make test-all  the slow ones too"
+	@echo "make lint         ruff and pyrefly       make clean     remove .venv (runs/ stays)"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/dcjax train quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(CREATE)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dcjax into $(VENV): about 3 GB and a minute or two, most of it TensorFlow for JetStream"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dcjax and its test tools into $(VENV): about 3 GB and a minute or two"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

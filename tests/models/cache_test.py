@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dcjax.models import ModelConfig, forward, init_params, layers
+from dcjax.models.cache import attend, forward_cached, init_cache, quantize_rows, write
+
+CONFIG = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
+PROMPTS, CAPACITY = [6, 1, 4], 12
+
+
+def unstack(params):
+    unstacked = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(CONFIG.num_layers)]
+    return {**params, "layers": unstacked}
+
+
+@jax.jit
+def run(params, tokens, positions, caches):
+    hidden, caches = forward_cached(CONFIG, params, params["embed_tokens"][tokens], positions, caches, layers.dense)
+    return hidden @ params["embed_tokens"].T, caches
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, CAPACITY)).astype(np.int32)
+    return params, tokens, np.asarray(jax.jit(forward, static_argnums=0)(CONFIG, params, tokens))
+
+
+def prefill_and_decode(params, tokens, dtype):
+    """Logits of ragged prompts, prefilled at once with padding on the right, then token by token to the capacity."""
+    params, lengths = unstack(params), np.array(PROMPTS)
+    caches = tuple(init_cache(CONFIG, len(lengths), CAPACITY, jnp.dtype(dtype)) for _ in range(CONFIG.num_layers))
+    width = lengths.max()
+    padded = np.where(np.arange(width) < lengths[:, None], tokens[:, :width], 0)
+    prefilled, caches = run(params, padded, np.broadcast_to(np.arange(width), padded.shape), caches)
+    logits = np.full((*tokens.shape, CONFIG.vocab_size), np.nan, np.float32)
+    for row, length in enumerate(lengths):
+        logits[row, :length] = prefilled[row, :length]
+    at = lengths
+    while (at < CAPACITY).any():
+        # rows that are through feed their last token again, as ended slots do
+        position = np.minimum(at, CAPACITY - 1)[:, None]
+        step, caches = run(params, np.take_along_axis(tokens, position, 1), position, caches)
+        logits[np.arange(len(at)), position[:, 0]] = step[:, 0]
+        at = at + 1
+    return logits
+
+
+def test_prefill_and_decode_equal_the_full_forward(model):
+    params, tokens, full = model
+    np.testing.assert_allclose(prefill_and_decode(params, tokens, "float32"), full, atol=1e-5)
+
+
+def test_an_int8_cache_is_close_and_not_equal(model):
+    params, tokens, full = model
+    error = np.abs(prefill_and_decode(params, tokens, "int8") - full)
+    assert 1e-4 < error.max() < 0.1
+
+
+def test_what_lies_beyond_a_position_is_not_seen(model):
+    params, tokens, full = model
+    caches = tuple(init_cache(CONFIG, 3, CAPACITY, jnp.dtype("float32")) for _ in range(CONFIG.num_layers))
+    garbage = jax.tree.map(lambda leaf: leaf.at[:, 5:].set(1e4), caches)
+    logits, _ = run(unstack(params), tokens[:, :5], np.tile(np.arange(5), (3, 1)), garbage)
+    np.testing.assert_allclose(logits, full[:, :5], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_empty_cache_has_the_dtype_asked_for_and_scales_only_in_int8(dtype):
+    cache = init_cache(CONFIG, 3, CAPACITY, jnp.dtype(dtype))
+    assert cache.k.shape == cache.v.shape == (3, CAPACITY, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert cache.k.dtype == cache.v.dtype == dtype
+    scales = [] if dtype == "int8" else [None, None]
+    assert [scale for scale in (cache.k_scale, cache.v_scale) if scale is None] == scales
+    assert dtype != "int8" or cache.k_scale.shape == cache.v_scale.shape == (3, CAPACITY, CONFIG.num_kv_heads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_writes_land_at_their_positions_and_nowhere_else(dtype):
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, 2, 3, CONFIG.num_kv_heads, CONFIG.head_dim)).astype(np.float32)
+    # the second sequence writes past the capacity, which is dropped
+    positions = np.array([[2, 3, 4], [CAPACITY - 1, CAPACITY, CAPACITY + 1]])
+    cache = write(init_cache(CONFIG, 2, CAPACITY, jnp.dtype(dtype)), k, v, positions)
+    written = np.zeros((2, CAPACITY), bool)
+    written[0, 2:5] = written[1, -1] = True
+    for held, scale, new in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
+        wide = np.asarray(held, np.float32) * (1.0 if scale is None else np.asarray(scale)[..., None])
+        tolerance = 0.0 if scale is None else np.abs(new).max() / 254 * 1.0001
+        np.testing.assert_allclose(wide[written], np.concatenate([new[0], new[1, :1]]), atol=tolerance)
+        assert (wide[~written] == 0).all()
+
+
+def test_attention_on_an_int8_cache_is_attention_on_what_it_stands_for():
+    rng = np.random.default_rng(1)
+    k, v = rng.normal(size=(2, 2, 5, CONFIG.num_kv_heads, CONFIG.head_dim)).astype(np.float32)
+    q = rng.normal(size=(2, 2, CONFIG.num_heads, CONFIG.head_dim)).astype(np.float32)
+    positions = np.tile(np.arange(5), (2, 1))
+    narrow = write(init_cache(CONFIG, 2, 5, jnp.dtype("int8")), k, v, positions)
+    stands_for = (narrow.k * narrow.k_scale[..., None], narrow.v * narrow.v_scale[..., None])
+    wide = write(init_cache(CONFIG, 2, 5, jnp.dtype("float32")), *stands_for, positions)
+    at = np.array([[1, 4], [0, 2]])
+    np.testing.assert_allclose(attend(narrow, q, at), attend(wide, q, at), atol=1e-5)
+
+
+FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+
+
+@settings(max_examples=50)
+@given(arrays(np.float32, (3, 4), elements=FLOATS))
+def test_rows_in_int8_are_within_half_a_step(x):
+    values, scale = (np.asarray(a) for a in quantize_rows(x))
+    assert values.dtype == np.int8
+    assert scale.dtype == np.float32
+    restored = values.astype(np.float64) * scale[:, None]
+    assert (np.abs(restored - x) <= scale[:, None] * 0.5 * (1 + 1e-4)).all()
+    # symmetric: −128 is never used, and the largest magnitude of a row that is not zero is a full 127
+    peaks = np.abs(values.astype(int)).max(axis=1)
+    assert (peaks[np.abs(x).max(axis=1) > 1e-30] == 127).all()
+    assert (peaks <= 127).all()
+
+
+def test_a_zero_row_in_int8_stays_zero():
+    values, scale = quantize_rows(jnp.array([[0.0, 0.0], [0.0, -2.0]]))
+    np.testing.assert_array_equal(values, [[0, 0], [0, -127]])
+    np.testing.assert_allclose(scale, [0.0, 2 / 127])
