@@ -1,3 +1,3 @@
-"""Reinforcement learning of language models in JAX when the policy that samples is not numerically the policy that trains."""
+"""Reinforcement learning of language models in JAX when the sampling policy is not numerically the training policy."""
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ from dcjax.rl.transforms import dual_ascent
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
-from dcjax.types import Batch, Params, TrainState
+from dcjax.types import Array, Batch, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -78,7 +78,7 @@ def make_objective(config: Config) -> LossTransform:
     return chain(*transforms)
 
 
-def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array]:
     """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature."""
     return token_logps(
         config.model,
@@ -103,7 +103,8 @@ def fresh_params(config: Config, mesh: Mesh) -> Params:
 
 def state_shardings(config: Config, mesh: Mesh, tx: Optimizer) -> Any:
     """Where each leaf of the TrainState lives: Adam's moments beside their parameters, scalars everywhere."""
-    params, everywhere = params_shardings(config, mesh), replicated(mesh)
+    params = params_shardings(config, mesh)
+    everywhere: Any = replicated(mesh)
     shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
     opt_state = optax.tree.map_params(
         tx.init,

@@ -75,7 +75,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-            return restored.state, LoopState(**restored.loop)
+            return restored["state"], LoopState(**restored["loop"])
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
             raise RunError(f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}") from error
 

@@ -107,7 +107,7 @@ class ObjectiveConfig:
     max_multiplier: float = 1.0
     """Upper bound of λ (ours; the paper's was not recovered)."""
     zero_variance: Literal["keep", "drop"] = "keep"
-    """Groups whose rewards are all equal: keep (paper A) or drop (paper B) them in the loss; never out of the mean gap."""
+    """Groups whose rewards are all equal: keep them in the loss (paper A) or drop them (paper B)."""
     eps_low: float = 0.2
     """The policy ratio is clipped below at 1 − eps_low."""
     eps_high: float = 0.28

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dcjax.assemble import abstract_state, make_engine
 from dcjax.checkpoint import Checkpoints
@@ -25,6 +25,8 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.statistics import wilson_interval
 from dcjax.types import Params, Rollout
 
+Policy = Literal["deployed", "training"]
+
 HELDOUT_SEED = 0
 """The same held-out prompts and sampling keys for every run and step, so that accuracies are compared in pairs."""
 
@@ -33,7 +35,7 @@ HELDOUT_SEED = 0
 class Accuracy:
     """How many of one policy's responses were right."""
 
-    policy: Literal["deployed", "training"]
+    policy: Policy
     format: FormatName
     correct: int
     total: int
@@ -51,7 +53,7 @@ class Evaluation:
     rows: list[Accuracy]
 
 
-def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[str, Qwen3Engine]:
+def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[Policy, Qwen3Engine]:
     """`deployed` in the run's serving format, `training` in the trainer's float32."""
     return {
         "deployed": make_engine(config, config.serving.format, mesh, tokenizer.eos_token_id),
@@ -75,7 +77,7 @@ def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.nda
 
 
 def evaluate(
-    config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[str, Qwen3Engine], params: Params, version: int
+    config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[Policy, Qwen3Engine], params: Params, version: int
 ) -> list[Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters."""
     settings = config.evaluation
@@ -109,16 +111,15 @@ def evaluate_source(
     config = load_config(run_dir)
     if format is not None and format not in formats:
         raise RunError(f"format is {format!r}; it must be one of {', '.join(formats)}")
-    given = {
-        name: value for name, value in {"prompts": prompts, "temperature": temperature}.items() if value is not None
-    }
+    settings = config.evaluation
     try:
-        config = replace(
-            config,
-            mesh=MeshConfig(),
-            evaluation=replace(config.evaluation, **given),
-            serving=replace(config.serving, format=format or config.serving.format),
+        settings = replace(
+            settings,
+            prompts=settings.prompts if prompts is None else prompts,
+            temperature=settings.temperature if temperature is None else temperature,
         )
+        serving = replace(config.serving, format=format or config.serving.format)
+        config = replace(config, mesh=MeshConfig(), evaluation=settings, serving=serving)
     except ValueError as error:
         raise RunError(str(error)) from None
     mesh = make_mesh(config.mesh)
@@ -126,6 +127,6 @@ def evaluate_source(
     if step is None:
         step = checkpoints.latest()
     state, loop = checkpoints.restore(step, abstract_state(config, mesh))
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
     rows = evaluate(config, tokenizer, make_engines(config, mesh, tokenizer), state.params, loop.step)
     return Evaluation(loop.step, config.evaluation.temperature, rows)

@@ -187,10 +187,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     records = [_decode(line) for line in _lines(path)]
     if records and records[-1] is None:
         records.pop()
-    for number, record in enumerate(records, start=1):
-        if record is None:
-            raise _damaged(path, number)
-    return records
+    whole = [record for record in records if record is not None]
+    if len(whole) < len(records):
+        raise _damaged(path, records.index(None) + 1)
+    return whole
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
@@ -225,7 +225,7 @@ def _damaged(path: Path, number: int) -> ValueError:
     )
 
 
-def _number(name: str, value: SupportsFloat) -> int | float:
+def _number(name: str, value: Any) -> int | float:
     try:
         return int(operator.index(value))
     except TypeError:

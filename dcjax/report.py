@@ -146,11 +146,11 @@ def draw_curves(records: Records, name: str) -> bytes:
     """
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rc = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
     with style.context(["default", rc]):
-        figure = Figure(figsize=(15, 8.4), dpi=110, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14)
+        figure = Figure(figsize=(15, 8.4), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14))
         figure.suptitle(_visible(name), fontsize=15, fontweight="bold", parse_math=False)
         for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
             _draw_panel(axes, panel, records)

@@ -150,7 +150,7 @@ class Trainer:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")
-        metrics["learning_rate"] = float(self._schedule(loop.step * config.optimizer.updates))
+        metrics["learning_rate"] = float(np.asarray(self._schedule(loop.step * config.optimizer.updates)))
         return state, metrics | {"dual/budget": config.objective.budget}
 
     def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:

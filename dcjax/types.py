@@ -1,7 +1,8 @@
 """The data that crosses rooms: what a rollout yields, what a step consumes, what training carries.
 
 Letters in shapes: B sequences (prompts × G), G samples of one prompt, P prompt columns, T response columns,
-S = P + T. Prompts are padded on the left and responses on the right, so that column P is every row's first response token.
+S = P + T. Prompts are padded on the left and responses on the right, so that column P is every
+row's first response token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Array = jax.Array | np.ndarray
 Params = Any
 """A pytree of arrays, as `dcjax.models.init_params` lays it out."""
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Array]
 """Scalars by the names of `metrics.jsonl`."""
 
 

@@ -39,7 +39,10 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
 
 
 def quantize_rows(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[Array, "..."]]:
-    """Symmetric int8 of each vector along the last axis, with its float32 scale: x ≈ int8 · scale. A zero vector gets scale 0."""
+    """Symmetric int8 of each vector along the last axis, with its float32 scale: x ≈ int8 · scale.
+
+    A zero vector gets scale 0.
+    """
     wide = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(wide), axis=-1)
     inverse = jnp.where(peak > 0, INT8_MAX / jnp.maximum(peak, jnp.finfo(jnp.float32).tiny), 0.0)

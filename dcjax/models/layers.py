@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float, Int
 from dcjax.models.config import ModelConfig
 from dcjax.types import Array
 
-Dot = Callable[[jax.Array, Any], jax.Array]
-"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or whatever the engine's dot understands."""
+Dot = Callable[[Array, Any], Array]
+"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what the engine's dot understands."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> (context [B, S, H, D], cache or None)."""
 
-Rope = tuple[jax.Array, jax.Array]
+Rope = tuple[Array, Array]
 """cos and sin, float32 [B, S, 1, D / 2]."""
 
 
@@ -75,11 +75,11 @@ def block(
     attend: Attend,
     dot: Dot = dense,
 ) -> tuple[Float[Array, "B S E"], Any]:
-    """One Qwen3 decoder layer: x + attention(norm x), then + SwiGLU(norm x). Returns what `attend` made of the cache too."""
+    """One Qwen3 decoder layer: x + attention(norm x), then + SwiGLU(norm x); and the cache that `attend` returned."""
     batch, length, _ = x.shape
     normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
 
-    def heads(name: str) -> jax.Array:
+    def heads(name: str) -> Array:
         return dot(normed, params[name]).reshape(batch, length, -1, config.head_dim)
 
     q = apply_rope(rms_norm(heads("q_proj"), params["q_norm"], config.rms_norm_eps), rope)

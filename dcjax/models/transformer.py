@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ class Block(nn.Module):
     def _declarations(self) -> dict:
         c = self.config
         q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        # projections into the residual stream start smaller with depth (GPT-2), so that its variance does not grow with it
+        # projections into the residual stream start smaller in deeper stacks (GPT-2), so that its variance does not grow
         narrow = (2 * c.num_layers) ** -0.5
         return {
             "input_layernorm": _norm(c.hidden_size, "embed"),
@@ -53,7 +55,7 @@ def _kernel(fan_in: int, fan_out: int, axes: tuple[str, str], scale: float = 1.0
 
 
 class Transformer(nn.Module):
-    """Embedding, scanned blocks and final norm: tokens [B, S] -> hidden states [B, S, E]. The head is `head_kernel`'s."""
+    """Embedding, scanned blocks and final norm: tokens [B, S] -> hidden states [B, S, E]. `head_kernel` is the head."""
 
     config: ModelConfig
 
@@ -62,7 +64,8 @@ class Transformer(nn.Module):
         c = self.config
         table = ((c.vocab_size, c.hidden_size), jnp.float32)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
-        x = self.param("embed_tokens", init, *table)[tokens]
+        embed_tokens: Any = self.param("embed_tokens", init, *table)
+        x = embed_tokens[tokens]
         if not c.tie_embeddings:
             self.param("lm_head", init, *table)
         positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
@@ -76,7 +79,8 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = stack(c, name="layers")(x, rope, layers.causal_mask(attention_mask))
-        return layers.rms_norm(x, self.param("norm", *_norm(c.hidden_size, "embed")), c.rms_norm_eps)
+        norm: Any = self.param("norm", *_norm(c.hidden_size, "embed"))
+        return layers.rms_norm(x, norm, c.rms_norm_eps)
 
 
 def _boxed_init(config: ModelConfig, key):
@@ -90,7 +94,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """The tree of `init_params` with a PartitionSpec of logical axis names at each leaf; `sharding.rules` maps them to a mesh."""
+    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes, which `sharding.rules` maps to a mesh."""
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
 
 
@@ -120,7 +124,7 @@ def forward(
       attention_mask: True on real tokens; all True where absent. Positions count real tokens only.
     """
     mask = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask
-    hidden = Transformer(config).apply({"params": params}, tokens, mask)
+    hidden: Any = Transformer(config).apply({"params": params}, tokens, mask)
     return _logits(config, params, hidden)
 
 
@@ -135,17 +139,17 @@ def token_logps(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions (nats).
 
-    Both are of softmax(logits / temperature), the distribution that the sampler drew from, in float32. Only the T columns
-    that predict a response token go through the head.
+    Both are of softmax(logits / temperature), the distribution that the sampler drew from, in float32. Only the T
+    columns that predict a response token go through the head.
     """
-    hidden = Transformer(config).apply({"params": params}, tokens, attention_mask)
+    hidden: Any = Transformer(config).apply({"params": params}, tokens, attention_mask)
     logits = _logits(config, params, hidden[:, -response_length - 1 : -1]) / temperature[:, None, None]
     distribution = jax.nn.log_softmax(logits)
     logps = jnp.take_along_axis(distribution, tokens[:, -response_length:, None], axis=-1)[..., 0]
     return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
 
 
-def _logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+def _logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
     head = head_kernel(config, params)
     return jax.lax.dot_general(
         hidden, head.astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32

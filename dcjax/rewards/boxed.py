@@ -97,5 +97,6 @@ def _parse(content: str) -> list:
         _BOX + content + "}",
         extraction_config=[boxes_only],
         fallback_mode="no_fallback",
-        parsing_timeout=None,  # its own timeouts are SIGALRM, which only the main thread may set
+        # its own timeouts are SIGALRM, which only the main thread may set; its annotation forgets that None is allowed
+        parsing_timeout=None,  # pyrefly: ignore[bad-argument-type]
     )

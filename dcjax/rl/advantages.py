@@ -13,7 +13,7 @@ from dcjax.types import Array
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as verl does."""
 
-PenaltyShape = Callable[[jax.Array], jax.Array]
+PenaltyShape = Callable[[Array], Array]
 """δ [B, T] -> pen(δ) [B, T]."""
 
 

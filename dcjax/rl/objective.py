@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
@@ -28,7 +27,7 @@ class Terms:
     # tokens that count in the loss and its denominator
     mask: Bool[Array, "B T"]
     # one value a row, averaged over rows by the step
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, Array]
 
 
 @flax.struct.dataclass
@@ -39,13 +38,13 @@ class Context:
     # stop-gradient log-probs of the training policy at the rollout's weights
     old_logps: Float[Array, "B T"]
     # λ of this iteration, before its dual step; None where no dual ascent is in the optimiser's chain
-    multiplier: jax.Array | None
+    multiplier: Array | None
 
 
 LossTransform = Callable[[Terms, Context], Terms]
 """A pure function; `chain` composes them."""
 
-Discrepancy = Callable[..., jax.Array]
+Discrepancy = Callable[..., Array]
 """(*, old_logps, rollout_logps) -> δ [B, T]."""
 
 

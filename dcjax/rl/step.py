@@ -15,9 +15,9 @@ from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import masked_mean, response_mean
 from dcjax.rl.metrics import mismatch_metrics, staleness_metrics
 from dcjax.rl.objective import Context, LossTransform, initial_terms
-from dcjax.types import Batch, Metrics, Params, TrainState
+from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
-ApplyFn = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+ApplyFn = Callable[[Params, Batch], tuple[Array, Array]]
 """(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T]."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -31,11 +31,11 @@ class Pass:
     """What a forward and backward pass leaves behind beside gradients, each with the batch's rows in front."""
 
     # [B, T]
-    logps: jax.Array
-    entropy: jax.Array
-    clipped: jax.Array
+    logps: Array
+    entropy: Array
+    clipped: Array
     # [B] each, of the objective's transforms
-    row_metrics: dict[str, jax.Array]
+    row_metrics: dict[str, Array]
 
 
 def make_train_step(
@@ -50,8 +50,8 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the step; jit it with donation of the state.
 
-    With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once, before
-    the first. Gradients are summed over microbatches and divided once by the minibatch's denominator.
+    With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once,
+    before the first. Gradients are summed over microbatches and divided once by the minibatch's denominator.
 
     Args:
       apply_fn: the training policy.
@@ -85,7 +85,7 @@ def make_train_step(
     def microbatches(tree):
         return _deal(tree, jax.tree.leaves(tree)[0].shape[0] // microbatch_size, 1)
 
-    def recompute(params: Params, batch: Batch) -> jax.Array:
+    def recompute(params: Params, batch: Batch) -> Array:
         return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(batch)), 1)
 
     def update(state: TrainState, batch: Batch, old_logps, discrepancy):
@@ -138,22 +138,22 @@ def _gather(tree, unit: int):
     )
 
 
-def _multiplier(state: TrainState) -> jax.Array | None:
+def _multiplier(state: TrainState) -> Array | None:
     return optax.tree.get(state.opt_state, "multiplier")
 
 
-def _mean_discrepancy(old_logps: jax.Array, batch: Batch) -> jax.Array:
+def _mean_discrepancy(old_logps: Array, batch: Batch) -> Array:
     """δ̄: over all responses of the iteration, whatever the objective drops."""
     delta = probability_difference(old_logps=old_logps, rollout_logps=batch.rollout_logps)
     return response_mean(delta, batch.response_mask)
 
 
-def _smooth(state: TrainState, grad_norm: jax.Array) -> jax.Array:
+def _smooth(state: TrainState, grad_norm: Array) -> Array:
     moved = GRAD_NORM_DECAY * state.grad_norm_smoothed + (1 - GRAD_NORM_DECAY) * grad_norm
     return jnp.where(state.step == 0, grad_norm, moved)
 
 
-def _batch_metrics(batch: Batch, old_logps: jax.Array, passed: Pass, *, stale: bool) -> Metrics:
+def _batch_metrics(batch: Batch, old_logps: Array, passed: Pass, *, stale: bool) -> Metrics:
     mask = batch.response_mask
     mismatch = mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=mask)
     staleness = staleness_metrics(logps=passed.logps, old_logps=old_logps, mask=mask) if stale else {}

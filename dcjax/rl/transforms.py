@@ -36,7 +36,7 @@ def dual_ascent(
       every: updates in one training iteration.
 
     Returns:
-      A transform whose `update` takes the keyword `discrepancy`, δ̄ of the whole iteration; its state holds `multiplier`.
+      A transform whose `update` takes `discrepancy`, δ̄ of the whole iteration, and whose state holds `multiplier`.
 
     Raises:
       ValueError: a negative rate or budget, bounds out of order, λ outside them, or `every` below 1.
@@ -60,4 +60,4 @@ def dual_ascent(
         stepped = jnp.clip(state.multiplier + dual_lr * excess, min_value, max_value)
         return updates, DualAscentState(jnp.where(count % every == 0, stepped, state.multiplier), count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

@@ -39,7 +39,7 @@ class Prefix:
     """Prompts prefilled into caches of their own: one row a prompt."""
 
     caches: tuple[LayerCache, ...]
-    # the last prompt token and its position: `generate` feeds it again, so that every sampled token comes from one place
+    # the last prompt token and its position: `generate` feeds it again, so that all sampled tokens come from one place
     tokens: Int[Array, "P"]
     positions: Int[Array, "P"]
 
@@ -141,12 +141,12 @@ class Qwen3Engine(engine_api.Engine):
         """One prompt, int32 [L] padded on the right, into a Prefix of one row."""
         if existing_prefix is not None:
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
-        return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length]])
+        return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length].tolist()])
 
     def insert(
         self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None
     ) -> DecodeState:
-        """Starts a sample of a one-row prefix in `slot`; without a request: temperature 1, the longest response, key 0."""
+        """Starts a sample of a one-row prefix in `slot`; by default temperature 1, the longest response and key 0."""
         if request is None:
             request = make_requests(
                 rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=np.zeros((1, 2))
@@ -165,9 +165,9 @@ class Qwen3Engine(engine_api.Engine):
         """Replicated over the engine's mesh."""
         return self._replicated
 
-    def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:
+    def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:  # pyrefly: ignore[missing-attribute]
         """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
-        return tokenizer_pb2.TokenizerParameters()
+        return tokenizer_pb2.TokenizerParameters()  # pyrefly: ignore[missing-attribute]
 
     @property
     def max_concurrent_decodes(self) -> int:
@@ -234,7 +234,7 @@ class Qwen3Engine(engine_api.Engine):
             active=jnp.zeros(self.slots, bool),
         )
 
-    def _prefill_fn(self, params: ServingParams, tokens: jax.Array, lengths: jax.Array) -> Prefix:
+    def _prefill_fn(self, params: ServingParams, tokens: Array, lengths: Array) -> Prefix:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         _, caches = self._hidden(params, tokens, positions, self._caches(*tokens.shape))
         last = lengths - 1
@@ -306,7 +306,7 @@ def make_requests(*, rows, limits, temperatures, keys) -> Requests:
     )
 
 
-def _insert_fn(prefix: Prefix, requests: Requests, slots: jax.Array, state: DecodeState) -> DecodeState:
+def _insert_fn(prefix: Prefix, requests: Requests, slots: Array, state: DecodeState) -> DecodeState:
     def place(held, new):
         return held.at[slots].set(new, mode="drop")
 

@@ -23,7 +23,7 @@ class Format:
 
     activations: jnp.dtype
     kv_cache: jnp.dtype
-    # kernels and tables in int8 with a scale per output channel, activations quantised per token for each product (w8a8)
+    # w8a8: kernels and tables in int8 with a scale per output channel, activations quantised per token at each product
     int8_weights: bool
 
 
@@ -36,7 +36,7 @@ formats: dict[FormatName, Format] = {
 
 @flax.struct.dataclass
 class Int8Matrix:
-    """int8 weights with a float32 scale per output channel: one per column of a kernel [K, N], per row of a table [V, E]."""
+    """int8 weights with a float32 scale per output channel: per column of a kernel [K, N], per row of a table [V, E]."""
 
     values: Int[Array, "rows columns"]
     scale: Float[Array, "channels"]
@@ -53,7 +53,7 @@ def quantize_table(table: Float[Array, "V E"]) -> Int8Matrix:
     return Int8Matrix(*quantize_rows(table))
 
 
-def _int8_product(x: jax.Array, weights: Int8Matrix, contracted: int) -> jax.Array:
+def _int8_product(x: Array, weights: Int8Matrix, contracted: int) -> Array:
     values, scale = quantize_rows(x)
     dims = (((x.ndim - 1,), (contracted,)), ((), ()))
     total = jax.lax.dot_general(values, weights.values, dims, preferred_element_type=jnp.int32)

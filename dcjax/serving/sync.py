@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -28,8 +29,8 @@ def make_sync(
 ) -> Callable[[Params, int], ServingParams]:
     """A jitted (masters, version) -> ServingParams.
 
-    Everything is quantised from the float32 masters, never from a rounded copy. Nothing is donated and no output shares a
-    buffer with the masters, so the train step may donate them afterwards.
+    Everything is quantised from the float32 masters, never from a rounded copy. Nothing is donated and no output shares
+    a buffer with the masters, so the train step may donate them afterwards.
 
     Args:
       config: the architecture.
@@ -37,7 +38,7 @@ def make_sync(
       sharding: where the serving params go; the masters' default device where None.
     """
     chosen = formats[format]
-    # `copy`, because jit hands back an unchanged input as the very same buffer, and float32 masters are unchanged by the cast
+    # `copy`, because jit hands back an unchanged input as the very same buffer, and casting to float32 changes nothing
     cast = partial(jnp.array, dtype=chosen.activations, copy=True)
 
     def convert(path, leaf):
@@ -47,7 +48,9 @@ def make_sync(
         return quantize_table(leaf) if is_table else quantize_kernel(leaf)
 
     def sync(params: Params, version) -> ServingParams:
-        unstacked = tuple(jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(config.num_layers))
+        unstacked = tuple(
+            jax.tree.map(operator.itemgetter(layer), params["layers"]) for layer in range(config.num_layers)
+        )
         weights = jax.tree_util.tree_map_with_path(convert, {**params, "layers": unstacked})
         return ServingParams(weights=weights, version=jnp.asarray(version, jnp.int32))
 

@@ -1,0 +1,457 @@
+"""The step against re-implementations: plain JAX for the transformer, NumPy with analytic gradients for a bigram."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dcjax import assemble
+from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from dcjax.models import ModelConfig, forward, init_params
+from dcjax.rl import (
+    chain,
+    clipped_surrogate,
+    discrepancy_penalty,
+    drop_zero_variance,
+    dual_ascent,
+    group_relative_advantages,
+    make_train_step,
+    probability_difference,
+)
+from dcjax.serving.sync import make_sync
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.types import Batch, TrainState
+
+MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
+GROUPS, G, P, T = 4, 4, 4, 6
+ROWS = GROUPS * G
+LOW, HIGH = 0.1, 0.15
+LAMBDA, DUAL_LR, BUDGET = 0.5, 2.0, 0.01
+surrogate = partial(clipped_surrogate, eps_low=LOW, eps_high=HIGH)
+penalty = discrepancy_penalty(probability_difference)
+
+
+def ascent(**changes):
+    return dual_ascent(**({"dual_lr": DUAL_LR, "budget": BUDGET, "init_value": LAMBDA} | changes))
+
+
+def make_batch(old_logps_of):
+    """Ragged prompts and responses; the second group's rewards are all equal; log-probs near the policy's own."""
+    rng = np.random.default_rng(0)
+    rewards = np.array([1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0.5, 0, 0, 1], np.float32)
+    batch = Batch(
+        tokens=rng.integers(0, MODEL.vocab_size, (ROWS, P + T)).astype(np.int32),
+        prompt_mask=np.arange(P) >= rng.integers(0, P, (ROWS, 1)),
+        response_mask=np.arange(T) < rng.integers(1, T + 1, (ROWS, 1)),
+        rollout_logps=np.zeros((ROWS, T), np.float32),
+        temperature=np.repeat(np.array([1.0, 0.8, 1.0, 1.3], np.float32), G),
+        rewards=rewards,
+        group_rewards=np.repeat(rewards.reshape(GROUPS, G), G, axis=0),
+    )
+    rollout = np.asarray(old_logps_of(batch)) + rng.normal(0, 0.2, (ROWS, T)).astype(np.float32)
+    return dataclasses.replace(batch, rollout_logps=np.where(batch.response_mask, rollout, 0))
+
+
+def fresh_state(params, tx):
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
+
+
+def advantages_of(batch, multiplier, delta):
+    rewards, group = np.float64(batch.rewards), np.float64(batch.group_rewards)
+    relative = (rewards - group.mean(1)) / (group.std(1, ddof=1) + 1e-6)
+    return relative[:, None] - multiplier * delta
+
+
+def mean_of_responses(x, mask):
+    return np.mean([row[kept].mean() for row, kept in zip(x, mask, strict=True) if kept.any()])
+
+
+# --- the transformer ---
+
+
+@jax.jit
+def plain_policy(params, batch):
+    mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], axis=1)
+    logits = forward(MODEL, params, batch.tokens, mask)[:, P - 1 : -1]
+    distribution = jax.nn.log_softmax(logits / batch.temperature[:, None, None])
+    logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
+    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+
+
+@jax.jit
+@partial(jax.value_and_grad, has_aux=True)
+def plain_loss(params, batch, old_logps, advantages, mask):
+    logps, entropy = plain_policy(params, batch)
+    r = jnp.exp(logps - old_logps)
+    losses = -jnp.minimum(r * advantages, jnp.clip(r, 1 - LOW, 1 + HIGH) * advantages)
+    return jnp.sum(jnp.where(mask, losses, 0)) / jnp.sum(mask), (logps, entropy)
+
+
+def plain_iteration(params, batch, *, updates, learning_rate, drop):
+    """One training iteration, a Python loop over updates, every one on its whole minibatch; metrics in NumPy."""
+    mask = batch.response_mask
+    old = np.asarray(plain_policy(params, batch)[0])
+    delta = np.abs(np.exp(np.float64(old)) - np.exp(np.float64(batch.rollout_logps)))
+    advantages = advantages_of(batch, LAMBDA, delta).astype(np.float32)
+    counted = mask & (np.ptp(batch.group_rewards, axis=1) > 0)[:, None] if drop else mask
+    losses, norms, logps, entropies = [], [], np.zeros((ROWS, T)), np.zeros((ROWS, T))
+    for update in range(updates):
+        # whole groups, dealt in turn
+        mine = (np.arange(ROWS) // G % updates == update)[:, None]
+        (loss, (now, entropy)), grads = plain_loss(params, batch, old, advantages, counted & mine)
+        losses.append(float(loss))
+        norms.append(np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in jax.tree.leaves(grads))))
+        logps, entropies = np.where(mine, now, logps), np.where(mine, entropy, entropies)
+        params = jax.tree.map(lambda p, g: p - learning_rate * g, params, grads)
+    r = np.exp(logps - old)
+    clipped = np.where(advantages > 0, r > 1 + HIGH, r < 1 - LOW)
+    gap, moved = np.float64(old) - batch.rollout_logps, logps - old
+    mean_gap = mean_of_responses(delta, mask)
+    metrics = {
+        "loss": np.mean(losses),
+        "grad_norm": np.mean(norms),
+        "grad_norm_smoothed": np.mean(norms),
+        "reward": batch.rewards.mean(),
+        "response_length": mask.sum() / ROWS,
+        "entropy": entropies[mask].mean(),
+        "clip_fraction": clipped[mask].mean(),
+        "dual/discrepancy": mean_gap,
+        "dual/multiplier": LAMBDA,
+        "mismatch/prob_diff_mean": delta[mask].mean(),
+        "mismatch/prob_diff_max": delta[mask].max(),
+        "mismatch/k3": (np.exp(gap) - 1 - gap)[mask].mean(),
+        "mismatch/log_ppl_abs_diff": np.mean(np.abs(np.where(mask, gap, 0).sum(1))),
+    }
+    if drop:
+        metrics["dropped_fraction"] = 1 / GROUPS
+    if updates > 1:
+        metrics["staleness/prob_diff_mean"] = np.abs(np.exp(logps) - np.exp(old))[mask].mean()
+        metrics["staleness/k3"] = (np.exp(moved) - 1 - moved)[mask].mean()
+    return params, np.clip(LAMBDA + DUAL_LR * (mean_gap - BUDGET), 0, 1), metrics
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+
+    def draw(path, leaf):
+        x = rng.normal(size=leaf.shape)
+        return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * leaf.shape[-1] ** -0.5, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def batch(params):
+    return make_batch(lambda batch: plain_policy(params, batch)[0])
+
+
+def run(params, batch, *, microbatch_size, updates=1, learning_rate=0.1, drop=False):
+    tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates))
+    transforms = [group_relative_advantages(), *([drop_zero_variance()] if drop else []), penalty]
+    policy = partial(assemble.apply_policy, Config(model=MODEL))
+    step = make_train_step(
+        policy, tx, surrogate, chain(*transforms), group_size=G, microbatch_size=microbatch_size, updates=updates
+    )
+    state, metrics = jax.jit(step, donate_argnums=0)(fresh_state(params, tx), batch)
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+def check(state, metrics, expected, *, tolerance):
+    params, multiplier, expected_metrics = expected
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), state.params, params)
+    np.testing.assert_allclose(optax.tree.get(state.opt_state, "multiplier"), multiplier, rtol=1e-5)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=0, atol=tolerance)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("microbatch_size", [2, 4, 8, 16])
+def test_one_update_is_that_of_the_whole_batch_whatever_the_microbatch_size(params, batch, microbatch_size):
+    expected = plain_iteration(params, batch, updates=1, learning_rate=0.1, drop=False)
+    state, metrics = run(params, batch, microbatch_size=microbatch_size)
+    check(state, metrics, expected, tolerance=1e-6)
+    assert not any(name.startswith("staleness") for name in metrics)
+
+
+@pytest.mark.parametrize(("updates", "drop", "microbatch_size"), [(2, True, 4), (4, False, 2)])
+def test_several_updates_share_old_log_probs_and_one_step_of_the_multiplier(
+    params, batch, updates, drop, microbatch_size
+):
+    arguments = {"updates": updates, "learning_rate": 1.0, "drop": drop}
+    expected = plain_iteration(params, batch, **arguments)
+    state, metrics = run(params, batch, microbatch_size=microbatch_size, **arguments)
+    # the policy has moved far enough between updates for the clip to bite
+    assert expected[2]["clip_fraction"] > 0.05
+    check(state, metrics, expected, tolerance=1e-5)
+
+
+def test_grpo_is_dc_grpo_with_a_multiplier_that_stays_zero(params, batch):
+    def trained(**objective):
+        config = Config(
+            model=MODEL,
+            rollout=RolloutConfig(prompts=GROUPS, group_size=G),
+            optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-4, microbatch_size=8),
+            objective=ObjectiveConfig(**objective),
+        )
+        mesh, tx = make_mesh(config.mesh), assemble.make_optimizer(config)
+        state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.copy, params))
+        return assemble.compile_train_step(config, mesh)(state, batch)
+
+    grpo, plain = trained(algorithm="grpo")
+    dc_grpo, zero = trained(algorithm="dc_grpo", initial_multiplier=0.0, dual_lr=0.0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), grpo.params, dc_grpo.params)
+    assert set(zero) - set(plain) <= {"dual/multiplier"}
+    for name, value in plain.items():
+        np.testing.assert_allclose(zero[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    # and the penalty is not idle: with λ at work the parameters are others
+    penalised, _ = trained(algorithm="dc_grpo", initial_multiplier=1.0)
+    assert np.abs(penalised.params["embed_tokens"] - grpo.params["embed_tokens"]).max() > 1e-4
+
+
+def test_the_state_is_donated_and_serving_params_made_from_it_survive(params, batch):
+    config = Config(
+        model=MODEL,
+        rollout=RolloutConfig(prompts=GROUPS, group_size=G),
+        optimizer=OptimizerConfig(learning_rate=1e-2, microbatch_size=8),
+    )
+    mesh, tx = make_mesh(MeshConfig()), assemble.make_optimizer(config)
+    step = assemble.compile_train_step(config, mesh)
+    kept = jax.tree.map(np.array, params)
+    state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.copy, params))
+    served = make_sync(MODEL, "float32")(state.params, 0)
+    after, _ = step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert np.abs(np.asarray(after.params["embed_tokens"]) - kept["embed_tokens"]).max() > 1e-3
+    np.testing.assert_array_equal(served.weights["embed_tokens"], kept["embed_tokens"])
+    np.testing.assert_array_equal(served.weights["norm"], kept["norm"])
+    for i, layer in enumerate(served.weights["layers"]):
+        for name, leaf in layer.items():
+            np.testing.assert_array_equal(leaf, kept["layers"][name][i])
+
+
+# --- a bigram: logits are one row of a table, so that gradients are written by hand ---
+
+
+def bigram(table, batch):
+    logits = table[batch.tokens[:, P - 1 : -1]] / batch.temperature[:, None, None]
+    distribution = jax.nn.log_softmax(logits)
+    logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
+    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+
+
+TABLE = np.random.default_rng(2).normal(size=(MODEL.vocab_size, MODEL.vocab_size)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A batch for the bigram."""
+    return make_batch(lambda batch: bigram(jnp.array(TABLE), batch)[0])
+
+
+def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, **dual):
+    tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates, **dual))
+    step = make_train_step(
+        policy,
+        tx,
+        surrogate,
+        chain(group_relative_advantages(), *transforms),
+        group_size=G,
+        microbatch_size=microbatch_size,
+        updates=updates,
+    )
+    return jax.jit(step), fresh_state(jnp.array(TABLE), tx)
+
+
+def bigram_update(batch, mask, advantages, learning_rate=0.5):
+    """On-policy: Σ −Ã ∇log π / N, with ∇log π = (onehot − p) / temperature, in float64."""
+    grad = np.zeros(TABLE.shape)
+    for row, column in zip(*np.nonzero(mask), strict=True):
+        previous, token = batch.tokens[row, P - 1 + column], batch.tokens[row, P + column]
+        temperature = np.float64(batch.temperature[row])
+        p = np.exp(TABLE[previous] / temperature)
+        p /= p.sum()
+        grad[previous] -= advantages[row, column] * ((np.arange(len(p)) == token) - p) / temperature
+    return TABLE - learning_rate * grad / max(mask.sum(), 1)
+
+
+def bigram_gap(batch):
+    logps = np.float64(bigram(jnp.array(TABLE), batch)[0])
+    return np.abs(np.exp(logps) - np.exp(np.float64(batch.rollout_logps)))
+
+
+def test_the_gradient_by_hand(pairs):
+    advantages = advantages_of(pairs, LAMBDA, bigram_gap(pairs))
+    step, state = bigram_step(penalty)
+    state, metrics = step(state, pairs)
+    expected = bigram_update(pairs, pairs.response_mask, advantages)
+    np.testing.assert_allclose(state.params, expected, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], -advantages[pairs.response_mask].mean(), rtol=1e-4)
+
+
+def test_the_end_token_gets_its_gradient_and_its_penalty(pairs):
+    # one response's last token is sampled with another probability; nothing else changes
+    row = 2
+    last = int(pairs.response_mask[row].sum()) - 1
+    rollout = pairs.rollout_logps.copy()
+    rollout[row, last] = np.log(0.999)
+    other = dataclasses.replace(pairs, rollout_logps=rollout)
+    step, state = bigram_step(penalty)
+    (before, plain), (after, penalised) = step(state, pairs), step(state, other)
+    change = bigram_gap(other) - bigram_gap(pairs)
+    assert change[row, last] > 0.1
+    assert np.count_nonzero(change) == 1
+    # −Ã/N grows by λ·Δδ/N
+    expected = LAMBDA * change[row, last] / pairs.response_mask.sum()
+    np.testing.assert_allclose(penalised["loss"] - plain["loss"], expected, rtol=1e-3)
+    previous = pairs.tokens[row, P - 1 + last]
+    moved = np.abs(np.asarray(after.params - before.params)).max(axis=1)
+    assert moved[previous] > 1e-4
+    assert (np.delete(moved, previous) < 1e-7).all()
+
+
+def test_dropped_groups_leave_the_loss_but_not_the_mean_gap(pairs):
+    # make the dropped group's gap the largest
+    rollout = np.where(pairs.response_mask, pairs.rollout_logps, 0)
+    rollout[G : 2 * G] = np.log(0.999) * pairs.response_mask[G : 2 * G]
+    batch = dataclasses.replace(pairs, rollout_logps=rollout)
+    kept = np.ones((ROWS, 1), bool)
+    kept[G : 2 * G] = False
+    gap = bigram_gap(batch)
+    step, state = bigram_step(drop_zero_variance(), penalty, max_value=10.0)
+    state, metrics = step(state, batch)
+    everywhere = mean_of_responses(gap, batch.response_mask)
+    assert everywhere > 1.5 * mean_of_responses(gap, batch.response_mask & kept)
+    np.testing.assert_allclose(metrics["dual/discrepancy"], everywhere, rtol=1e-4)
+    expected = LAMBDA + DUAL_LR * (everywhere - BUDGET)
+    np.testing.assert_allclose(optax.tree.get(state.opt_state, "multiplier"), expected, rtol=1e-4)
+    advantages = advantages_of(batch, LAMBDA, gap)
+    np.testing.assert_allclose(state.params, bigram_update(batch, batch.response_mask & kept, advantages), atol=1e-6)
+    assert float(metrics["dropped_fraction"]) == 0.25
+
+
+def test_the_multiplier_in_use_is_the_one_before_its_step(pairs):
+    step, state = bigram_step(penalty, learning_rate=0.0, max_value=10.0)
+    gap = mean_of_responses(bigram_gap(pairs), pairs.response_mask)
+    for iteration in range(3):
+        state, metrics = step(state, pairs)
+        expected = LAMBDA + iteration * DUAL_LR * (gap - BUDGET)
+        np.testing.assert_allclose(metrics["dual/multiplier"], expected, rtol=1e-5)
+        advantages = advantages_of(pairs, expected, bigram_gap(pairs))
+        np.testing.assert_allclose(metrics["loss"], -advantages[pairs.response_mask].mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [2, 4])
+def test_the_first_update_of_an_iteration_is_not_stale(pairs, updates):
+    # only the first minibatch has response tokens, so that the metric is of the first update alone
+    first = (np.arange(ROWS) // G % updates == 0)[:, None]
+    step, state = bigram_step(penalty, updates=updates, learning_rate=2.0)
+    _, metrics = step(state, dataclasses.replace(pairs, response_mask=pairs.response_mask & first))
+    assert float(metrics["staleness/prob_diff_mean"]) < 1e-7
+    assert float(metrics["clip_fraction"]) == 0
+    _, metrics = step(state, pairs)
+    assert float(metrics["staleness/prob_diff_mean"]) > 1e-3
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_the_multiplier_moves_once_an_iteration_by_the_gap_of_all_responses(pairs, updates):
+    step, state = bigram_step(penalty, updates=updates, learning_rate=2.0, max_value=10.0)
+    state, metrics = step(state, pairs)
+    gap = mean_of_responses(bigram_gap(pairs), pairs.response_mask)
+    np.testing.assert_allclose(metrics["dual/discrepancy"], gap, rtol=1e-4)
+    expected = LAMBDA + DUAL_LR * (gap - BUDGET)
+    np.testing.assert_allclose(optax.tree.get(state.opt_state, "multiplier"), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("updates", "passes"), [(1, 1), (2, 2), (4, 2)])
+def test_old_log_probs_cost_a_second_pass_only_with_several_updates(pairs, updates, passes):
+    rows_seen = []
+
+    def counted(table, batch):
+        jax.debug.callback(lambda tokens: rows_seen.append(len(tokens)), batch.tokens)
+        return bigram(table, batch)
+
+    step, state = bigram_step(penalty, policy=counted, microbatch_size=2, updates=updates)
+    jax.block_until_ready(step(state, pairs))
+    jax.effects_barrier()
+    assert rows_seen == [2] * (passes * ROWS // 2)
+
+
+def test_the_order_of_groups_and_of_rows_in_them_does_not_matter(pairs):
+    step, state = bigram_step(penalty)
+    (expected, plain), order = step(state, pairs), np.random.default_rng(0).permutation(ROWS)
+    shuffled, metrics = step(state, Batch(**{name: x[order] for name, x in vars(pairs).items()}))
+    np.testing.assert_allclose(shuffled.params, expected.params, atol=1e-6)
+    for name, value in plain.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_batch_without_a_response_token_moves_only_the_multiplier(pairs):
+    step, state = bigram_step(penalty)
+    empty = dataclasses.replace(pairs, response_mask=np.zeros((ROWS, T), bool))
+    after, metrics = step(state, empty)
+    np.testing.assert_array_equal(after.params, TABLE)
+    assert np.isfinite(list(metrics.values())).all()
+    np.testing.assert_allclose(optax.tree.get(after.opt_state, "multiplier"), LAMBDA - DUAL_LR * BUDGET, rtol=1e-6)
+
+
+def test_when_every_group_is_dropped_parameters_stay(pairs):
+    step, state = bigram_step(drop_zero_variance(), penalty)
+    after, metrics = step(
+        state, dataclasses.replace(pairs, rewards=np.ones(ROWS, "f"), group_rewards=np.ones((ROWS, G), "f"))
+    )
+    np.testing.assert_array_equal(after.params, TABLE)
+    assert (float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["dropped_fraction"])) == (0, 0, 1)
+    assert float(metrics["dual/discrepancy"]) > 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_step_ignores_log_probs_that_are_not_finite_on_padding(pairs, bad):
+    step, state = bigram_step(penalty)
+    expected, plain = step(state, pairs)
+    rollout = np.where(pairs.response_mask, pairs.rollout_logps, bad).astype(np.float32)
+    after, metrics = step(state, dataclasses.replace(pairs, rollout_logps=rollout))
+    assert {name: float(x) for name, x in metrics.items()} == {name: float(x) for name, x in plain.items()}
+    np.testing.assert_array_equal(after.params, expected.params)
+
+
+def test_the_smoothed_gradient_norm_starts_at_the_first_and_moves_by_a_tenth(pairs):
+    step, state = bigram_step(penalty)
+    smoothed = None
+    for iteration in range(3):
+        state, metrics = step(state, pairs)
+        norm = float(metrics["grad_norm"])
+        smoothed = norm if smoothed is None else 0.9 * smoothed + 0.1 * norm
+        np.testing.assert_allclose(metrics["grad_norm_smoothed"], smoothed, rtol=1e-5)
+        assert float(state.grad_norm_smoothed) == float(metrics["grad_norm_smoothed"])
+        assert int(state.step) == iteration + 1
+
+
+def test_the_step_is_traced_once(pairs):
+    traces = []
+
+    def counted(table, batch):
+        traces.append(batch.tokens.shape)
+        return bigram(table, batch)
+
+    step, state = bigram_step(penalty, policy=counted, updates=2)
+    state, _ = step(state, pairs)
+    first = list(traces)
+    for _ in range(2):
+        state, _ = step(state, pairs)
+    assert traces == first
+
+
+def test_a_penalty_without_dual_ascent_is_refused_while_tracing(pairs):
+    step = make_train_step(
+        bigram, optax.with_extra_args_support(optax.sgd(1.0)), surrogate, penalty, group_size=G, microbatch_size=4
+    )
+    with pytest.raises(ValueError, match="dual_ascent"):
+        jax.eval_shape(step, fresh_state(jnp.array(TABLE), optax.sgd(1.0)), pairs)
