@@ -50,7 +50,7 @@ def _fail(message: str) -> int:
 def _import_quietly() -> None:
     """Imports the chatty libraries with their start-up messages kept off the terminal; an error still shows.
 
-    TensorFlow, which JetStream brings along, logs from C++ before anything can be set, so the descriptor itself is turned.
+    TensorFlow, which JetStream brings along, logs from C++ before anything can be set, so the descriptor is turned.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -176,10 +176,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"step {results.step}, temperature {results.temperature:g}")
     print(f"{'policy':<10}{'format':<10}{'correct':<12}{'accuracy':<10}95% interval")
     for row in results.rows:
-        low, high = row.interval
-        print(
-            f"{row.policy:<10}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{low:.3f} to {high:.3f}"
-        )
+        interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
+        print(f"{row.policy:<10}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{interval}")
 
 
 def _report(options: argparse.Namespace) -> None:

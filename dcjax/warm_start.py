@@ -62,10 +62,10 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
 def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     settings = config.warm_start
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        settings.learning_rate,
-        min(settings.warmup_steps, settings.steps),
-        max(settings.steps, 1),
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=max(settings.steps, settings.warmup_steps + 1),
         end_value=settings.learning_rate / 10,
     )
     return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))

@@ -16,7 +16,7 @@ from dcjax.models.config import ModelConfig
 from dcjax.types import Array
 
 Dot = Callable[[Array, Any], Array]
-"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what the engine's dot understands."""
+"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what an engine's dot reads."""
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> (context [B, S, H, D], cache or None)."""

@@ -28,7 +28,7 @@ class Block(nn.Module):
     def _declarations(self) -> dict:
         c = self.config
         q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        # projections into the residual stream start smaller in deeper stacks (GPT-2), so that its variance does not grow
+        # projections into the residual stream start smaller in deeper stacks (GPT-2), so its variance does not grow
         narrow = (2 * c.num_layers) ** -0.5
         return {
             "input_layernorm": _norm(c.hidden_size, "embed"),
@@ -94,7 +94,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes, which `sharding.rules` maps to a mesh."""
+    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map."""
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
 
 

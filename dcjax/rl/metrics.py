@@ -40,7 +40,7 @@ def mismatch_metrics(
 def staleness_metrics(
     *, logps: Float[Array, "B T"], old_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
-    """The gap that updates opened within an iteration, logps − old: `prob_diff_mean` and `k3` as in `mismatch_metrics`."""
+    """The gap opened by an iteration's own updates, logps − old; names as in `mismatch_metrics`."""
     log_ratio = logps - old_logps
     return {
         "prob_diff_mean": masked_mean(jnp.abs(jnp.exp(logps) - jnp.exp(old_logps)), mask),

@@ -36,7 +36,7 @@ formats: dict[FormatName, Format] = {
 
 @flax.struct.dataclass
 class Int8Matrix:
-    """int8 weights with a float32 scale per output channel: per column of a kernel [K, N], per row of a table [V, E]."""
+    """int8 weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, E]."""
 
     values: Int[Array, "rows columns"]
     scale: Float[Array, "channels"]
