@@ -112,9 +112,9 @@ def make_train_step(
             "loss": jnp.mean(losses),
             "grad_norm": jnp.mean(grad_norms),
             "grad_norm_smoothed": smoothed,
+            # GRPO is λ = 0
+            "dual/multiplier": jnp.zeros(()) if (multiplier := _multiplier(state)) is None else multiplier,
         }
-        if (multiplier := _multiplier(state)) is not None:
-            metrics["dual/multiplier"] = multiplier
         return dataclasses.replace(trained, step=state.step + 1, grad_norm_smoothed=smoothed), metrics
 
     return train_step

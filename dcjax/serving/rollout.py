@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dcjax.serving.engine import Qwen3Engine, make_requests
+from dcjax.serving.engine import DecodeState, Prefix, Qwen3Engine, SampledTokens, make_requests
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Rollout
 
@@ -33,76 +33,98 @@ def sample_responses(
       samples_per_prompt: G.
       temperature: of every sample; 0 is greedy.
       key: a typed PRNG key.
-    """
-    total = len(prompts) * samples_per_prompt
-    width = engine.max_response_length
-    tokens = np.zeros((total, width), np.int32)
-    logps = np.zeros((total, width), np.float32)
-    versions = np.full((total, width), -1, np.int32)
-    lengths = np.zeros(total, np.int32)
-    keys = np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(total))))
 
-    prefix = engine.prefill_many(params, prompts)
+    Raises:
+      ValueError: a prompt that the engine does not take.
+    """
+    queue = _Queue(engine, engine.prefill_many(params, prompts), samples_per_prompt, temperature, key)
+    responses = _Responses(queue.total, engine.max_response_length)
     state = engine.init_decode_state()
+    # the sample in each slot; -1 is none
     running = np.full(engine.slots, -1)
-    queued = 0
     while True:
-        free = np.flatnonzero(running < 0)[: total - queued]
-        if len(free):
-            state = _start(
-                engine,
-                prefix,
-                state,
-                free,
-                np.arange(queued, queued + len(free)),
-                samples_per_prompt,
-                temperature,
-                keys,
-            )
-            running[free] = np.arange(queued, queued + len(free))
-            queued += len(free)
+        state = queue.refill(state, running)
         if (running < 0).all():
             break
         state, result = engine.generate(params, state)
-        result = result.convert_to_numpy()
+        responses.add(running, result.convert_to_numpy())
+        running[~np.asarray(state.active)] = -1
+    return _assemble(engine, prompts, samples_per_prompt, temperature, responses)
+
+
+class _Queue:
+    """Samples not started yet, in order."""
+
+    def __init__(
+        self, engine: Qwen3Engine, prefix: Prefix, samples_per_prompt: int, temperature: float, key: jax.Array
+    ):
+        self.total = len(prefix.tokens) * samples_per_prompt
+        self._engine, self._prefix, self._started = engine, prefix, 0
+        self._samples_per_prompt, self._temperature = samples_per_prompt, temperature
+        self._keys = np.asarray(
+            jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(self.total)))
+        )
+
+    def refill(self, state: DecodeState, running: np.ndarray) -> DecodeState:
+        """Starts samples in the free slots and notes them in `running`."""
+        free = np.flatnonzero(running < 0)[: self.total - self._started]
+        if not len(free):
+            return state
+        samples = np.arange(self._started, self._started + len(free))
+        running[free] = samples
+        self._started += len(free)
+        # counts are padded to powers of two, so that few programs are compiled; slots beyond the last are ignored
+        padding = (1 << (len(free) - 1).bit_length()) - len(free)
+        samples = np.pad(samples, (0, padding))
+        requests = make_requests(
+            rows=samples // self._samples_per_prompt,
+            limits=np.full(len(samples), self._engine.max_response_length),
+            temperatures=np.full(len(samples), self._temperature),
+            keys=self._keys[samples],
+        )
+        slots = np.pad(free, (0, padding), constant_values=self._engine.slots)
+        return self._engine.insert_many(self._prefix, state, slots, requests)
+
+
+class _Responses:
+    """What was sampled so far, one row a sample."""
+
+    def __init__(self, total: int, width: int):
+        self.tokens = np.zeros((total, width), np.int32)
+        self.logps = np.zeros((total, width), np.float32)
+        self.versions = np.full((total, width), -1, np.int32)
+        self.lengths = np.zeros(total, np.int32)
+
+    def add(self, running: np.ndarray, result: SampledTokens) -> None:
+        """Appends one call's tokens to the samples that ran in its slots."""
         slots, steps = np.nonzero(result.valid)
         samples = running[slots]
-        columns = lengths[samples] + steps
-        tokens[samples, columns] = result.tokens[slots, steps]
-        logps[samples, columns] = result.log_prob[slots, steps]
-        versions[samples, columns] = result.version[slots, steps]
-        np.add.at(lengths, samples, 1)
-        ended = (running >= 0) & ~np.asarray(state.active)
-        running[ended] = -1
-    return _assemble(engine, prompts, samples_per_prompt, temperature, tokens, logps, versions, lengths)
+        at = (samples, self.lengths[samples] + steps)
+        self.tokens[at] = result.tokens[slots, steps]
+        self.logps[at] = result.log_prob[slots, steps]
+        self.versions[at] = result.version[slots, steps]
+        np.add.at(self.lengths, samples, 1)
 
 
-def _start(engine, prefix, state, free, samples, samples_per_prompt, temperature, keys):
-    """Inserts into the free slots; counts are padded to powers of two, so that few programs are compiled."""
-    padding = (1 << (len(free) - 1).bit_length()) - len(free)
-    samples = np.pad(samples, (0, padding))
-    requests = make_requests(
-        rows=samples // samples_per_prompt,
-        limits=np.full(len(samples), engine.max_response_length),
-        temperatures=np.full(len(samples), temperature),
-        keys=keys[samples],
-    )
-    return engine.insert_many(prefix, state, np.pad(free, (0, padding), constant_values=engine.slots), requests)
-
-
-def _assemble(engine, prompts, samples_per_prompt, temperature, tokens, logps, versions, lengths) -> Rollout:
+def _assemble(
+    engine: Qwen3Engine,
+    prompts: Sequence[Sequence[int]],
+    samples_per_prompt: int,
+    temperature: float,
+    responses: _Responses,
+) -> Rollout:
     prompt_tokens = np.zeros((len(prompts), engine.max_prompt_length), np.int32)
     prompt_mask = np.zeros(prompt_tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         prompt_tokens[row, -len(prompt) :] = prompt
         prompt_mask[row, -len(prompt) :] = True
-    last = tokens[np.arange(len(tokens)), lengths - 1]
+    rows = np.arange(len(responses.tokens))
     return Rollout(
-        tokens=np.concatenate([np.repeat(prompt_tokens, samples_per_prompt, axis=0), tokens], axis=1),
+        tokens=np.concatenate([np.repeat(prompt_tokens, samples_per_prompt, axis=0), responses.tokens], axis=1),
         prompt_mask=np.repeat(prompt_mask, samples_per_prompt, axis=0),
-        response_mask=np.arange(tokens.shape[1]) < lengths[:, None],
-        rollout_logps=logps,
-        temperature=np.full(len(tokens), temperature, np.float32),
-        versions=versions,
-        finished=last == engine.end_token,
+        response_mask=np.arange(responses.tokens.shape[1]) < responses.lengths[:, None],
+        rollout_logps=responses.logps,
+        temperature=np.full(len(rows), temperature, np.float32),
+        versions=responses.versions,
+        finished=responses.tokens[rows, responses.lengths - 1] == engine.end_token,
     )

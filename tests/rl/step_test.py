@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dcjax import assemble
-from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from dcjax.config import Config, ObjectiveConfig, OptimizerConfig
 from dcjax.models import ModelConfig, forward, init_params
 from dcjax.rl import (
     chain,
@@ -22,8 +22,6 @@ from dcjax.rl import (
     make_train_step,
     probability_difference,
 )
-from dcjax.serving.sync import make_sync
-from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch, TrainState
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
@@ -31,6 +29,8 @@ GROUPS, G, P, T = 4, 4, 4, 6
 ROWS = GROUPS * G
 LOW, HIGH = 0.1, 0.15
 LAMBDA, DUAL_LR, BUDGET = 0.5, 2.0, 0.01
+# the transformer's steps are run once each
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 surrogate = partial(clipped_surrogate, eps_low=LOW, eps_high=HIGH)
 penalty = discrepancy_penalty(probability_difference)
 
@@ -159,7 +159,7 @@ def run(params, batch, *, microbatch_size, updates=1, learning_rate=0.1, drop=Fa
     step = make_train_step(
         policy, tx, surrogate, chain(*transforms), group_size=G, microbatch_size=microbatch_size, updates=updates
     )
-    state, metrics = jax.jit(step, donate_argnums=0)(fresh_state(params, tx), batch)
+    state, metrics = jax.jit(step, compiler_options=FAST_COMPILE)(fresh_state(params, tx), batch)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -191,50 +191,6 @@ def test_several_updates_share_old_log_probs_and_one_step_of_the_multiplier(
     # the policy has moved far enough between updates for the clip to bite
     assert expected[2]["clip_fraction"] > 0.05
     check(state, metrics, expected, tolerance=1e-5)
-
-
-def test_grpo_is_dc_grpo_with_a_multiplier_that_stays_zero(params, batch):
-    def trained(**objective):
-        config = Config(
-            model=MODEL,
-            rollout=RolloutConfig(prompts=GROUPS, group_size=G),
-            optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-4, microbatch_size=8),
-            objective=ObjectiveConfig(**objective),
-        )
-        mesh, tx = make_mesh(config.mesh), assemble.make_optimizer(config)
-        state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.copy, params))
-        return assemble.compile_train_step(config, mesh)(state, batch)
-
-    grpo, plain = trained(algorithm="grpo")
-    dc_grpo, zero = trained(algorithm="dc_grpo", initial_multiplier=0.0, dual_lr=0.0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), grpo.params, dc_grpo.params)
-    assert set(zero) - set(plain) <= {"dual/multiplier"}
-    for name, value in plain.items():
-        np.testing.assert_allclose(zero[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    # and the penalty is not idle: with λ at work the parameters are others
-    penalised, _ = trained(algorithm="dc_grpo", initial_multiplier=1.0)
-    assert np.abs(penalised.params["embed_tokens"] - grpo.params["embed_tokens"]).max() > 1e-4
-
-
-def test_the_state_is_donated_and_serving_params_made_from_it_survive(params, batch):
-    config = Config(
-        model=MODEL,
-        rollout=RolloutConfig(prompts=GROUPS, group_size=G),
-        optimizer=OptimizerConfig(learning_rate=1e-2, microbatch_size=8),
-    )
-    mesh, tx = make_mesh(MeshConfig()), assemble.make_optimizer(config)
-    step = assemble.compile_train_step(config, mesh)
-    kept = jax.tree.map(np.array, params)
-    state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.copy, params))
-    served = make_sync(MODEL, "float32")(state.params, 0)
-    after, _ = step(state, batch)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    assert np.abs(np.asarray(after.params["embed_tokens"]) - kept["embed_tokens"]).max() > 1e-3
-    np.testing.assert_array_equal(served.weights["embed_tokens"], kept["embed_tokens"])
-    np.testing.assert_array_equal(served.weights["norm"], kept["norm"])
-    for i, layer in enumerate(served.weights["layers"]):
-        for name, leaf in layer.items():
-            np.testing.assert_array_equal(leaf, kept["layers"][name][i])
 
 
 # --- a bigram: logits are one row of a table, so that gradients are written by hand ---
@@ -348,11 +304,33 @@ def test_the_multiplier_in_use_is_the_one_before_its_step(pairs):
         np.testing.assert_allclose(metrics["loss"], -advantages[pairs.response_mask].mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_grpo_is_dc_grpo_with_a_multiplier_that_stays_zero(pairs):
+    def trained(**objective):
+        config = Config(
+            optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-4), objective=ObjectiveConfig(**objective)
+        )
+        tx = assemble.make_optimizer(config)
+        step = make_train_step(bigram, tx, surrogate, assemble.make_objective(config), group_size=G, microbatch_size=8)
+        return jax.jit(step)(fresh_state(jnp.array(TABLE), tx), pairs)
+
+    grpo, plain = trained(algorithm="grpo")
+    dc_grpo, zero = trained(algorithm="dc_grpo", initial_multiplier=0.0, dual_lr=0.0)
+    assert optax.tree.get(grpo.opt_state, "multiplier") is None
+    assert float(optax.tree.get(dc_grpo.opt_state, "multiplier")) == 0
+    np.testing.assert_allclose(grpo.params, dc_grpo.params, rtol=0, atol=1e-7)
+    assert set(zero) - set(plain) <= {"dual/multiplier"}
+    for name, value in plain.items():
+        np.testing.assert_allclose(zero[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    # and the penalty is not idle: with λ at work the parameters are others
+    penalised, _ = trained(algorithm="dc_grpo", initial_multiplier=1.0)
+    assert np.abs(penalised.params - grpo.params).max() > 1e-4
+
+
 @pytest.mark.parametrize("updates", [2, 4])
 def test_the_first_update_of_an_iteration_is_not_stale(pairs, updates):
     # only the first minibatch has response tokens, so that the metric is of the first update alone
     first = (np.arange(ROWS) // G % updates == 0)[:, None]
-    step, state = bigram_step(penalty, updates=updates, learning_rate=2.0)
+    step, state = bigram_step(penalty, updates=updates, learning_rate=20.0)
     _, metrics = step(state, dataclasses.replace(pairs, response_mask=pairs.response_mask & first))
     assert float(metrics["staleness/prob_diff_mean"]) < 1e-7
     assert float(metrics["clip_fraction"]) == 0

@@ -1,0 +1,36 @@
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+
+AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+
+def test_one_device_has_every_axis():
+    mesh = make_mesh(MeshConfig())
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+    assert mesh.axis_types == (AxisType.Auto,) * len(AXES)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 2, "context": 2}, {"expert": 3}])
+def test_axes_get_their_sizes_and_the_first_devices(sizes):
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | sizes
+    assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()[: mesh.size]]
+
+
+def test_more_devices_than_there_are_is_refused_with_both_numbers():
+    assert jax.device_count() == 8
+    with pytest.raises(ValueError, match=r"needs 12 devices.*\b8\b") as error:
+        make_mesh(MeshConfig(data=3, fsdp=4))
+    # and says which fields to change
+    assert "data" in str(error.value)
+    assert "fsdp" in str(error.value)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("size", [0, -2])
+def test_an_axis_below_one_is_refused_by_name_and_value(axis, size):
+    with pytest.raises(ValueError, match=rf"mesh\.{axis} is {size}; it must be at least 1"):
+        MeshConfig(**{axis: size})
