@@ -23,17 +23,17 @@ class LayerCache:
     In int8, each token's head vector has its own scale: value ≈ int8 · scale.
     """
 
-    # [B, C, K, D]
+    # [B, K, C, D]
     k: jax.Array
     v: jax.Array
-    # float32 [B, C, K], None unless the cache is int8
+    # float32 [B, K, C], None unless the cache is int8
     k_scale: jax.Array | None
     v_scale: jax.Array | None
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
     """An empty cache; `dtype` int8 adds the scales."""
-    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
     return LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), k_scale=scale, v_scale=scale)
 
@@ -53,39 +53,22 @@ def write(
     cache: LayerCache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], positions: Int[Array, "B S"]
 ) -> LayerCache:
     """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped)."""
-    at = (jnp.arange(k.shape[0])[:, None], positions)
+    batch, _, kv_heads, _ = k.shape
+    at = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], positions[:, None])
+
+    def put(held: jax.Array, new: Array) -> jax.Array:
+        return held.at[at].set(new.swapaxes(1, 2).astype(held.dtype))
+
     if cache.k_scale is None or cache.v_scale is None:
-        return dataclasses.replace(
-            cache, k=cache.k.at[at].set(k.astype(cache.k.dtype)), v=cache.v.at[at].set(v.astype(cache.v.dtype))
-        )
+        return dataclasses.replace(cache, k=put(cache.k, k), v=put(cache.v, v))
     (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
-    return LayerCache(
-        k=cache.k.at[at].set(k),
-        v=cache.v.at[at].set(v),
-        k_scale=cache.k_scale.at[at].set(k_scale),
-        v_scale=cache.v_scale.at[at].set(v_scale),
-    )
+    return LayerCache(put(cache.k, k), put(cache.v, v), put(cache.k_scale, k_scale), put(cache.v_scale, v_scale))
 
 
 def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, "B S"]) -> Float[Array, "B S H D"]:
-    """Softmax attention of queries at `positions` on the cached tokens up to and including their own.
-
-    Scores and softmax in float32; an int8 cache's scales multiply the scores and the weights, so that its integers
-    are never widened to a second copy of the cache.
-    """
-    batch, length, num_heads, head_dim = q.shape
-    kv_heads = cache.k.shape[2]
-    grouped = q.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
-    scores = jnp.einsum("bskgd,bckd->bkgsc", grouped, cache.k.astype(q.dtype), preferred_element_type=jnp.float32)
-    scores *= head_dim**-0.5
-    if cache.k_scale is not None:
-        scores *= cache.k_scale.swapaxes(1, 2)[:, :, None, None, :]
-    visible = jnp.arange(cache.k.shape[1]) <= positions[:, None, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    if cache.v_scale is not None:
-        weights *= cache.v_scale.swapaxes(1, 2)[:, :, None, None, :]
-    context = jnp.einsum("bkgsc,bckd->bskgd", weights.astype(q.dtype), cache.v.astype(q.dtype))
-    return context.reshape(batch, length, num_heads, head_dim)
+    """Softmax attention of queries at `positions` on the cached tokens up to and including their own."""
+    visible = jnp.arange(cache.k.shape[2]) <= positions[:, None, None, :, None]
+    return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
 
 
 def forward_cached(
@@ -100,7 +83,7 @@ def forward_cached(
 
     `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. Returns normed hidden states.
     """
-    rope = layers.rope_table(positions, config.head_dim, config.rope_theta)
+    rope = layers.rope_table(positions, caches[0].k.shape[2], config.head_dim, config.rope_theta)
     filled = []
     for layer, cache in zip(params["layers"], caches, strict=True):
 

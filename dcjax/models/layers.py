@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from dcjax.models.config import ModelConfig
 from dcjax.types import Array
@@ -26,8 +26,9 @@ Rope = tuple[Array, Array]
 
 
 def dense(x: Float[Array, "... K"], kernel: Float[Array, "K N"]) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype."""
-    return x @ kernel.astype(x.dtype)
+    """x @ kernel in x's dtype, as one product of two matrices."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -37,11 +38,14 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_table(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rope:
-    """Rotary angles of each position: position · theta^(-2i / head_dim) for pair i."""
+def rope_table(positions: Int[Array, "B S"], length: int, head_dim: int, theta: float) -> Rope:
+    """Rotary angles of each position below `length`: position · theta^(-2i / head_dim) for pair i.
+
+    Sines and cosines are taken of `length` positions once and looked up, not taken again wherever they are used.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles)[positions][:, :, None], jnp.sin(angles)[positions][:, :, None]
 
 
 def apply_rope(x: Float[Array, "B S H D"], rope: Rope) -> Float[Array, "B S H D"]:
@@ -57,6 +61,35 @@ def causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
     return jnp.tril(jnp.ones((length, length), bool))[None, None] & attention_mask[:, None, None, :]
 
 
+def attend_grouped(
+    q: Float[Array, "B S H D"],
+    k: Shaped[Array, "B K C D"],
+    v: Shaped[Array, "B K C D"],
+    mask: Bool[Array, "B 1 #G #S C"],
+    k_scale: Float[Array, "B K C"] | None = None,
+    v_scale: Float[Array, "B K C"] | None = None,
+) -> Float[Array, "B S H D"]:
+    """softmax(q kᵀ / √D) v, the H / K query heads of a key-value head merged into the rows of one product.
+
+    Scores and softmax are float32, products of q's dtype. An int8 k or v comes with a scale per token, which multiplies
+    scores and weights, so that the integers are never widened to a second copy of a cache.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    kv_heads, context = k.shape[1:3]
+    rows = (
+        q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    )
+    scores = jnp.einsum("bkrd,bkcd->bkrc", rows, k.astype(q.dtype), preferred_element_type=jnp.float32) * head_dim**-0.5
+    if k_scale is not None:
+        scores *= k_scale[:, :, None]
+    grouped = scores.reshape(batch, kv_heads, -1, length, context)
+    weights = jax.nn.softmax(jnp.where(mask, grouped, jnp.finfo(jnp.float32).min), axis=-1).reshape(scores.shape)
+    if v_scale is not None:
+        weights *= v_scale[:, :, None]
+    attended = jnp.einsum("bkrc,bkcd->bkrd", weights.astype(q.dtype), v.astype(q.dtype))
+    return attended.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
 def attention(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
@@ -64,7 +97,7 @@ def attention(
     mask: Bool[Array, "B 1 S S"],
 ) -> Float[Array, "B S H D"]:
     """Softmax attention of H query heads on K key-value heads; rows that may look nowhere come back finite."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
 
 
 def block(

@@ -14,6 +14,10 @@ from dcjax.models.config import ModelConfig
 from dcjax.types import Array, Params
 
 
+UNROLL = 2
+"""Layers in one turn of the scan: program size stays flat in depth, and a stack of two is no loop at all."""
+
+
 class Block(nn.Module):
     """One decoder layer's parameters, each axis named once; the maths is `layers.block`."""
 
@@ -69,13 +73,14 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             self.param("lm_head", init, *table)
         positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        rope = layers.rope_table(positions, c.head_dim, c.rope_theta)
+        rope = layers.rope_table(positions, tokens.shape[1], c.head_dim, c.rope_theta)
         stack = nn.scan(
             nn.remat(Block, prevent_cse=False) if c.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
+            unroll=UNROLL,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = stack(c, name="layers")(x, rope, layers.causal_mask(attention_mask))
@@ -142,8 +147,9 @@ def token_logps(
     Both are of softmax(logits / temperature), the distribution that the sampler drew from, in float32. Only the T
     columns that predict a response token go through the head.
     """
-    hidden: Any = Transformer(config).apply({"params": params}, tokens, attention_mask)
-    logits = _logits(config, params, hidden[:, -response_length - 1 : -1]) / temperature[:, None, None]
+    # the last token predicts nothing
+    hidden: Any = Transformer(config).apply({"params": params}, tokens[:, :-1], attention_mask[:, :-1])
+    logits = _logits(config, params, hidden[:, -response_length:]) / temperature[:, None, None]
     distribution = jax.nn.log_softmax(logits)
     logps = jnp.take_along_axis(distribution, tokens[:, -response_length:, None], axis=-1)[..., 0]
     return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)

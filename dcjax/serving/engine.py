@@ -311,7 +311,7 @@ def _insert_fn(prefix: Prefix, requests: Requests, slots: Array, state: DecodeSt
         return held.at[slots].set(new, mode="drop")
 
     def place_cache(held, new):
-        return held.at[slots, : new.shape[1]].set(new[requests.rows], mode="drop")
+        return held.at[slots, :, : new.shape[2]].set(new[requests.rows], mode="drop")
 
     return DecodeState(
         caches=jax.tree.map(place_cache, state.caches, prefix.caches),

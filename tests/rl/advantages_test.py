@@ -24,10 +24,8 @@ def test_without_the_division_rewards_are_only_centred():
 
 
 @given(
-    st.integers(1, 4).flatmap(
-        lambda groups: st.integers(2, 5).flatmap(
-            lambda size: arrays(np.float32, (groups, size), elements=st.floats(-10, 10, width=16))
-        )
+    st.sampled_from([(3, 2), (1, 5), (2, 4)]).flatmap(
+        lambda shape: arrays(np.float32, shape, elements=st.floats(-10, 10, width=16))
     ),
     st.booleans(),
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dcjax.rl import clipped_surrogate
-from dcjax.rl.losses import ratio
+from dcjax.rl.losses import negative_log_likelihood, ratio
 
 LOW, HIGH = 0.2, 0.28
 SHAPE = (6, 7)
@@ -54,7 +54,7 @@ def test_loss_and_clipping_against_a_loop(case):
     expected, count, where, _ = loop(case)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert float(denominator) == count
-    np.testing.assert_array_equal(clipped, where)
+    np.testing.assert_array_equal(np.asarray(clipped)[case["mask"]], where[case["mask"]])
     # both bounds are met, by tokens that count
     r = np.exp(case["logps"] - case["old_logps"])
     assert (where & case["mask"] & (r > 1 + HIGH)).any()
@@ -131,3 +131,12 @@ def test_log_ratios_are_clamped_to_twenty():
     expected = np.exp([[-20.0, -20.0, -3.0, 0.0, 3.0, 20.0, 20.0]])
     np.testing.assert_allclose(ratio(logps=gap, reference_logps=np.zeros_like(gap)), expected, rtol=1e-5)
     np.testing.assert_allclose(ratio(logps=np.zeros_like(gap), reference_logps=-gap), expected, rtol=1e-5)
+
+
+def test_negative_log_likelihood_is_the_weighted_sum_of_log_probs(case):
+    (total, denominator), clipped = negative_log_likelihood(
+        case["logps"], weights=case["weights"], mask=case["mask"], old_logps=case["old_logps"]
+    )
+    np.testing.assert_allclose(total, -(case["weights"] * case["logps"])[case["mask"]].sum(), rtol=1e-5)
+    assert float(denominator) == case["mask"].sum()
+    assert not np.asarray(clipped).any()

@@ -18,6 +18,8 @@ from dcjax.types import Batch
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
 ROWS, G, P, T = 16, 4, 4, 6
+# a step is run a few times, so that compiling it is what takes time
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MESHES = {"one": MeshConfig(), "fsdp 8": MeshConfig(fsdp=8), "data 2 × fsdp 4": MeshConfig(data=2, fsdp=4)}
 
 
@@ -71,7 +73,7 @@ def trained(batch, masters):
         params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
         before = state = assemble.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, "float32")(state.params, 0)
-        step, metrics = assemble.compile_train_step(config, mesh), []
+        step, metrics = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE), []
         for _ in range(2):
             state, measured = step(state, batch)
             metrics.append(jax.device_get(measured))
@@ -142,7 +144,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
     config = make_config(MESHES["one"])
     mesh, tx = make_mesh(config.mesh), assemble.make_optimizer(config)
     state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
-    step = assemble.compile_train_step(config, mesh)
+    step = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE)
     for _ in range(2):
         state, _ = step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, state.params, trained["one"].after.params)

@@ -1,0 +1,418 @@
+"""The quickstart's work by dcjax and by plain JAX, in turns within one process: rollout, update, and DC-GRPO's step.
+
+    python benchmarks/main_job.py [--json PATH] [--run-dir RUN]
+
+- rollout: dcjax's engine loop against static batches in a `lax.while_loop`, in tokens per CPU-second.
+- update: dcjax's train step (GRPO) against a hand-written update of the same maths, in CPU-milliseconds.
+- penalty: DC-GRPO's train step against GRPO's, with the same metrics, in CPU-milliseconds.
+
+Both sides are checked to compute the same before they are compared. CPU time is of all the process's threads; each
+round runs every program once, in an order that turns from round to round, and ratios are medians over rounds with a
+95% interval. The plain side is in plain_jax.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
+
+from dcjax import assemble
+from dcjax.checkpoint import Checkpoints
+from dcjax.config import Config
+from dcjax.data.arithmetic import build_tokenizer, encode_prompts
+from dcjax.errors import RunError
+from dcjax.evaluate import responses, score
+from dcjax.progress import Progress
+from dcjax.rl.advantages import group_rewards
+from dcjax.run import load_config
+from dcjax.serving.engine import make_requests
+from dcjax.serving.quantize import FormatName, formats
+from dcjax.serving.rollout import sample_responses
+from dcjax.sharding.mesh import make_mesh
+from dcjax.types import Batch, Rollout
+from dcjax.warm_start import warm_start
+
+QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+LARGEST_DIFFERENCE = 1e-5
+"""Between the parameters that dcjax's and the plain updates reach."""
+CHECKED_UPDATES = 4
+"""Of which the first has learning rate 0, in the warm-up."""
+STANDARD_ERRORS = 4.0
+"""By how many the mean response lengths of two samplers may differ."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all comparisons share."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    problems: list
+    rounds: int
+
+    def key(self, number: int) -> jax.Array:
+        """The sampling key of a round; -2 and -1 are the warm-up's."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), number + 2)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """CPU-seconds and wall seconds of one program, and what it returned, one each a round."""
+
+    cpu: np.ndarray
+    wall: np.ndarray
+    results: list
+
+
+def measure(title: str, programs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, Timed]:
+    """Calls every program with -2 and -1, which compiles it, and then once a round with the round's number."""
+    names = list(programs)
+    rows = {name: [] for name in names}
+    with Progress(len(names) + rounds, initial=0, description=title) as progress:
+        for count, name in enumerate(names, 1):
+            jax.block_until_ready((programs[name](-2), programs[name](-1)))
+            progress.update(count)
+        for number in range(rounds):
+            shift = number // 2 % len(names)
+            for name in (names[shift:] + names[:shift])[:: -1 if number % 2 else 1]:
+                cpu, wall = time.process_time(), time.perf_counter()
+                result = jax.block_until_ready(programs[name](number))
+                rows[name].append((time.process_time() - cpu, time.perf_counter() - wall, result))
+            progress.update(len(names) + number + 1)
+    columns = {name: list(zip(*measured, strict=True)) for name, measured in rows.items()}
+    return {name: Timed(np.array(cpu), np.array(wall), list(results)) for name, (cpu, wall, results) in columns.items()}
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray, over: str, goal: str = "") -> dict[str, Any]:
+    """The median over rounds of ours / theirs, with a 95% bootstrap interval."""
+    ratios = ours / theirs
+    resampled = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"over": over, "median": float(np.median(ratios)), "low": float(low), "high": float(high), "goal": goal}
+
+
+def row(program: str, values: np.ndarray, best: Callable, *ratios: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table: median and best of a program over rounds, and its ratios to others."""
+    return {"program": program, "median": float(np.median(values)), "best": float(best(values)), "ratios": ratios}
+
+
+# --- weights ---
+
+
+def load_weights(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
+    """Parameters to sample with, by a name for the table."""
+    if args.run_dir is not None:
+        with Checkpoints(args.run_dir / "checkpoints") as checkpoints:
+            if not (steps := checkpoints.steps()):
+                raise RunError(f"{args.run_dir} holds no checkpoint")
+            last = steps[-1]
+            state, _ = checkpoints.restore(last, assemble.abstract_state(setup.config, setup.mesh))
+        return {f"{args.run_dir}, step {last}": state.params}
+    return {f"{share:.0%} scratchpads": _warmed_up(setup, share, args.warm_start_steps) for share in args.scratchpads}
+
+
+def _warmed_up(setup: Setup, share: float, steps: int):
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dataclasses.replace(setup.config.warm_start, steps=steps, late_scratchpads=share)
+        config = dataclasses.replace(setup.config, run_dir=Path(folder), warm_start=settings)
+        return warm_start(config, setup.mesh, setup.tokenizer)
+
+
+# --- rollout ---
+
+
+def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rollout]:
+    """dcjax's rollout, its inserts compiled for every number of slots that may come free at once."""
+    config = setup.config
+    engine = assemble.make_engine(config, format, setup.mesh, setup.tokenizer.eos_token_id)
+    serving, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
+    group_size, temperature = config.rollout.group_size, config.rollout.temperature
+    prefix = engine.prefill_many(serving, prompts)
+    for count in (1 << power for power in range((engine.slots - 1).bit_length() + 1)):
+        requests = make_requests(
+            rows=[0] * count, limits=[1] * count, temperatures=[1.0] * count, keys=np.zeros((count, 2))
+        )
+        engine.insert_many(prefix, engine.init_decode_state(), np.arange(count), requests)
+    return lambda number: sample_responses(
+        engine, serving, prompts, samples_per_prompt=group_size, temperature=temperature, key=setup.key(number)
+    )
+
+
+def static_batches(setup: Setup, params) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """The plain rollout of the same prompts with the same keys: tokens, log-probs and lengths on the host."""
+    config, limits = setup.config, setup.config.rollout
+    rollout = plain_jax.make_rollout(
+        config.model,
+        group_size=limits.group_size,
+        slots=config.serving.slots,
+        limit=limits.max_response_length,
+        end_token=setup.tokenizer.eos_token_id,
+    )
+    prompts = encode_prompts(setup.tokenizer, setup.problems)
+    tokens = np.zeros((len(prompts), limits.max_prompt_length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for number, prompt in enumerate(prompts):
+        tokens[number, -len(prompt) :], mask[number, -len(prompt) :] = prompt, True
+    weights, temperature = plain_jax.unstack(config.model, params), np.float32(limits.temperature)
+    return lambda number: jax.device_get(rollout(weights, tokens, mask, setup.key(number), temperature))
+
+
+def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
+    """Tokens per CPU-second of the plain rollout and of each format."""
+    programs: dict[str, Callable] = {"plain": static_batches(setup, params)}
+    programs |= {format: engine_loop(setup, params, format) for format in formats}
+    timed = measure(f"rollout, {label}", programs, setup.rounds)
+    lengths = {name: np.array([_lengths(result) for result in of.results]) for name, of in timed.items()}
+    speed = {name: lengths[name].sum(axis=1) / of.cpu for name, of in timed.items()}
+    rows = [row(f"plain JAX, static batches of {setup.config.serving.slots}", speed["plain"], np.max)]
+    for format in formats:
+        _check_lengths(f"rollout, {label}", format, lengths[format], lengths["plain"])
+        goal = ">= 1.3" if format == "float32" else ""
+        rows.append(row(f"dcjax, {format}", speed[format], np.max, ratio(speed[format], speed["plain"], "plain", goal)))
+    same = _same_responses(timed["plain"].results, timed["float32"].results)
+    note = f"mean length {lengths['plain'].mean():.2f} tokens; {same:.1%} of responses are equal in plain and float32"
+    return {"title": f"rollout, {label}", "unit": "tokens per CPU-second", "rows": rows, "notes": [note]}
+
+
+def _lengths(result) -> np.ndarray:
+    return np.asarray(result.response_mask).sum(axis=1) if isinstance(result, Rollout) else result[2]
+
+
+def _check_lengths(title: str, format: str, ours: np.ndarray, plain: np.ndarray) -> None:
+    if ours.shape != plain.shape:
+        raise SystemExit(f"{title}: {format} gave {ours.shape[1]} samples a round, plain JAX {plain.shape[1]}")
+    allowed = STANDARD_ERRORS * np.sqrt((ours.var() + plain.var()) / ours.size)
+    if abs(ours.mean() - plain.mean()) > allowed:
+        means = f"{ours.mean():.2f} tokens in {format} and {plain.mean():.2f} in plain JAX"
+        raise SystemExit(f"{title}: mean lengths, {means}, differ by more than {allowed:.2f}")
+
+
+def _same_responses(plain: list, ours: list[Rollout]) -> float:
+    """Share of responses equal token by token; all but near-ties are, as the keys are the same."""
+    pairs = zip(plain, ours, strict=True)
+    return float(
+        np.mean([(tokens == rollout.tokens[:, -tokens.shape[1] :]).all(axis=1) for (tokens, *_), rollout in pairs])
+    )
+
+
+# --- update and penalty ---
+
+
+class Stepper:
+    """A train step on the same batch again and again, keeping its state."""
+
+    def __init__(self, step: Callable, state: Any, batch: Any):
+        self.state, self._step, self._batch = state, step, batch
+
+    def __call__(self, number: int = 0) -> Any:
+        self.state, metrics = self._step(self.state, self._batch)
+        return jax.block_until_ready((self.state, metrics))[1]
+
+
+def sampled_batch(setup: Setup, params) -> Batch:
+    """An iteration's batch from the deployed engine."""
+    rollout = engine_loop(setup, params, setup.config.serving.format)(0)
+    rewards = score(responses(setup.tokenizer, rollout), setup.problems, rollout)
+    groups = np.asarray(group_rewards(rewards, group_size=setup.config.rollout.group_size))
+    shared = {name: value for name, value in vars(rollout).items() if name in Batch.__dataclass_fields__}
+    return Batch(**shared, rewards=rewards, group_rewards=groups)
+
+
+def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_size: int) -> Stepper:
+    """dcjax's step as it trains with it."""
+    nested = {"objective": {"algorithm": algorithm}, "optimizer": {"microbatch_size": microbatch_size}}
+    sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
+    config = dataclasses.replace(setup.config, **sections)
+    copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
+    state = assemble.initial_state(config, setup.mesh, assemble.make_optimizer(config), copied)
+    return Stepper(assemble.compile_train_step(config, setup.mesh), state, batch)
+
+
+def plain_step(setup: Setup, params, batch: Batch, microbatch_size: int, skip: bool) -> Stepper:
+    """The hand-written update."""
+    update = plain_jax.make_update(setup.config, microbatch_size=microbatch_size, skip_last_layer=skip)
+    return Stepper(update, plain_jax.initial_state(setup.config.model, params), dict(vars(batch)))
+
+
+def compare_updates(setup: Setup, params, batch: Batch, microbatches: list[int]) -> dict[str, Any]:
+    """CPU-milliseconds at each microbatch size; dcjax at its own size also against the best of the plain ones."""
+    own = setup.config.optimizer.microbatch_size
+    programs: dict[tuple[str, int], Stepper] = {}
+    for size in sorted({own, *microbatches}):
+        programs["dcjax", size] = dcjax_step(setup, params, batch, "grpo", size)
+        programs["plain JAX", size] = plain_step(setup, params, batch, size, False)
+        programs["plain JAX, skipping", size] = plain_step(setup, params, batch, size, True)
+    note = check_updates(setup, programs)
+    named = {f"{kind}, {size} rows": program for (kind, size), program in programs.items()}
+    cpu = {name: of.cpu * 1e3 for name, of in measure("update", named, setup.rounds).items()}
+
+    def best(kind: str) -> str:
+        return min(
+            (f"{kind}, {size} rows" for other, size in programs if other == kind), key=lambda n: np.median(cpu[n])
+        )
+
+    rows = []
+    for (kind, size), name in zip(programs, named, strict=True):
+        ratios = []
+        if kind == "dcjax":
+            ratios.append(ratio(cpu[name], cpu[f"plain JAX, {size} rows"], "plain, same rows"))
+        if (kind, size) == ("dcjax", own):
+            for rival in (best("plain JAX"), best("plain JAX, skipping")):
+                ratios.append(ratio(cpu[name], cpu[rival], f"best {rival}", "<= 1.1"))
+        rows.append(row(name, cpu[name], np.min, *ratios))
+    skipping = "skipping: prompt columns go through the last layer only as keys and values"
+    return {"title": f"update, {own} rows in the recipe", "unit": "CPU-ms", "rows": rows, "notes": [note, skipping]}
+
+
+def check_updates(setup: Setup, programs: Mapping[Any, Stepper]) -> str:
+    """How far the parameters of all programs moved, and how far apart they are afterwards.
+
+    Raises:
+      SystemExit: they differ by more than 1e-5.
+    """
+    reached, start = [], _parameters(setup, next(iter(programs.values())).state)
+    for program in programs.values():
+        for _ in range(CHECKED_UPDATES):
+            program()
+        reached.append(_parameters(setup, program.state))
+    differences = {name: _largest_difference(tree, reached[0]) for name, tree in zip(programs, reached, strict=True)}
+    worst = max(differences, key=differences.__getitem__)
+    if not differences[worst] <= LARGEST_DIFFERENCE:
+        raise SystemExit(f"update: {worst} differs by {differences[worst]:.1e}, more than {LARGEST_DIFFERENCE}")
+    moved = _largest_difference(reached[0], start)
+    return f"after {CHECKED_UPDATES} updates parameters agree to {differences[worst]:.1e}, having moved by {moved:.1e}"
+
+
+def _parameters(setup: Setup, state):
+    unstacked = isinstance(state, dict)
+    params = state["params"] if unstacked else plain_jax.unstack(setup.config.model, state.params)
+    return jax.device_get(params)
+
+
+def _largest_difference(tree, reference) -> float:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+
+
+def compare_penalty(setup: Setup, params, batch: Batch) -> dict[str, Any]:
+    """CPU-milliseconds of DC-GRPO's step and of GRPO's."""
+    size = setup.config.optimizer.microbatch_size
+    programs = {name: dcjax_step(setup, params, batch, name, size) for name in ("grpo", "dc_grpo")}
+    timed = measure("penalty", programs, 3 * setup.rounds)
+    cpu = {name: of.cpu * 1e3 for name, of in timed.items()}
+    rows = [row("grpo", cpu["grpo"], np.min)]
+    rows.append(row("dc_grpo", cpu["dc_grpo"], np.min, ratio(cpu["dc_grpo"], cpu["grpo"], "grpo", "<= 1.02")))
+    differing = sorted(set(timed["grpo"].results[-1]) ^ set(timed["dc_grpo"].results[-1]))
+    notes = [f"metrics that only one of them has: {', '.join(differing) or 'none'}"]
+    return {"title": "penalty", "unit": "CPU-ms", "rows": rows, "notes": notes}
+
+
+# --- report ---
+
+
+def table(comparisons: list[dict[str, Any]]) -> str:
+    """The comparisons as lines of text."""
+    lines = []
+    for comparison in comparisons:
+        lines.append(f"{comparison['title']}  ({comparison['unit']}: median, best)")
+        for entry in comparison["rows"]:
+            first, *rest = [_shown(value) for value in entry["ratios"]] or [""]
+            lines.append(f"  {entry['program']:36s} {entry['median']:9.1f} {entry['best']:9.1f}   {first}".rstrip())
+            lines += [f"{'':60s}{line}" for line in rest]
+        lines += [f"  {note}" for note in comparison["notes"]]
+    return "\n".join(lines)
+
+
+def _shown(value: Mapping[str, Any]) -> str:
+    goal = f"  goal {value['goal']}" if value["goal"] else ""
+    return f"{value['median']:5.3f} [{value['low']:.3f}, {value['high']:.3f}] x {value['over']}{goal}"
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Versions and processor, for the JSON."""
+    names = ("dcjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "cores_used": args.cores or os.cpu_count(),
+        "rounds": args.rounds,
+    }
+
+
+def pin(cores: int) -> None:
+    """Keeps threads that start from now on to so many cores, where the system can; 0 changes nothing."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--json", type=Path, metavar="PATH", help="write the figures there too")
+    add("--run-dir", type=Path, metavar="RUN", help="weights of a run's newest checkpoint, instead of warm starts")
+    add("--warm-start-steps", type=int, default=150, help="supervised updates before sampling (default: 150)")
+    scratchpads = (
+        "share of long responses that a warm start ends on, one warm start each (default: .15 as before RL, 1 as after)"
+    )
+    add("--scratchpads", type=float, nargs="+", default=[0.15, 1.0], metavar="SHARE", help=scratchpads)
+    sizes = "rows in one forward and backward pass of either side (default: 8 16 32 64); the recipe's own is added"
+    add("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64], metavar="ROWS", help=sizes)
+    add("--rounds", type=int, default=11, help="runs of each program, 3 times as many for the penalty (default: 11)")
+    add("--cores", type=int, default=1, help="cores to stay on (default: 1, the least noisy; 0: all)")
+    return parser.parse_args()
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All comparisons, in the order of the table.
+
+    Raises:
+      RunError: the run directory cannot be read.
+      ValueError: a size that does not fit the recipe.
+    """
+    config = load_config(args.run_dir) if args.run_dir else runpy.run_path(str(QUICKSTART))["config"]()
+    problems = config.task.problems("train", config.seed, 0, config.rollout.prompts)
+    setup = Setup(config, make_mesh(config.mesh), build_tokenizer(), problems, args.rounds)
+    weights = load_weights(setup, args)
+    comparisons = [compare_rollouts(setup, label, params) for label, params in weights.items()]
+    params = list(weights.values())[-1]
+    batch = sampled_batch(setup, params)
+    comparisons.append(compare_updates(setup, params, batch, args.microbatches))
+    comparisons.append(compare_penalty(setup, params, batch))
+    return comparisons
+
+
+def main() -> None:
+    """Runs the comparisons and prints them."""
+    args = parse()
+    pin(args.cores)
+    try:
+        comparisons = compare(args)
+    except (RunError, ValueError) as error:
+        sys.exit(f"main_job: {error}")
+    print(table(comparisons))
+    if args.json:
+        figures = {"environment": environment(args), "comparisons": comparisons}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import dcjax.evaluate
+from dcjax.cli import main
+from dcjax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ServingConfig,
+    WarmStartConfig,
+)
+from dcjax.data.arithmetic import ArithmeticTask, Problem, build_tokenizer
+from dcjax.evaluate import evaluate_source, responses, score
+from dcjax.models import ModelConfig
+from dcjax.record import read_metrics
+from dcjax.run import open_run
+from dcjax.statistics import wilson_interval
+from dcjax.train import train
+from dcjax.types import Rollout
+
+STEPS, EVERY, HELDOUT = 16, 4, 16
+
+CONFIG = Config(
+    steps=STEPS,
+    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
+    model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64),
+    warm_start=WarmStartConfig(steps=35, batch_size=32, warmup_steps=5, learning_rate=2e-2),
+    rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=20),
+    objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
+    optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
+    evaluation=EvaluationConfig(every=EVERY, prompts=HELDOUT),
+    checkpoint=CheckpointConfig(every=EVERY, keep=4),
+    serving=ServingConfig(slots=8),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with four checkpoints, each evaluated. Tests look at it, and change copies."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    train(dataclasses.replace(CONFIG, run_dir=directory))
+    return directory
+
+
+@pytest.fixture
+def evaluated(capfd):
+    """Runs `dcjax evaluate SOURCE --json`, which must say nothing else; returns what it printed."""
+
+    def run(source, *options):
+        capfd.readouterr()
+        status = main(["evaluate", str(source), "--json", *options])
+        output, errors = capfd.readouterr()
+        assert (status, errors) == (0, "")
+        assert output.count("\n") == 1
+        return json.loads(output)
+
+    return run
+
+
+def by_policy(result):
+    return {row["policy"]: row for row in result["policies"]}
+
+
+def logged(directory, step):
+    """Both accuracies in the line of a step."""
+    (line,) = (record for record in read_metrics(directory / "metrics.jsonl") if record["step"] == step)
+    return {policy: line[f"eval/{policy}_accuracy"] for policy in ("deployed", "training")}
+
+
+@pytest.fixture
+def refusal(capfd):
+    """Runs a command that must be refused: status 2 and one line on stderr, which is returned."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        output, errors = capfd.readouterr()
+        assert (status, output) == (2, "")
+        assert errors.startswith("dcjax: error: ") and errors.count("\n") == 1, errors
+        return errors
+
+    return run
+
+
+def test_a_run_is_evaluated_as_its_last_line_says(finished, evaluated):
+    result = evaluated(finished)
+    rows = by_policy(result)
+    assert result["step"] == STEPS
+    assert {policy: row["accuracy"] for policy, row in rows.items()} == logged(finished, STEPS)
+    assert (rows["deployed"]["format"], rows["training"]["format"]) == ("int8", "float32")
+    for row in rows.values():
+        assert row["total"] == HELDOUT and row["accuracy"] == row["correct"] / HELDOUT
+        assert row["interval"] == list(wilson_interval(row["correct"], HELDOUT))
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+
+
+@pytest.mark.parametrize("step", [EVERY, STEPS - EVERY])
+def test_a_checkpoint_is_evaluated_as_the_line_of_its_step_says(finished, evaluated, step):
+    result = evaluated(finished / "checkpoints" / str(step))
+    assert result["step"] == step
+    assert {policy: row["accuracy"] for policy, row in by_policy(result).items()} == logged(finished, step)
+
+
+def test_the_run_is_not_so_bad_that_accuracies_cannot_tell_checkpoints_apart(finished):
+    """Were they all 0, the tests above would compare nothing."""
+    accuracies = [tuple(logged(finished, step).values()) for step in range(0, STEPS + 1, EVERY)]
+    assert max(max(pair) for pair in accuracies) > 0
+    assert len(set(accuracies)) > 1
+
+
+def test_the_table_shows_what_the_json_does(finished, evaluated, capfd):
+    rows = by_policy(evaluated(finished))
+    assert main(["evaluate", str(finished)]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    title, header, *lines = output.splitlines()
+    assert title == f"step {STEPS}, temperature 1"
+    assert "95%" in header
+    shown = {line.split()[0]: line for line in lines}
+    assert set(shown) == {"deployed", "training"}
+    for policy, line in shown.items():
+        row = rows[policy]
+        assert f"{row['correct']}/{row['total']}" in line and row["format"] in line
+        assert f"{row['accuracy']:.3f}" in line
+        assert f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" in line
+
+
+def test_in_the_trainers_own_format_the_policies_are_one(finished, evaluated):
+    rows = by_policy(evaluated(finished, "--format", "float32"))
+    assert rows["deployed"]["format"] == rows["training"]["format"] == "float32"
+    assert rows["deployed"]["correct"] == rows["training"]["correct"]
+    assert rows["training"]["accuracy"] == logged(finished, STEPS)["training"]
+
+
+def test_the_settings_of_the_run_may_be_replaced(finished, monkeypatch):
+    sample, asked = dcjax.evaluate.sample_responses, []
+
+    def seen(engine, params, prompts, *, temperature, **others):
+        asked.append((len(prompts), temperature))
+        return sample(engine, params, prompts, temperature=temperature, **others)
+
+    monkeypatch.setattr(dcjax.evaluate, "sample_responses", seen)
+    result = evaluate_source(finished, prompts=4, temperature=0.0)
+    assert asked == [(4, 0.0), (4, 0.0)]
+    assert result.temperature == 0 and [row.total for row in result.rows] == [4, 4]
+
+
+def test_evaluating_changes_nothing_in_the_run(finished, evaluated):
+    def seen():
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    before = seen()
+    evaluated(finished)
+    assert seen() == before
+
+
+def test_a_run_can_be_evaluated_while_another_process_trains_in_it(finished, evaluated, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "run")
+    with open_run(dataclasses.replace(CONFIG, run_dir=directory)):
+        assert evaluated(directory)["step"] == STEPS
+
+
+def test_a_run_is_found_by_any_path_to_it(finished, evaluated, tmp_path, monkeypatch):
+    expected = evaluated(finished / "checkpoints" / "8")
+    assert evaluated(f"{finished}/checkpoints/8/") == expected
+    monkeypatch.chdir(finished)
+    assert evaluated("checkpoints/8") == expected
+    monkeypatch.chdir(finished / "checkpoints")
+    assert evaluated("8") == expected
+    assert evaluated("..")["step"] == STEPS
+
+
+def test_a_run_may_be_called_by_a_number(finished, evaluated, tmp_path):
+    """As the runs of several seeds are."""
+    shutil.copytree(finished, tmp_path / "seeds" / "7")
+    assert evaluated(tmp_path / "seeds" / "7")["step"] == STEPS
+
+
+def test_a_missing_checkpoint_lists_those_there_are(finished, refusal):
+    errors = refusal("evaluate", finished / "checkpoints" / "99")
+    assert "no checkpoint of step 99" in errors and "there: 4, 8, 12, 16" in errors
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_evaluated(finished, refusal, evaluated, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "run")
+    files = (path for path in (directory / "checkpoints" / str(STEPS)).rglob("*") if path.is_file())
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
+    errors = refusal("evaluate", directory)
+    assert str(directory / "checkpoints" / str(STEPS)) in errors and "damaged" in errors
+    assert evaluated(directory / "checkpoints" / str(STEPS - EVERY))["step"] == STEPS - EVERY
+
+
+def test_a_run_without_its_tokenizer_is_refused(finished, refusal, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(directory / "tokenizer")
+    assert str(directory / "tokenizer") in refusal("evaluate", directory)
+
+
+@pytest.fixture
+def rollout():
+    """Two problems with two responses each: right, wrong, right but cut at the limit, right with a scratchpad."""
+    tokenizer = build_tokenizer()
+    texts = [r"\boxed{7}", r"\boxed{8}", r"\boxed{1}", r"4-3=1,\boxed{1}"]
+    finished = np.array([True, True, False, True])
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [row + [tokenizer.eos_token_id] * bool(done) for row, done in zip(rows, finished, strict=True)]
+    prompt_width, width = 3, max(map(len, rows))
+    tokens = np.full((4, prompt_width + width), tokenizer.pad_token_id, np.int32)
+    for tokens_of_row, row in zip(tokens, rows, strict=True):
+        tokens_of_row[prompt_width : prompt_width + len(row)] = row
+        # what stands outside the mask is no text
+        tokens_of_row[prompt_width + len(row) :] = tokenizer("9")["input_ids"][0]
+    mask = np.arange(width) < np.array([[len(row)] for row in rows])
+    return (
+        tokenizer,
+        texts,
+        Rollout(
+            tokens=tokens,
+            prompt_mask=np.ones((4, prompt_width), bool),
+            response_mask=mask,
+            rollout_logps=np.zeros(mask.shape, np.float32),
+            temperature=np.ones(4, np.float32),
+            versions=np.where(mask, 0, -1).astype(np.int32),
+            finished=finished,
+        ),
+    )
+
+
+def test_the_text_of_a_response_is_what_its_mask_covers_without_the_end(rollout):
+    tokenizer, texts, sampled = rollout
+    assert responses(tokenizer, sampled) == texts
+
+
+def test_each_response_is_scored_against_its_own_problem_and_must_have_ended(rollout):
+    _, texts, sampled = rollout
+    problems = [Problem(3, (("+", 4),)), Problem(4, (("-", 3),))]
+    rewards = score(texts, problems, sampled)
+    assert rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [1, 0, 0, 1])
+    np.testing.assert_array_equal(score(texts, problems[::-1], sampled), [0, 0, 0, 0])
