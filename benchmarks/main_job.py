@@ -187,8 +187,17 @@ def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
         goal = ">= 1.3" if format == "float32" else ""
         rows.append(row(f"dcjax, {format}", speed[format], np.max, ratio(speed[format], speed["plain"], "plain", goal)))
     same = _same_responses(timed["plain"].results, timed["float32"].results)
-    note = f"mean length {lengths['plain'].mean():.2f} tokens; {same:.1%} of responses are equal in plain and float32"
-    return {"title": f"rollout, {label}", "unit": "tokens per CPU-second", "rows": rows, "notes": [note]}
+    notes = [
+        f"mean length {lengths['plain'].mean():.2f} tokens; {same:.1%} of responses are equal in plain and float32",
+        f"static batches keep {_occupancy(setup, lengths['plain']):.0%} of their slots busy",
+    ]
+    return {"title": f"rollout, {label}", "unit": "tokens per CPU-second", "rows": rows, "notes": notes}
+
+
+def _occupancy(setup: Setup, lengths: np.ndarray) -> float:
+    """Share of the slots' steps in static batches that sample a token: all that continuous batching can win back."""
+    slots = setup.config.serving.slots
+    return float(lengths.sum() / (slots * lengths.reshape(-1, slots).max(axis=1).sum()))
 
 
 def _lengths(result) -> np.ndarray:
@@ -370,10 +379,8 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, metavar="PATH", help="write the figures there too")
     add("--run-dir", type=Path, metavar="RUN", help="weights of a run's newest checkpoint, instead of warm starts")
     add("--warm-start-steps", type=int, default=150, help="supervised updates before sampling (default: 150)")
-    scratchpads = (
-        "share of long responses that a warm start ends on, one warm start each (default: .15 as before RL, 1 as after)"
-    )
-    add("--scratchpads", type=float, nargs="+", default=[0.15, 1.0], metavar="SHARE", help=scratchpads)
+    scratchpads = "share of long responses that each warm start ends on (default: .15 as before RL, .5, and 1 as after)"
+    add("--scratchpads", type=float, nargs="+", default=[0.15, 0.5, 1.0], metavar="SHARE", help=scratchpads)
     sizes = "rows in one forward and backward pass of either side (default: 8 16 32 64); the recipe's own is added"
     add("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64], metavar="ROWS", help=sizes)
     add("--rounds", type=int, default=11, help="runs of each program, 3 times as many for the penalty (default: 11)")

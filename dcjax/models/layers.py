@@ -74,7 +74,7 @@ def attend_grouped(
     Scores and softmax are float32, products of q's dtype. An int8 k or v comes with a scale per token, which multiplies
     scores and weights, so that the integers are never widened to a second copy of a cache.
     """
-    batch, length, num_heads, head_dim = q.shape
+    batch, length, _, head_dim = q.shape
     kv_heads, context = k.shape[1:3]
     rows = (
         q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)

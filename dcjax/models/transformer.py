@@ -13,7 +13,6 @@ from dcjax.models import layers
 from dcjax.models.config import ModelConfig
 from dcjax.types import Array, Params
 
-
 UNROLL = 2
 """Layers in one turn of the scan: program size stays flat in depth, and a stack of two is no loop at all."""
 

@@ -40,6 +40,8 @@ def clipped_surrogate(
     References:
       PPO (arXiv 1707.06347), eq. 7; asymmetric bounds and token mean from DAPO (arXiv 2503.14476).
     """
+    # hidden before anything is computed: behind the sum's mask, 0 · NaN would still reach the gradient
+    logps, old_logps, advantages, weights = (jnp.where(mask, x, 0) for x in (logps, old_logps, advantages, weights))
     r = ratio(logps=logps, reference_logps=old_logps)
     free, clipped = r * advantages, jnp.clip(r, 1 - eps_low, 1 + eps_high) * advantages
     return token_mean(-weights * jnp.minimum(free, clipped), mask), clipped < free

@@ -34,6 +34,8 @@ class Pass:
     logps: Array
     entropy: Array
     clipped: Array
+    # tokens that the objective left in the loss
+    counted: Array
     # [B] each, of the objective's transforms
     row_metrics: dict[str, Array]
 
@@ -61,7 +63,15 @@ def make_train_step(
       group_size: responses a prompt; a minibatch is made of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
+
+    Raises:
+      ValueError: a size below 1; when the step is traced, a batch that does not divide into whole groups, updates and
+        microbatches.
     """
+    sizes = {"group_size": group_size, "microbatch_size": microbatch_size, "updates": updates}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
 
     def loss(params: Params, batch: Batch, old_logps, multiplier):
         logps, entropy = apply_fn(params, batch)
@@ -70,7 +80,7 @@ def make_train_step(
         (total, denominator), clipped = surrogate(
             logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
-        return total, (denominator, Pass(logps, entropy, clipped, terms.metrics))
+        return total, (denominator, Pass(logps, entropy, clipped, terms.mask, terms.metrics))
 
     def differentiate(params: Params, batch: Batch, old_logps, multiplier):
         def accumulate(sums, rows):
@@ -94,9 +104,12 @@ def make_train_step(
             discrepancy = _mean_discrepancy(passed.logps, batch)
         changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
         state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-        return state, (loss, optax.global_norm(grads), passed)
+        return state, (loss, optax.tree.norm(grads), passed)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rows = batch.rewards.shape[0]
+        if rows % (updates * group_size) or rows // updates % microbatch_size:
+            raise ValueError(f"a batch of {rows} responses does not divide by {sizes}")
         minibatches = _deal(batch, updates, group_size)
         old_logps = discrepancy = None
         if updates > 1:
@@ -161,7 +174,7 @@ def _batch_metrics(batch: Batch, old_logps: Array, passed: Pass, *, stale: bool)
         "reward": jnp.mean(batch.rewards),
         "response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
         "entropy": masked_mean(passed.entropy, mask),
-        "clip_fraction": masked_mean(passed.clipped.astype(jnp.float32), mask),
+        "clip_fraction": masked_mean(passed.clipped.astype(jnp.float32), passed.counted),
         "dual/discrepancy": _mean_discrepancy(old_logps, batch),
         **{name: jnp.mean(rows) for name, rows in passed.row_metrics.items()},
         **{f"mismatch/{name}": value for name, value in mismatch.items()},

@@ -44,7 +44,7 @@ def dual_ascent(
     References:
       Paper A (DCMDP), eq. 11.
     """
-    if dual_lr < 0 or budget < 0 or every < 1:
+    if not (dual_lr >= 0 and budget >= 0 and every >= 1):
         raise ValueError(f"dual_lr {dual_lr} and budget {budget} must be at least 0, every {every} at least 1")
     if not min_value <= init_value <= max_value:
         raise ValueError(f"the initial multiplier {init_value} must lie within [{min_value}, {max_value}]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 from jetstream.engine import engine_api, tokenizer_pb2
 
 from dcjax.models import ModelConfig
@@ -31,7 +32,7 @@ class Requests:
     # 0 is greedy
     temperatures: Float[Array, "N"]
     # raw PRNG key data; the n-th token of a request is drawn with fold_in(key, n), wherever and whenever it runs
-    keys: Int[Array, "N 2"]
+    keys: UInt32[Array, "N 2"]
 
 
 @flax.struct.dataclass
@@ -56,7 +57,7 @@ class DecodeState:
     generated: Int[Array, "slots"]
     limits: Int[Array, "slots"]
     temperatures: Float[Array, "slots"]
-    keys: Int[Array, "slots 2"]
+    keys: UInt32[Array, "slots 2"]
     active: Bool[Array, "slots"]
 
 
@@ -104,7 +105,8 @@ class Qwen3Engine(engine_api.Engine):
       mesh: devices that the engine runs on; one device where None. Params and state are replicated over it.
 
     Raises:
-      ValueError: a prompt or a limit that does not fit, or prefilling on top of an existing prefix.
+      ValueError: an unknown format, no slots, a prompt or a request that does not fit, or prefilling on top of an
+        existing prefix.
     """
 
     def __init__(
@@ -119,11 +121,17 @@ class Qwen3Engine(engine_api.Engine):
         steps_per_call: int = 1,
         mesh: jax.sharding.Mesh | None = None,
     ):
+        if format not in quantize.formats:
+            raise ValueError(f"format is {format!r}; it must be one of {', '.join(quantize.formats)}")
+        for name, size in {"slots": slots, "steps_per_call": steps_per_call}.items():
+            _require_within(name, [size], 1)
         self.config, self.format_name, self.format = config, format, quantize.formats[format]
         self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
         self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
         self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))
         self._replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        # samples started without a key, which is then their number
+        self._unkeyed = 0
         self.sync = make_sync(config, format, self._replicated)
         self._prefill = jax.jit(self._prefill_fn)
         self._insert = jax.jit(_insert_fn, donate_argnames="state")
@@ -141,16 +149,18 @@ class Qwen3Engine(engine_api.Engine):
         """One prompt, int32 [L] padded on the right, into a Prefix of one row."""
         if existing_prefix is not None:
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
+        _require_within("true_length", [true_length], 1, len(padded_tokens))
         return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length].tolist()])
 
     def insert(
         self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None
     ) -> DecodeState:
-        """Starts a sample of a one-row prefix in `slot`; by default temperature 1, the longest response and key 0."""
+        """Starts a sample of a one-row prefix in `slot`; by default at temperature 1 with a key of its own."""
+        _require_within("slot", [slot], 0, self.slots - 1)
         if request is None:
-            request = make_requests(
-                rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=np.zeros((1, 2))
-            )
+            keys = [[0, self._unkeyed]]
+            self._unkeyed += 1
+            request = make_requests(rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=keys)
         return self.insert_many(prefix, decode_state, [slot], request)
 
     def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
@@ -193,21 +203,19 @@ class Qwen3Engine(engine_api.Engine):
 
     def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
         """P prompts in one call, one row each."""
+        _require_within("number of prompts", [len(prompts)], 1)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        if lengths.min() < 1 or lengths.max() > self.max_prompt_length:
-            wrong = int(lengths.min() if lengths.min() < 1 else lengths.max())
-            raise ValueError(f"a prompt has {wrong} tokens; this engine takes 1 to {self.max_prompt_length}")
+        _require_within("length of a prompt", lengths, 1, self.max_prompt_length)
         tokens = np.zeros((len(prompts), self.max_prompt_length), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
+        _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
         return self._prefill(params, tokens, lengths)
 
     def insert_many(self, prefix: Prefix, decode_state: DecodeState, slots, requests: Requests) -> DecodeState:
         """Starts N samples at once; a slot number beyond the last is ignored (padding). `decode_state` is donated."""
-        limits = np.asarray(requests.limits)
-        if limits.min() < 1 or limits.max() > self.max_response_length:
-            wrong = int(limits.min() if limits.min() < 1 else limits.max())
-            raise ValueError(f"a response limit is {wrong} tokens; this engine takes 1 to {self.max_response_length}")
+        _require_within("limit of a response", requests.limits, 1, self.max_response_length)
+        _require_within("temperature", requests.temperatures, 0)
         return self._insert(prefix, requests, np.asarray(slots, np.int32), state=decode_state)
 
     # --- compiled programs ---
@@ -275,10 +283,17 @@ class Qwen3Engine(engine_api.Engine):
         return following, (tokens, jnp.where(state.active, logps, 0.0), state.active)
 
 
+def _require_within(name: str, values: Any, low: int, high: float | int = math.inf) -> None:
+    for value in (np.min(values), np.max(values)):
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name} is {value}; this engine takes {bounds}")
+
+
 def sample(
     logits: Float[Array, "B V"],
     temperatures: Float[Array, "B"],
-    keys: Int[Array, "B 2"],
+    keys: UInt32[Array, "B 2"],
     count: Int[Array, "B"],
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token a row from softmax(logits / temperature), and its log-prob in that very distribution, float32.

@@ -38,7 +38,7 @@ def make_sync(
       sharding: where the serving params go; the masters' default device where None.
     """
     chosen = formats[format]
-    # `copy`, because jit hands back an unchanged input as the very same buffer, and casting to float32 changes nothing
+    # `copy`, because casting float32 to float32 changes nothing, and the train step donates the masters' buffers
     cast = partial(jnp.array, dtype=chosen.activations, copy=True)
 
     def convert(path, leaf):

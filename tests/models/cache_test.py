@@ -65,7 +65,7 @@ def test_an_int8_cache_is_close_and_not_equal(model):
 def test_what_lies_beyond_a_position_is_not_seen(model):
     params, tokens, full = model
     caches = tuple(init_cache(CONFIG, 3, CAPACITY, jnp.dtype("float32")) for _ in range(CONFIG.num_layers))
-    garbage = jax.tree.map(lambda leaf: leaf.at[:, 5:].set(1e4), caches)
+    garbage = jax.tree.map(lambda leaf: leaf.at[:, :, 5:].set(1e4), caches)
     logits, _ = run(unstack(params), tokens[:, :5], np.tile(np.arange(5), (3, 1)), garbage)
     np.testing.assert_allclose(logits, full[:, :5], atol=1e-5)
 
@@ -73,11 +73,11 @@ def test_what_lies_beyond_a_position_is_not_seen(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_an_empty_cache_has_the_dtype_asked_for_and_scales_only_in_int8(dtype):
     cache = init_cache(CONFIG, 3, CAPACITY, jnp.dtype(dtype))
-    assert cache.k.shape == cache.v.shape == (3, CAPACITY, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert cache.k.shape == cache.v.shape == (3, CONFIG.num_kv_heads, CAPACITY, CONFIG.head_dim)
     assert cache.k.dtype == cache.v.dtype == dtype
     scales = [] if dtype == "int8" else [None, None]
     assert [scale for scale in (cache.k_scale, cache.v_scale) if scale is None] == scales
-    assert dtype != "int8" or cache.k_scale.shape == cache.v_scale.shape == (3, CAPACITY, CONFIG.num_kv_heads)
+    assert dtype != "int8" or cache.k_scale.shape == cache.v_scale.shape == (3, CONFIG.num_kv_heads, CAPACITY)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -91,6 +91,7 @@ def test_writes_land_at_their_positions_and_nowhere_else(dtype):
     written[0, 2:5] = written[1, -1] = True
     for held, scale, new in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
         wide = np.asarray(held, np.float32) * (1.0 if scale is None else np.asarray(scale)[..., None])
+        wide = wide.swapaxes(1, 2)
         tolerance = 0.0 if scale is None else np.abs(new).max() / 254 * 1.0001
         np.testing.assert_allclose(wide[written], np.concatenate([new[0], new[1, :1]]), atol=tolerance)
         assert (wide[~written] == 0).all()
@@ -102,7 +103,10 @@ def test_attention_on_an_int8_cache_is_attention_on_what_it_stands_for():
     q = rng.normal(size=(2, 2, CONFIG.num_heads, CONFIG.head_dim)).astype(np.float32)
     positions = np.tile(np.arange(5), (2, 1))
     narrow = write(init_cache(CONFIG, 2, 5, jnp.dtype("int8")), k, v, positions)
-    stands_for = (narrow.k * narrow.k_scale[..., None], narrow.v * narrow.v_scale[..., None])
+    stands_for = [
+        (held * scale[..., None]).swapaxes(1, 2)
+        for held, scale in ((narrow.k, narrow.k_scale), (narrow.v, narrow.v_scale))
+    ]
     wide = write(init_cache(CONFIG, 2, 5, jnp.dtype("float32")), *stands_for, positions)
     at = np.array([[1, 4], [0, 2]])
     np.testing.assert_allclose(attend(narrow, q, at), attend(wide, q, at), atol=1e-5)

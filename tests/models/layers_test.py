@@ -34,7 +34,7 @@ def test_rotation_multiplies_complex_pairs():
     pairs = x[..., : dim // 2] + 1j * x[..., dim // 2 :]
     angle = positions[..., None, None] * theta ** (-np.arange(dim // 2) * 2 / dim)
     turned = pairs * np.exp(1j * angle)
-    out = layers.apply_rope(x, layers.rope_table(positions, dim, theta))
+    out = layers.apply_rope(x, layers.rope_table(positions, 10, dim, theta))
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_rotated_products_depend_on_the_distance_only():
     q, k = normal(1, 1, 1, 1, 16), normal(2, 1, 1, 1, 16)
 
     def score(query_position, key_position):
-        turn = [layers.rope_table(np.full((1, 1), p), 16, 10_000.0) for p in (query_position, key_position)]
+        turn = [layers.rope_table(np.full((1, 1), p), 106, 16, 10_000.0) for p in (query_position, key_position)]
         return float(jnp.sum(layers.apply_rope(q, turn[0]) * layers.apply_rope(k, turn[1])))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
@@ -89,7 +89,7 @@ def test_a_block_against_its_formula():
     p = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     x = normal(20, 2, 5, 8)
     positions = np.tile(np.arange(5), (2, 1))
-    rope = layers.rope_table(positions, 6, 50.0)
+    rope = layers.rope_table(positions, 5, 6, 50.0)
     mask = np.tril(np.ones((2, 1, 5, 5), bool))
 
     def norm(x, scale):
@@ -121,7 +121,7 @@ def test_the_block_takes_its_products_from_the_caller():
         return jnp.zeros((*x.shape[:-1], 4), x.dtype)
 
     x = jnp.ones((1, 2, 4))
-    rope = layers.rope_table(jnp.arange(2)[None], 4, 10.0)
+    rope = layers.rope_table(jnp.arange(2)[None], 2, 4, 10.0)
     out, _ = layers.block(config, p | {k: k for k in kernels}, x, rope, lambda q, k, v: (v, None), dot)
     assert sorted(asked) == sorted(kernels)
     np.testing.assert_array_equal(out, x)

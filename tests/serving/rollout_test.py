@@ -227,7 +227,7 @@ def test_a_prompt_that_does_not_fit_is_refused():
     engine = make_engine("float32")
     params = engine.sync(masters_of(CONFIG), 0)
     for prompt in ([], [1] * (P + 1)):
-        with pytest.raises(ValueError, match=f"has {len(prompt)} tokens; this engine takes 1 to {P}"):
+        with pytest.raises(ValueError, match=f"prompt is {len(prompt)}; this engine takes 1 to {P}"):
             sample_responses(
                 engine, params, [[1], prompt], samples_per_prompt=2, temperature=1.0, key=jax.random.key(0)
             )
