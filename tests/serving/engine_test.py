@@ -138,7 +138,9 @@ def test_padding_after_the_prompt_is_not_read(masters):
     for padding in (0, 13):
         padded = np.array([4, 9, 1, padding, padding], np.int32)
         state = engine.init_decode_state()
-        state = engine.insert(engine.prefill(params=params, padded_tokens=padded, true_length=3), state, slot=0)
+        prefix = engine.prefill(params=params, padded_tokens=padded, true_length=3)
+        request = make_requests(rows=[0], limits=[T], temperatures=[1.0], keys=[[0, 7]])
+        state = engine.insert(prefix, state, slot=0, request=request)
         _, result = engine.generate(params, state)
         sampled.append((np.asarray(result.tokens[0]), np.asarray(result.log_prob[0])))
     np.testing.assert_array_equal(sampled[0], sampled[1])
@@ -361,3 +363,21 @@ def test_a_slot_beyond_the_last_is_padding_and_changes_nothing(masters):
 def test_an_unknown_format_is_refused():
     with pytest.raises((ValueError, TypeError), match="int7"):
         Qwen3Engine(CONFIG, format="int7", slots=1, max_prompt_length=1, max_response_length=1, end_token=0)
+
+
+@pytest.mark.parametrize("slot", [-1, SLOTS])
+def test_a_slot_that_is_not_there_is_refused_by_jetstreams_insert(masters, slot):
+    engine = make_engine()
+    params = engine.sync(masters, 0)
+    prefix = engine.prefill_many(params, [[1]])
+    with pytest.raises(ValueError, match=f"slot is {slot}; this engine takes 0 to {SLOTS - 1}"):
+        engine.insert(prefix, engine.init_decode_state(), slot=slot)
+
+
+def test_samples_started_without_a_request_have_keys_of_their_own(masters):
+    engine = make_engine()
+    params = engine.sync(masters, 0)
+    prefix, state = engine.prefill_many(params, [[1, 2]]), engine.init_decode_state()
+    for slot in range(3):
+        state = engine.insert(prefix, state, slot=slot)
+    assert len(np.unique(np.asarray(state.keys)[:3], axis=0)) == 3
