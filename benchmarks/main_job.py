@@ -155,7 +155,7 @@ def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rol
     )
 
 
-def static_batches(setup: Setup, params) -> Callable[[int], tuple[np.ndarray, ...]]:
+def static_batches(setup: Setup, params, noise_ahead: bool) -> Callable[[int], tuple[np.ndarray, ...]]:
     """The plain rollout of the same prompts with the same keys: tokens, log-probs and lengths on the host."""
     config, limits = setup.config, setup.config.rollout
     rollout = plain_jax.make_rollout(
@@ -164,6 +164,7 @@ def static_batches(setup: Setup, params) -> Callable[[int], tuple[np.ndarray, ..
         slots=config.serving.slots,
         limit=limits.max_response_length,
         end_token=setup.tokenizer.eos_token_id,
+        noise_ahead=noise_ahead,
     )
     prompts = encode_prompts(setup.tokenizer, setup.problems)
     tokens = np.zeros((len(prompts), limits.max_prompt_length), np.int32)
@@ -176,19 +177,28 @@ def static_batches(setup: Setup, params) -> Callable[[int], tuple[np.ndarray, ..
 
 def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
     """Tokens per CPU-second of the plain rollout and of each format."""
-    programs: dict[str, Callable] = {"plain": static_batches(setup, params)}
+    programs: dict[str, Callable] = {
+        "plain": static_batches(setup, params, False),
+        "ahead": static_batches(setup, params, True),
+    }
     programs |= {format: engine_loop(setup, params, format) for format in formats}
     timed = measure(f"rollout, {label}", programs, setup.rounds)
     lengths = {name: np.array([_lengths(result) for result in of.results]) for name, of in timed.items()}
     speed = {name: lengths[name].sum(axis=1) / of.cpu for name, of in timed.items()}
-    rows = [row(f"plain JAX, static batches of {setup.config.serving.slots}", speed["plain"], np.max)]
+    rows = [
+        row(f"plain JAX, static batches of {setup.config.serving.slots}", speed["plain"], np.max),
+        row("plain JAX, noise ahead", speed["ahead"], np.max, ratio(speed["ahead"], speed["plain"], "plain")),
+    ]
     for format in formats:
         _check_lengths(f"rollout, {label}", format, lengths[format], lengths["plain"])
         goal = ">= 1.3" if format == "float32" else ""
-        rows.append(row(f"dcjax, {format}", speed[format], np.max, ratio(speed[format], speed["plain"], "plain", goal)))
+        over_plain = ratio(speed[format], speed["plain"], "plain", goal)
+        over_ahead = ratio(speed[format], speed["ahead"], "plain, noise ahead")
+        rows.append(row(f"dcjax, {format}", speed[format], np.max, over_plain, over_ahead))
     same = _same_responses(timed["plain"].results, timed["float32"].results)
     notes = [
         f"mean length {lengths['plain'].mean():.2f} tokens; {same:.1%} of responses are equal in plain and float32",
+        "noise ahead: a batch's random numbers are drawn in one call before its loop, to the same samples",
         f"static batches keep {_occupancy(setup, lengths['plain']):.0%} of their slots busy",
     ]
     return {"title": f"rollout, {label}", "unit": "tokens per CPU-second", "rows": rows, "notes": notes}

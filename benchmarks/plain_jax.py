@@ -224,22 +224,29 @@ def prefill(config: ModelConfig, params, tokens, mask, limit: int):
     return hidden[:, -1], mask, caches
 
 
-def sample(config: ModelConfig, params, hidden, temperature, keys, count):
-    """A token a row, drawn with fold_in(keys[row], count), and its log-prob."""
+def noise(config: ModelConfig, keys, count):
+    """Gumbel noise [B, V] of each row's `count`-th token: adding it to logits is what jax.random.categorical does."""
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, count), (config.vocab_size,)))(keys)
+
+
+def sample(config: ModelConfig, params, hidden, temperature, drawn):
+    """A token a row and its log-prob, by Gumbel noise [B, V]."""
     scaled = logits(config, params, hidden) / temperature
-    tokens = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, count), row))(keys, scaled)
+    tokens = jnp.argmax(scaled + drawn, axis=-1).astype(jnp.int32)
     return tokens, jnp.take_along_axis(jax.nn.log_softmax(scaled), tokens[:, None], axis=1)[:, 0]
 
 
-def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int, end_token: int):
+def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int, end_token: int, noise_ahead: bool):
     """One static batch, until all its rows have ended: tokens and log-probs [B, T], lengths [B]."""
     hidden, mask, caches = prefix
     rows, width = mask.shape
     real = jnp.pad(mask, ((0, 0), (0, limit)), constant_values=True)
+    drawn = jax.vmap(lambda count: noise(config, keys, count))(jnp.arange(limit)) if noise_ahead else None
 
     def step(carry):
         count, hidden, caches, ended, tokens, logps, lengths = carry
-        token, logp = sample(config, params, hidden, temperature, keys, count)
+        gumbel = noise(config, keys, count) if drawn is None else drawn[count]
+        token, logp = sample(config, params, hidden, temperature, gumbel)
         tokens = tokens.at[count].set(jnp.where(ended, 0, token))
         logps = logps.at[count].set(jnp.where(ended, 0, logp))
         lengths, ended = lengths + ~ended, ended | (token == end_token)
@@ -254,11 +261,14 @@ def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int
     return tokens.T, logps.T, lengths
 
 
-def make_rollout(config: ModelConfig, *, group_size: int, slots: int, limit: int, end_token: int) -> Callable:
+def make_rollout(
+    config: ModelConfig, *, group_size: int, slots: int, limit: int, end_token: int, noise_ahead: bool
+) -> Callable:
     """A jitted (params, prompts [P, W], mask [P, W], key, temperature) -> tokens, logps [P · G, T], lengths [P · G].
 
     The prompts are prefilled once and together; their samples are decoded in batches of `slots`, one after the other.
-    Sample i is drawn with fold_in(key, i), as dcjax's are.
+    Sample i is drawn with fold_in(key, i), as dcjax's are; with `noise_ahead`, a batch's noise [T, slots, V] at once,
+    which a small vocabulary allows.
     """
 
     def rollout(params, prompts, mask, key, temperature):
@@ -268,7 +278,8 @@ def make_rollout(config: ModelConfig, *, group_size: int, slots: int, limit: int
         def batch(samples):
             rows = jax.tree.map(lambda x: x[samples // group_size], prefix)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples)
-            return decode(config, params, rows, keys, temperature, limit=limit, end_token=end_token)
+            limits = {"limit": limit, "end_token": end_token, "noise_ahead": noise_ahead}
+            return decode(config, params, rows, keys, temperature, **limits)
 
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(batch, samples))
 
