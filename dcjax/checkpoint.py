@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dcjax.errors import RunError
@@ -37,7 +39,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int | None = None):
         self.directory = directory.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=keep is not None,
+            read_only=keep is None,
+            # made in the background, a directory that cannot be made leaves threads that wait minutes for it
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -60,7 +68,8 @@ class Checkpoints:
         Raises:
           RunError: this or an earlier save failed, for want of space say.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(asdict(loop)))
+        described = asdict(loop) | {"fingerprint": int(_fingerprint(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
         self._guard(lambda: self._manager.save(loop.step, args=items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, LoopState]:
@@ -75,26 +84,34 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-            return restored["state"], LoopState(**restored["loop"])
+            state, described = restored["state"], restored["loop"]
+            if int(_fingerprint(state)) != described.pop("fingerprint"):
+                raise ValueError("its arrays are not the ones that were saved")
+            return state, LoopState(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
             raise RunError(f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}") from error
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, LoopState] | None:
         """The newest checkpoint that can be read, or None in a run without any.
 
-        A damaged one is named on standard error and renamed to STEP.damaged, and the one before it is tried.
+        A damaged one is named on standard error, and the one before it is tried. Once that is read, the damaged ones
+        are renamed to STEP.damaged, so that the run can save those steps again.
 
         Raises:
-          RunError: there are checkpoints and all are damaged.
+          RunError: there are checkpoints and all are damaged; they are left as they are.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged = []
+        for step in reversed(self.steps()):
             try:
-                return self.restore(step, like)
+                restored = self.restore(step, like)
             except RunError as error:
                 print(f"dcjax: {error}; trying the one before it", file=sys.stderr)
-                self._set_aside(step)
-        if steps:
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return restored
+        if damaged:
             raise RunError(f"all checkpoints in {self.directory} are damaged; choose another --run-dir to start anew")
         return None
 
@@ -132,6 +149,17 @@ class Checkpoints:
             write()
         except Exception as error:  # background threads hand on OSError, ValueError or XlaRuntimeError for a full disk
             raise RunError(f"cannot write to {self.directory}: {_first_line(error)}") from error
+
+
+@jax.jit
+def _fingerprint(state: TrainState) -> jax.Array:
+    """uint32 [] of every bit of the state: a sum without rounding, and so the same on every mesh."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(state):
+        narrow = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        # the odd factor keeps arrays that changed places apart
+        total = total * 31 + jnp.sum(narrow.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,7 +53,8 @@ def _import_quietly() -> None:
     TensorFlow, which JetStream brings along, logs from C++ before anything can be set, so the descriptor is turned.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # what Orbax logs of a failed save is raised too, and told in one line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.stderr.flush()
     terminal = os.dup(2)
     try:

@@ -107,7 +107,9 @@ def evaluate_source(
     Raises:
       RunError: no such run or checkpoint, a damaged one, or a setting out of range.
     """
-    run_dir, step = (source.parent.parent, int(source.name)) if source.name.isdecimal() else (source, None)
+    source = source.resolve()
+    is_step = source.name.isdecimal() and source.parent.name == "checkpoints"
+    run_dir, step = (source.parent.parent, int(source.name)) if is_step else (source, None)
     config = load_config(run_dir)
     if format is not None and format not in formats:
         raise RunError(f"format is {format!r}; it must be one of {', '.join(formats)}")

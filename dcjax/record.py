@@ -4,11 +4,13 @@ The JSON lines are the truth and the events a copy. A run that was killed resume
 every log opens by dropping what was written after it.
 """
 
+import contextlib
 import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
@@ -50,12 +52,14 @@ class StepLog:
                 )
         line = json.dumps({"step": operator.index(step), **fields}, ensure_ascii=False, allow_nan=False)
         # A lone surrogate has no UTF-8; as backslash-u it is a JSON escape and reads back as itself.
-        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +87,7 @@ class MetricsLog(StepLog):
         """
         super().__init__(Path(run_dir) / f"{stem}.jsonl", last_step=last_step)
         first_step = 0 if last_step is None else last_step + 1
-        self._events = _open_events(Path(run_dir) / "tensorboard", first_step) if tensorboard else None
+        self._events = _Events(Path(run_dir) / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Writes one step's metrics; a float32 is widened to float64, which keeps its value exactly.
@@ -99,8 +103,7 @@ class MetricsLog(StepLog):
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         self.append(step, numbers)
         if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, step)
+            self._events.write(step, numbers)
 
     def close(self) -> None:
         """Closes the file and the events; a second call does nothing."""
@@ -168,10 +171,19 @@ def read_transcripts(path: Path) -> list[dict[str, Any]]:
     return _read(Path(path))
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError of a write, which knows only its file's number, the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path` with `data`: whoever reads it, even after a crash, finds all of the old or all of the new."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with naming(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -236,10 +248,35 @@ def _number(name: str, value: Any) -> int | float:
         raise TypeError(f"metric {name!r} is {value!r}, which is not one number") from None
 
 
-def _open_events(directory: Path, first_step: int):
-    from tensorboardX import SummaryWriter
+class _Events:
+    """A TensorBoard event file, written in the caller's thread, where a full disk is an error and not a hang."""
 
-    # Event files are named by the second and opened for overwriting: without a suffix of its own, a run that
-    # is resumed within the second would erase the file that it resumes.
-    suffix = f".{first_step:08d}"
-    return SummaryWriter(str(directory), purge_step=first_step, flush_secs=10, filename_suffix=suffix)
+    def __init__(self, directory: Path, first_step: int):
+        """Starts a file in `directory` that supersedes earlier ones from `first_step` on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+
+        self._directory, self._event, self._summary = directory, Event, Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        # Event files are named by the second and opened for overwriting: without a suffix of its own, a run that
+        # is resumed within the second would erase the file that it resumes.
+        with naming(directory):
+            self._writer = EventsWriter(str(directory / "events"), f".{first_step:08d}")
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One step's scalars, flushed."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(self._event(step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        """Closes the file; what could not be written, `write` has told."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+    def _write(self, event) -> None:
+        event.wall_time = time.time()
+        with naming(self._directory):
+            self._writer.write_event(event)
+            self._writer.flush()

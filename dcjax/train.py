@@ -7,6 +7,7 @@ from pathlib import Path
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
+from dcjax.errors import RunError
 from dcjax.progress import Progress
 from dcjax.record import MetricsLog, Transcripts
 from dcjax.report import write_report
@@ -25,7 +26,7 @@ def train(config: Config) -> tuple[Path, Path]:
         open_run(config) as directory,
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
-        trainer.tokenizer.save_pretrained(directory / "tokenizer")
+        _save_tokenizer(trainer, directory / "tokenizer")
         _loop(trainer, directory, checkpoints)
     return write_report(directory)
 
@@ -34,10 +35,8 @@ def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
     config = trainer.config
     restored = checkpoints.restore_latest(abstract_state(config, trainer.mesh))
     last_step = restored[1].step if restored else None
-    with (
-        MetricsLog(directory, "metrics", last_step=last_step, tensorboard=True) as log,
-        Transcripts(directory, last_step=last_step) as transcripts,
-    ):
+    log, transcripts = _open_logs(directory, last_step)
+    with log, transcripts:
         if restored:
             state, loop = restored
         else:
@@ -55,6 +54,26 @@ def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
                 progress.update(loop.step, **_shown(metrics, trainer.deployed_accuracy))
                 if _due(loop.step, config.checkpoint.every, config.steps):
                     checkpoints.save(state, loop)
+
+
+def _save_tokenizer(trainer: Trainer, directory: Path) -> None:
+    try:
+        trainer.tokenizer.save_pretrained(directory)
+    except Exception as error:  # the library's own, in Rust, is no OSError
+        raise RunError(f"cannot write {directory}: {error}") from error
+
+
+def _open_logs(directory: Path, last_step: int | None) -> tuple[MetricsLog, Transcripts]:
+    path = directory / "metrics.jsonl"
+    if last_step is not None and not path.exists():
+        raise RunError(
+            f"{path} is gone, of a run that has a checkpoint of step {last_step}; put it back, or remove both"
+        )
+    try:
+        log = MetricsLog(directory, "metrics", last_step=last_step, tensorboard=True)
+        return log, Transcripts(directory, last_step=last_step)
+    except ValueError as error:
+        raise RunError(f"{error}; mend that line, or choose another --run-dir to start anew") from error
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -192,12 +192,6 @@ def test_both_policies_are_evaluated_when_due_and_only_then(finished):
             assert (record[name] * HELDOUT).is_integer() and 0 <= record[name] <= 1
 
 
-def test_the_deployed_accuracy_is_logged_smoothed_too(finished):
-    lines = metrics_of(finished)[::EVERY]
-    assert all(0 <= record["eval/deployed_accuracy_ema"] <= 1 for record in lines)
-    assert lines[0]["eval/deployed_accuracy_ema"] == lines[0]["eval/deployed_accuracy"]
-
-
 def test_the_task_is_learnt_in_part_so_that_rewards_differ(finished):
     """Without this, most of a run's arithmetic would be on zeros, and what compares runs would compare little."""
     records = metrics_of(finished)[1:]

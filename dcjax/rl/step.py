@@ -125,6 +125,8 @@ def make_train_step(
             "loss": jnp.mean(losses),
             "grad_norm": jnp.mean(grad_norms),
             "grad_norm_smoothed": smoothed,
+            # not finite where an update overflowed, which the loss shows only a step later
+            "param_norm": optax.tree.norm(trained.params),
             # GRPO is λ = 0
             "dual/multiplier": jnp.zeros(()) if (multiplier := _multiplier(state)) is None else multiplier,
         }

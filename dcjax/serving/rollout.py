@@ -52,6 +52,11 @@ def sample_responses(
     return _assemble(engine, prompts, samples_per_prompt, temperature, responses)
 
 
+@jax.jit
+def _sample_keys(key: jax.Array, samples: np.ndarray) -> jax.Array:
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
+
+
 class _Queue:
     """Samples not started yet, in order."""
 
@@ -61,9 +66,7 @@ class _Queue:
         self.total = len(prefix.tokens) * samples_per_prompt
         self._engine, self._prefix, self._started = engine, prefix, 0
         self._samples_per_prompt, self._temperature = samples_per_prompt, temperature
-        self._keys = np.asarray(
-            jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(self.total)))
-        )
+        self._keys = np.asarray(_sample_keys(key, np.arange(self.total)))
 
     def refill(self, state: DecodeState, running: np.ndarray) -> DecodeState:
         """Starts samples in the free slots and notes them in `running`."""
