@@ -7,7 +7,7 @@ def config() -> Config:
     """Zero-variance groups are dropped (paper B); paper-exact dc_grpo keeps them."""
     return Config(
         name="quickstart",
-        steps=100,
+        steps=80,
         objective=ObjectiveConfig(dual_lr=20.0, budget=0.0016, zero_variance="drop"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
     )

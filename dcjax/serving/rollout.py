@@ -9,7 +9,7 @@ import numpy as np
 
 from dcjax.serving.engine import DecodeState, Prefix, Qwen3Engine, SampledTokens, make_requests
 from dcjax.serving.sync import ServingParams
-from dcjax.types import Rollout
+from dcjax.types import Array, Rollout
 
 
 def sample_responses(
@@ -53,7 +53,7 @@ def sample_responses(
 
 
 @jax.jit
-def _sample_keys(key: jax.Array, samples: np.ndarray) -> jax.Array:
+def _sample_keys(key: jax.Array, samples: Array) -> Array:
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
 
 
