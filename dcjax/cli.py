@@ -54,7 +54,8 @@ def _import_quietly() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # what Orbax logs of a failed save is raised too, and told in one line
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
