@@ -26,6 +26,10 @@ OVERRIDE = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal without Greek shows a question mark
+            stream.reconfigure(errors="replace")
     try:
         if arguments[:1] == ["train"]:
             _train(arguments[1:])
@@ -118,10 +122,12 @@ def _load_recipe(recipe: str):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up by its name
+    sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
         config = module.config()
-    except Exception as error:  # whatever the recipe's own code raises
+    except (Exception, SystemExit) as error:  # whatever the recipe's own code raises
         raise RunError(f"recipe {path}: {type(error).__name__}: {error}") from error
     from dcjax.config import Config
 
@@ -138,8 +144,9 @@ def _override(config, recipe: str, arguments: list[str]):
 
     spelled = []
     for argument in arguments:
-        match = OVERRIDE.fullmatch(argument)
-        spelled += [f"--{match[1]}", match[2]] if match else [argument]
+        match = OVERRIDE.fullmatch(argument.removeprefix("--"))
+        is_value = bool(spelled) and spelled[-1].startswith("--") and not argument.startswith("--")
+        spelled += [f"--{match[1]}", match[2]] if match and not is_value else [argument]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

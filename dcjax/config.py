@@ -23,6 +23,13 @@ def _require(section: str, config: Any, at_least: dict[str, float]) -> None:
             raise ValueError(f"{section}{name} is {value}; it must be at least {bound}")
 
 
+def _require_choice(section: str, config: Any, name: str) -> None:
+    """Raises ValueError for a word that is not one of the field's Literal."""
+    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    if (value := getattr(config, name)) not in choices:
+        raise ValueError(f"{section}{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class WarmStartConfig:
     """Supervised training on generated examples, before RL."""
@@ -90,6 +97,7 @@ class ServingConfig:
 
     def __post_init__(self):
         _require("serving.", self, {"slots": 1, "steps_per_call": 1})
+        _require_choice("serving.", self, "format")
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,8 @@ class ObjectiveConfig:
     def __post_init__(self):
         names = ("initial_multiplier", "dual_lr", "budget", "max_multiplier", "eps_low", "eps_high")
         _require("objective.", self, dict.fromkeys(names, 0))
+        _require_choice("objective.", self, "algorithm")
+        _require_choice("objective.", self, "zero_variance")
         if self.initial_multiplier > self.max_multiplier:
             raise ValueError(
                 f"objective.initial_multiplier is {self.initial_multiplier}; "
@@ -209,6 +219,8 @@ class Config:
 
     def __post_init__(self):
         _require("", self, {"steps": 0, "seed": 0})
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be below 2**63")
         if not self.name or set(self.name) & set("/\\\0") or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}; it names a folder under runs/")
         self._check_lengths()

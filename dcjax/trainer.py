@@ -62,6 +62,8 @@ class Trainer:
         self.config = config
         self.tokenizer = build_tokenizer()
         try:
+            for split in ("train", "heldout"):
+                config.task.problem(split, config.seed, 0)
             self.mesh = make_mesh(config.mesh)
         except ValueError as error:
             raise RunError(str(error)) from None

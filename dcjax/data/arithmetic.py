@@ -190,7 +190,7 @@ def _draw(task: ArithmeticTask, split: Split, generator: np.random.Generator) ->
         heldout = zlib.crc32(problem.prompt.encode()) % _HELDOUT_ONE_IN == 0
         if heldout == (split == "heldout"):
             return problem
-    raise ValueError(f"{task} has no {split!r} problem in {_MAX_DRAWS} draws; give it a larger range of problems")
+    raise ValueError(f"task: {task} has no {split!r} problem in {_MAX_DRAWS} draws; give it a larger range of problems")
 
 
 def _random_problem(task: ArithmeticTask, uniforms: Sequence[float]) -> Problem:

@@ -49,6 +49,9 @@ class ModelConfig:
         for name in sizes:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"model.{name} is {value}; it must be a finite number above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
