@@ -1,18 +1,58 @@
-"""Architectures as data: `ModelConfig` and the presets."""
+"""Architectures as data: `ModelConfig`, its numerics, and the presets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+DtypeName = Literal["float32", "bf16", "fp16"]
+
+DTYPES: dict[DtypeName, jnp.dtype] = {
+    "float32": jnp.dtype(jnp.float32),
+    "bf16": jnp.dtype(jnp.bfloat16),
+    "fp16": jnp.dtype(jnp.float16),
+}
+"""Dtypes by the names that configurations use."""
+
+Family = Literal["qwen3", "qwen2"]
+AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what the training forward and backward compute. Norms, softmax, router and log-probs are float32 throughout.
+
+    Raises:
+      ValueError: an unknown dtype.
+    """
+
+    parameters: DtypeName = "float32"
+    """Fresh parameters, and with them the optimiser's moments."""
+    compute: DtypeName = "float32"
+    """Activations, and both sides of every product; with fp16 the loss is scaled dynamically."""
+    accumulation: DtypeName = "float32"
+    """Sums inside products, forward and backward; gradients of parameters are not rounded further."""
+    head: DtypeName = "float32"
+    """Both sides of the product with the output head. Paper B looks at a float32 head as a remedy for the gap."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            _require_word(f"model.precision.{name}", value, DTYPES)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3 dense transformer: QK-norm, grouped-query attention, RoPE, SwiGLU, RMSNorm.
+    """A decoder-only transformer of the Qwen family: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
 
     Raises:
-      ValueError: a size that is not positive, or heads that the key-value heads do not divide.
+      ValueError: a size that is not positive, heads that the key-value heads do not divide, or experts that do not fit.
     """
 
+    family: Family = "qwen3"
+    """qwen3 normalises queries and keys; qwen2 has biases on queries, keys and values instead, and no experts."""
     vocab_size: int = 32
     """Rows of the embedding table (tokens)."""
     hidden_size: int = 64
@@ -33,11 +73,32 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """The output head is the embedding table."""
+    max_position_embeddings: int = 40_960
+    """Longest sequence the model is made for (tokens): exported for those who serve it, not enforced here."""
+    num_experts: int = 0
+    """Experts of each sparse layer; 0 is a dense model."""
+    num_experts_per_tok: int = 8
+    """Experts that each token goes to."""
+    moe_intermediate_size: int = 768
+    """Width of one expert's hidden layer."""
+    norm_topk_prob: bool = True
+    """The chosen experts' probabilities are divided by their sum."""
+    decoder_sparse_step: int = 1
+    """Every how many layers one has experts: those whose number, counted from 1, is a multiple."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that are dense in any case."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    attention: AttentionKernel = "auto"
+    """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere."""
+    head_chunk: int = 512
+    """Columns of a response whose logits exist at one time (tokens a sequence)."""
+    precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self):
-        sizes = (
+        _require_word("model.family", self.family, get_args(Family))
+        _require_word("model.attention", self.attention, get_args(AttentionKernel))
+        positive = (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -45,13 +106,23 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "head_dim",
+            "max_position_embeddings",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "decoder_sparse_step",
+            "head_chunk",
         )
-        for name in sizes:
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        for name in (*positive, "num_experts"):
+            value, least = getattr(self, name), 0 if name == "num_experts" else 1
+            if value < least:
+                raise ValueError(f"model.{name} is {value}; it must be at least {least}")
         for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"model.{name} is {value}; it must be a finite number above 0")
+        self._check_heads()
+        self._check_experts()
+
+    def _check_heads(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
@@ -60,6 +131,71 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
 
+    def _check_experts(self):
+        if not self.num_experts:
+            return
+        if self.family == "qwen2":
+            raise ValueError(f"model.num_experts is {self.num_experts}; family qwen2 has none, so it must be 0")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok is {self.num_experts_per_tok}; "
+                f"it must be at most model.num_experts, {self.num_experts}"
+            )
+        for layer in self.mlp_only_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"model.mlp_only_layers names layer {layer}; layers are 0 to {self.num_layers - 1}")
 
-presets: dict[str, ModelConfig] = {"tiny": ModelConfig()}
-"""Configurations by name."""
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has experts."""
+        return tuple(
+            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+            for layer in range(self.num_layers)
+        )
+
+
+def _require_word(name: str, value: str, words) -> None:
+    if value not in words:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(words)}")
+
+
+_TINY = ModelConfig()
+# what the published Qwen3 share
+_QWEN3 = ModelConfig(vocab_size=151_936, num_heads=16, num_kv_heads=8, head_dim=128, rope_theta=1e6, remat=True)
+
+
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -> ModelConfig:
+    return replace(
+        _QWEN3,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        tie_embeddings=tied,
+    )
+
+
+presets: dict[str, ModelConfig] = {
+    "tiny": _TINY,
+    "tiny-moe": replace(_TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96),
+    "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 12_288, 32, tied=False),
+    "qwen3-14b": _qwen3(40, 5120, 17_408, 40, tied=False),
+    "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
+    "qwen3-30b-a3b": replace(
+        _qwen3(48, 2048, 6144, 32, tied=False), num_kv_heads=4, num_experts=128, moe_intermediate_size=768
+    ),
+    "qwen3-235b-a22b": replace(
+        _qwen3(94, 4096, 12_288, 64, tied=False), num_kv_heads=4, num_experts=128, moe_intermediate_size=1536
+    ),
+    "deepseek-r1-distill-qwen-1.5b": replace(
+        _qwen3(28, 1536, 8960, 12, tied=False),
+        family="qwen2",
+        num_kv_heads=2,
+        rope_theta=1e4,
+        max_position_embeddings=131_072,
+    ),
+}
+"""Configurations by name; sizes as published."""
