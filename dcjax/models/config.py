@@ -160,42 +160,35 @@ def _require_word(name: str, value: str, words) -> None:
 
 
 _TINY = ModelConfig()
-# what the published Qwen3 share
-_QWEN3 = ModelConfig(vocab_size=151_936, num_heads=16, num_kv_heads=8, head_dim=128, rope_theta=1e6, remat=True)
 
 
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -> ModelConfig:
-    return replace(
-        _QWEN3,
-        num_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_heads=heads,
-        tie_embeddings=tied,
-    )
+def _published(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int = 8, **others) -> ModelConfig:
+    """A full-size model, with what most of Qwen3's share."""
+    sizes = {
+        "vocab_size": 151_936,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": 128,
+    }
+    return ModelConfig(**{**sizes, "rope_theta": 1e6, "tie_embeddings": False, "remat": True, **others})
 
 
 presets: dict[str, ModelConfig] = {
     "tiny": _TINY,
     "tiny-moe": replace(_TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96),
-    "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
-    "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
-    "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
-    "qwen3-8b": _qwen3(36, 4096, 12_288, 32, tied=False),
-    "qwen3-14b": _qwen3(40, 5120, 17_408, 40, tied=False),
-    "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
-    "qwen3-30b-a3b": replace(
-        _qwen3(48, 2048, 6144, 32, tied=False), num_kv_heads=4, num_experts=128, moe_intermediate_size=768
-    ),
-    "qwen3-235b-a22b": replace(
-        _qwen3(94, 4096, 12_288, 64, tied=False), num_kv_heads=4, num_experts=128, moe_intermediate_size=1536
-    ),
-    "deepseek-r1-distill-qwen-1.5b": replace(
-        _qwen3(28, 1536, 8960, 12, tied=False),
-        family="qwen2",
-        num_kv_heads=2,
-        rope_theta=1e4,
-        max_position_embeddings=131_072,
+    "qwen3-0.6b": _published(28, 1024, 3072, 16, tie_embeddings=True),
+    "qwen3-1.7b": _published(28, 2048, 6144, 16, tie_embeddings=True),
+    "qwen3-4b": _published(36, 2560, 9728, 32, tie_embeddings=True),
+    "qwen3-8b": _published(36, 4096, 12_288, 32),
+    "qwen3-14b": _published(40, 5120, 17_408, 40),
+    "qwen3-32b": _published(64, 5120, 25_600, 64),
+    "qwen3-30b-a3b": _published(48, 2048, 6144, 32, 4, num_experts=128, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _published(94, 4096, 12_288, 64, 4, num_experts=128, moe_intermediate_size=1536),
+    "deepseek-r1-distill-qwen-1.5b": _published(
+        28, 1536, 8960, 12, 2, family="qwen2", rope_theta=1e4, max_position_embeddings=131_072
     ),
 }
 """Configurations by name; sizes as published."""
