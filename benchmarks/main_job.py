@@ -6,23 +6,18 @@
 - update: dcjax's train step (GRPO) against a hand-written update of the same maths, in CPU-milliseconds.
 - penalty: DC-GRPO's train step against GRPO's, with the same metrics, in CPU-milliseconds.
 
-Both sides are checked to compute the same before they are compared. CPU time is of all the process's threads; each
-round runs every program once, in an order that turns from round to round, and ratios are medians over rounds with a
-95% interval. The plain side is in plain_jax.py.
+Both sides are checked to compute the same before they are compared. How they are timed is said in timing.py; the plain
+side is in plain_jax.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import runpy
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
+from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
 from dcjax import assemble
 from dcjax.checkpoint import Checkpoints
@@ -38,7 +34,6 @@ from dcjax.config import Config
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
 from dcjax.evaluate import responses, score
-from dcjax.progress import Progress
 from dcjax.rl.advantages import group_rewards
 from dcjax.run import load_config
 from dcjax.serving.engine import make_requests
@@ -70,47 +65,6 @@ class Setup:
     def key(self, number: int) -> jax.Array:
         """The sampling key of a round; -2 and -1 are the warm-up's."""
         return jax.random.fold_in(jax.random.key(self.config.seed), number + 2)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """CPU-seconds and wall seconds of one program, and what it returned, one each a round."""
-
-    cpu: np.ndarray
-    wall: np.ndarray
-    results: list
-
-
-def measure(title: str, programs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, Timed]:
-    """Calls every program with -2 and -1, which compiles it, and then once a round with the round's number."""
-    names = list(programs)
-    rows = {name: [] for name in names}
-    with Progress(len(names) + rounds, initial=0, description=title) as progress:
-        for count, name in enumerate(names, 1):
-            jax.block_until_ready((programs[name](-2), programs[name](-1)))
-            progress.update(count)
-        for number in range(rounds):
-            shift = number // 2 % len(names)
-            for name in (names[shift:] + names[:shift])[:: -1 if number % 2 else 1]:
-                cpu, wall = time.process_time(), time.perf_counter()
-                result = jax.block_until_ready(programs[name](number))
-                rows[name].append((time.process_time() - cpu, time.perf_counter() - wall, result))
-            progress.update(len(names) + number + 1)
-    columns = {name: list(zip(*measured, strict=True)) for name, measured in rows.items()}
-    return {name: Timed(np.array(cpu), np.array(wall), list(results)) for name, (cpu, wall, results) in columns.items()}
-
-
-def ratio(ours: np.ndarray, theirs: np.ndarray, over: str, goal: str = "") -> dict[str, Any]:
-    """The median over rounds of ours / theirs, with a 95% bootstrap interval."""
-    ratios = ours / theirs
-    resampled = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"over": over, "median": float(np.median(ratios)), "low": float(low), "high": float(high), "goal": goal}
-
-
-def row(program: str, values: np.ndarray, best: Callable, *ratios: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table: median and best of a program over rounds, and its ratios to others."""
-    return {"program": program, "median": float(np.median(values)), "best": float(best(values)), "ratios": ratios}
 
 
 # --- weights ---
@@ -341,45 +295,6 @@ def compare_penalty(setup: Setup, params, batch: Batch) -> dict[str, Any]:
     differing = sorted(set(timed["grpo"].results[-1]) ^ set(timed["dc_grpo"].results[-1]))
     notes = [f"metrics that only one of them has: {', '.join(differing) or 'none'}"]
     return {"title": "penalty", "unit": "CPU-ms", "rows": rows, "notes": notes}
-
-
-# --- report ---
-
-
-def table(comparisons: list[dict[str, Any]]) -> str:
-    """The comparisons as lines of text."""
-    lines = []
-    for comparison in comparisons:
-        lines.append(f"{comparison['title']}  ({comparison['unit']}: median, best)")
-        for entry in comparison["rows"]:
-            first, *rest = [_shown(value) for value in entry["ratios"]] or [""]
-            lines.append(f"  {entry['program']:36s} {entry['median']:9.1f} {entry['best']:9.1f}   {first}".rstrip())
-            lines += [f"{'':60s}{line}" for line in rest]
-        lines += [f"  {note}" for note in comparison["notes"]]
-    return "\n".join(lines)
-
-
-def _shown(value: Mapping[str, Any]) -> str:
-    goal = f"  goal {value['goal']}" if value["goal"] else ""
-    return f"{value['median']:5.3f} [{value['low']:.3f}, {value['high']:.3f}] x {value['over']}{goal}"
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Versions and processor, for the JSON."""
-    names = ("dcjax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "cores_used": args.cores or os.cpu_count(),
-        "rounds": args.rounds,
-    }
-
-
-def pin(cores: int) -> None:
-    """Keeps threads that start from now on to so many cores, where the system can; 0 changes nothing."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
 def parse() -> argparse.Namespace:

@@ -22,11 +22,11 @@ from dcjax.rl.objective import (
     group_relative_advantages,
 )
 from dcjax.rl.step import TrainStep, make_train_step
-from dcjax.rl.transforms import dual_ascent
+from dcjax.rl.transforms import dual_ascent, dynamic_loss_scale
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
-from dcjax.types import Array, Batch, Params, TrainState
+from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -46,7 +46,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> Optimizer:
     """One chain: gradient clip, AdamW, learning rate and, for dc_grpo, λ's dual ascent."""
     optimizer, objective = config.optimizer, config.objective
-    transforms = [
+    descent = optax.chain(
         optax.clip_by_global_norm(optimizer.max_grad_norm),
         optax.adamw(
             make_schedule(config),
@@ -55,7 +55,8 @@ def make_optimizer(config: Config) -> Optimizer:
             eps=optimizer.epsilon,
             weight_decay=optimizer.weight_decay,
         ),
-    ]
+    )
+    transforms: list[optax.GradientTransformation] = [scale_loss(config, descent)]
     if objective.algorithm == "dc_grpo":
         ascent = dual_ascent(
             objective.dual_lr,
@@ -68,6 +69,11 @@ def make_optimizer(config: Config) -> Optimizer:
     return optax.with_extra_args_support(optax.chain(*transforms))
 
 
+def scale_loss(config: Config, descent: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Gradients in fp16 need a scaled loss; λ stays outside, since an overflow says nothing about the gap."""
+    return dynamic_loss_scale(descent) if config.model.precision.compute == "fp16" else descent
+
+
 def make_objective(config: Config) -> LossTransform:
     """Group-relative advantages, zero-variance groups dropped if asked, and dc_grpo's penalty."""
     transforms = [group_relative_advantages()]
@@ -78,9 +84,12 @@ def make_objective(config: Config) -> LossTransform:
     return chain(*transforms)
 
 
-def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array]:
-    """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature."""
-    return token_logps(
+def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+    """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature.
+
+    And, where the model has experts, what its routers did, by row.
+    """
+    scores = token_logps(
         config.model,
         params,
         batch.tokens,
@@ -88,6 +97,7 @@ def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, A
         response_length=batch.response_mask.shape[1],
         temperature=batch.temperature,
     )
+    return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
 
 
 def params_shardings(config: Config, mesh: Mesh) -> Params:
@@ -158,6 +168,14 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         updates=optimizer.updates,
     )
     return compile_step(config, mesh, tx, step)
+
+
+def metrics_to_host(metrics: Metrics) -> dict[str, float]:
+    """A step's metrics as floats. One whose gradients overflowed at its loss scale, and were left out, has no norm."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values.get("overflow"):
+        del values["grad_norm"]
+    return values
 
 
 def make_engine(config: Config, format: FormatName, mesh: Mesh, end_token: int) -> Qwen3Engine:

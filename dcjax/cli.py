@@ -98,7 +98,52 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw report.png and report.html from a run's metrics")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(run=_report)
+
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="Hugging Face checkpoints: import, export, inspect",
+        description="Moves weights between Hugging Face folders (config.json and safetensors) and runs. "
+        "Supported are Qwen3, Qwen3-MoE and Qwen2 (so also DeepSeek-R1-Distill-Qwen), not quantised.",
+    )
+    actions = convert.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=_Parser)
+    dtypes = ("float32", "bf16", "fp16")
+
+    importing = actions.add_parser(
+        "import",
+        help="verify a Hugging Face folder and write it again with checksums",
+        description="Reads every weight of a Hugging Face folder, refuses what is damaged, incomplete or not finite, "
+        "and writes the same weights with a checksum each, config.json in old and new style, and the tokenizer.",
+    )
+    importing.add_argument("folder", type=Path, metavar="HF_FOLDER", help="config.json and safetensors, of any dtype")
+    importing.add_argument("out", type=Path, metavar="OUT", help="a folder to make; nothing is overwritten")
+    importing.add_argument("--dtype", choices=dtypes, help="convert the weights (default: as stored)")
+    importing.set_defaults(run=_convert_import)
+
+    export = actions.add_parser(
+        "export",
+        help="write a run's policy as a Hugging Face folder",
+        description="Writes the training policy of a checkpoint, and the run's tokenizer, as a folder that "
+        "transformers (from 4.51) and vLLM load.",
+    )
+    export.add_argument("source", type=Path, metavar="RUN_OR_STEP", help="a run directory, or RUN/checkpoints/STEP")
+    export.add_argument("out", type=Path, metavar="OUT", help="a folder to make; nothing is overwritten")
+    export.add_argument("--dtype", choices=dtypes, help="of the weights (default: as trained)")
+    export.set_defaults(run=_convert_export)
+
+    inspect = actions.add_parser(
+        "inspect",
+        help="what a Hugging Face folder holds, without loading it",
+        description="Prints architecture, parameters, dtypes, files and whether checksums are there; reads only "
+        "config.json and the files' headers.",
+    )
+    inspect.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder")
+    inspect.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    inspect.set_defaults(run=_convert_inspect)
 
 
 def _train(arguments: list[str]) -> None:
@@ -197,3 +242,59 @@ def _report(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise RunError(str(error)) from error
     print(f"plot:   {picture}\nreport: {page}")
+
+
+@contextlib.contextmanager
+def _tensors_shown():
+    """A callback that shows, tensor by tensor, how far a conversion is."""
+    from dcjax.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        bars = []
+
+        def told(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(Progress(total, initial=0, description="tensor")))
+            bars[0].update(done)
+
+        yield told
+
+
+def _convert_import(options: argparse.Namespace) -> None:
+    from dcjax.convert import import_folder
+
+    with _tensors_shown() as told:
+        import_folder(options.folder, options.out, dtype=options.dtype, told=told)
+    print(f"imported: {options.out}")
+
+
+def _convert_export(options: argparse.Namespace) -> None:
+    _import_quietly()
+    from dcjax.convert import export_run
+
+    with _tensors_shown() as told:
+        step = export_run(options.source, options.out, dtype=options.dtype, told=told)
+    print(f"exported: {options.out} (step {step})")
+
+
+def _convert_inspect(options: argparse.Namespace) -> None:
+    from dcjax.convert import inspect_folder
+
+    found = inspect_folder(options.folder)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    config = found.config
+    experts = f", {config.num_experts} experts of which a token takes {config.num_experts_per_tok}"
+    rows = {
+        "architecture": config.family + (experts if config.num_experts else ""),
+        "layers": f"{config.num_layers} of width {config.hidden_size}",
+        "heads": f"{config.num_heads} of width {config.head_dim}, {config.num_kv_heads} for keys and values",
+        "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_embeddings else 'untied'} head",
+        "parameters": f"{found.parameters:,}, active {found.active_parameters:,}",
+        "dtypes": ", ".join(f"{name} ({count} tensors)" for name, count in found.dtypes.items()),
+        "files": f"{found.files}, {found.bytes:,} bytes",
+        "checksums": "yes" if found.checksums else "no",
+    }
+    for name, value in rows.items():
+        print(f"{name:<14}{value}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models.config import ModelConfig
+from dcjax.models.config import ModelConfig, presets
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.mesh import MeshConfig
 
@@ -207,7 +207,7 @@ class Config:
     run_dir: Path | None = None
     """Where everything is written."""
     task: ArithmeticTask = field(default_factory=ArithmeticTask)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = presets["tiny"]
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
@@ -288,7 +288,10 @@ def from_dict(nested: dict[str, Any], kind: type = Config) -> Any:
     def convert(name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(kinds[name]):
             return from_dict(value, kinds[name])
-        return Path(value) if name == "run_dir" and value is not None else value
+        if name == "run_dir" and value is not None:
+            return Path(value)
+        # JSON has no tuples
+        return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: convert(name, value) for name, value in nested.items()})
 

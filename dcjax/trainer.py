@@ -148,7 +148,7 @@ class Trainer:
                 f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite",
             )
         state, metrics = self._step(state, batch)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = assemble.metrics_to_host(metrics)
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import apply_policy, compile_step, fresh_params, initial_state
+from dcjax.assemble import apply_policy, compile_step, fresh_params, initial_state, metrics_to_host, scale_loss
 from dcjax.config import Config
 from dcjax.data.arithmetic import supervised_batch
 from dcjax.errors import RunError
@@ -51,7 +51,8 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
         for count in range(1, settings.steps + 1):
             state, metrics = update(state, _batch(config, tokenizer, count))
             if count % LOG_EVERY == 0 or count == settings.steps:
-                shown = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+                values = metrics_to_host(metrics)
+                shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
                 if not all(map(math.isfinite, shown.values())):
                     raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
                 log.write(count, shown)
@@ -68,7 +69,8 @@ def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         decay_steps=max(settings.steps, settings.warmup_steps + 1),
         end_value=settings.learning_rate / 10,
     )
-    return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
+    descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    return optax.with_extra_args_support(scale_loss(config, descent))
 
 
 def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:

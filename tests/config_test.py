@@ -21,7 +21,7 @@ from dcjax.config import (
     to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
+from dcjax.models import ModelConfig, Precision
 from dcjax.sharding.mesh import MeshConfig
 
 SECTIONS = {
@@ -49,6 +49,12 @@ LOWER_BOUNDS = {
     "model.num_heads": (2, 0),
     "model.num_kv_heads": (1, 0),
     "model.head_dim": (2, 0),
+    "model.num_experts": (0, -1),
+    "model.num_experts_per_tok": (1, 0),
+    "model.moe_intermediate_size": (1, 0),
+    "model.decoder_sparse_step": (1, 0),
+    "model.max_position_embeddings": (1, 0),
+    "model.head_chunk": (1, 0),
     "warm_start.steps": (0, -1),
     "warm_start.batch_size": (1, 0),
     "warm_start.learning_rate": (0.0, -1e-3),
@@ -279,7 +285,13 @@ OTHERWISE = small(
     seed=3,
     run_dir=Path("some/where"),
     task=ArithmeticTask(max_value=9),
-    model=ModelConfig(tie_embeddings=False, rope_theta=1e6),
+    model=ModelConfig(
+        tie_embeddings=False,
+        rope_theta=1e6,
+        num_experts=8,
+        mlp_only_layers=(0,),
+        precision=Precision(compute="bf16"),
+    ),
     serving=ServingConfig(format="bf16"),
     objective=ObjectiveConfig(algorithm="grpo", budget=1 / 3),
     mesh=MeshConfig(fsdp=2),

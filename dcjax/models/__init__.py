@@ -1,6 +1,24 @@
 """What the network computes. Imports nothing of rl, serving or data."""
 
-from dcjax.models.config import ModelConfig, presets
-from dcjax.models.transformer import count_params, forward, init_params, logical_axes, token_logps
+from dcjax.models.config import ModelConfig, Precision, presets
+from dcjax.models.hf import load_hf
+from dcjax.models.hf_config import read_config
+from dcjax.models.hf_save import save_hf
+from dcjax.models.scores import TokenScores, token_logps
+from dcjax.models.transformer import abstract_params, count_params, forward, init_params, logical_axes
 
-__all__ = ["ModelConfig", "count_params", "forward", "init_params", "logical_axes", "presets", "token_logps"]
+__all__ = [
+    "ModelConfig",
+    "Precision",
+    "TokenScores",
+    "abstract_params",
+    "count_params",
+    "forward",
+    "init_params",
+    "load_hf",
+    "logical_axes",
+    "presets",
+    "read_config",
+    "save_hf",
+    "token_logps",
+]

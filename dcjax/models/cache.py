@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dcjax.models import layers
+from dcjax.models.block import Products, block
 from dcjax.models.config import ModelConfig
 from dcjax.types import Array
 
@@ -77,20 +78,23 @@ def forward_cached(
     x: Float[Array, "B S E"],
     positions: Int[Array, "B S"],
     caches: tuple[LayerCache, ...],
-    dot: layers.Dot,
-) -> tuple[Float[Array, "B S E"], tuple[LayerCache, ...]]:
+    products: Products,
+) -> tuple[Float[Array, "B S E"], tuple[LayerCache, ...], Int[Array, "M B S k"] | None]:
     """Embedded tokens through all layers against their caches: prefill with S tokens, decode with one.
 
-    `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. Returns normed hidden states.
+    `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. Returns normed hidden states, the
+    caches, and the experts that the M sparse layers chose.
     """
     rope = layers.rope_table(positions, caches[0].k.shape[2], config.head_dim, config.rope_theta)
-    filled = []
+    filled, chosen = [], []
     for layer, cache in zip(params["layers"], caches, strict=True):
 
         def attend_cached(q, k, v, cache=cache):
             written = write(cache, k, v, positions)
             return attend(written, q, positions), written
 
-        x, cache = layers.block(config, layer, x, rope, attend_cached, dot)
+        x, cache, routing = block(config, layer, x, rope, attend_cached, products)
         filled.append(cache)
-    return layers.rms_norm(x, params["norm"], config.rms_norm_eps), tuple(filled)
+        chosen += [] if routing is None else [routing.experts]
+    hidden = layers.rms_norm(x, params["norm"], config.rms_norm_eps)
+    return hidden, tuple(filled), jnp.stack(chosen) if chosen else None

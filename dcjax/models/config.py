@@ -19,6 +19,7 @@ DTYPES: dict[DtypeName, jnp.dtype] = {
 
 Family = Literal["qwen3", "qwen2"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+Remat = Literal["none", "products", "full"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class ModelConfig:
     """Every how many layers one has experts: those whose number, counted from 1, is a multiple."""
     mlp_only_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that are dense in any case."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: Remat = "products"
+    """What the backward pass finds kept. products: what matrix products returned, the rest is computed again. full: only
+    what entered each layer. Both loop over the layers, so that program size is flat in depth. none: everything, layers
+    laid out one after the other, the fastest for two or three."""
     attention: AttentionKernel = "auto"
     """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere."""
     head_chunk: int = 512
@@ -98,6 +101,7 @@ class ModelConfig:
     def __post_init__(self):
         _require_word("model.family", self.family, get_args(Family))
         _require_word("model.attention", self.attention, get_args(AttentionKernel))
+        _require_word("model.remat", self.remat, get_args(Remat))
         positive = (
             "vocab_size",
             "hidden_size",
@@ -159,21 +163,31 @@ def _require_word(name: str, value: str, words) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(words)}")
 
 
-_TINY = ModelConfig()
+_TINY = ModelConfig(remat="none")
+
+
+_FULL = ModelConfig(
+    vocab_size=151_936,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    tie_embeddings=False,
+    remat="full",
+)
 
 
 def _published(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int = 8, **others) -> ModelConfig:
-    """A full-size model, with what most of Qwen3's share."""
-    sizes = {
-        "vocab_size": 151_936,
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": 128,
-    }
-    return ModelConfig(**{**sizes, "rope_theta": 1e6, "tie_embeddings": False, "remat": True, **others})
+    """A full-size model: what most of Qwen3's share, and its sizes."""
+    return replace(
+        _FULL,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        **others,
+    )
 
 
 presets: dict[str, ModelConfig] = {

@@ -1,34 +1,55 @@
-"""The maths of one layer, as pure functions shared by the training forward and the serving engine.
-
-Matrix products and attention are passed in, so that a quantised engine runs the same layer with its own.
-"""
+"""The parts of a layer, as pure functions shared by the training forward and the serving engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dcjax.models.config import ModelConfig
 from dcjax.types import Array
 
-Dot = Callable[[Array, Any], Array]
-"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what an engine's dot reads."""
-
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> (context [B, S, H, D], cache or None)."""
-
 Rope = tuple[Array, Array]
-"""cos and sin, float32 [B, S, 1, D / 2]."""
+"""cos and sin, float32 [B or 1, S, 1, D / 2]."""
 
 
-def dense(x: Float[Array, "... K"], kernel: Float[Array, "K N"]) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype, as one product of two matrices."""
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(
+    rows: Float[Array, "N K"], kernel: Float[Array, "K M"], accumulate: jnp.dtype, out: jnp.dtype
+) -> Float[Array, "N M"]:
+    """rows @ kernel, both in the rows' dtype, summed in `accumulate`, returned in `out`.
+
+    Its gradients are products of the same kind: both sides in the rows' dtype, sums in `accumulate`. What reaches a
+    float32 kernel was not rounded to the rows' dtype on the way, as differentiating the casts would do.
+    """
+    return jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=accumulate).astype(out)
+
+
+def _product_forward(rows, kernel, accumulate, out):
+    return product(rows, kernel, accumulate, out), (rows, kernel)
+
+
+def _product_backward(accumulate, out, saved, gradient):
+    rows, kernel = saved
+    gradient = gradient.astype(rows.dtype)
+    to_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T, preferred_element_type=accumulate)
+    to_kernel = jnp.matmul(rows.T, gradient, preferred_element_type=accumulate)
+    return to_rows.astype(rows.dtype), to_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def dense(
+    x: Float[Array, "... K"], kernel: Float[Array, "K N"], accumulate: jnp.dtype = FLOAT32
+) -> Float[Array, "... N"]:
+    """x @ kernel in x's dtype, as one product of two matrices, summed in `accumulate`."""
+    rows = product(x.reshape(-1, x.shape[-1]), kernel, accumulate, x.dtype)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -55,17 +76,11 @@ def apply_rope(x: Float[Array, "B S H D"], rope: Rope) -> Float[Array, "B S H D"
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
-    """True where a query may look: not ahead, and not at padding."""
-    length = attention_mask.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None, None] & attention_mask[:, None, None, :]
-
-
 def attend_grouped(
     q: Float[Array, "B S H D"],
     k: Shaped[Array, "B K C D"],
     v: Shaped[Array, "B K C D"],
-    mask: Bool[Array, "B 1 #G #S C"],
+    mask: Bool[Array, "#B 1 #G #S C"],
     k_scale: Float[Array, "B K C"] | None = None,
     v_scale: Float[Array, "B K C"] | None = None,
 ) -> Float[Array, "B S H D"]:
@@ -88,37 +103,3 @@ def attend_grouped(
         weights *= v_scale[:, :, None]
     attended = jnp.einsum("bkrc,bkcd->bkrd", weights.astype(q.dtype), v.astype(q.dtype))
     return attended.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def attention(
-    q: Float[Array, "B S H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    mask: Bool[Array, "B 1 S S"],
-) -> Float[Array, "B S H D"]:
-    """Softmax attention of H query heads on K key-value heads; rows that may look nowhere come back finite."""
-    return attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
-
-
-def block(
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    x: Float[Array, "B S E"],
-    rope: Rope,
-    attend: Attend,
-    dot: Dot = dense,
-) -> tuple[Float[Array, "B S E"], Any]:
-    """One Qwen3 decoder layer: x + attention(norm x), then + SwiGLU(norm x); and the cache that `attend` returned."""
-    batch, length, _ = x.shape
-    normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
-
-    def heads(name: str) -> Array:
-        return dot(normed, params[name]).reshape(batch, length, -1, config.head_dim)
-
-    q = apply_rope(rms_norm(heads("q_proj"), params["q_norm"], config.rms_norm_eps), rope)
-    k = apply_rope(rms_norm(heads("k_proj"), params["k_norm"], config.rms_norm_eps), rope)
-    context, cache = attend(q, k, heads("v_proj"))
-    x = x + dot(context.reshape(batch, length, -1), params["o_proj"])
-    normed = rms_norm(x, params["post_attention_layernorm"], config.rms_norm_eps)
-    gated = jax.nn.silu(dot(normed, params["gate_proj"])) * dot(normed, params["up_proj"])
-    return x + dot(gated, params["down_proj"]), cache

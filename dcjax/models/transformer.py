@@ -1,99 +1,127 @@
-"""The scanned Qwen3 stack in Flax Linen, and what is computed from it: logits and token log-probs."""
+"""The scanned stack: its parameters declared in Flax Linen, hidden states and logits as pure functions of them."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dcjax.models import layers
-from dcjax.models.config import ModelConfig
+from dcjax.models.attention import causal_attention
+from dcjax.models.block import PRODUCT, block, training_products
+from dcjax.models.config import DTYPES, ModelConfig
+from dcjax.models.moe import router_metrics
 from dcjax.types import Array, Params
 
-UNROLL = 2
-"""Layers in one turn of the scan: program size stays flat in depth, and a stack of two is no loop at all."""
+DENSE = ("gate_proj", "up_proj", "down_proj")
+"""Parameters of the layers without experts."""
+
+SPARSE = ("router", "experts_gate_proj", "experts_up_proj", "experts_down_proj")
+"""Parameters of the layers with experts."""
 
 
-class Block(nn.Module):
-    """One decoder layer's parameters, each axis named once; the maths is `layers.block`."""
+class Layers(nn.Module):
+    """The parameters of all layers, each leaf stacked over the layers that have it, each axis named once."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rope: layers.Rope, mask):
-        params = {name: self.param(name, *declared) for name, declared in self._declarations().items()}
-        x, _ = layers.block(self.config, params, x, rope, lambda q, k, v: (layers.attention(q, k, v, mask), None))
-        return x, None
-
-    def _declarations(self) -> dict:
+    def __call__(self) -> dict[str, Any]:
         c = self.config
-        q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        # projections into the residual stream start smaller in deeper stacks (GPT-2), so its variance does not grow
-        narrow = (2 * c.num_layers) ** -0.5
+        sparse = sum(c.sparse_layers)
+        declared = self._attention()
+        if sparse < c.num_layers:
+            declared |= self._mlp(c.num_layers - sparse)
+        if sparse:
+            declared |= self._experts(sparse)
+        dtype = DTYPES[c.precision.parameters]
         return {
-            "input_layernorm": _norm(c.hidden_size, "embed"),
-            "q_proj": _kernel(c.hidden_size, q_dim, ("embed", "heads")),
-            "k_proj": _kernel(c.hidden_size, kv_dim, ("embed", "kv_heads")),
-            "v_proj": _kernel(c.hidden_size, kv_dim, ("embed", "kv_heads")),
-            "o_proj": _kernel(q_dim, c.hidden_size, ("heads", "embed"), narrow),
-            "q_norm": _norm(c.head_dim, "head_dim"),
-            "k_norm": _norm(c.head_dim, "head_dim"),
-            "post_attention_layernorm": _norm(c.hidden_size, "embed"),
-            "gate_proj": _kernel(c.hidden_size, c.intermediate_size, ("embed", "mlp")),
-            "up_proj": _kernel(c.hidden_size, c.intermediate_size, ("embed", "mlp")),
-            "down_proj": _kernel(c.intermediate_size, c.hidden_size, ("mlp", "embed"), narrow),
+            name: self.param(name, nn.with_logical_partitioning(init, ("layers", *axes)), shape, dtype)
+            for name, (init, shape, axes) in declared.items()
         }
 
+    @property
+    def _narrow(self) -> float:
+        # projections into the residual stream start smaller in deeper stacks (GPT-2), so its variance does not grow
+        return (2 * self.config.num_layers) ** -0.5
 
-def _norm(size: int, axis: str):
-    return nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,)), (size,), jnp.float32
+    def _attention(self) -> dict:
+        c, norm = self.config, nn.initializers.ones_init()
+        widths = {"q": c.num_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}
+        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+        declared = {
+            "input_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
+            "o_proj": self._kernel(c.num_layers, (widths["q"], c.hidden_size), ("heads", "embed"), self._narrow),
+            "post_attention_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
+        }
+        for name, width in widths.items():
+            declared[f"{name}_proj"] = self._kernel(c.num_layers, (c.hidden_size, width), ("embed", axes[name]))
+            if c.family == "qwen2":
+                declared[f"{name}_bias"] = (nn.initializers.zeros_init(), (c.num_layers, width), (axes[name],))
+        if c.family == "qwen3":
+            declared |= {f"{name}_norm": (norm, (c.num_layers, c.head_dim), ("head_dim",)) for name in "qk"}
+        return declared
 
+    def _mlp(self, count: int) -> dict:
+        wide, into, out = self.config.intermediate_size, ("embed", "mlp"), ("mlp", "embed")
+        return {
+            "gate_proj": self._kernel(count, (self.config.hidden_size, wide), into),
+            "up_proj": self._kernel(count, (self.config.hidden_size, wide), into),
+            "down_proj": self._kernel(count, (wide, self.config.hidden_size), out, self._narrow),
+        }
 
-def _kernel(fan_in: int, fan_out: int, axes: tuple[str, str], scale: float = 1.0):
-    init = nn.initializers.normal(scale * fan_in**-0.5)
-    return nn.with_logical_partitioning(init, axes), (fan_in, fan_out), jnp.float32
+    def _experts(self, count: int) -> dict:
+        c, into, out = self.config, ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        widen = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
+        narrow = (c.num_experts, c.moe_intermediate_size, c.hidden_size)
+        return {
+            "router": self._kernel(count, (c.hidden_size, c.num_experts), ("embed", "experts")),
+            "experts_gate_proj": self._kernel(count, widen, into),
+            "experts_up_proj": self._kernel(count, widen, into),
+            "experts_down_proj": self._kernel(count, narrow, out, self._narrow),
+        }
+
+    def _kernel(self, count: int, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 1.0):
+        return nn.initializers.normal(scale * shape[-2] ** -0.5), (count, *shape), axes
 
 
 class Transformer(nn.Module):
-    """Embedding, scanned blocks and final norm: tokens [B, S] -> hidden states [B, S, E]. `head_kernel` is the head."""
+    """The model as a Flax module: `apply({"params": params}, tokens, ...)` is `hidden_states`."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, attention_mask):
-        c = self.config
-        table = ((c.vocab_size, c.hidden_size), jnp.float32)
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
-        embed_tokens: Any = self.param("embed_tokens", init, *table)
-        x = embed_tokens[tokens]
+    def __call__(self, *args, **kwargs):
+        return hidden_states(self.config, self.parameters(), *args, **kwargs)
+
+    @nn.compact
+    def parameters(self) -> Params:
+        """Declares all parameters."""
+        c, dtype = self.config, DTYPES[self.config.precision.parameters]
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        params = {
+            "embed_tokens": self.param("embed_tokens", table, (c.vocab_size, c.hidden_size), dtype),
+            "layers": Layers(c, name="layers")(),
+            "norm": self.param("norm", ones, (c.hidden_size,), dtype),
+        }
         if not c.tie_embeddings:
-            self.param("lm_head", init, *table)
-        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        rope = layers.rope_table(positions, tokens.shape[1], c.head_dim, c.rope_theta)
-        stack = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-            unroll=UNROLL,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = stack(c, name="layers")(x, rope, layers.causal_mask(attention_mask))
-        norm: Any = self.param("norm", *_norm(c.hidden_size, "embed"))
-        return layers.rms_norm(x, norm, c.rms_norm_eps)
+            params["lm_head"] = self.param("lm_head", table, (c.vocab_size, c.hidden_size), dtype)
+        return params
 
 
 def _boxed_init(config: ModelConfig, key):
-    dummy = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, dummy, dummy == 0)["params"]
+    return Transformer(config).init(key, method="parameters")["params"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters, `layers` stacked along their first axis, partitioning metadata taken off."""
+    """Fresh parameters in `precision.parameters`, each leaf of `layers` stacked over the layers that have it."""
     return nn.unbox(_boxed_init(config, key))
 
 
@@ -102,10 +130,23 @@ def logical_axes(config: ModelConfig) -> Params:
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
 
 
+def abstract_params(config: ModelConfig) -> Params:
+    """The tree of `init_params` as shapes and dtypes; nothing is allocated."""
+    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+
+
 def count_params(config: ModelConfig) -> int:
-    """Number of parameters, from abstract shapes; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    """Number of parameters, from abstract shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def layer_params(kinds: Sequence[bool], stacked: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """One layer's parameters out of the stacked ones of layers of these kinds (True has experts)."""
+    others = DENSE if kinds[layer] else SPARSE
+    rank = sum(kind == kinds[layer] for kind in kinds[:layer])
+    return {
+        name: leaf[rank if name in DENSE + SPARSE else layer] for name, leaf in stacked.items() if name not in others
+    }
 
 
 def head_kernel(config: ModelConfig, params: Params):
@@ -113,49 +154,141 @@ def head_kernel(config: ModelConfig, params: Params):
     return params["embed_tokens" if config.tie_embeddings else "lm_head"]
 
 
+@flax.struct.dataclass
+class RouterRecord:
+    """What the M sparse layers did with B × S tokens."""
+
+    # chosen experts of each token, most probable first
+    experts: Int[Array, "M B S k"]
+    # by name, each [B]: means over the sparse layers of `moe.router_metrics`
+    metrics: dict[str, Array]
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    attention_mask: Bool[Array, "B S"] | None = None,
+    *,
+    segment_ids: Int[Array, "B S"] | None = None,
+    experts: Int[Array, "M B S k"] | None = None,
+) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
+    """Normed hidden states in `precision.compute`, and what the routers did where the model has experts.
+
+    Args:
+      config: the architecture.
+      params: as `init_params` lays them out.
+      tokens: ids; padding may stand anywhere.
+      attention_mask: True on real tokens; all True where absent. Positions count real tokens only.
+      segment_ids: several sequences packed in a row: equal numbers from 1 are one sequence, side by side, and 0 is
+        padding. Positions start again in each. In place of `attention_mask`.
+      experts: the choice of experts to impose on each sparse layer instead of its router's own (routing replay);
+        weights are still the router's.
+
+    Raises:
+      ValueError: both a mask and segments.
+    """
+    if segment_ids is not None:
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask and segment_ids were both given; padding is segment 0, so leave out the mask"
+            )
+        return _run(config, params, tokens, _segment_positions(segment_ids), segment_ids > 0, segment_ids, experts)
+    columns = jnp.arange(tokens.shape[1])[None]
+    if attention_mask is None:
+        return _run(config, params, tokens, columns, jnp.ones(tokens.shape, bool), None, experts)
+    # causal order alone hides padding that stands behind all real tokens, whatever kernel computes it
+    to = _compact_columns(attention_mask)
+    rows = jnp.arange(len(to))[:, None]
+    tokens = jnp.zeros_like(tokens).at[rows, to].set(tokens)
+    if experts is not None:
+        experts = jnp.zeros_like(experts).at[:, rows, to].set(experts)
+    real = columns < jnp.sum(attention_mask, axis=1, keepdims=True)
+    hidden, record = _run(config, params, tokens, columns, real, None, experts)
+    if record is not None:
+        record = dataclasses.replace(record, experts=record.experts[:, rows, to])
+    return jnp.take_along_axis(hidden, to[..., None], axis=1), record
+
+
+def _compact_columns(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Where each column goes when a row's real tokens move to its front and its padding behind them, in order."""
+    real = jnp.cumsum(mask, axis=1)
+    return jnp.where(mask, real, real[:, -1:] + jnp.cumsum(~mask, axis=1)) - 1
+
+
+def _segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    columns = jnp.arange(segment_ids.shape[1])
+    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), jnp.diff(segment_ids, axis=1) != 0], axis=1)
+    return columns - jax.lax.cummax(jnp.where(starts, columns, 0), axis=1)
+
+
+def _run(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "#B S"],
+    real: Bool[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None,
+    experts: Int[Array, "M B S k"] | None,
+) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
+    """Embedding, the scanned layers, the last norm. A turn of the scan is the shortest repeating run of layer kinds."""
+    kinds, products = config.sparse_layers, training_products(config.precision)
+    period = _period(kinds)
+    rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
+
+    def layer(x, weights, imposed):
+        x, _, routing = block(config, weights, x, rope, attend, products, imposed)
+        return x, None if routing is None else (routing.experts, router_metrics(routing, real))
+
+    if config.remat != "none":
+        kept = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=kept[config.remat])
+
+    def turn(x, inputs):
+        stacked, imposed = inputs
+        routed = []
+        for number in range(period):
+            chosen = imposed[len(routed)] if kinds[number] and imposed is not None else None
+            x, record = layer(x, layer_params(kinds[:period], stacked, number), chosen)
+            routed += [] if record is None else [record]
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
+
+    x = params["embed_tokens"][tokens].astype(DTYPES[config.precision.compute])
+    turns = config.num_layers // period
+    dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], experts))
+    x, routed = jax.lax.scan(turn, x, dealt, unroll=config.remat == "none")
+    record = None
+    if routed is not None:
+        chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)
+        record = RouterRecord(chosen, {name: jnp.mean(rows, axis=0) for name, rows in metrics.items()})
+    return layers.rms_norm(x, params["norm"], config.rms_norm_eps), record
+
+
+def _period(kinds: Sequence[bool]) -> int:
+    """Length of the shortest run of kinds that, repeated, is the whole stack."""
+    return next(n for n in range(1, len(kinds) + 1) if list(kinds) == list(kinds[:n]) * (len(kinds) // n))
+
+
 def forward(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B S"],
     attention_mask: Bool[Array, "B S"] | None = None,
-) -> Float[Array, "B S V"]:
-    """Next-token logits in float32.
-
-    Args:
-      config: the architecture.
-      params: as `init_params` lays them out.
-      tokens: ids; padding may stand on either side.
-      attention_mask: True on real tokens; all True where absent. Positions count real tokens only.
-    """
-    mask = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask
-    hidden: Any = Transformer(config).apply({"params": params}, tokens, mask)
-    return _logits(config, params, hidden)
-
-
-def token_logps(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    attention_mask: Bool[Array, "B S"],
     *,
-    response_length: int,
-    temperature: Float[Array, "B"],
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions (nats).
-
-    Both are of softmax(logits / temperature), the distribution that the sampler drew from, in float32. Only the T
-    columns that predict a response token go through the head.
-    """
-    # the last token predicts nothing
-    hidden: Any = Transformer(config).apply({"params": params}, tokens[:, :-1], attention_mask[:, :-1])
-    logits = _logits(config, params, hidden[:, -response_length:]) / temperature[:, None, None]
-    distribution = jax.nn.log_softmax(logits)
-    logps = jnp.take_along_axis(distribution, tokens[:, -response_length:, None], axis=-1)[..., 0]
-    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+    segment_ids: Int[Array, "B S"] | None = None,
+    experts: Int[Array, "M B S k"] | None = None,
+) -> Float[Array, "B S V"]:
+    """Next-token logits in float32, of all columns at once; arguments and errors as of `hidden_states`."""
+    hidden, _ = hidden_states(config, params, tokens, attention_mask, segment_ids=segment_ids, experts=experts)
+    return logits(config, params, hidden)
 
 
-def _logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
-    head = head_kernel(config, params)
-    return jax.lax.dot_general(
-        hidden, head.astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+def logits(config: ModelConfig, params: Params, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+    """The head on hidden states: both sides in `precision.head`, summed in `precision.accumulation`, float32 out."""
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(DTYPES[config.precision.head])
+    table = head_kernel(config, params)
+    out = layers.product(rows, table.T, DTYPES[config.precision.accumulation], jnp.dtype(jnp.float32))
+    return out.reshape(*hidden.shape[:-1], -1)

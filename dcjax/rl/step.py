@@ -17,8 +17,8 @@ from dcjax.rl.metrics import mismatch_metrics, staleness_metrics
 from dcjax.rl.objective import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
-ApplyFn = Callable[[Params, Batch], tuple[Array, Array]]
-"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T]."""
+ApplyFn = Callable[[Params, Batch], tuple[Array, Array, dict[str, Array]]]
+"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics by row, [B]."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -36,7 +36,7 @@ class Pass:
     clipped: Array
     # tokens that the objective left in the loss
     counted: Array
-    # [B] each, of the objective's transforms
+    # [B] each, of the model and of the objective's transforms
     row_metrics: dict[str, Array]
 
 
@@ -53,7 +53,8 @@ def make_train_step(
     """Builds the step; jit it with donation of the state.
 
     With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once,
-    before the first. Gradients are summed over microbatches and divided once by the minibatch's denominator.
+    before the first. Gradients are summed over microbatches and divided once by the minibatch's denominator. Where `tx`
+    holds a `loss_scale` (`dynamic_loss_scale`), the loss is differentiated at that scale.
 
     Args:
       apply_fn: the training policy.
@@ -73,24 +74,33 @@ def make_train_step(
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
-    def loss(params: Params, batch: Batch, old_logps, multiplier):
-        logps, entropy = apply_fn(params, batch)
+    def loss(params: Params, batch: Batch, old_logps, multiplier, scale):
+        logps, entropy, observed = apply_fn(params, batch)
         old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
         terms = objective(initial_terms(batch), Context(batch, old_logps, multiplier))
         (total, denominator), clipped = surrogate(
             logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
-        return total, (denominator, Pass(logps, entropy, clipped, terms.mask, terms.metrics))
+        passed = Pass(logps, entropy, clipped, terms.mask, terms.metrics | observed)
+        return total * scale, (total, denominator, passed)
 
-    def differentiate(params: Params, batch: Batch, old_logps, multiplier):
+    def differentiate(state: TrainState, batch: Batch, old_logps):
+        multiplier = _multiplier(state)
+        scale = 1.0 if (held := _loss_scale(state)) is None else held
+
         def accumulate(sums, rows):
-            (total, (denominator, passed)), grads = jax.value_and_grad(loss, has_aux=True)(params, *rows, multiplier)
+            grads, (total, denominator, passed) = jax.grad(loss, has_aux=True)(state.params, *rows, multiplier, scale)
             return jax.tree.map(jnp.add, sums, (grads, total, denominator)), passed
 
-        sums = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        # microbatches are added up in float32, whatever the parameters' dtype
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params
+        )
+        sums = (zeros, jnp.zeros(()), jnp.zeros(()))
         (grads, total, denominator), passed = jax.lax.scan(accumulate, sums, microbatches((batch, old_logps)))
         denominator = jnp.maximum(denominator, 1.0)
-        return jax.tree.map(lambda g: g / denominator, grads), total / denominator, _gather(passed, 1)
+        grads = jax.tree.map(lambda g: g / (denominator * scale), grads)
+        return grads, total / denominator, _gather(passed, 1)
 
     def microbatches(tree):
         return _deal(tree, jax.tree.leaves(tree)[0].shape[0] // microbatch_size, 1)
@@ -99,7 +109,7 @@ def make_train_step(
         return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(batch)), 1)
 
     def update(state: TrainState, batch: Batch, old_logps, discrepancy):
-        grads, loss, passed = differentiate(state.params, batch, old_logps, _multiplier(state))
+        grads, loss, passed = differentiate(state, batch, old_logps)
         if discrepancy is None:
             discrepancy = _mean_discrepancy(passed.logps, batch)
         changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
@@ -120,7 +130,7 @@ def make_train_step(
         )
         passed = _gather(passed, group_size)
         old_logps = passed.logps if updates == 1 else _gather(old_logps, group_size)
-        smoothed = _smooth(state, jnp.mean(grad_norms))
+        smoothed = _smooth(state, grad_norms)
         metrics = _batch_metrics(batch, old_logps, passed, stale=updates > 1) | {
             "loss": jnp.mean(losses),
             "grad_norm": jnp.mean(grad_norms),
@@ -130,6 +140,8 @@ def make_train_step(
             # GRPO is λ = 0
             "dual/multiplier": jnp.zeros(()) if (multiplier := _multiplier(state)) is None else multiplier,
         }
+        if (scale := _loss_scale(state)) is not None:
+            metrics |= {"loss_scale": scale, "overflow": jnp.mean(~jnp.isfinite(grad_norms))}
         return dataclasses.replace(trained, step=state.step + 1, grad_norm_smoothed=smoothed), metrics
 
     return train_step
@@ -157,15 +169,23 @@ def _multiplier(state: TrainState) -> Array | None:
     return optax.tree.get(state.opt_state, "multiplier")
 
 
+def _loss_scale(state: TrainState) -> Array | None:
+    return optax.tree.get(state.opt_state, "loss_scale")
+
+
 def _mean_discrepancy(old_logps: Array, batch: Batch) -> Array:
     """δ̄: over all responses of the iteration, whatever the objective drops."""
     delta = probability_difference(old_logps=old_logps, rollout_logps=batch.rollout_logps)
     return response_mean(delta, batch.response_mask)
 
 
-def _smooth(state: TrainState, grad_norm: Array) -> Array:
+def _smooth(state: TrainState, grad_norms: Array) -> Array:
+    """Moves on by the mean norm of the iteration's updates; one that overflowed leaves it where it was."""
+    grad_norm = jnp.mean(grad_norms)
     moved = GRAD_NORM_DECAY * state.grad_norm_smoothed + (1 - GRAD_NORM_DECAY) * grad_norm
-    return jnp.where(state.step == 0, grad_norm, moved)
+    # 0 is the state before the first gradient
+    moved = jnp.where(state.grad_norm_smoothed == 0, grad_norm, moved)
+    return jnp.where(jnp.isfinite(grad_norm), moved, state.grad_norm_smoothed)
 
 
 def _batch_metrics(batch: Batch, old_logps: Array, passed: Pass, *, stale: bool) -> Metrics:

@@ -61,3 +61,62 @@ def dual_ascent(
         return updates, DualAscentState(jnp.where(count % every == 0, stepped, state.multiplier), count)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+class LossScaleState(NamedTuple):
+    """The scale of the next loss, and the state of the transform that it guards."""
+
+    loss_scale: jax.Array  # float32 []
+    finite: jax.Array  # int32 [], finite updates since the scale last changed
+    inner: optax.OptState
+
+
+def dynamic_loss_scale(
+    inner: optax.GradientTransformation,
+    *,
+    init_value: float = 2.0**15,
+    growth_interval: int = 2000,
+    factor: float = 2.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps float16 gradients in range: the loss is differentiated at `loss_scale`, and gradients are divided by it.
+
+    `make_train_step` does both. Gradients that overflowed change neither parameters nor the inner state, and the scale
+    is divided by `factor` (not below 1). After `growth_interval` finite updates in a row it is multiplied by it.
+
+    Args:
+      inner: what the gradients, already divided, go to.
+      init_value: the first scale.
+      growth_interval: updates.
+      factor: above 1.
+
+    Returns:
+      A transform whose state holds `loss_scale`.
+
+    Raises:
+      ValueError: a scale below 1, an interval below 1, or a factor that is not above 1.
+
+    References:
+      Micikevicius et al., Mixed Precision Training (arXiv 1710.03740), section 3.2.
+    """
+    if not (init_value >= 1 and growth_interval >= 1 and factor > 1):
+        raise ValueError(
+            f"init_value {init_value} and growth_interval {growth_interval} must be at least 1, factor {factor} above 1"
+        )
+    guarded = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return LossScaleState(jnp.asarray(init_value, jnp.float32), jnp.zeros((), jnp.int32), guarded.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        is_finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]).all()
+        changes, moved = guarded.update(updates, state.inner, params, **extra_args)
+        changes = jax.tree.map(lambda change: jnp.where(is_finite, change, 0), changes)
+        kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state.inner)
+        finite = jnp.where(is_finite, state.finite + 1, 0)
+        grown = state.loss_scale * jnp.where(finite == growth_interval, factor, 1.0)
+        # a scale that itself left float32's range stays where it was
+        grown = jnp.where(jnp.isfinite(grown), grown, state.loss_scale)
+        scale = jnp.where(is_finite, grown, jnp.maximum(state.loss_scale / factor, 1.0))
+        return changes, LossScaleState(scale, finite % growth_interval, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

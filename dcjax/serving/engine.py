@@ -227,7 +227,8 @@ class Qwen3Engine(engine_api.Engine):
 
     def _hidden(self, params: ServingParams, tokens, positions, caches):
         x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
-        return forward_cached(self.config, params.weights, x, positions, caches, quantize.dot)
+        hidden, caches, _ = forward_cached(self.config, params.weights, x, positions, caches, quantize.PRODUCTS)
+        return hidden, caches
 
     def _empty_fn(self) -> DecodeState:
         zeros = jnp.zeros(self.slots, jnp.int32)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from dcjax.models import moe
+from dcjax.models.block import Products
 from dcjax.models.cache import quantize_rows
 from dcjax.models.layers import dense
 from dcjax.types import Array
@@ -36,16 +38,19 @@ formats: dict[FormatName, Format] = {
 
 @flax.struct.dataclass
 class Int8Matrix:
-    """int8 weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, E]."""
+    """int8 weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, E].
 
-    values: Int[Array, "rows columns"]
-    scale: Float[Array, "channels"]
+    Kernels of E experts are stacked in front: [E, K, N], with scales [E, N].
+    """
+
+    values: Int[Array, "*E rows columns"]
+    scale: Float[Array, "*E channels"]
 
 
-def quantize_kernel(kernel: Float[Array, "K N"]) -> Int8Matrix:
+def quantize_kernel(kernel: Float[Array, "*E K N"]) -> Int8Matrix:
     """Symmetric int8 per column, from the float32 master: scale_n = max_k |w_kn| / 127."""
-    values, scale = quantize_rows(kernel.T)
-    return Int8Matrix(values=values.T, scale=scale)
+    values, scale = quantize_rows(kernel.swapaxes(-1, -2))
+    return Int8Matrix(values=values.swapaxes(-1, -2), scale=scale)
 
 
 def quantize_table(table: Float[Array, "V E"]) -> Int8Matrix:
@@ -67,6 +72,18 @@ def dot(x: Float[Array, "... K"], kernel: Int8Matrix | Float[Array, "K N"]) -> F
     return dense(x, kernel)
 
 
+def grouped_dot(
+    rows: Float[Array, "N K"], kernels: Int8Matrix | Float[Array, "E K M"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "N M"]:
+    """Each row times its group's kernel, in the rows' dtype; int8 kernels meet rows quantised one by one."""
+    if not isinstance(kernels, Int8Matrix):
+        return moe.grouped_product(rows, kernels, group_sizes, jnp.dtype(jnp.float32)).astype(rows.dtype)
+    values, scale = quantize_rows(rows)
+    total = moe.grouped_product(values, kernels.values, group_sizes, jnp.dtype(jnp.int32))
+    groups = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
+    return (total.astype(jnp.float32) * (scale[:, None] * kernels.scale[groups])).astype(rows.dtype)
+
+
 def lookup(
     table: Int8Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype
 ) -> Float[Array, "B S E"]:
@@ -81,3 +98,7 @@ def logits(x: Float[Array, "B E"], table: Int8Matrix | Float[Array, "V E"]) -> F
     if isinstance(table, Int8Matrix):
         return _int8_product(x, table, 1)
     return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+PRODUCTS = Products(dot, grouped_dot)
+"""What a layer multiplies with, whatever the kernels are stored in."""

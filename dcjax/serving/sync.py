@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Int
 
 from dcjax.models import ModelConfig
+from dcjax.models.transformer import layer_params
 from dcjax.serving.quantize import FormatName, formats, quantize_kernel, quantize_table
 from dcjax.types import Array, Params
 
@@ -42,15 +42,17 @@ def make_sync(
     cast = partial(jnp.array, dtype=chosen.activations, copy=True)
 
     def convert(path, leaf):
-        is_table = path[0].key in ("embed_tokens", "lm_head")
+        name = path[-1].key
+        if name == "router":
+            # the choice of experts is float32 in every format
+            return jnp.array(leaf, jnp.float32, copy=True)
         if not chosen.int8_weights or leaf.ndim < 2:
             return cast(leaf)
-        return quantize_table(leaf) if is_table else quantize_kernel(leaf)
+        return quantize_table(leaf) if name in ("embed_tokens", "lm_head") else quantize_kernel(leaf)
 
     def sync(params: Params, version) -> ServingParams:
-        unstacked = tuple(
-            jax.tree.map(operator.itemgetter(layer), params["layers"]) for layer in range(config.num_layers)
-        )
+        kinds = config.sparse_layers
+        unstacked = tuple(layer_params(kinds, params["layers"], layer) for layer in range(config.num_layers))
         weights = jax.tree_util.tree_map_with_path(convert, {**params, "layers": unstacked})
         return ServingParams(weights=weights, version=jnp.asarray(version, jnp.int32))
 

@@ -16,6 +16,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
 }
 """Logical axis -> mesh axes; None is not split."""
 

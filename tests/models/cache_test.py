@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcjax.models import ModelConfig, forward, init_params, layers
+from dcjax.models import ModelConfig, forward, init_params
+from dcjax.models.block import training_products
 from dcjax.models.cache import attend, forward_cached, init_cache, quantize_rows, write
 
 CONFIG = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
+PRODUCTS = training_products(CONFIG.precision)
 PROMPTS, CAPACITY = [6, 1, 4], 12
 
 
@@ -20,7 +22,7 @@ def unstack(params):
 
 @jax.jit
 def run(params, tokens, positions, caches):
-    hidden, caches = forward_cached(CONFIG, params, params["embed_tokens"][tokens], positions, caches, layers.dense)
+    hidden, caches, _ = forward_cached(CONFIG, params, params["embed_tokens"][tokens], positions, caches, PRODUCTS)
     return hidden @ params["embed_tokens"].T, caches
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dcjax.models import ModelConfig, layers
+from dcjax.models import layers
 
 
 def normal(seed, *shape):
@@ -66,70 +66,57 @@ def softmax_attention(q, k, v, mask):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_of_grouped_heads_against_a_loop(kv_heads):
     q, k, v = normal(3, 2, 6, 4, 8), normal(4, 2, 6, kv_heads, 8), normal(5, 2, 6, kv_heads, 8)
-    real = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
-    mask = layers.causal_mask(real)
-    out = layers.attention(q, k, v, mask)
-    looks = np.asarray(mask)[:, 0].any(-1)
-    np.testing.assert_allclose(np.asarray(out)[looks], softmax_attention(q, k, v, np.asarray(mask))[looks], atol=1e-5)
+    # some queries see nothing
+    mask = np.random.default_rng(6).random((2, 1, 6, 6)) < 0.4
+    mask[0, :, 2] = False
+    out = layers.attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
+    looks = mask[:, 0].any(-1)
+    assert not looks.all()
+    np.testing.assert_allclose(np.asarray(out)[looks], softmax_attention(q, k, v, mask)[looks], atol=1e-5)
     assert np.isfinite(out).all()
-
-
-def test_the_mask_hides_the_future_and_padding():
-    real = np.array([[False, True, True, False]])
-    expected = [[False, False, False, False], [False, True, False, False]]
-    expected += [[False, True, True, False], [False, True, True, False]]
-    np.testing.assert_array_equal(layers.causal_mask(real), [[expected]])
-
-
-def test_a_block_against_its_formula():
-    config = ModelConfig(hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, head_dim=6, rms_norm_eps=0.1)
-    shapes = {"q_proj": (8, 24), "k_proj": (8, 12), "v_proj": (8, 12), "o_proj": (24, 8)}
-    shapes |= {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8), "q_norm": (6,), "k_norm": (6,)}
-    shapes |= {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
-    p = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
-    x = normal(20, 2, 5, 8)
-    positions = np.tile(np.arange(5), (2, 1))
-    rope = layers.rope_table(positions, 5, 6, 50.0)
-    mask = np.tril(np.ones((2, 1, 5, 5), bool))
-
-    def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale
-
-    def heads(h, name):
-        return (h @ p[name]).reshape(2, 5, -1, 6)
-
-    h = norm(x, p["input_layernorm"])
-    q, k = (np.asarray(layers.apply_rope(norm(heads(h, f"{n}_proj"), p[f"{n}_norm"]), rope)) for n in "qk")
-    middle = x + softmax_attention(q, k, heads(h, "v_proj"), mask).reshape(2, 5, 24) @ p["o_proj"]
-    h = norm(middle, p["post_attention_layernorm"])
-    gate = h @ p["gate_proj"]
-    expected = middle + (gate / (1 + np.exp(-gate)) * (h @ p["up_proj"])) @ p["down_proj"]
-
-    out, cache = layers.block(config, p, x, rope, lambda q, k, v: (layers.attention(q, k, v, mask), "kept"))
-    np.testing.assert_allclose(out, expected, atol=1e-4)
-    assert cache == "kept"
-
-
-def test_the_block_takes_its_products_from_the_caller():
-    config = ModelConfig(hidden_size=4, intermediate_size=4, num_heads=1, num_kv_heads=1, head_dim=4)
-    p = {name: jnp.ones(4) for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")}
-    kernels = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    asked = []
-
-    def dot(x, kernel):
-        asked.append(kernel)
-        return jnp.zeros((*x.shape[:-1], 4), x.dtype)
-
-    x = jnp.ones((1, 2, 4))
-    rope = layers.rope_table(jnp.arange(2)[None], 2, 4, 10.0)
-    out, _ = layers.block(config, p | {k: k for k in kernels}, x, rope, lambda q, k, v: (v, None), dot)
-    assert sorted(asked) == sorted(kernels)
-    np.testing.assert_array_equal(out, x)
 
 
 def test_dense_computes_in_the_activations_dtype():
     out = jax.eval_shape(layers.dense, jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32))
     assert (out.shape, out.dtype) == ((2, 4), jnp.bfloat16)
+
+
+FLOAT32, BF16, FP16 = (jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
+
+
+def test_a_product_sums_in_the_dtype_asked_for_and_rounds_once():
+    # 1 + 4096 · 2^-12 is 2, of which bfloat16 sums taken one by one would see nothing
+    rows, kernel = jnp.ones((1, 4097), jnp.bfloat16), jnp.full((4097, 1), 2.0**-12)
+    kernel = kernel.at[0].set(1.0)
+    assert float(layers.product(rows, kernel, FLOAT32, FLOAT32)[0, 0]) == 2.0
+    assert layers.product(rows, kernel, FLOAT32, BF16).dtype == BF16
+    # the output dtype alone rounds: 257 has no bfloat16
+    exact = layers.product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), FLOAT32, FLOAT32)
+    rounded = layers.product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), FLOAT32, BF16)
+    assert (float(exact[0, 0]), float(rounded[0, 0])) == (257.0, 256.0)
+
+
+def test_gradients_of_float32_kernels_are_not_rounded_to_the_activations_dtype():
+    x, kernel, weights = normal(7, 64, 8), normal(8, 8, 5), normal(9, 64, 5)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+
+    def loss(x, kernel):
+        return jnp.sum(layers.dense(x, kernel).astype(jnp.float32) * weights)
+
+    to_x, to_kernel = jax.grad(loss, argnums=(0, 1))(narrow, jnp.asarray(kernel))
+    assert (to_x.dtype, to_kernel.dtype) == (BF16, FLOAT32)
+    # exactly what bfloat16 sides give in float32 sums, which no bfloat16 number holds
+    sides = np.asarray(narrow, np.float64), np.asarray(jnp.asarray(weights, jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(to_kernel, sides[0].T @ sides[1], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(to_kernel) != np.asarray(to_kernel.astype(jnp.bfloat16), np.float32)).any()
+
+
+@pytest.mark.parametrize("wrt", [0, 1])
+def test_gradients_of_a_product_are_those_of_matmul(wrt):
+    x, kernel, weights = normal(7, 6, 8), normal(8, 8, 5), normal(9, 6, 5)
+    ours = jax.grad(lambda *both: jnp.sum(jnp.tanh(layers.dense(*both)) * weights), argnums=wrt)(x, kernel)
+    plain = jax.grad(lambda x, kernel: jnp.sum(jnp.tanh(x @ kernel) * weights), argnums=wrt)(x, kernel)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_shapes_are_caught_while_testing():

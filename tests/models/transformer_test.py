@@ -1,26 +1,42 @@
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from safetensors.numpy import load_file
 
-from dcjax.models import ModelConfig, count_params, forward, init_params, logical_axes, presets, token_logps
+from dcjax.models import (
+    ModelConfig,
+    Precision,
+    abstract_params,
+    count_params,
+    forward,
+    init_params,
+    logical_axes,
+    presets,
+)
+from dcjax.models.attention import causal_attention
+from dcjax.models.block import block, training_products
+from dcjax.models.layers import rope_table
+from dcjax.models.transformer import Transformer, hidden_states, layer_params
 from dcjax.sharding.rules import RULES
 
-HF = Path(__file__).parents[1] / "data" / "hf_tiny_qwen3"
 SMALL = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
+QWEN2 = dataclasses.replace(SMALL, family="qwen2")
+MOE = dataclasses.replace(SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+# layers 1 and 3 have experts; and in the second, only layer 2 has
+ALTERNATING = dataclasses.replace(MOE, num_layers=4, decoder_sparse_step=2)
+IRREGULAR = dataclasses.replace(MOE, num_layers=3, mlp_only_layers=(0, 1))
+ARCHITECTURES = {"qwen3": SMALL, "qwen2": QWEN2, "moe": MOE, "alternating": ALTERNATING, "irregular": IRREGULAR}
+every_architecture = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 # for what is run once, so that compiling it is what takes time
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 logits_of = jax.jit(forward, static_argnums=0)
-scores_of = jax.jit(token_logps, static_argnums=0, static_argnames="response_length")
+states_of = jax.jit(hidden_states, static_argnums=0)
 fresh = jax.jit(init_params, static_argnums=0)
 
 
@@ -33,117 +49,55 @@ def perturbed(config, seed=0):
         x = rng.normal(size=leaf.shape)
         return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * leaf.shape[-1] ** -0.5, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
 def random_tokens(config, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
-def log_softmax(logits):
-    wide = np.asarray(logits, np.float64)
-    shifted = wide - wide.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def at_tokens(values, tokens):
-    return np.take_along_axis(values, tokens[..., None], -1)[..., 0]
-
-
-@pytest.fixture(scope="module")
-def hugging_face():
-    """A checkpoint that `transformers` wrote, renamed here: kernels are [out, in] there and [in, out] here."""
-    written = json.loads((HF / "config.json").read_text())
-    config = ModelConfig(
-        vocab_size=written["vocab_size"],
-        hidden_size=written["hidden_size"],
-        intermediate_size=written["intermediate_size"],
-        num_layers=written["num_hidden_layers"],
-        num_heads=written["num_attention_heads"],
-        num_kv_heads=written["num_key_value_heads"],
-        head_dim=written["head_dim"],
-        rope_theta=written["rope_parameters"]["rope_theta"],
-        rms_norm_eps=written["rms_norm_eps"],
-        tie_embeddings=written["tie_word_embeddings"],
-    )
-    weights = load_file(HF / "model.safetensors")
-    layers = {}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        layers[name] = f"self_attn.{name}.weight"
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        layers[name] = f"mlp.{name}.weight"
-    transposed = set(layers)
-    layers |= {name: f"self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
-    layers |= {name: f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")}
-
-    def stacked(name):
-        leaves = [weights[f"model.layers.{i}.{layers[name]}"] for i in range(config.num_layers)]
-        return jnp.array(np.stack([leaf.T if name in transposed else leaf for leaf in leaves]))
-
-    params = {
-        "embed_tokens": jnp.array(weights["model.embed_tokens.weight"]),
-        "lm_head": jnp.array(weights["lm_head.weight"]),
-        "norm": jnp.array(weights["model.norm.weight"]),
-        "layers": {name: stacked(name) for name in layers},
-    }
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(leaf.size for leaf in weights.values())
-    with np.load(HF / "reference.npz") as reference:
-        return config, params, dict(reference)
-
-
-@pytest.mark.parametrize("padding", ["", "left_", "right_"])
-def test_logits_and_log_probs_are_those_of_hugging_face(hugging_face, padding):
-    config, params, reference = hugging_face
-    tokens = reference[f"{padding}input_ids"]
-    mask = reference[f"{padding}attention_mask"].astype(bool) if padding else None
-    logits = np.asarray(logits_of(config, params, tokens, mask))
-    assert logits.dtype == np.float32
-    real = np.ones(tokens.shape, bool) if mask is None else mask
-    np.testing.assert_allclose(logits[real], reference[f"{padding}logits"][real], atol=1e-4)
-
-    predicted = reference[f"{padding}logprob_mask"].astype(bool) if padding else real[:, 1:]
-    assert predicted.sum() >= 23
-    logps = at_tokens(log_softmax(logits[:, :-1]), tokens[:, 1:])
-    np.testing.assert_allclose(logps[predicted], reference[f"{padding}logprobs"][predicted], atol=1e-4)
-    ours, _ = scores_of(config, params, tokens, real, response_length=tokens.shape[1] - 1, temperature=np.ones(4, "f"))
-    np.testing.assert_allclose(np.asarray(ours)[predicted], reference[f"{padding}logprobs"][predicted], atol=1e-4)
-
-
-def test_greedy_tokens_are_those_of_hugging_face(hugging_face):
-    config, params, reference = hugging_face
-    prompt, expected = reference["greedy_prompt"], reference["greedy_tokens"]
-    length, steps = prompt.shape[1], expected.shape[1]
-    tokens = np.zeros((len(prompt), length + steps), np.int32)
-    tokens[:, :length] = prompt
-    for end in range(length, length + steps):
-        mask = np.broadcast_to(np.arange(length + steps) < end, tokens.shape)
-        tokens[:, end] = np.argmax(logits_of(config, params, tokens, mask)[:, end - 1], axis=-1)
-    np.testing.assert_array_equal(tokens[:, length:], expected)
-
-
-def test_a_later_token_changes_nothing_earlier():
-    params = perturbed(SMALL)
-    tokens = random_tokens(SMALL, 4, 6)
+@every_architecture
+def test_a_later_token_changes_nothing_earlier(config):
+    params = perturbed(config)
+    tokens = random_tokens(config, 4, 6)
     changed = tokens.copy()
-    changed[:, 4] = (changed[:, 4] + 1) % SMALL.vocab_size
-    before, after = logits_of(SMALL, params, tokens), logits_of(SMALL, params, changed)
-    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    changed[:, 4] = (changed[:, 4] + 1) % config.vocab_size
+    before, after = logits_of(config, params, tokens), logits_of(config, params, changed)
+    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-5)
     assert (np.abs(before - after)[:, 4:].max(-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize(("left", "right"), [(4, 0), (0, 4), (3, 1)])
-def test_padding_on_either_side_changes_nothing(left, right):
-    params = perturbed(SMALL)
-    tokens = random_tokens(SMALL, 4, 6)
-    plain = logits_of(SMALL, params, tokens)
+@every_architecture
+@pytest.mark.parametrize("holes", [[0, 1, 2, 3], [6, 7, 8, 9], [0, 1, 2, 9], [0, 3, 4, 8]])
+def test_padding_anywhere_changes_nothing(config, holes):
+    params = perturbed(config)
+    tokens = random_tokens(config, 4, 6)
+    plain = logits_of(config, params, tokens)
     # padding of any ids, not of one that happens to be harmless
-    padded = random_tokens(SMALL, 4, left + 6 + right, seed=1)
-    padded[:, left : left + 6] = tokens
+    padded = random_tokens(config, 4, 10, seed=1)
+    real = np.setdiff1d(np.arange(10), holes)
+    padded[:, real] = tokens
     mask = np.zeros(padded.shape, bool)
-    mask[:, left : left + 6] = True
-    logits = logits_of(SMALL, params, padded, mask)
-    np.testing.assert_allclose(logits[:, left : left + 6], plain, atol=1e-5)
+    mask[:, real] = True
+    logits = logits_of(config, params, padded, mask)
+    np.testing.assert_allclose(logits[:, real], plain, atol=1e-5)
     assert np.isfinite(logits).all()
+
+
+@every_architecture
+def test_packed_segments_are_rows_of_their_own(config):
+    params, tokens = perturbed(config), random_tokens(config, 2, 10)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0], [3, 3, 3, 3, 7, 7, 7, 7, 7, 0]])
+    packed = logits_of(config, params, tokens, segment_ids=segments)
+    np.testing.assert_allclose(packed[:, :4], logits_of(config, params, tokens[:, :4]), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 4:9], logits_of(config, params, tokens[:, 4:9]), atol=1e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_segments_and_a_mask_together_are_refused():
+    tokens = random_tokens(SMALL, 1, 4)
+    with pytest.raises(ValueError, match="attention_mask and segment_ids were both given"):
+        hidden_states(SMALL, perturbed(SMALL), tokens, tokens >= 0, segment_ids=tokens)
 
 
 def test_no_mask_means_that_every_token_is_real():
@@ -152,18 +106,45 @@ def test_no_mask_means_that_every_token_is_real():
     np.testing.assert_allclose(logits_of(SMALL, params, tokens), everything, atol=1e-6)
 
 
-def test_remat_changes_neither_values_nor_gradients():
-    params, tokens = perturbed(SMALL), random_tokens(SMALL, 2, 6)
-    weights = np.random.default_rng(3).normal(size=(2, 6, SMALL.vocab_size)).astype(np.float32)
+@pytest.mark.parametrize("original", [SMALL, ALTERNATING], ids=["qwen3", "alternating"])
+def test_what_is_kept_for_the_backward_pass_changes_neither_values_nor_gradients(original):
+    params, tokens = perturbed(original), random_tokens(original, 2, 6)
+    weights = np.random.default_rng(3).normal(size=(2, 6, original.vocab_size)).astype(np.float32)
 
-    def differentiate(config):
+    def differentiate(remat):
+        config = dataclasses.replace(original, remat=remat)
         loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(forward(config, p, tokens) * weights))).trace(params)
         return loss.lower().compile(FAST_COMPILE)(params), "remat" in str(loss.jaxpr)
 
-    kept, kept_remats = differentiate(SMALL)
-    rebuilt, rebuilt_remats = differentiate(dataclasses.replace(SMALL, remat=True))
-    assert (kept_remats, rebuilt_remats) == (False, True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), kept, rebuilt)
+    everything, is_recomputed = differentiate("none")
+    assert not is_recomputed
+    for remat in ("products", "full"):
+        rebuilt, is_recomputed = differentiate(remat)
+        assert is_recomputed
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), everything, rebuilt)
+
+
+def test_less_is_kept_the_more_is_computed_again():
+    config = dataclasses.replace(SMALL, num_layers=16)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+    def temporaries(remat):
+        kept = dataclasses.replace(config, remat=remat)
+        loss = jax.jit(jax.grad(lambda p, tokens: jnp.sum(forward(kept, p, tokens))))
+        return loss.lower(abstract_params(config), tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("none") > 1.5 * temporaries("products") > 1.5 * 1.5 * temporaries("full")
+
+
+@pytest.mark.parametrize("remat", ["products", "full"])
+@pytest.mark.parametrize("original", [SMALL, MOE], ids=["qwen3", "moe"])
+def test_the_program_does_not_grow_with_depth(original, remat):
+    def lines(num_layers):
+        config = dataclasses.replace(original, remat=remat, num_layers=num_layers)
+        loss = jax.jit(jax.grad(lambda p, tokens: jnp.sum(forward(config, p, tokens))))
+        return len(loss.lower(abstract_params(config), jax.ShapeDtypeStruct((2, 6), jnp.int32)).as_text().splitlines())
+
+    assert lines(4) == lines(36)
 
 
 def test_an_untied_head_is_a_table_of_its_own():
@@ -181,45 +162,153 @@ def test_an_untied_head_is_a_table_of_its_own():
     np.testing.assert_allclose(tripled, 3 * logits, rtol=1e-5, atol=1e-5)
 
 
-def test_token_log_probs_and_entropies_against_numpy():
-    params, tokens = perturbed(SMALL), random_tokens(SMALL, 4, 10)
-    mask = np.ones(tokens.shape, bool)
-    mask[1, :2] = mask[3, -2:] = False
-    temperature = np.array([1.0, 0.3, 0.7, 2.5], np.float32)
-    response = 4
-    logps, entropy = scores_of(SMALL, params, tokens, mask, response_length=response, temperature=temperature)
-    logits = np.asarray(logits_of(SMALL, params, tokens, mask), np.float64)
-    distribution = log_softmax(logits[:, -response - 1 : -1] / temperature[:, None, None])
-    np.testing.assert_allclose(logps, at_tokens(distribution, tokens[:, -response:]), atol=2e-5)
-    np.testing.assert_allclose(entropy, -(np.exp(distribution) * distribution).sum(-1), atol=2e-5)
-    assert logps.dtype == entropy.dtype == jnp.float32
-    # a response of T tokens is scored by T columns, the first of them the prompt's last
-    np.testing.assert_allclose(logps[:, 0], at_tokens(distribution[:, 0], tokens[:, -response]), atol=2e-5)
+PUBLISHED = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+}
 
 
-def test_entropy_of_a_flat_head_is_the_log_of_the_vocabulary():
-    config = dataclasses.replace(SMALL, tie_embeddings=False)
-    params = perturbed(config)
-    params = params | {"lm_head": jnp.zeros_like(params["lm_head"])}
-    logps, entropy = scores_of(
-        config,
-        params,
-        random_tokens(config, 2, 6),
-        np.ones((2, 6), bool),
-        response_length=3,
-        temperature=np.array([0.5, 1], "f"),
-    )
-    np.testing.assert_allclose(entropy, np.full((2, 3), np.log(config.vocab_size)), rtol=1e-6)
-    np.testing.assert_allclose(logps, np.full((2, 3), -np.log(config.vocab_size)), rtol=1e-6)
+@pytest.mark.parametrize("name", presets)
+def test_presets_have_the_published_numbers_of_parameters(name):
+    by_hand = {"tiny": 100_736, "tiny-moe": 322_944}
+    assert count_params(presets[name]) == (PUBLISHED | by_hand)[name]
 
 
 def test_parameters_counted_by_hand():
     vocab, embed, mlp, layers, heads, kv_heads, head_dim = 32, 64, 192, 2, 4, 2, 16
     attention = embed * (heads + 2 * kv_heads) * head_dim + heads * head_dim * embed + 2 * head_dim
-    by_hand = vocab * embed + layers * (attention + 3 * embed * mlp + 2 * embed) + embed
-    assert by_hand == 100_736
-    assert count_params(presets["tiny"]) == by_hand
-    assert count_params(dataclasses.replace(presets["tiny"], tie_embeddings=False)) == by_hand + vocab * embed
+    others = vocab * embed + layers * (attention + 2 * embed) + embed
+    assert count_params(presets["tiny"]) == others + layers * 3 * embed * mlp == 100_736
+    experts = layers * (embed * 8 + 8 * 3 * embed * 96)
+    assert count_params(presets["tiny-moe"]) == others + experts == 322_944
+    assert count_params(dataclasses.replace(presets["tiny"], tie_embeddings=False)) == 100_736 + vocab * embed
+    biases = layers * (heads + 2 * kv_heads) * head_dim
+    assert count_params(dataclasses.replace(presets["tiny"], family="qwen2")) == 100_736 - layers * 32 + biases
+
+
+def test_layers_are_dealt_out_by_kind():
+    assert ALTERNATING.sparse_layers == (False, True, False, True)
+    assert IRREGULAR.sparse_layers == (False, False, True)
+    stacked = {name: np.arange(4) for name in ("q_proj", "router")} | {"gate_proj": np.array([10, 20])}
+    dealt = [layer_params(ALTERNATING.sparse_layers, stacked, layer) for layer in range(4)]
+    dense = [{"q_proj": 0, "gate_proj": 10}, {"q_proj": 2, "gate_proj": 20}]
+    assert dealt == [dense[0], {"q_proj": 1, "router": 0}, dense[1], {"q_proj": 3, "router": 1}]
+
+
+@pytest.mark.parametrize("config", [MOE, ALTERNATING, IRREGULAR], ids=["moe", "alternating", "irregular"])
+def test_the_stack_is_its_layers_one_by_one(config):
+    params, tokens = perturbed(config), random_tokens(config, 2, 6)
+    kinds = config.sparse_layers
+    x = params["embed_tokens"][tokens]
+    for layer, is_sparse in enumerate(kinds):
+        one = dataclasses.replace(
+            config, num_layers=1, decoder_sparse_step=1, mlp_only_layers=() if is_sparse else (0,)
+        )
+        own = jax.tree.map(lambda leaf: leaf[None], layer_params(kinds, params["layers"], layer))
+        # a model of one layer whose embedding table is what the layers before left in the residual stream
+        table = x.reshape(-1, config.hidden_size)
+        numbers = np.arange(len(table)).reshape(tokens.shape).astype(np.int32)
+        weights = {"embed_tokens": table, "layers": own, "norm": jnp.ones(config.hidden_size)}
+        hidden, _ = hidden_states(one, weights, numbers)
+        residual = plain_residual(one, weights, numbers)
+        np.testing.assert_allclose(hidden, residual / rms(residual), atol=1e-5)
+        x = residual
+    expected = x / rms(x) * params["norm"]
+    np.testing.assert_allclose(states_of(config, params, tokens)[0], expected, atol=2e-5)
+
+
+def rms(x):
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + SMALL.rms_norm_eps)
+
+
+def plain_residual(config, params, tokens):
+    """What one layer leaves in the residual stream, before the norm."""
+    rope = rope_table(np.arange(tokens.shape[1])[None], tokens.shape[1], config.head_dim, config.rope_theta)
+    weights = layer_params(config.sparse_layers, params["layers"], 0)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, kernel="xla"), None
+
+    return block(config, weights, params["embed_tokens"][tokens], rope, attend, training_products(Precision()))[0]
+
+
+def test_own_choices_of_experts_replayed_change_nothing_and_others_do():
+    params, tokens = perturbed(ALTERNATING), random_tokens(ALTERNATING, 3, 8)
+    mask = np.ones(tokens.shape, bool)
+    mask[0, :2] = mask[1, -3:] = mask[2, 4] = False
+    hidden, record = states_of(ALTERNATING, params, tokens, mask)
+    assert record.experts.shape == (2, 3, 8, 2)
+    again, replayed = states_of(ALTERNATING, params, tokens, mask, experts=record.experts)
+    np.testing.assert_allclose(again[mask], hidden[mask], atol=1e-6)
+    np.testing.assert_array_equal(replayed.experts[:, mask], record.experts[:, mask])
+    # another choice at one real token moves that token and later ones of its row, and no other
+    experts = np.array(record.experts)
+    experts[0, 0, 5] = (experts[0, 0, 5] + 1) % ALTERNATING.num_experts
+    moved = np.abs(states_of(ALTERNATING, params, tokens, mask, experts=experts)[0] - hidden).max(-1)
+    assert (moved[0, 5:] > 1e-4).all()
+    assert moved[0, 2:5].max() < 1e-5
+    assert moved[1:][mask[1:]].max() < 1e-5
+
+
+def test_router_metrics_are_of_real_tokens_and_by_row():
+    params, tokens = perturbed(MOE), random_tokens(MOE, 3, 8)
+    mask = np.ones(tokens.shape, bool)
+    mask[1, 5:] = False
+    _, record = states_of(MOE, params, tokens, mask)
+    changed = tokens.copy()
+    changed[1, 5:] = (changed[1, 5:] + 3) % MOE.vocab_size
+    _, other = states_of(MOE, params, changed, mask)
+    assert set(record.metrics) >= {"router/load_balance", "router/z"}
+    for name, rows in record.metrics.items():
+        assert rows.shape == (3,)
+        np.testing.assert_allclose(rows, other.metrics[name], rtol=1e-5)
+        alone = states_of(MOE, params, tokens[1:2, :5])[1].metrics[name]
+        np.testing.assert_allclose(rows[1], alone[0], rtol=1e-5)
+
+
+def test_the_flax_module_is_the_same_function():
+    params, tokens = perturbed(SMALL), random_tokens(SMALL, 2, 6)
+    hidden, _ = Transformer(SMALL).apply({"params": params}, tokens)
+    np.testing.assert_allclose(hidden, states_of(SMALL, params, tokens)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_narrow_policy_computes_narrow_and_is_close(name):
+    params, tokens = perturbed(MOE), random_tokens(MOE, 2, 6)
+    narrow = dataclasses.replace(MOE, precision=Precision(compute=name))
+    hidden, _ = states_of(narrow, params, tokens)
+    assert hidden.dtype == {"bf16": jnp.bfloat16, "fp16": jnp.float16}[name]
+    # the experts may flip, so that only most tokens are near
+    error = np.abs(np.asarray(logits_of(narrow, params, tokens)) - logits_of(MOE, params, tokens)).max(-1)
+    assert 0 < np.median(error) < 0.1
+    grads = jax.grad(lambda p: jnp.sum(forward(narrow, p, tokens)))(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+
+
+def test_parameters_are_created_in_the_dtype_of_the_policy():
+    narrow = dataclasses.replace(MOE, precision=Precision(parameters="bf16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(narrow))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_float32_head_is_nearer_to_float32_than_a_bf16_one():
+    params, tokens = perturbed(SMALL), random_tokens(SMALL, 4, 10)
+    exact = logits_of(SMALL, params, tokens)
+
+    def error(**head):
+        config = dataclasses.replace(SMALL, precision=Precision(compute="bf16", **head))
+        hidden, _ = states_of(config, params, tokens)
+        wide = np.asarray(hidden, np.float64) @ np.asarray(params["embed_tokens"], np.float64).T
+        return np.abs(logits_of(config, params, tokens) - wide).max(), np.abs(wide - exact).max()
+
+    (wide, common), (narrow, _) = error(head="float32"), error(head="bf16")
+    assert wide < 1e-5 < narrow < common
 
 
 def test_fresh_parameters_are_float32_and_of_the_key():
@@ -233,18 +322,20 @@ def test_fresh_parameters_are_float32_and_of_the_key():
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
 
 
+@every_architecture
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_axis_has_a_name_that_the_sharding_rules_know(tied):
-    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+def test_every_axis_has_a_name_that_the_sharding_rules_know(config, tied):
+    config = dataclasses.replace(config, tie_embeddings=tied)
     axes = logical_axes(config)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     named = jax.tree.map(lambda spec, leaf: (tuple(spec), leaf.ndim), axes, shapes, is_leaf=is_spec)
     pairs = jax.tree.leaves(named, is_leaf=lambda x: isinstance(x, tuple))
-    assert len(pairs) == 13 + (not tied)
+    assert len(pairs) == len(jax.tree.leaves(shapes))
     for names, ndim in pairs:
         assert len(names) == ndim
         assert set(names) <= set(RULES)
-    assert axes["layers"]["down_proj"] == PartitionSpec("layers", "mlp", "embed")
+    if config == SMALL:
+        assert axes["layers"]["down_proj"] == PartitionSpec("layers", "mlp", "embed")
 
 
 def is_spec(x):

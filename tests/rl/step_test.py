@@ -81,13 +81,13 @@ def plain_policy(params, batch):
     logits = forward(MODEL, params, batch.tokens, mask)[:, P - 1 : -1]
     distribution = jax.nn.log_softmax(logits / batch.temperature[:, None, None])
     logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
-    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {}
 
 
 @jax.jit
 @partial(jax.value_and_grad, has_aux=True)
 def plain_loss(params, batch, old_logps, advantages, mask):
-    logps, entropy = plain_policy(params, batch)
+    logps, entropy, _ = plain_policy(params, batch)
     r = jnp.exp(logps - old_logps)
     losses = -jnp.minimum(r * advantages, jnp.clip(r, 1 - LOW, 1 + HIGH) * advantages)
     return jnp.sum(jnp.where(mask, losses, 0)) / jnp.sum(mask), (logps, entropy)
@@ -202,7 +202,7 @@ def bigram(table, batch):
     logits = table[batch.tokens[:, P - 1 : -1]] / batch.temperature[:, None, None]
     distribution = jax.nn.log_softmax(logits)
     logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
-    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+    return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {}
 
 
 TABLE = np.random.default_rng(2).normal(size=(MODEL.vocab_size, MODEL.vocab_size)).astype(np.float32)

@@ -231,8 +231,8 @@ def test_temperatures_and_limits_of_one_batch_are_each_slots_own(masters):
     def forced(temperatures):
         mask = np.concatenate([prompt_mask, response_mask], axis=1)
         scores = jax.jit(functools.partial(token_logps, CONFIG), static_argnames="response_length")
-        values, _ = scores(masters, tokens, mask, response_length=T, temperature=np.array(temperatures, np.float32))
-        return np.asarray(values)
+        scored = scores(masters, tokens, mask, response_length=T, temperature=np.array(temperatures, np.float32))
+        return np.asarray(scored.logps)
 
     warm = response_mask & (np.array(temperatures) > 0)[:, None]
     own = [t or 1.0 for t in temperatures]

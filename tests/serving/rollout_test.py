@@ -67,7 +67,7 @@ def trained_logps(config, rollout):
     """Teacher forcing through the training forward."""
     mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
     arguments = {"response_length": T, "temperature": rollout.temperature}
-    return np.asarray(scores(config, masters_of(config), rollout.tokens, mask, **arguments)[0])
+    return np.asarray(scores(config, masters_of(config), rollout.tokens, mask, **arguments).logps)
 
 
 def served_logps(engine, config, rollout):
@@ -83,7 +83,7 @@ def served_logps(engine, config, rollout):
         positions = jnp.broadcast_to(jnp.arange(P + T), tokens.shape)
         caches = tuple(init_cache(config, len(tokens), P + T, engine.format.kv_cache) for _ in range(config.num_layers))
         x = quantize.lookup(weights["embed_tokens"], tokens, engine.format.activations)
-        hidden, _ = forward_cached(config, weights, x, positions, caches, quantize.dot)
+        hidden, _, _ = forward_cached(config, weights, x, positions, caches, quantize.PRODUCTS)
         head = weights["embed_tokens" if config.tie_embeddings else "lm_head"]
         return quantize.logits(hidden.reshape(-1, config.hidden_size), head).reshape(*tokens.shape, -1)
 

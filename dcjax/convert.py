@@ -1,0 +1,152 @@
+"""Checkpoints between Hugging Face's layout and dcjax's runs: import, export, inspect."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dcjax.errors import RunError
+from dcjax.models.config import DTYPES, DtypeName, ModelConfig
+from dcjax.models.hf import Checkpoint
+from dcjax.models.hf_names import Leaf
+from dcjax.models.hf_save import Told, check_vacant, save_hf, write_folder
+from dcjax.models.safetensors import Pending
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a Hugging Face folder holds, by its config.json and the headers of its files."""
+
+    config: ModelConfig
+    parameters: int
+    """All, a tied head counted once."""
+    active_parameters: int
+    """Those that one token passes through: of a layer's experts only num_experts_per_tok."""
+    dtypes: dict[str, int]
+    """Tensors by the dtype they are stored in, in safetensors' names."""
+    files: int
+    bytes: int
+    """Of the safetensors files."""
+    checksums: bool
+    """Whether every file carries dcjax's checksums."""
+
+
+def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
+    """Verifies a Hugging Face folder and writes it again: checksummed, with config.json in both styles.
+
+    One tensor is in memory at a time; no accelerator is touched.
+
+    Args:
+      source: a folder, as `load_hf` reads it.
+      out: a folder to make.
+      dtype: to convert to; None keeps what is stored.
+      told: called after each tensor.
+
+    Raises:
+      RunError: what `load_hf` and `save_hf` refuse.
+    """
+    with _errors_told():
+        check_vacant(out)
+        checkpoint = Checkpoint(source)
+        checkpoint.verify_tied_head()
+        pending = []
+        for leaf in checkpoint.leaves:
+            as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(leaf)
+            names = map(leaf.name, leaf.indices())
+            pending += [
+                Pending(name, as_dtype, leaf.stored_shape, partial(_verified, checkpoint, name)) for name in names
+            ]
+        write_folder(out, checkpoint.config, pending, source, told=told)
+
+
+def _verified(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    checkpoint.verify(name)
+    return checkpoint.tensor(name)
+
+
+def export_run(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> int:
+    """Writes a run's policy as a Hugging Face folder, with the run's tokenizer.
+
+    Args:
+      source: a run directory, for its newest checkpoint, or RUN/checkpoints/STEP.
+      out: a folder to make.
+      dtype: of the weights; None is as trained.
+      told: called after each tensor.
+
+    Returns:
+      The checkpoint's step.
+
+    Raises:
+      RunError: no such run or checkpoint, a damaged one, or what `save_hf` refuses.
+    """
+    # with JetStream they take seconds to import, which import and inspect need not wait for
+    from transformers import PreTrainedTokenizerFast
+
+    from dcjax.assemble import abstract_state
+    from dcjax.checkpoint import Checkpoints
+    from dcjax.run import load_config
+    from dcjax.sharding.mesh import MeshConfig, make_mesh
+
+    source = source.resolve()
+    is_step = source.name.isdecimal() and source.parent.name == "checkpoints"
+    run_dir, step = (source.parent.parent, int(source.name)) if is_step else (source, None)
+    with _errors_told():
+        check_vacant(out)
+        config = replace(load_config(run_dir), mesh=MeshConfig())
+        if not (run_dir / "tokenizer").is_dir():
+            raise RunError(f"no tokenizer in {run_dir}; dcjax train writes it when it starts")
+        checkpoints = Checkpoints(run_dir / "checkpoints")
+        step = checkpoints.latest() if step is None else step
+        state, _ = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
+        kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None}
+        save_hf(
+            out,
+            config.model,
+            state.params,
+            dtype=dtype,
+            tokenizer_from=run_dir / "tokenizer",
+            token_ids=ids,
+            told=told,
+        )
+    return step
+
+
+def inspect_folder(source: Path) -> Inspection:
+    """What a Hugging Face folder holds; only config.json and the files' headers are read.
+
+    Raises:
+      RunError: what `load_hf` refuses without reading weights.
+    """
+    with _errors_told():
+        checkpoint = Checkpoint(source)
+    return Inspection(
+        config=checkpoint.config,
+        parameters=sum(math.prod(leaf.shape) for leaf in checkpoint.leaves),
+        active_parameters=sum(_active(checkpoint.config, leaf) for leaf in checkpoint.leaves),
+        dtypes=dict(Counter(entry.dtype for entry in checkpoint.entries.values())),
+        files=len(checkpoint.files),
+        bytes=sum(file.size for file in checkpoint.files),
+        checksums=all(file.checksums for file in checkpoint.files),
+    )
+
+
+def _active(config: ModelConfig, leaf: Leaf) -> int:
+    size = math.prod(leaf.shape)
+    return size if leaf.experts is None else size // leaf.experts * config.num_experts_per_tok
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(str(error)) from error

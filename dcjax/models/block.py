@@ -1,0 +1,90 @@
+"""One decoder layer, run by the training forward and by the serving engine.
+
+Products and attention are passed in, so that a quantised engine with a cache runs the same layer with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from dcjax.models.config import DTYPES, ModelConfig, Precision
+from dcjax.models.layers import Rope, apply_rope, dense, rms_norm
+from dcjax.models.moe import GroupedDot, Routing, grouped_dot, moe
+from dcjax.types import Array
+
+Dot = Callable[[Array, Any], Array]
+"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what an engine's dot reads."""
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> (context [B, S, H, D], cache or None)."""
+
+
+class Products(NamedTuple):
+    """How a layer multiplies: by one kernel, and by the kernel of each row's expert."""
+
+    dot: Dot
+    grouped_dot: GroupedDot
+
+
+PRODUCT = "product"
+"""What the training products return goes by this name for `jax.checkpoint`."""
+
+
+def training_products(precision: Precision) -> Products:
+    """Products of float arrays that sum in the policy's dtype."""
+    accumulate = DTYPES[precision.accumulation]
+
+    def dot(x: Array, kernel: Array) -> Array:
+        return checkpoint_name(dense(x, kernel, accumulate), PRODUCT)
+
+    def grouped(rows: Array, kernels: Array, group_sizes: Array) -> Array:
+        return checkpoint_name(grouped_dot(rows, kernels, group_sizes, accumulate), PRODUCT)
+
+    return Products(dot, grouped)
+
+
+def block(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    x: Float[Array, "B S E"],
+    rope: Rope,
+    attend: Attend,
+    products: Products,
+    experts: Int[Array, "B S k"] | None = None,
+) -> tuple[Float[Array, "B S E"], Any, Routing | None]:
+    """x + attention(norm x), then + SwiGLU or experts of (norm x); `attend`'s cache; the routing of a sparse layer.
+
+    `params` are one layer's, with experts where they hold a router. `experts` imposes the choice of experts.
+    """
+    normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
+    context, cache = attend(*_heads(config, params, normed, rope, products.dot))
+    x = x + products.dot(context.reshape(*x.shape[:2], -1), params["o_proj"])
+    normed = rms_norm(x, params["post_attention_layernorm"], config.rms_norm_eps)
+    if "router" in params:
+        mixed, routing = moe(config, params, normed, products.grouped_dot, experts)
+        return x + mixed, cache, routing
+    gated = jax.nn.silu(products.dot(normed, params["gate_proj"])) * products.dot(normed, params["up_proj"])
+    return x + products.dot(gated, params["down_proj"]), cache, None
+
+
+def _heads(config: ModelConfig, params: Mapping[str, Any], normed: Array, rope: Rope, dot: Dot):
+    """Queries [B, S, H, D], keys and values [B, S, K, D]: normed per head in Qwen3, with a bias in Qwen2."""
+
+    def project(name: str) -> Array:
+        projected = dot(normed, params[f"{name}_proj"])
+        if config.family == "qwen2":
+            projected += params[f"{name}_bias"].astype(projected.dtype)
+        return projected.reshape(*normed.shape[:2], -1, config.head_dim)
+
+    def rotate(name: str) -> Array:
+        heads = project(name)
+        if config.family == "qwen3":
+            heads = rms_norm(heads, params[f"{name}_norm"], config.rms_norm_eps)
+        return apply_rope(heads, rope)
+
+    return rotate("q"), rotate("k"), project("v")

@@ -1,0 +1,254 @@
+"""Between Hugging Face's config.json, in its old and its new style, and `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dcjax.models.config import DtypeName, ModelConfig
+from dcjax.models.safetensors import parse_json_object, quote
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SIZE = 2**31
+"""Largest value of any one size."""
+MAX_LAYERS = 4096
+MAX_EXPERTS = 2**18
+"""Experts of all layers together."""
+
+SUPPORTED = "qwen3, qwen3_moe and qwen2"
+TORCH_DTYPES: dict[DtypeName, str] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+# of another model than the one written, or of how its weights were stored, when a config.json is carried over
+_NOT_CARRIED = (
+    "quantization_config",
+    "layer_types",
+    "max_window_layers",
+    "transformers_version",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
+
+_ABSENT: Any = object()
+
+
+class _Fields:
+    """The values of one config.json, each checked as it is taken.
+
+    Raises:
+      ValueError: from every method, a value that is missing without a default or is of the wrong kind.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values = values
+        self.where = where
+
+    def refuse(self, name: str, right: str) -> ValueError:
+        """The error for a value, saying what would be right."""
+        if name not in self.values:
+            return ValueError(f"{self.where} has no {name}; it must be {right}")
+        return ValueError(f"{self.where}: {name} is {quote(self.values[name])}; it must be {right}")
+
+    def get(self, name: str, default: Any) -> Any:
+        """The value, where null is as good as absent."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: Any = _ABSENT, *, most: int = MAX_SIZE) -> int:
+        value = self.get(name, default)
+        # a bool is an int to Python
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.refuse(name, f"an integer from 1 to {most}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.get(name, _ABSENT)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise self.refuse(name, "a finite number above 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise self.refuse(name, "true or false")
+        return value
+
+    def require(self, name: str, expected: Any) -> None:
+        """Absent, null, or the only value that is supported."""
+        value = self.get(name, expected)
+        if type(value) is not type(expected) or value != expected:
+            raise self.refuse(name, f"{expected!r}, the only one supported" if expected is not False else "false")
+
+
+def read_config(path: Path | str) -> ModelConfig:
+    """The architecture in a Hugging Face folder's config.json.
+
+    Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. What
+    config.json does not say (remat, attention, head_chunk, precision) keeps `ModelConfig`'s defaults. Only head_dim,
+    tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, which then are what
+    `transformers` takes them for.
+
+    Args:
+      path: the folder.
+
+    Raises:
+      ValueError: another architecture than Qwen3, Qwen3-MoE and Qwen2 with plain RoPE and full attention, quantised
+        weights, or a field that is missing, of the wrong kind or absurd; one line, which quotes the value.
+      FileNotFoundError: no config.json there.
+    """
+    values, where = read_fields(Path(path))
+    return _to_config(_Fields(values, where))
+
+
+def read_fields(folder: Path) -> tuple[dict[str, Any], str]:
+    """All that config.json says, and its path for error messages.
+
+    Raises:
+      ValueError: it is not a JSON object, or longer than a mebibyte.
+      FileNotFoundError: no config.json there.
+    """
+    path = folder / "config.json"
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no {path}; give a folder with a Hugging Face checkpoint") from None
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is longer than {MAX_CONFIG_BYTES} bytes, which no config.json is")
+    return parse_json_object(text, str(path)), str(path)
+
+
+def _to_config(fields: _Fields) -> ModelConfig:
+    kind = fields.get("model_type", _ABSENT)
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
+        raise fields.refuse("model_type", f"one of those supported, {SUPPORTED}")
+    _check_supported(fields, kind)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    # as in transformers: Qwen3's class has a number, the others divide
+    head_dim = 128 if kind == "qwen3" else max(hidden // heads, 1)
+    sizes: dict[str, Any] = {
+        "family": "qwen2" if kind == "qwen2" else "qwen3",
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": fields.integer("num_key_value_heads"),
+        "head_dim": fields.integer("head_dim", head_dim),
+        "rope_theta": _rope_theta(fields),
+        "rms_norm_eps": fields.number("rms_norm_eps"),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "max_position_embeddings": fields.integer("max_position_embeddings"),
+    }
+    if kind == "qwen3_moe":
+        sizes |= _experts(fields, sizes["num_layers"])
+    try:
+        return ModelConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}") from None
+
+
+def _check_supported(fields: _Fields, kind: str) -> None:
+    if fields.get("quantization_config", None) is not None:
+        raise fields.refuse("quantization_config", "absent: quantised weights are not read, only float32, bf16, fp16")
+    fields.require("hidden_act", "silu")
+    fields.require("use_sliding_window", False)
+    fields.require("use_mrope", False)
+    if kind != "qwen2":
+        fields.require("attention_bias", False)
+    kinds = fields.get("layer_types", [])
+    if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
+        raise fields.refuse("layer_types", "full_attention in every layer, the only one supported")
+
+
+def _rope_theta(fields: _Fields) -> float:
+    """The base of RoPE, from either style; where a file has both they must agree."""
+    _check_rope_scaling(fields, "rope_scaling", {"rope_type", "type", "rope_theta"})
+    _check_rope_scaling(fields, "rope_parameters", {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    parameters = fields.get("rope_parameters", {})
+    if "rope_theta" not in parameters:
+        return fields.number("rope_theta")
+    theta = _Fields(parameters, f"{fields.where}: rope_parameters").number("rope_theta")
+    if fields.get("rope_theta", theta) != theta:
+        raise fields.refuse("rope_theta", f"{theta:g}, as rope_parameters has it")
+    return theta
+
+
+def _check_rope_scaling(fields: _Fields, name: str, known: set[str]) -> None:
+    value = fields.get(name, {})
+    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
+    unknown = set(value) - known if isinstance(value, dict) else set()
+    if kind != "default" or unknown or value.get("partial_rotary_factor", 1) != 1:
+        raise fields.refuse(name, "null or of rope_type default, as RoPE without scaling is the only one supported")
+
+
+def _experts(fields: _Fields, num_layers: int) -> dict[str, Any]:
+    name = "num_local_experts" if fields.get("num_experts", None) is None else "num_experts"
+    count = fields.integer(name, most=MAX_EXPERTS // num_layers)
+    if fields.get("num_local_experts", count) != count:
+        raise fields.refuse("num_local_experts", f"{count}, as num_experts is")
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        raise fields.refuse("mlp_only_layers", f"a list of layers from 0 to {num_layers - 1}")
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": fields.integer("num_experts_per_tok"),
+        "moe_intermediate_size": fields.integer("moe_intermediate_size"),
+        "norm_topk_prob": fields.flag("norm_topk_prob", False),
+        "decoder_sparse_step": fields.integer("decoder_sparse_step", 1),
+        "mlp_only_layers": tuple(sorted(set(dense))),
+    }
+
+
+def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json is to say, in both styles, for `transformers` from 4.51 and for vLLM.
+
+    Args:
+      config: the architecture.
+      dtype: of the weights in the files.
+      carried: another config.json's fields; token ids and whatever is unknown here are kept.
+    """
+    kind = "qwen3_moe" if config.num_experts else config.family
+    fields = {name: value for name, value in carried.items() if name not in _NOT_CARRIED}
+    fields |= {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "dtype": TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_DTYPES[dtype],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": config.family == "qwen2",
+        "attention_dropout": 0.0,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "sliding_window": None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+    if config.num_experts:
+        fields |= {
+            "num_experts": config.num_experts,
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+            "decoder_sparse_step": config.decoder_sparse_step,
+            "mlp_only_layers": list(config.mlp_only_layers),
+        }
+    return fields

@@ -1,0 +1,227 @@
+"""Params written as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dcjax.models.config import DTYPES, DtypeName, ModelConfig
+from dcjax.models.hf import INDEX, WEIGHTS, at_path
+from dcjax.models.hf_config import read_fields, to_fields
+from dcjax.models.hf_names import Leaf, leaves
+from dcjax.models.safetensors import Pending, write_tensors
+from dcjax.types import Params
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Payload of one file; a tensor that is larger has a file of its own."""
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files that `save_hf` takes over from `tokenizer_from`, those of them that are there."""
+
+Told = Callable[[int, int], None]
+"""Called after each tensor, with how many are done and how many there are."""
+
+
+def save_hf(
+    path: Path | str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: DtypeName | None = None,
+    tokenizer_from: Path | str | None = None,
+    token_ids: Mapping[str, int] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    told: Told | None = None,
+) -> None:
+    """Writes params as a Hugging Face folder that `transformers`, vLLM and `load_hf` read.
+
+    The folder holds config.json in both styles, safetensors with an index if there are several, a CRC-32 of each tensor
+    in their metadata, and the tokenizer. It appears when whole: a crash leaves at most a hidden `.NAME.*.partial`
+    beside it. One tensor is fetched from the devices at a time.
+
+    Args:
+      path: a folder to make; an empty one may be there.
+      config: the architecture.
+      params: as `init_params` lays them out, on one device or sharded; all of it must be within this process's reach.
+      dtype: of the weights; None keeps each leaf's.
+      tokenizer_from: a folder whose tokenizer files and generation_config.json are copied, and whose config.json
+        gives the token ids and what else dcjax does not know.
+      token_ids: bos_token_id, eos_token_id, pad_token_id for config.json, over those of `tokenizer_from`.
+      max_shard_bytes: payload of one file (bytes).
+      told: called after each tensor.
+
+    Raises:
+      ValueError: params that are not the architecture's, or not finite, or beyond the range of `dtype`.
+      FileExistsError: the folder has something in it.
+      FileNotFoundError: no `tokenizer_from`.
+    """
+    table = leaves(config)
+    _check_tree(table, params)
+    pending = []
+    for leaf in table:
+        array = at_path(params, leaf.path)
+        as_dtype = DTYPES[dtype] if dtype else np.dtype(array.dtype)
+        pending += [
+            Pending(leaf.name(index), as_dtype, leaf.stored_shape, partial(_fetch, array, index, leaf.transposed))
+            for index in leaf.indices()
+        ]
+    write_folder(
+        Path(path), config, pending, tokenizer_from, token_ids=token_ids, max_shard_bytes=max_shard_bytes, told=told
+    )
+
+
+def _check_tree(table: tuple[Leaf, ...], params: Params) -> None:
+    there = {
+        tuple(getattr(key, "key", str(key)) for key in keys): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    expected = {leaf.path: leaf for leaf in table}
+    for path in sorted(expected.keys() | there.keys()):
+        found, wanted = _shape(there.get(path)), _shape(expected.get(path))
+        if found != wanted:
+            raise ValueError(f"params {'.'.join(path)} is {found}; by the config it must be {wanted}")
+        if there[path].dtype not in DTYPES.values():
+            raise ValueError(f"params {'.'.join(path)} is {there[path].dtype}; supported are {', '.join(DTYPES)}")
+
+
+def _shape(array: Any) -> str:
+    return "absent" if array is None else f"of shape {array.shape}"
+
+
+@jax.jit
+def _one_of_stack(array: jax.Array, index: jax.Array) -> jax.Array:
+    for position in range(index.shape[0]):
+        array = jax.lax.dynamic_index_in_dim(array, index[position], keepdims=False)
+    return array
+
+
+def _fetch(array: Any, index: tuple[int, ...], transposed: bool) -> np.ndarray:
+    """One tensor of a leaf, on the host as Hugging Face has it."""
+    on_host = isinstance(array, np.ndarray)
+    # jitted with the index as data: one compilation serves all layers, and a sharded stack is never gathered whole
+    part = array[index] if on_host else np.asarray(_one_of_stack(array, np.array(index, np.int32)))
+    return part.T if transposed else part
+
+
+def write_folder(
+    path: Path,
+    config: ModelConfig,
+    pending: Sequence[Pending],
+    tokenizer_from: Path | str | None,
+    *,
+    token_ids: Mapping[str, int] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    told: Told | None = None,
+) -> None:
+    """Writes a Hugging Face folder of tensors that are fetched one at a time; see `save_hf`."""
+    check_vacant(path)
+    carried, copied = _carried(None if tokenizer_from is None else Path(tokenizer_from))
+    sizes = Counter()
+    for tensor in pending:
+        sizes[tensor.dtype] += tensor.nbytes
+    [(most, _)] = sizes.most_common(1)
+    name = next(name for name, dtype in DTYPES.items() if dtype == most)
+    fields = to_fields(config, name, carried) | dict(token_ids or {})
+    with _appearing_whole(path) as partial_path:
+        for file in copied:
+            _copy(file, partial_path / file.name)
+        (partial_path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_shards(partial_path, _shards(pending, max_shard_bytes), told)
+
+
+def check_vacant(path: Path) -> None:
+    """That a folder may be written at `path`.
+
+    Raises:
+      FileExistsError: there is a file, or a folder with something in it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there and not an empty folder; choose another, nothing is overwritten")
+
+
+def _carried(source: Path | None) -> tuple[dict[str, Any], list[Path]]:
+    """The fields of a folder's config.json, if it has one, and its files to copy."""
+    if source is None:
+        return {}, []
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder {source} to take a tokenizer from")
+    fields = read_fields(source)[0] if (source / "config.json").exists() else {}
+    return fields, [source / name for name in COPIED if (source / name).is_file()]
+
+
+def _copy(file: Path, to: Path) -> None:
+    shutil.copyfile(file, to)
+    if file.name == "tokenizer_config.json":
+        # transformers 5 calls the class so; 5 still knows the old name, and 4 knows no other
+        to.write_bytes(to.read_bytes().replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"'))
+
+
+@contextlib.contextmanager
+def _appearing_whole(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, renamed to it at the end, or removed if that is not reached."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield hidden
+        # mkdtemp makes folders for one user only
+        mask = os.umask(0)
+        os.umask(mask)
+        hidden.chmod(0o777 & ~mask)
+        hidden.rename(path)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def _shards(pending: Sequence[Pending], max_bytes: int) -> list[list[Pending]]:
+    shards: list[list[Pending]] = [[]]
+    size = 0
+    for tensor in pending:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[Pending]], told: Told | None) -> None:
+    total = sum(map(len, shards))
+    count = itertools.count(1)
+
+    def done() -> None:
+        number = next(count)
+        if told is not None:
+            told(number, total)
+
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, tensors in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
+        write_tensors(folder / name, tensors, done)
+    if len(shards) > 1:
+        placed = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        size = sum(tensor.nbytes for tensors in shards for tensor in tensors)
+        index = {"metadata": {"total_size": size}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,270 @@
+"""Sparse experts of Qwen3-MoE: the router, and three products over rows sorted by expert.
+
+No token is dropped and no expert has a capacity: every choice is a row, and work grows with their number alone.
+The products are passed in, so that a quantised engine runs the same layer with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dcjax.models.config import ModelConfig
+from dcjax.types import Array
+
+GroupedDot = Callable[[Array, Any, Array], Array]
+"""(rows [N, K] sorted by group, kernels of E × K × M, int32 sizes [E], summing to N) -> [N, M] in the rows' dtype.
+
+Row n is multiplied by the kernel of its group. Kernels are an array, or what an engine's product reads.
+"""
+
+
+@flax.struct.dataclass
+class Routing:
+    """Where each token went, and what the router thought of it."""
+
+    # most probable first, unless imposed
+    experts: Int[Array, "B S k"]
+    # float32 softmax over all experts
+    probabilities: Float[Array, "B S E"]
+    # float32 log of the softmax's denominator, which the z metric squares
+    logsumexp: Float[Array, "B S"]
+
+
+def route(
+    config: ModelConfig,
+    router: Float[Array, "D E"],
+    x: Float[Array, "B S D"],
+    experts: Int[Array, "B S k"] | None = None,
+) -> tuple[Routing, Float[Array, "B S k"]]:
+    """Each token's experts and their weights in x's dtype; router, softmax and weights are float32 inside.
+
+    As Hugging Face's Qwen3-MoE: the k largest of softmax(x router), lowest index first where equal, divided by their
+    sum if `norm_topk_prob`. `experts` imposes a choice (routing replay); weights are then still the router's own, so
+    that it has gradients.
+    """
+    # accelerators would multiply float32 in fewer bits, and other experts would be chosen
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    logps = logits - logsumexp[..., None]
+    probabilities = jnp.exp(logps)
+    if experts is None:
+        _, experts = lax.top_k(probabilities, config.num_experts_per_tok)
+    chosen = jnp.take_along_axis(logps, experts, axis=-1)
+    # p / Σ p as a softmax of log p: imposed experts may all have probabilities too small for float32
+    weights = jax.nn.softmax(chosen, axis=-1) if config.norm_topk_prob else jnp.exp(chosen)
+    return Routing(experts=experts, probabilities=probabilities, logsumexp=logsumexp), weights.astype(x.dtype)
+
+
+def moe(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    x: Float[Array, "B S D"],
+    grouped_dot: GroupedDot,
+    experts: Int[Array, "B S k"] | None = None,
+) -> tuple[Float[Array, "B S D"], Routing]:
+    """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
+
+    Args:
+      config: whose `num_experts`, `num_experts_per_tok` and `norm_topk_prob` are read.
+      params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
+      x: hidden states, normalised.
+      grouped_dot: the three products.
+      experts: imposed choices, as `route` takes them.
+    """
+    routing, weights = route(config, params["router"], x, experts)
+    choices = routing.experts.reshape(-1)
+    order = jnp.argsort(choices, stable=True)
+    inverse = jnp.argsort(order)
+    group_sizes = jnp.bincount(choices, length=config.num_experts).astype(jnp.int32)
+
+    rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0), order, inverse)
+    gate = grouped_dot(rows, params["experts_gate_proj"], group_sizes)
+    up = grouped_dot(rows, params["experts_up_proj"], group_sizes)
+    down = grouped_dot(jax.nn.silu(gate) * up, params["experts_down_proj"], group_sizes)
+    outputs = _permute(down, inverse, order).reshape(*weights.shape, -1)
+    return jnp.einsum("bsk,bskd->bsd", weights, outputs, preferred_element_type=jnp.float32).astype(x.dtype), routing
+
+
+@jax.custom_vjp
+def _permute(rows: Float[Array, "N D"], order: Int[Array, "N"], inverse: Int[Array, "N"]) -> Float[Array, "N D"]:
+    """rows[order]; its gradient is a gather too, where differentiation of indexing would scatter."""
+    return rows[order]
+
+
+_permute.defvjp(
+    lambda rows, order, inverse: (rows[order], inverse),
+    lambda inverse, gradient: (gradient[inverse], None, None),
+)
+
+
+def router_metrics(routing: Routing, mask: Bool[Array, "B S"]) -> dict[str, Float[Array, "B"]]:
+    """How evenly and how surely the real tokens of each row were routed; 0 for a row that has none.
+
+    `router/load_balance` is E Σ_e f_e P_e (Switch Transformer, arXiv:2101.03961, eq. 4-6), f_e the share of the tokens'
+    k choices that went to e and P_e its mean probability: 1 when even, E when all go to one. `router/z` is the mean of
+    logsumexp² (ST-MoE, arXiv:2202.08906, eq. 5), `router/entropy` of the router's entropy (nats).
+    """
+    batch, _, k = routing.experts.shape
+    num_experts = routing.probabilities.shape[-1]
+    tokens = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
+
+    def mean(values: Array) -> Array:
+        return jnp.sum(jnp.where(mask, values, 0), axis=1) / tokens
+
+    counts = jnp.zeros((batch, num_experts)).at[jnp.arange(batch)[:, None, None], routing.experts].add(mask[..., None])
+    share = counts / (k * tokens[:, None])
+    probability = jax.vmap(mean, in_axes=-1, out_axes=-1)(routing.probabilities)
+    return {
+        "router/load_balance": num_experts * jnp.sum(share * probability, axis=-1),
+        "router/z": mean(jnp.square(routing.logsumexp)),
+        "router/entropy": mean(jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)),
+    }
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_dot(
+    rows: Float[Array, "N K"], kernels: Float[Array, "E K M"], group_sizes: Int[Array, "E"], accumulate: jnp.dtype
+) -> Float[Array, "N M"]:
+    """The training product: row n times its group's kernel, both in the rows' dtype, summed in `accumulate`.
+
+    Gradients of kernels go from `accumulate` to the kernels' dtype, without a rounding to the rows' between.
+    """
+    return grouped_product(rows, kernels, group_sizes, accumulate).astype(rows.dtype)
+
+
+def _grouped_dot_forward(rows, kernels, group_sizes, accumulate):
+    return grouped_dot(rows, kernels, group_sizes, accumulate), (rows, kernels, group_sizes)
+
+
+def _grouped_dot_backward(accumulate, saved, gradient):
+    rows, kernels, group_sizes = saved
+    of_rows = grouped_product(gradient, kernels, group_sizes, accumulate, transposed=True)
+    of_kernels = _outer_products(rows, gradient, group_sizes, accumulate)
+    return of_rows.astype(rows.dtype), of_kernels.astype(kernels.dtype), None
+
+
+grouped_dot.defvjp(_grouped_dot_forward, _grouped_dot_backward)
+
+
+def grouped_product(
+    rows: Shaped[Array, "N K"],
+    kernels: Shaped[Array, "E _ _"],
+    group_sizes: Int[Array, "E"],
+    accumulate: jnp.dtype,
+    transposed: bool = False,
+) -> Shaped[Array, "N M"]:
+    """Row n times its group's kernel, or the kernel's transpose: sums in `accumulate`, not rounded to the rows' dtype.
+
+    int8 rows and kernels with int32 sums are how an engine's quantised experts call it. It has no gradient of its own.
+    Compilers for accelerators know ragged products; the CPU's would multiply every row with every kernel.
+    """
+    contracted = 2 if transposed else 1
+
+    def ragged(rows, kernels, group_sizes):
+        dims = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
+        kernels = kernels.astype(rows.dtype)
+        return lax.ragged_dot_general(rows, kernels, group_sizes, dims, preferred_element_type=accumulate)
+
+    def in_blocks(rows, kernels, group_sizes):
+        def product(block, expert):
+            # cast here, as a few tokens need a few of the kernels
+            kernel = lax.dynamic_index_in_dim(kernels, expert, keepdims=False).astype(block.dtype)
+            return _dot(block, kernel, (1, contracted - 1), accumulate)
+
+        return blocked(rows, group_sizes, product)
+
+    return _by_platform(in_blocks, ragged)(rows, kernels, group_sizes)
+
+
+def _outer_products(
+    rows: Float[Array, "N K"], gradient: Float[Array, "N M"], group_sizes: Int[Array, "E"], accumulate: jnp.dtype
+) -> Float[Array, "E K M"]:
+    """Of each group, rowsᵀ gradient."""
+
+    def ragged(rows, gradient, group_sizes):
+        dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+        return lax.ragged_dot_general(rows, gradient, group_sizes, dims, preferred_element_type=accumulate)
+
+    def in_blocks(rows, gradient, group_sizes):
+        size = _block_size(len(rows), len(group_sizes))
+        rows, gradient = _with_room(rows, size), _with_room(gradient, size)
+
+        def add(totals, expert, start, used):
+            block = lax.dynamic_slice_in_dim(rows, start, size)
+            block = jnp.where(jnp.arange(size)[:, None] < used, block, 0)
+            product = _dot(block, lax.dynamic_slice_in_dim(gradient, start, size), (0, 0), accumulate)
+            return totals.at[expert].add(product.astype(totals.dtype))
+
+        shape = (len(group_sizes), rows.shape[1], gradient.shape[1])
+        return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _held_in(accumulate))).astype(accumulate)
+
+    return _by_platform(in_blocks, ragged)(rows, gradient, group_sizes)
+
+
+def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -> Callable[..., Array]:
+    """The one of them that belongs to the platform that a program is lowered for; a vmap runs it once for each."""
+    return sequential_vmap(lambda *operands: lax.platform_dependent(*operands, cpu=cpu, default=accelerator))
+
+
+def blocked(
+    rows: Shaped[Array, "N K"], group_sizes: Int[Array, "E"], product: Callable[[Array, Array], Array]
+) -> Shaped[Array, "N M"]:
+    """product(block [T, K], expert int32 []) -> [T, M], row by row, of each group's rows cut into blocks of T.
+
+    The number of blocks is that of the groups' sizes, at most N / T + E, and only they are computed. A group's last
+    block also reads rows behind it, so a product must treat every row alone.
+    """
+    size = _block_size(len(rows), len(group_sizes))
+    padded = _with_room(rows, size)
+    of_block = jax.eval_shape(product, padded[:size], jnp.int32(0))
+
+    def write(out, expert, start, used):
+        computed = product(lax.dynamic_slice_in_dim(padded, start, size), expert).astype(out.dtype)
+        # what lands behind the group is overwritten: the next group's blocks come later, and start there
+        return lax.dynamic_update_slice_in_dim(out, computed, start, axis=0)
+
+    out = jnp.zeros((len(padded), of_block.shape[1]), _held_in(of_block.dtype))
+    return _over_blocks(group_sizes, size, write, out)[: len(rows)].astype(of_block.dtype)
+
+
+def _over_blocks(group_sizes: Array, size: int, step: Callable[[Array, Array, Array, Array], Array], init: Array):
+    """Folds step(carry, expert, start, used) over the blocks in order: rows start to start + used are the expert's."""
+    blocks = -(-group_sizes // size)
+    block_ends, row_ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+    first_block, first_row = block_ends - blocks, row_ends - group_sizes
+
+    def turn(index, carry):
+        expert = jnp.sum(block_ends <= index)
+        start = first_row[expert] + (index - first_block[expert]) * size
+        return step(carry, expert, start, row_ends[expert] - start)
+
+    return lax.fori_loop(0, block_ends[-1], turn, init)
+
+
+def _block_size(rows: int, groups: int) -> int:
+    """About half a mean group, as a power of 2: larger blocks compute more that is not used, smaller ones turn more."""
+    half = rows // (2 * groups)
+    return min(max(1 << max(half - 1, 0).bit_length(), 8), 128)
+
+
+def _with_room(rows: Array, size: int) -> Array:
+    return jnp.pad(rows, ((0, size), (0, 0)))
+
+
+def _held_in(dtype: jnp.dtype) -> jnp.dtype:
+    """What a loop carries values of a dtype in: on CPU a bfloat16 buffer would be widened whole in every turn."""
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def _dot(x: Array, y: Array, contracted: tuple[int, int], accumulate: jnp.dtype) -> Array:
+    dims = (((contracted[0],), (contracted[1],)), ((), ()))
+    return lax.dot_general(x, y, dims, preferred_element_type=accumulate)

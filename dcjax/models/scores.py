@@ -1,0 +1,94 @@
+"""Log-probs and entropies of given tokens, without an array of all their logits."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dcjax.models.config import ModelConfig
+from dcjax.models.transformer import RouterRecord, hidden_states, logits
+from dcjax.types import Array, Params
+
+
+@flax.struct.dataclass
+class TokenScores:
+    """Of the last T tokens of each sequence, under softmax(logits / temperature), in float32."""
+
+    # natural log
+    logps: Float[Array, "B T"]
+    # nats, of the distribution that each token was drawn from
+    entropy: Float[Array, "B T"]
+    # None where the model has no experts; its experts are of the first S - 1 columns
+    router: RouterRecord | None
+
+
+def token_logps(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    attention_mask: Bool[Array, "B S"] | None = None,
+    *,
+    response_length: int,
+    temperature: Float[Array, "B"],
+    segment_ids: Int[Array, "B S"] | None = None,
+    experts: Int[Array, "M B S-1 k"] | None = None,
+) -> TokenScores:
+    """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
+
+    Both are of softmax(logits / temperature), the distribution that the sampler drew from. Only the T columns that
+    predict a response token go through the head, `config.head_chunk` at a time, and what one chunk computed is computed
+    again in the backward pass: logits never exist for more columns than that.
+
+    Args:
+      config: the architecture.
+      params: as `init_params` lays them out.
+      tokens: ids.
+      attention_mask: True on real tokens; all True where absent.
+      response_length: T, below S.
+      temperature: of the sampler, above 0.
+      segment_ids: packed sequences, as for `hidden_states`; the first token of each is predicted from nothing, so its
+        score means nothing.
+      experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
+
+    Raises:
+      ValueError: a response that leaves no column to predict its first token, or both a mask and segments.
+    """
+    if not 0 < response_length < tokens.shape[1]:
+        raise ValueError(
+            f"response_length is {response_length}; of {tokens.shape[1]} tokens it must leave at least one"
+        )
+    # the last token predicts nothing
+    mask, segments = (None if x is None else x[:, :-1] for x in (attention_mask, segment_ids))
+    hidden, router = hidden_states(config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts)
+    hidden, targets = hidden[:, -response_length:], tokens[:, -response_length:]
+
+    def score(hidden, targets):
+        scaled = logits(config, params, hidden) / temperature[:, None, None]
+        return _score(scaled, targets)
+
+    chunks = -(-response_length // config.head_chunk)
+    if chunks == 1:
+        return TokenScores(*score(hidden, targets), router)
+    columns = -(-response_length // chunks)
+    parts = [_cut(x, chunks, columns) for x in (hidden, targets)]
+    scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), tuple(parts))
+    logps, entropy = (x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length] for x in scored)
+    return TokenScores(logps, entropy, router)
+
+
+def _score(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
+    """Log-prob of each target and entropy of each row, from one set of exponentials."""
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exponentials = jnp.exp(shifted)
+    total = jnp.sum(exponentials, axis=-1)
+    log_total = jnp.log(total)
+    chosen = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    return chosen - log_total, log_total - jnp.sum(exponentials * shifted, axis=-1) / total
+
+
+def _cut(x: Array, chunks: int, columns: int) -> Array:
+    """[B, T, ...] -> [chunks, B, columns, ...], padded behind."""
+    padding = [(0, 0), (0, chunks * columns - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, padding).reshape(len(x), chunks, columns, *x.shape[2:]).swapaxes(0, 1)

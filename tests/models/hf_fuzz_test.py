@@ -1,0 +1,254 @@
+"""Damaged and hostile folders: `load_hf` refuses them in one line, or returns exactly what was saved."""
+
+import dataclasses
+import json
+import struct
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from dcjax.models import ModelConfig, init_params, load_hf, save_hf
+
+CONFIG = ModelConfig(
+    vocab_size=12,
+    hidden_size=8,
+    intermediate_size=10,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    tie_embeddings=False,
+    num_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=6,
+    mlp_only_layers=(1,),
+)
+FILE = "model.safetensors"
+FREE = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "norm_topk_prob", "num_experts_per_tok")
+"""What no tensor's shape tells, and config.json has no checksum: another value is another model of the same weights."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder that every case damages and is given back whole, its params, and the bytes of its two files."""
+    folder = tmp_path_factory.mktemp("fuzz") / "saved"
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    save_hf(folder, CONFIG, params)
+    return folder, params, {name: (folder / name).read_bytes() for name in (FILE, "config.json")}
+
+
+@pytest.fixture
+def outcome(saved):
+    """Loads the folder with one file replaced: "refused", "intact" or "another number", and nothing else may happen."""
+    folder, params, contents = saved
+
+    def load(name, damaged):
+        (folder / name).write_bytes(damaged)
+        try:
+            config, loaded = load_hf(folder)
+        except ValueError as error:
+            message = str(error)
+            assert "\n" not in message and len(message) < 500, message
+            assert message.startswith(str(folder)), message
+            return "refused"
+        finally:
+            (folder / name).write_bytes(contents[name])
+        assert jax.tree.structure(loaded) == jax.tree.structure(params)
+        for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+            assert ours.dtype == theirs.dtype and np.asarray(ours).tobytes() == theirs.tobytes()
+        if name == "config.json" and config != CONFIG:
+            assert dataclasses.replace(config, **{field: getattr(CONFIG, field) for field in FREE}) == CONFIG
+            return "another number"
+        assert config == CONFIG
+        return "intact"
+
+    return load
+
+
+def split(content):
+    """A safetensors file's header, as an object, and its payload."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(header, payload):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def flipped(content, position, bit):
+    damaged = bytearray(content)
+    damaged[position] ^= 1 << bit
+    return bytes(damaged)
+
+
+def test_the_folder_itself_is_intact(saved, outcome):
+    assert outcome(FILE, saved[2][FILE]) == "intact"
+
+
+def test_truncated_and_extended_files_are_refused(saved, outcome):
+    content = saved[2][FILE]
+    lengths = {0, 1, 7, 8, 9, len(content) - 1, len(content) - 4}
+    lengths |= set(np.random.default_rng(1).integers(0, len(content), 80).tolist())
+    cases = [content[:length] for length in lengths] + [content + b"\0", content + content, b"\0" * len(content)]
+    assert len(cases) >= 80
+    assert {outcome(FILE, case) for case in cases} == {"refused"}
+
+
+def test_every_flipped_bit_of_the_payload_is_noticed(saved, outcome):
+    content = saved[2][FILE]
+    rng = np.random.default_rng(2)
+    start = len(content) - len(split(content)[1])
+    cases = [(int(rng.integers(start, len(content))), int(rng.integers(8))) for _ in range(150)]
+    assert {outcome(FILE, flipped(content, *case)) for case in cases} == {"refused"}
+
+
+def test_flipped_bits_of_the_header_never_change_what_is_loaded(saved, outcome):
+    content = saved[2][FILE]
+    rng = np.random.default_rng(3)
+    stop = len(content) - len(split(content)[1])
+    cases = [(position, bit) for position in range(8) for bit in (0, 3, 7)]
+    cases += [(int(rng.integers(8, stop)), int(rng.integers(8))) for _ in range(200)]
+    outcomes = Counter(outcome(FILE, flipped(content, *case)) for case in cases)
+    # intact: "format" and "pt", padding, the case of a checksum's digits
+    assert outcomes["refused"] > 190, outcomes
+
+
+def test_flipped_bits_of_the_config_are_refused_or_of_no_account(saved, outcome):
+    content = saved[2]["config.json"]
+    rng = np.random.default_rng(4)
+    outcomes = Counter()
+    for _ in range(120):
+        damaged = flipped(content, int(rng.integers(len(content))), int(rng.integers(8)))
+        outcomes[outcome("config.json", damaged)] += 1
+    # intact: the names and values of fields that are not read
+    assert outcomes["refused"] > 60 and outcomes["another number"] < 12, outcomes
+
+
+def header_cases(header, payload):
+    """Headers that contradict the payload, the format or the config, by what is wrong."""
+    first, second, *_ = (name for name in header if name != "__metadata__")
+    entry = header[first]
+    start, stop = entry["data_offsets"]
+
+    def change(**fields):
+        return {**header, first: {**entry, **fields}}
+
+    def rename(old, new):
+        return {new if name == old else name: value for name, value in header.items()}
+
+    names = [name for name in header if name != "__metadata__"]
+    for name in names:
+        yield "renamed", rename(name, f"{name}x")
+        yield "left out", {other: value for other, value in header.items() if other != name}
+        yield "swapped names", swapped(header, name, names[names.index(name) - 1])
+        yield "transposed", {**header, name: {**header[name], "shape": [*header[name]["shape"][::-1], 1]}}
+    for shape in (
+        [],
+        [0],
+        [-1],
+        [1, 2],
+        [2**63],
+        [2**70, 0],
+        [True, 8],
+        ["12", 8],
+        [[12], 8],
+        None,
+        "12",
+        {},
+        [1] * 99,
+    ):
+        yield "shape", change(shape=shape)
+    for dtype in ("F16", "F64", "BF16", "I32", "U8", "F8_E4M3", "float32", "f32", "", None, 4, [], {}, "F32\n" * 999):
+        yield "dtype", change(dtype=dtype)
+    for offsets in (
+        [start, stop + 4], [start + 4, stop + 4], [stop, start], [0, 2**63], [-4, stop - start - 4], [start], [], None,
+        [start, stop, stop], [float(start), float(stop)], ["0", "4"], [2**64, 2**64 + stop - start], {"0": 1},
+    ):  # fmt: skip
+        yield "offsets", change(data_offsets=offsets)
+    yield "overlap", {**header, second: {**header[second], "data_offsets": entry["data_offsets"]}}
+    for value in (None, 1, [], "F32", {}, {"dtype": "F32"}, {**entry, "more": 1}):
+        yield "entry", {**header, first: value}
+    for metadata in (None, 1, [], {"format": 1}, {"a": {}}, {"dcjax.crc32": "{"}, {"dcjax.crc32": "[]"}):
+        yield "metadata", {**header, "__metadata__": metadata}
+    for written in ({first: "zz"}, {first: 5}, {first: "00000000"}, {"nothing": "00000000"}, {first: None}):
+        yield "checksums", {**header, "__metadata__": {"dcjax.crc32": json.dumps(written)}}
+    text = json.dumps(header).encode()
+    yield "twice", text[:-1] + b"," + json.dumps({first: entry})[1:].encode()
+    yield "not utf-8", text.replace(b"model.norm", b"model.n\xffrm")
+    yield "surrogates", text.replace(b"model.norm", b"model.n\\ud800rm")
+    for broken in (b"", b"{", b"[]", b"null", b"NaN", b"{" * 90_000, b"[" * 90_000, b'{"a":' * 90_000, b"9" * 9000):
+        yield "no JSON", broken
+    yield "empty", {}
+    yield "metadata only", {"__metadata__": {"format": "pt"}}
+
+
+def swapped(header, left, right):
+    names = {left: right, right: left}
+    return {names.get(name, name): value for name, value in header.items()}
+
+
+def test_contradictory_headers_are_refused(saved, outcome):
+    header, payload = split(saved[2][FILE])
+    outcomes = {}
+    for kind, case in header_cases(header, payload):
+        outcomes.setdefault(kind, Counter())[outcome(FILE, join(case, payload))] += 1
+    assert sum(counts.total() for counts in outcomes.values()) > 150
+    assert {kind for kind, counts in outcomes.items() if counts["intact"]} == set()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 2**27, 2**31, 2**32 - 8, 2**63, 2**64 - 8, 2**64 - 1])
+def test_header_lengths_that_are_not_the_headers_are_refused(saved, outcome, length):
+    assert outcome(FILE, struct.pack("<Q", length) + saved[2][FILE][8:]) == "refused"
+
+
+HOSTILE = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 1.5, 8.0, 1e308, -1e308, 2**31, 2**31 + 1, 2**63, 2**64, 10**30, 10**4000, "",
+    "8", "silu", "\u0000", "x" * 100_000, "a\nb", "\ud800", [], [8], [[]], [None], [2**70], {}, {"rope_type": "yarn"},
+    {"rope_type": ["default"]}, {"a": {"b": {"c": [1, 2, {"d": None}]}}},
+)  # fmt: skip
+
+
+def test_hostile_values_in_the_config_are_refused_or_of_no_account(saved, outcome):
+    """Each field set to values of every kind; what loads is the original, but for the fields that no tensor tells."""
+    fields = json.loads(saved[2]["config.json"])
+    outcomes = {}
+    rng = np.random.default_rng(5)
+    for name in fields:
+        for value in rng.choice(len(HOSTILE), 14, replace=False):
+            damaged = json.dumps({**fields, name: HOSTILE[value]}).encode()
+            outcomes.setdefault(name, Counter())[outcome("config.json", damaged)] += 1
+    total = sum(outcomes.values(), Counter())
+    assert total.total() >= 400 and total["refused"] > 200, total
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size", "num_experts")
+    for name in sizes:
+        assert outcomes[name]["another number"] == 0, (name, outcomes[name])
+        assert outcomes[name]["refused"] >= 12, (name, outcomes[name])
+
+
+def test_configs_that_are_no_json_objects_are_refused(saved, outcome):
+    text = saved[2]["config.json"]
+    twice = text.rstrip()[:-1] + b', "hidden_size": 8}'
+    deep = json.dumps(json.loads(text) | {"x": 1}).encode()
+    deep = deep.replace(b'"x": 1', b'"x": ' + b"[" * 50_000 + b"]" * 50_000)
+    odd = [text[:cut] for cut in range(0, len(text) - 2, 37)]
+    odd += [
+        b"",
+        b"\xff" + text,
+        text.decode().encode("utf-16"),
+        twice,
+        deep,
+        b"[" + text + b"]",
+        b'"text"',
+        b"1",
+        b"null",
+    ]
+    odd += [text.replace(b"1e-06", b"NaN"), text.replace(b"1e-06", b"Infinity"), text.replace(b"1e-06", b"1e999")]
+    odd += [text.replace(b"1e-06", b"-1e-06"), text + text, b" " * (1 << 21) + text]
+    assert {outcome("config.json", case) for case in odd} == {"refused"}
+    assert sys.getrecursionlimit() < 50_000
