@@ -21,7 +21,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable

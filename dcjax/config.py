@@ -267,7 +267,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as in config.json."""
 
     def plain(value):
-        return str(value) if isinstance(value, Path) else value
+        if isinstance(value, Path):
+            return str(value)
+        # JSON has no tuples
+        return list(value) if isinstance(value, tuple) else value
 
     def convert(items):
         return {name: plain(value) for name, value in items}
@@ -290,7 +293,6 @@ def from_dict(nested: dict[str, Any], kind: type = Config) -> Any:
             return from_dict(value, kinds[name])
         if name == "run_dir" and value is not None:
             return Path(value)
-        # JSON has no tuples
         return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: convert(name, value) for name, value in nested.items()})

@@ -175,7 +175,8 @@ def test_train_help_names_every_field_with_its_meaning_and_default(capfd):
         (at,) = (i for i, line in enumerate(lines) if re.match(rf"--{re.escape(name)}\b(?!\.)", line))
         below = (i for i in range(at + 1, len(lines)) if lines[i].startswith("--") or "options" in lines[i])
         explained = " ".join(lines[at + 1 : next(below, len(lines))])
-        meaning, found, _ = explained.partition(f"(default: {value})")
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        meaning, found, _ = explained.partition(f"(default: {shown})")
         assert found, (name, value, explained)
         assert len(meaning.split()) >= 2, (name, meaning)
 
@@ -446,3 +447,23 @@ def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
     assert main(["train", "tested"]) == 130
     errors = capfd.readouterr().err
     assert errors.count("\n") == 1 and "the same command goes on" in errors
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "expected"),
+    [
+        (("evaluate", "run"), "dcjax.evaluate.evaluate_source", "interrupted"),
+        (("report", "run"), "dcjax.report.write_report", "interrupted"),
+        (("convert", "inspect", "in"), "dcjax.convert.inspect_folder", "interrupted; nothing is left half-written"),
+        (("convert", "import", "in", "out"), "dcjax.convert.import_folder", "nothing is left half-written"),
+        (("convert", "export", "run", "out"), "dcjax.convert.export_run", "nothing is left half-written"),
+    ],
+)
+def test_an_interrupted_command_that_does_not_resume_does_not_say_so(capfd, monkeypatch, command, function, expected):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    assert main(command) == 130
+    errors = capfd.readouterr().err
+    assert errors.startswith("dcjax: ") and errors.endswith(f"{expected}\n") and errors.count("\n") == 1

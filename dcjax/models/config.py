@@ -89,9 +89,9 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that are dense in any case."""
     remat: Remat = "products"
-    """What the backward pass finds kept. products: what matrix products returned, the rest is computed again. full: only
-    what entered each layer. Both loop over the layers, so that program size is flat in depth. none: everything, layers
-    laid out one after the other, the fastest for two or three."""
+    """What the backward pass finds kept: products (what matrix products returned; the rest is computed again) or full
+    (only what entered each layer), both in a loop, so that program size is flat in depth; or none (everything is kept,
+    layers are laid out one after the other, the fastest for two or three)."""
     attention: AttentionKernel = "auto"
     """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere."""
     head_chunk: int = 512

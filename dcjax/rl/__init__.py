@@ -13,7 +13,7 @@ from dcjax.rl.objective import (
     group_relative_advantages,
 )
 from dcjax.rl.step import make_train_step
-from dcjax.rl.transforms import dual_ascent
+from dcjax.rl.transforms import dual_ascent, dynamic_loss_scale
 
 __all__ = [
     "Context",
@@ -23,6 +23,7 @@ __all__ = [
     "discrepancy_penalty",
     "drop_zero_variance",
     "dual_ascent",
+    "dynamic_loss_scale",
     "group_relative",
     "group_relative_advantages",
     "make_train_step",

@@ -19,6 +19,7 @@ from dcjax.rl import (
     discrepancy_penalty,
     drop_zero_variance,
     dual_ascent,
+    dynamic_loss_scale,
     group_relative_advantages,
     make_train_step,
     probability_difference,
@@ -215,8 +216,11 @@ def pairs():
 
 
 @functools.cache
-def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5):
-    tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates, max_value=10.0))
+def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, loss_scale=None):
+    descent = optax.sgd(learning_rate)
+    if loss_scale is not None:
+        descent = dynamic_loss_scale(descent, init_value=loss_scale, growth_interval=2)
+    tx = optax.chain(descent, ascent(every=updates, max_value=10.0))
     step = make_train_step(
         policy,
         tx,
@@ -419,6 +423,69 @@ def test_the_smoothed_gradient_norm_starts_at_the_first_and_moves_by_a_tenth(pai
         np.testing.assert_allclose(metrics["grad_norm_smoothed"], smoothed, rtol=1e-5)
         assert float(state.grad_norm_smoothed) == float(metrics["grad_norm_smoothed"])
         assert int(state.step) == iteration + 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_loss_scale_changes_nothing_that_is_finite(pairs, updates):
+    expected, plain = (run := bigram_step(penalty, updates=updates))[0](run[1], pairs)
+    step, state = bigram_step(penalty, updates=updates, loss_scale=2.0**15)
+    after, metrics = step(state, pairs)
+    # a power of two scales without rounding
+    np.testing.assert_allclose(after.params, expected.params, rtol=1e-6, atol=1e-7)
+    assert (float(metrics.pop("loss_scale")), float(metrics.pop("overflow"))) == (2.0**15, 0)
+    for name, value in plain.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    assert float(optax.tree.get(after.opt_state, "loss_scale")) == 2.0 ** (15 if updates == 1 else 16)
+
+
+def test_gradients_that_overflow_move_the_multiplier_and_the_scale_alone(pairs):
+    def overflowing(table, batch):
+        # half precision takes the scaled gradient, which is beyond its 65,504
+        logps, entropy, metrics = bigram(table.astype(jnp.float16).astype(jnp.float32), batch)
+        return logps, entropy, metrics
+
+    step, state = bigram_step(penalty, policy=overflowing, loss_scale=2.0**20)
+    after, metrics = step(state, pairs)
+    np.testing.assert_array_equal(after.params, TABLE)
+    assert float(metrics["overflow"]) == 1
+    assert not np.isfinite(metrics["grad_norm"])
+    assert float(metrics["grad_norm_smoothed"]) == 0
+    assert np.isfinite([value for name, value in metrics.items() if name != "grad_norm"]).all()
+    assert float(optax.tree.get(after.opt_state, "loss_scale")) == 2.0**19
+    assert float(optax.tree.get(after.opt_state, "multiplier")) != LAMBDA
+    # it comes down until gradients fit, and then trains
+    for _ in range(12):
+        after, metrics = step(after, pairs)
+    assert float(metrics["overflow"]) == 0
+    assert np.abs(after.params - TABLE).max() > 1e-3
+    assert float(after.grad_norm_smoothed) > 0
+
+
+def test_the_policys_own_metrics_are_means_over_all_rows(pairs):
+    def observed(table, batch):
+        return *bigram(table, batch)[:2], {"router/z": batch.rewards * 3}
+
+    step, state = bigram_step(penalty, policy=observed, microbatch_size=2)
+    _, metrics = step(state, pairs)
+    np.testing.assert_allclose(metrics["router/z"], 3 * pairs.rewards.mean(), rtol=1e-6)
+
+
+def test_microbatches_are_added_up_in_float32_for_narrow_parameters_too(pairs):
+    """256 and fifteen ones: added one by one in bfloat16 they are 256."""
+
+    def policy(params, batch):
+        logps = params * batch.temperature[:, None].astype(params.dtype) * jnp.ones((1, T), params.dtype)
+        return logps.astype(jnp.float32), jnp.zeros(logps.shape), {}
+
+    def of_first_tokens(logps, **_):
+        return (jnp.sum(logps[:, 0]), jnp.ones(())), jnp.zeros(logps.shape, bool)
+
+    tx = optax.with_extra_args_support(optax.sgd(1.0))
+    step = make_train_step(policy, tx, of_first_tokens, chain(), group_size=1, microbatch_size=1)
+    batch = dataclasses.replace(pairs, temperature=np.array([256] + [1] * (ROWS - 1), np.float32))
+    state, _ = step(fresh_state(jnp.zeros((), jnp.bfloat16), tx), batch)
+    # divided by the sixteen ones of the denominator
+    assert float(state.params) == -float(jnp.bfloat16(271 / 16))
 
 
 def test_a_penalty_without_dual_ascent_is_refused_while_tracing(pairs):

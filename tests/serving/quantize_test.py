@@ -38,6 +38,22 @@ def test_every_weight_is_within_half_a_step_of_its_channel(weights):
         np.testing.assert_allclose(scale, np.abs(weights).max(axis) / 127, rtol=1e-6, atol=1e-35)
 
 
+def test_int8_experts_are_as_many_int8_kernels():
+    rng = np.random.default_rng(3)
+    rows, kernels = rng.normal(size=(9, 6)).astype(np.float32), rng.normal(size=(3, 6, 4)).astype(np.float32)
+    quantized = quantize.quantize_kernel(kernels)
+    assert (quantized.values.shape, quantized.scale.shape) == ((3, 6, 4), (3, 4))
+    # the second expert has no rows
+    out = quantize.grouped_dot(rows, quantized, np.array([4, 0, 5], np.int32))
+    one_by_one = [quantize.dot(rows[:4], quantize.quantize_kernel(kernels[0]))]
+    one_by_one.append(quantize.dot(rows[4:], quantize.quantize_kernel(kernels[2])))
+    np.testing.assert_allclose(out, np.concatenate(one_by_one), rtol=1e-6)
+    wide = quantize.grouped_dot(rows, kernels, np.array([4, 0, 5], np.int32))
+    np.testing.assert_allclose(
+        wide, np.concatenate([rows[:4] @ kernels[0], rows[4:] @ kernels[2]]), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_a_channel_of_zeros_stays_zero():
     kernel = np.array([[0.0, 2.0, 0.0], [0.0, -4.0, -0.0]], np.float32)
     quantized = quantize.quantize_kernel(kernel)

@@ -13,6 +13,10 @@ from dcjax.serving.rollout import sample_responses
 
 CONFIG = ModelConfig(vocab_size=16, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, head_dim=8)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
+QWEN2 = dataclasses.replace(CONFIG, family="qwen2")
+MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+MIXED = dataclasses.replace(MOE, mlp_only_layers=(0,))
+MODELS = {"tied": CONFIG, "untied": UNTIED, "qwen2": QWEN2, "moe": MOE, "mixed": MIXED}
 FORMATS = ["float32", "bf16", "int8"]
 P, T, END, G = 6, 10, 3, 8
 PROMPTS = [[1, 2, 4], [5], [6, 7, 8, 9, 10, 1]]
@@ -102,7 +106,7 @@ def largest_gap(old_logps, rollout):
     return gap[rollout.response_mask].max()
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_in_float32_log_probs_are_those_of_teacher_forcing_on_every_token(config):
     rollout = rollout_of("float32", config=config)
     assert rollout.finished.any()
@@ -121,6 +125,14 @@ def test_log_probs_at_another_temperature_fail_that_very_check():
     rollout = rollout_of("float32")
     other = dataclasses.replace(rollout, temperature=np.ones_like(rollout.temperature))
     assert largest_gap(trained_logps(CONFIG, other), other) > 100 * CONTROL
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_experts_are_served_in_narrow_formats(name):
+    rollout = rollout_of(name, config=MOE)
+    gap = np.abs(np.exp(trained_logps(MOE, rollout)) - np.exp(rollout.rollout_logps))[rollout.response_mask]
+    # a token whose experts flip may be far off; most are near, and none is exact
+    assert 1e-5 < np.median(gap) < 0.02
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-5), ("bf16", 0.02), ("int8", 0.02)])

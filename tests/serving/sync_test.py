@@ -107,6 +107,28 @@ def test_an_untied_head_is_quantised_by_rows_like_the_embedding():
     np.testing.assert_allclose(head.scale, np.abs(masters["lm_head"]).max(1) / 127, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_are_in_the_format_and_routers_in_float32(name):
+    config = dataclasses.replace(
+        CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=(1,)
+    )
+    masters = draw(config)
+    layers = make_sync(config, name)(masters, 0).weights["layers"]
+    experts = {"experts_gate_proj", "experts_up_proj", "experts_down_proj"}
+    dense = {"gate_proj", "up_proj", "down_proj"}
+    assert [set(layer) & (experts | dense) for layer in layers] == [experts, dense, experts]
+    for rank, layer in enumerate((layers[0], layers[2])):
+        assert layer["router"].dtype == jnp.float32
+        np.testing.assert_array_equal(layer["router"], masters["layers"]["router"][rank])
+        for kernel in experts:
+            master = masters["layers"][kernel][rank]
+            if name == "int8":
+                assert layer[kernel].values.dtype == jnp.int8
+                np.testing.assert_allclose(layer[kernel].scale, np.abs(master).max(1) / 127, rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(layer[kernel], master.astype(layer[kernel].dtype))
+
+
 def test_serving_params_go_where_they_are_asked_to(masters):
     everywhere = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
     sharded = jax.device_put(masters["embed_tokens"], NamedSharding(everywhere.mesh, PartitionSpec(None, "data")))
