@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from dcjax.config import Config
-from dcjax.models import init_params, logical_axes, token_logps
+from dcjax.errors import RunError
+from dcjax.models import init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.objective import (
@@ -105,8 +107,33 @@ def params_shardings(config: Config, mesh: Mesh) -> Params:
     return shardings(mesh, logical_axes(config.model))
 
 
-def fresh_params(config: Config, mesh: Mesh) -> Params:
-    """Initial parameters from the seed, created where they live."""
+def with_pretrained_model(config: Config) -> Config:
+    """The config with the architecture that `pretrained` has, if it names a folder.
+
+    Raises:
+      RunError: the folder holds no model that is supported.
+    """
+    if config.pretrained is None:
+        return config
+    model = config.model
+    computed = {name: getattr(model, name) for name in ("remat", "attention", "head_chunk", "precision")}
+    try:
+        return dataclasses.replace(config, model=dataclasses.replace(read_config(config.pretrained), **computed))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def starting_params(config: Config, mesh: Mesh) -> Params:
+    """Parameters before any update, created where they live: of `pretrained`, or fresh from the seed.
+
+    Raises:
+      RunError: the weights in the folder are damaged, or not of its architecture.
+    """
+    if config.pretrained is not None:
+        try:
+            return load_hf(config.pretrained, dtype=config.model.precision.parameters, mesh=mesh)[1]
+        except ValueError as error:
+            raise RunError(str(error)) from None
     create = jax.jit(partial(init_params, config.model), out_shardings=params_shardings(config, mesh))
     return create(jax.random.key(config.seed))
 

@@ -20,6 +20,10 @@ from typing import NoReturn
 from dcjax.errors import RunError
 
 RECIPES = Path("experiments")
+INTERRUPTED = {
+    "train": "; the same command goes on from the last checkpoint",
+    "convert": "; nothing is left half-written",
+}
 OVERRIDE = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 
 
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print("dcjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"dcjax: interrupted{INTERRUPTED.get(' '.join(arguments[:1]), '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -60,6 +64,7 @@ def _import_quietly() -> None:
     # what Orbax logs of a failed save is raised too, and told in one line
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _leave_out_writes_of_a_failed_save
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
@@ -70,6 +75,13 @@ def _import_quietly() -> None:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+def _leave_out_writes_of_a_failed_save(unraisable) -> None:
+    """Tells of errors that nobody can catch, but not of writes that end after the save that began them has failed."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -206,6 +206,9 @@ class Config:
     """Of parameters, problems and samples."""
     run_dir: Path | None = None
     """Where everything is written."""
+    pretrained: Path | None = None
+    """Hugging Face folder whose architecture and weights training starts from; of the model's fields only remat,
+    attention, head_chunk and precision then count."""
     task: ArithmeticTask = field(default_factory=ArithmeticTask)
     model: ModelConfig = presets["tiny"]
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -291,7 +294,7 @@ def from_dict(nested: dict[str, Any], kind: type = Config) -> Any:
     def convert(name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(kinds[name]):
             return from_dict(value, kinds[name])
-        if name == "run_dir" and value is not None:
+        if name in ("run_dir", "pretrained") and value is not None:
             return Path(value)
         return tuple(value) if isinstance(value, list) else value
 

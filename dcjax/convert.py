@@ -7,17 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
-from dcjax.models.hf import Checkpoint
+from dcjax.models.hf import INDEX, WEIGHTS, Checkpoint
 from dcjax.models.hf_names import Leaf
-from dcjax.models.hf_save import Told, check_vacant, save_hf, write_folder
-from dcjax.models.safetensors import Pending
+from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,13 @@ class Inspection:
     bytes: int
     """Of the safetensors files."""
     checksums: bool
-    """Whether every file carries dcjax's checksums."""
+    """Whether every tensor has dcjax's checksum."""
 
 
 def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
     """Verifies a Hugging Face folder and writes it again: checksummed, with config.json in both styles.
 
-    One tensor is in memory at a time; no accelerator is touched.
+    The tensors of one file are in memory at a time; no accelerator is touched.
 
     Args:
       source: a folder, as `load_hf` reads it.
@@ -59,16 +55,11 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
         pending = []
         for leaf in checkpoint.leaves:
             as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(leaf)
-            names = map(leaf.name, leaf.indices())
             pending += [
-                Pending(name, as_dtype, leaf.stored_shape, partial(_verified, checkpoint, name)) for name in names
+                Pending(name, as_dtype, leaf.stored_shape, checkpoint.tensors[name].read)
+                for name in map(leaf.name, leaf.indices())
             ]
         write_folder(out, checkpoint.config, pending, source, told=told)
-
-
-def _verified(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    checkpoint.verify(name)
-    return checkpoint.tensor(name)
 
 
 def export_run(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> int:
@@ -99,6 +90,8 @@ def export_run(source: Path, out: Path, *, dtype: DtypeName | None = None, told:
     run_dir, step = (source.parent.parent, int(source.name)) if is_step else (source, None)
     with _errors_told():
         check_vacant(out)
+        if (source / WEIGHTS).exists() or (source / INDEX).exists():
+            raise RunError(f"{source} is a Hugging Face folder and not a run; dcjax convert import reads it")
         config = replace(load_config(run_dir), mesh=MeshConfig())
         if not (run_dir / "tokenizer").is_dir():
             raise RunError(f"no tokenizer in {run_dir}; dcjax train writes it when it starts")
@@ -128,14 +121,16 @@ def inspect_folder(source: Path) -> Inspection:
     """
     with _errors_told():
         checkpoint = Checkpoint(source)
+    tensors = checkpoint.tensors.values()
+    files = {tensor.path for tensor in tensors}
     return Inspection(
         config=checkpoint.config,
         parameters=sum(math.prod(leaf.shape) for leaf in checkpoint.leaves),
         active_parameters=sum(_active(checkpoint.config, leaf) for leaf in checkpoint.leaves),
-        dtypes=dict(Counter(entry.dtype for entry in checkpoint.entries.values())),
-        files=len(checkpoint.files),
-        bytes=sum(file.size for file in checkpoint.files),
-        checksums=all(file.checksums for file in checkpoint.files),
+        dtypes=dict(Counter(tensor.kind for tensor in tensors)),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files),
+        checksums=all(tensor.checksum is not None for tensor in tensors),
     )
 
 

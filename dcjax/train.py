@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dcjax.assemble import abstract_state
+from dcjax.assemble import abstract_state, with_pretrained_model
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.errors import RunError
@@ -21,6 +21,7 @@ def train(config: Config) -> tuple[Path, Path]:
     Raises:
       RunError: the run cannot start or go on; what was checkpointed stays.
     """
+    config = with_pretrained_model(config)
     trainer = Trainer(config)
     with (
         open_run(config) as directory,

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import apply_policy, compile_step, fresh_params, initial_state, metrics_to_host, scale_loss
+from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, scale_loss, starting_params
 from dcjax.config import Config
 from dcjax.data.arithmetic import supervised_batch
 from dcjax.errors import RunError
@@ -28,13 +28,13 @@ LOG_EVERY = 10
 
 
 def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> Params:
-    """Fresh parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
+    """Starting parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
 
     Raises:
-      RunError: the loss is not finite.
+      RunError: the loss is not finite, or the pretrained weights cannot be loaded.
     """
     settings, tx = config.warm_start, _optimizer(config)
-    state = initial_state(config, mesh, tx, fresh_params(config, mesh))
+    state = initial_state(config, mesh, tx, starting_params(config, mesh))
     step = make_train_step(
         partial(apply_policy, config),
         tx,

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from dcjax.assemble import fresh_params, initial_state, make_optimizer
+from dcjax.assemble import initial_state, make_optimizer, starting_params
 from dcjax.checkpoint import Checkpoints, LoopState
 from dcjax.cli import main
 from dcjax.config import Config
@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
     with open_run(config) as run_dir, Checkpoints(run_dir / "checkpoints", keep=2) as checkpoints:
         build_tokenizer().save_pretrained(run_dir / "tokenizer")
         for step in (3, 7):
-            params = jax.tree.map(lambda leaf, step=step: leaf * step, fresh_params(config, mesh))
+            params = jax.tree.map(lambda leaf, step=step: leaf * step, starting_params(config, mesh))
             saved[step] = jax.tree.map(np.asarray, params)
             state = initial_state(config, mesh, make_optimizer(config), params)
             checkpoints.save(state, LoopState(step=step, data_cursor=0, rollout_key=[0, 0]))
@@ -112,7 +112,7 @@ def test_damage_is_refused_and_nothing_is_written(refusal, run_command, tmp_path
     content = bytearray(weights.read_bytes())
     content[-100] ^= 16
     weights.write_bytes(content)
-    assert "lm_head.weight is damaged" in refusal("import", tmp_path / "bad", tmp_path / "out")
+    assert "model.norm.weight is damaged" in refusal("import", tmp_path / "bad", tmp_path / "out")
     weights.write_bytes(content[:-3])
     assert "truncated" in refusal("inspect", tmp_path / "bad")
     weights.unlink()
@@ -168,6 +168,8 @@ def test_exports_of_no_run_are_refused(refusal, trained, tmp_path):
     (tmp_path / "full" / "file").touch()
     assert "not an empty folder" in refusal("export", run_dir, tmp_path / "full")
     shutil.copytree(run_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
+    told = refusal("export", folder("qwen3"), tmp_path / "out")
+    assert f"{folder('qwen3')} is a Hugging Face folder and not a run" in told
     assert "no tokenizer in" in refusal("export", tmp_path / "bare", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcjax.assemble import fresh_params
+from dcjax.assemble import starting_params
 from dcjax.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
 from dcjax.data.arithmetic import ArithmeticTask, build_tokenizer
 from dcjax.errors import RunError
@@ -56,7 +56,7 @@ def test_every_tenth_update_and_the_last_are_logged(usual):
 
 
 def test_every_parameter_is_trained(usual):
-    fresh = jax.device_get(fresh_params(CONFIG, make_mesh(CONFIG.mesh)))
+    fresh = jax.device_get(starting_params(CONFIG, make_mesh(CONFIG.mesh)))
     for (path, before), after in zip(jax.tree.leaves_with_path(fresh), jax.tree.leaves(usual[0]), strict=True):
         assert before.dtype == after.dtype == np.float32
         assert np.isfinite(after).all() and (before != after).any(), jax.tree_util.keystr(path)
@@ -75,7 +75,7 @@ def test_another_seed_gives_others(usual, tmp_path):
 
 def test_no_steps_leave_the_fresh_parameters(tmp_path):
     params, log = warmed_up(tmp_path, steps=0)
-    assert same(params, jax.device_get(fresh_params(CONFIG, make_mesh(CONFIG.mesh))))
+    assert same(params, jax.device_get(starting_params(CONFIG, make_mesh(CONFIG.mesh))))
     assert log == []
 
 

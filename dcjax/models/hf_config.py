@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcjax.models.config import DtypeName, ModelConfig
-from dcjax.models.safetensors import parse_json_object, quote
+from dcjax.models.config import DTYPES, DtypeName, ModelConfig
+from dcjax.models.hf_files import quote, read_json_object
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SIZE = 2**31
@@ -17,7 +17,6 @@ MAX_EXPERTS = 2**18
 """Experts of all layers together."""
 
 SUPPORTED = "qwen3, qwen3_moe and qwen2"
-TORCH_DTYPES: dict[DtypeName, str] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 # of another model than the one written, or of how its weights were stored, when a config.json is carried over
@@ -115,13 +114,9 @@ def read_fields(folder: Path) -> tuple[dict[str, Any], str]:
     """
     path = folder / "config.json"
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        return read_json_object(path, MAX_CONFIG_BYTES), str(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no {path}; give a folder with a Hugging Face checkpoint") from None
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} is longer than {MAX_CONFIG_BYTES} bytes, which no config.json is")
-    return parse_json_object(text, str(path)), str(path)
 
 
 def _to_config(fields: _Fields) -> ModelConfig:
@@ -219,8 +214,8 @@ def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any])
     fields |= {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
-        "dtype": TORCH_DTYPES[dtype],
-        "torch_dtype": TORCH_DTYPES[dtype],
+        "dtype": DTYPES[dtype].name,
+        "torch_dtype": DTYPES[dtype].name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import numpy as np
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf import INDEX, WEIGHTS, at_path
 from dcjax.models.hf_config import read_fields, to_fields
+from dcjax.models.hf_files import save_tensors
 from dcjax.models.hf_names import Leaf, leaves
-from dcjax.models.safetensors import Pending, write_tensors
 from dcjax.types import Params
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -45,6 +45,37 @@ Told = Callable[[int, int], None]
 """Called after each tensor, with how many are done and how many there are."""
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is to be written, and is fetched only then."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    """Fetches it, in any dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def fetch(self) -> np.ndarray:
+        """As it is to be written.
+
+        Raises:
+          ValueError: an infinity or a NaN, or a value that the dtype turns into one.
+        """
+        # what overflows is refused in the next line, by name
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(self.read().astype(self.dtype, copy=False))
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{self.name} has an infinity, a NaN or a value beyond {self.dtype}; weights must be finite"
+            )
+        return array
+
+
 def save_hf(
     path: Path | str,
     config: ModelConfig,
@@ -60,7 +91,7 @@ def save_hf(
 
     The folder holds config.json in both styles, safetensors with an index if there are several, a CRC-32 of each tensor
     in their metadata, and the tokenizer. It appears when whole: a crash leaves at most a hidden `.NAME.*.partial`
-    beside it. One tensor is fetched from the devices at a time.
+    beside it. One tensor is fetched from the devices at a time, and the host holds those of one file.
 
     Args:
       path: a folder to make; an empty one may be there.
@@ -136,14 +167,10 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     told: Told | None = None,
 ) -> None:
-    """Writes a Hugging Face folder of tensors that are fetched one at a time; see `save_hf`."""
+    """Writes a Hugging Face folder of tensors that are fetched when their file is written; see `save_hf`."""
     check_vacant(path)
     carried, copied = _carried(None if tokenizer_from is None else Path(tokenizer_from))
-    sizes = Counter()
-    for tensor in pending:
-        sizes[tensor.dtype] += tensor.nbytes
-    [(most, _)] = sizes.most_common(1)
-    name = next(name for name, dtype in DTYPES.items() if dtype == most)
+    name = max(DTYPES, key=lambda name: sum(tensor.nbytes for tensor in pending if tensor.dtype == DTYPES[name]))
     fields = to_fields(config, name, carried) | dict(token_ids or {})
     with _appearing_whole(path) as partial_path:
         for file in copied:
@@ -186,10 +213,12 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
     hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield hidden
-        # mkdtemp makes folders for one user only
+        # mkdtemp makes folders for one user only, and safetensors makes its files so (its issue 782)
         mask = os.umask(0)
         os.umask(mask)
         hidden.chmod(0o777 & ~mask)
+        for file in hidden.iterdir():
+            file.chmod(0o666 & ~mask)
         hidden.rename(path)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -209,17 +238,16 @@ def _shards(pending: Sequence[Pending], max_bytes: int) -> list[list[Pending]]:
 
 
 def _write_shards(folder: Path, shards: list[list[Pending]], told: Told | None) -> None:
-    total = sum(map(len, shards))
-    count = itertools.count(1)
-
-    def done() -> None:
-        number = next(count)
-        if told is not None:
-            told(number, total)
-
+    total, done = sum(map(len, shards)), 0
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, tensors in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
-        write_tensors(folder / name, tensors, done)
+        arrays = {}
+        for tensor in tensors:
+            arrays[tensor.name] = tensor.fetch()
+            done += 1
+            if told is not None:
+                told(done, total)
+        save_tensors(folder / name, arrays)
     if len(shards) > 1:
         placed = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         size = sum(tensor.nbytes for tensors in shards for tensor in tensors)

@@ -172,14 +172,20 @@ def header_cases(header, payload):
     ):  # fmt: skip
         yield "offsets", change(data_offsets=offsets)
     yield "overlap", {**header, second: {**header[second], "data_offsets": entry["data_offsets"]}}
-    for value in (None, 1, [], "F32", {}, {"dtype": "F32"}, {**entry, "more": 1}):
+    for value in (None, 1, [], "F32", {}, {"dtype": "F32"}):
         yield "entry", {**header, first: value}
-    for metadata in (None, 1, [], {"format": 1}, {"a": {}}, {"dcjax.crc32": "{"}, {"dcjax.crc32": "[]"}):
+    yield "another field", {**header, first: {**entry, "more": 1}}
+    yield "null metadata", {**header, "__metadata__": None}
+    for metadata in (1, [], {"format": 1}, {"a": {}}, {"dcjax.crc32": "{"}, {"dcjax.crc32": "[]"}):
         yield "metadata", {**header, "__metadata__": metadata}
     for written in ({first: "zz"}, {first: 5}, {first: "00000000"}, {"nothing": "00000000"}, {first: None}):
         yield "checksums", {**header, "__metadata__": {"dcjax.crc32": json.dumps(written)}}
     text = json.dumps(header).encode()
-    yield "twice", text[:-1] + b"," + json.dumps({first: entry})[1:].encode()
+    for change_of_it in ({}, {"shape": entry["shape"][::-1]}, {"dtype": "I32"}, {"data_offsets": [start, stop + 4]}):
+        again = json.dumps({first: {**entry, **change_of_it}})[1:-1].encode()
+        # the reader takes the last of the two
+        yield ("twice, the last wrong" if change_of_it else "twice"), text[:-1] + b"," + again + b"}"
+        yield "twice", b"{" + again + b"," + text[1:]
     yield "not utf-8", text.replace(b"model.norm", b"model.n\xffrm")
     yield "surrogates", text.replace(b"model.norm", b"model.n\\ud800rm")
     for broken in (b"", b"{", b"[]", b"null", b"NaN", b"{" * 90_000, b"[" * 90_000, b'{"a":' * 90_000, b"9" * 9000):
@@ -199,7 +205,10 @@ def test_contradictory_headers_are_refused(saved, outcome):
     for kind, case in header_cases(header, payload):
         outcomes.setdefault(kind, Counter())[outcome(FILE, join(case, payload))] += 1
     assert sum(counts.total() for counts in outcomes.values()) > 150
-    assert {kind for kind, counts in outcomes.items() if counts["intact"]} == set()
+    # three things the library's reader passes over, none of which changes a weight
+    harmless = {"twice", "another field", "null metadata"}
+    assert {kind for kind, counts in outcomes.items() if counts["intact"]} == harmless
+    assert all(outcomes[kind]["refused"] == 0 for kind in harmless)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 2**27, 2**31, 2**32 - 8, 2**63, 2**64 - 8, 2**64 - 1])

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from dcjax.models import ModelConfig, count_params, forward, init_params, load_hf, presets, read_config, save_hf
 from dcjax.models.config import DTYPES
 from dcjax.models.hf import Checkpoint
+from dcjax.models.hf_files import open_tensors
 from dcjax.models.hf_names import leaves
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -291,6 +292,18 @@ def test_a_mesh_reads_each_part_once(monkeypatch):
     assert len(parts["layers", "q_proj"]) == 4 and len(parts["layers", "experts_up_proj"]) >= 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes", "expected"),
+    [
+        ("qwen3", {"tensor": 7}, r"params embed_tokens of shape (96, 64): mesh.tensor 7 does not divide dimension 0"),
+        ("qwen3", {"fsdp": 5}, r"params embed_tokens of shape (96, 64): mesh.fsdp 5 does not divide dimension 1"),
+        ("qwen3_moe", {"expert": 3}, "layers.router of shape (2, 64, 8): mesh.expert 3 does not divide dimension 2"),
+    ],
+)
+def test_a_mesh_that_divides_no_dimension_is_refused_by_leaf_and_axis(kind, axes, expected):
+    assert expected in refusal(FOLDERS[kind], mesh=make_mesh(MeshConfig(**axes)))
+
+
 def test_a_checkpoint_of_mixed_dtypes_keeps_each_leafs(copy):
     written = load_file(FOLDERS["qwen3"] / "model.safetensors")
     norms = {
@@ -375,6 +388,37 @@ def test_a_folder_without_weights_says_what_was_looked_for(copy, tmp_path):
     for nowhere in (tmp_path / "nowhere", folder / "pytorch_model.bin"):
         with pytest.raises(FileNotFoundError, match=r"config\.json; give a folder"):
             load_hf(nowhere)
+
+
+def test_a_file_that_cannot_be_opened_is_not_said_to_be_absent(copy, monkeypatch):
+    folder = copy()
+
+    def denied(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("dcjax.models.hf_files.open", denied, raising=False)
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        open_tensors(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "BOOL"])
+def test_dtypes_that_are_no_weights_are_refused_by_name(copy, dtype):
+    folder = copy()
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    # a byte a value: the shape stays, a second tensor takes the rest of the bytes
+    entry = header["model.norm.weight"]
+    (start, stop), (size,) = entry["data_offsets"], entry["shape"]
+    header["model.norm.weight"] = {"dtype": dtype, "shape": [size], "data_offsets": [start, start + size]}
+    rest = {"dtype": "U8", "shape": [stop - start - size], "data_offsets": [start + size, stop]}
+    header["model.layers.0.self_attn.rotary_emb.inv_freq"] = rest
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    for asked in (None, "bf16"):
+        message = refusal(folder, dtype=asked)
+        assert f"model.norm.weight is stored as {dtype}; supported are F32, BF16, F16" in message
 
 
 def test_links_as_in_a_cache_are_followed(copy, tmp_path):
@@ -547,7 +591,38 @@ def test_a_flipped_bit_of_an_export_is_noticed(tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert "lm_head.weight is damaged, its checksum is" in refusal(tmp_path / "out")
+    # tensors of one dtype lie in the order of their names
+    assert "model.norm.weight is damaged, its checksum is" in refusal(tmp_path / "out")
+
+
+def test_two_exports_are_the_same_bytes(tmp_path):
+    config, params = loaded("qwen3")
+    for number in range(6):
+        save_hf(tmp_path / str(number), config, params, dtype="bf16")
+    assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(6)}) == 1
+
+
+def test_all_files_of_an_export_are_for_whom_new_files_are(tmp_path):
+    save_hf(tmp_path / "out", *loaded("qwen3"), max_shard_bytes=100_000)
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    script = f"""
+import resource, signal
+from dcjax.models import load_hf, save_hf
+loaded = load_hf({str(FOLDERS["qwen3"])!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    save_hf({str(tmp_path / "out")!r}, *loaded)
+except OSError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "model.safetensors cannot be written" in told and "File too large" in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path):
