@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from dcjax.types import Array
+
+Aggregation = Callable[[Array, Array], "LossSum"]
+"""(losses [B, T], mask [B, T]) -> the sum and its denominator."""
 
 
 class LossSum(NamedTuple):

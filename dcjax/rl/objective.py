@@ -26,6 +26,8 @@ class Terms:
     weights: Float[Array, "B T"]
     # tokens that count in the loss and its denominator
     mask: Bool[Array, "B T"]
+    # added to the surrogate's loss of each token; differentiable where it is made of `Context.logps`
+    loss: Float[Array, "B T"]
     # one value a row, averaged over rows by the step
     metrics: dict[str, Array]
 
@@ -35,10 +37,14 @@ class Context:
     """What a transform may look at. Rows need not be whole groups: each carries its group's rewards."""
 
     batch: Batch
+    # log-probs of the policy that is being differentiated, with their gradient
+    logps: Float[Array, "B T"]
     # stop-gradient log-probs of the training policy at the rollout's weights
     old_logps: Float[Array, "B T"]
     # λ of this iteration, before its dual step; None where no dual ascent is in the optimiser's chain
     multiplier: Array | None
+    # mean reward of the whole iteration's responses
+    mean_reward: Float[Array, ""]
 
 
 LossTransform = Callable[[Terms, Context], Terms]
@@ -49,9 +55,9 @@ Discrepancy = Callable[..., Array]
 
 
 def initial_terms(batch: Batch) -> Terms:
-    """Advantages 0, weights 1, every response token counted."""
+    """Advantages 0, weights 1, every response token counted, nothing added to its loss."""
     shape = batch.response_mask.shape
-    return Terms(jnp.zeros(shape), jnp.ones(shape), batch.response_mask, {})
+    return Terms(jnp.zeros(shape), jnp.ones(shape), batch.response_mask, jnp.zeros(shape), {})
 
 
 def chain(*transforms: LossTransform) -> LossTransform:

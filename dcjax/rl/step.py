@@ -12,7 +12,7 @@ import optax
 
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.losses import Surrogate
-from dcjax.rl.masked import masked_mean, response_mean
+from dcjax.rl.masked import Aggregation, masked_mean, response_mean, token_mean
 from dcjax.rl.metrics import mismatch_metrics, staleness_metrics
 from dcjax.rl.objective import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
@@ -46,6 +46,7 @@ def make_train_step(
     surrogate: Surrogate,
     objective: LossTransform,
     *,
+    aggregate: Aggregation = token_mean,
     group_size: int,
     microbatch_size: int,
     updates: int = 1,
@@ -59,8 +60,9 @@ def make_train_step(
     Args:
       apply_fn: the training policy.
       tx: one optax chain: clip, Adam, learning rate and, for DC-GRPO, `dual_ascent(..., every=updates)`.
-      surrogate: `clipped_surrogate` with its bounds.
+      surrogate: `clipped_surrogate` with its bounds, say.
       objective: a chain of loss transforms.
+      aggregate: how the tokens' losses are summed, and what by they are divided over a minibatch.
       group_size: responses a prompt; a minibatch is made of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
@@ -74,22 +76,25 @@ def make_train_step(
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
-    def loss(params: Params, batch: Batch, old_logps, multiplier, scale):
+    def loss(params: Params, batch: Batch, old_logps, mean_reward, multiplier, scale):
         logps, entropy, observed = apply_fn(params, batch)
         old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
-        terms = objective(initial_terms(batch), Context(batch, old_logps, multiplier))
-        (total, denominator), clipped = surrogate(
+        terms = objective(initial_terms(batch), Context(batch, logps, old_logps, multiplier, mean_reward))
+        losses, clipped = surrogate(
             logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
+        total, denominator = aggregate(losses + terms.loss, terms.mask)
         passed = Pass(logps, entropy, clipped, terms.mask, terms.metrics | observed)
         return total * scale, (total, denominator, passed)
 
-    def differentiate(state: TrainState, batch: Batch, old_logps):
+    def differentiate(state: TrainState, batch: Batch, old_logps, mean_reward):
         multiplier = _multiplier(state)
         scale = 1.0 if (held := _loss_scale(state)) is None else held
 
         def accumulate(sums, rows):
-            grads, (total, denominator, passed) = jax.grad(loss, has_aux=True)(state.params, *rows, multiplier, scale)
+            grads, (total, denominator, passed) = jax.grad(loss, has_aux=True)(
+                state.params, *rows, mean_reward, multiplier, scale
+            )
             return jax.tree.map(jnp.add, sums, (grads, total, denominator)), passed
 
         # microbatches are added up in float32, whatever the parameters' dtype
@@ -108,8 +113,8 @@ def make_train_step(
     def recompute(params: Params, batch: Batch) -> Array:
         return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(batch)), 1)
 
-    def update(state: TrainState, batch: Batch, old_logps, discrepancy):
-        grads, loss, passed = differentiate(state, batch, old_logps)
+    def update(state: TrainState, batch: Batch, old_logps, discrepancy, mean_reward):
+        grads, loss, passed = differentiate(state, batch, old_logps, mean_reward)
         if discrepancy is None:
             discrepancy = _mean_discrepancy(passed.logps, batch)
         changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
@@ -126,7 +131,7 @@ def make_train_step(
             old_logps = jax.lax.map(lambda minibatch: recompute(state.params, minibatch), minibatches)
             discrepancy = _mean_discrepancy(_gather(old_logps, group_size), batch)
         trained, (losses, grad_norms, passed) = jax.lax.scan(
-            lambda state, xs: update(state, *xs, discrepancy), state, (minibatches, old_logps)
+            lambda state, xs: update(state, *xs, discrepancy, jnp.mean(batch.rewards)), state, (minibatches, old_logps)
         )
         passed = _gather(passed, group_size)
         old_logps = passed.logps if updates == 1 else _gather(old_logps, group_size)

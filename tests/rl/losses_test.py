@@ -5,6 +5,7 @@ import pytest
 
 from dcjax.rl import clipped_surrogate
 from dcjax.rl.losses import negative_log_likelihood, ratio
+from dcjax.rl.masked import token_mean
 
 LOW, HIGH = 0.2, 0.28
 SHAPE = (6, 7)
@@ -28,8 +29,8 @@ def case():
 def surrogate(case, **changes):
     arguments = case | changes
     logps = arguments.pop("logps")
-    (total, denominator), clipped = clipped_surrogate(logps, **arguments, eps_low=LOW, eps_high=HIGH)
-    return total, denominator, clipped
+    losses, clipped = clipped_surrogate(logps, **arguments, eps_low=LOW, eps_high=HIGH)
+    return *token_mean(losses, arguments["mask"]), clipped
 
 
 def loop(case):
@@ -85,7 +86,7 @@ def test_one_token_by_hand(probability_ratio, advantage, loss, slope):
     def of(logps):
         ones = jnp.ones((1, 1))
         terms = {"old_logps": 0 * ones, "advantages": advantage * ones, "weights": ones, "mask": ones > 0}
-        return clipped_surrogate(logps, **terms, eps_low=LOW, eps_high=HIGH)[0].total
+        return clipped_surrogate(logps, **terms, eps_low=LOW, eps_high=HIGH)[0].sum()
 
     value, grad = jax.value_and_grad(of)(jnp.log(jnp.full((1, 1), probability_ratio)))
     np.testing.assert_allclose(value, loss, rtol=1e-5)
@@ -134,9 +135,10 @@ def test_log_ratios_are_clamped_to_twenty():
 
 
 def test_negative_log_likelihood_is_the_weighted_sum_of_log_probs(case):
-    (total, denominator), clipped = negative_log_likelihood(
+    losses, clipped = negative_log_likelihood(
         case["logps"], weights=case["weights"], mask=case["mask"], old_logps=case["old_logps"]
     )
+    total, denominator = token_mean(losses, case["mask"])
     np.testing.assert_allclose(total, -(case["weights"] * case["logps"])[case["mask"]].sum(), rtol=1e-5)
     assert float(denominator) == case["mask"].sum()
     assert not np.asarray(clipped).any()

@@ -40,7 +40,13 @@ def batch():
 @pytest.fixture(scope="module")
 def context(batch):
     old = np.random.default_rng(1).uniform(-2, 0, (6, 4)).astype(np.float32)
-    return Context(batch, old, jnp.float32(0.5))
+    return Context(
+        batch=batch,
+        logps=old + np.float32(0.1),
+        old_logps=old,
+        multiplier=jnp.float32(0.5),
+        mean_reward=jnp.mean(batch.rewards),
+    )
 
 
 def same(a, b):

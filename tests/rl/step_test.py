@@ -24,6 +24,7 @@ from dcjax.rl import (
     make_train_step,
     probability_difference,
 )
+from dcjax.rl.masked import LossSum
 from dcjax.types import Batch, TrainState
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
@@ -477,11 +478,14 @@ def test_microbatches_are_added_up_in_float32_for_narrow_parameters_too(pairs):
         logps = params * batch.temperature[:, None].astype(params.dtype) * jnp.ones((1, T), params.dtype)
         return logps.astype(jnp.float32), jnp.zeros(logps.shape), {}
 
-    def of_first_tokens(logps, **_):
-        return (jnp.sum(logps[:, 0]), jnp.ones(())), jnp.zeros(logps.shape, bool)
+    def itself(logps, **_):
+        return logps, jnp.zeros(logps.shape, bool)
+
+    def of_first_tokens(losses, mask):
+        return LossSum(jnp.sum(losses[:, 0]), jnp.ones(()))
 
     tx = optax.with_extra_args_support(optax.sgd(1.0))
-    step = make_train_step(policy, tx, of_first_tokens, chain(), group_size=1, microbatch_size=1)
+    step = make_train_step(policy, tx, itself, chain(), aggregate=of_first_tokens, group_size=1, microbatch_size=1)
     batch = dataclasses.replace(pairs, temperature=np.array([256] + [1] * (ROWS - 1), np.float32))
     state, _ = step(fresh_state(jnp.zeros((), jnp.bfloat16), tx), batch)
     # divided by the sixteen ones of the denominator

@@ -86,7 +86,7 @@ def test_clipped_surrogate_with_gradient(name):
     constant = (-weights * advantages * params["clip_ratio_c"])[dual].sum()
 
     def loss(logps):
-        (total, _), clipped = clipped_surrogate(
+        losses, clipped = clipped_surrogate(
             logps,
             old_logps=old,
             advantages=advantages,
@@ -95,7 +95,7 @@ def test_clipped_surrogate_with_gradient(name):
             eps_low=params["clip_ratio_low"],
             eps_high=params["clip_ratio_high"],
         )
-        return (total + constant) / mask.sum(), clipped
+        return (losses.sum() + constant) / mask.sum(), clipped
 
     (value, clipped), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logps))
     assert value.dtype == grad.dtype == np.float64
