@@ -34,6 +34,7 @@ import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import Elsewhere, environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, Precision, abstract_params, forward, init_params, presets, save_hf, token_logps
 
 SHAPES = {"tiny": (presets["tiny"], 16, 61)}
@@ -204,7 +205,9 @@ def memory() -> list[str]:
         **{n: partial(dcjax_loss, c) for n, c in programs.items()},
         "naive": partial(naive, config),
     }.items():
-        stats = jax.jit(jax.value_and_grad(loss)).lower(abstract_params(config), tokens).compile().memory_analysis()
+        stats: Any = (
+            jax.jit(jax.value_and_grad(loss)).lower(abstract_params(config), tokens).compile().memory_analysis()
+        )
         sizes = (stats.temp_size_in_bytes, stats.argument_size_in_bytes, stats.output_size_in_bytes)
         lines.append(
             f"{name:40s}" + "".join(f"{size / 2**20:{w}.0f} MiB" for size, w in zip(sizes, (10, 8, 8), strict=True))
@@ -277,6 +280,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs one of the four and prints it."""
     args = parse()
+    keep_freed_memory()
     if args.what == "speed":
         pin(args.cores)
         comparisons = [comparison for name in SHAPES for comparison in compare_speed(name, args)]
