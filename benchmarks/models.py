@@ -60,13 +60,15 @@ class Peer:
         script = Path(__file__).with_name("torch_peer.py")
         command = [python, str(script), str(folder / "model"), str(folder / "tokens.npy"), str(cores)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked, self._answers = self._process.stdin, self._process.stdout
         self.loss = float("nan")
 
     def call(self, what: str, number: int) -> Elsewhere:
         """One run; its loss is kept."""
         del number
-        print(what, file=self._process.stdin, flush=True)
-        if not (line := self._process.stdout.readline()):
+        print(what, file=self._asked, flush=True)
+        if not (line := self._answers.readline()):
             raise SystemExit(f"the PyTorch process ended with status {self._process.wait()}; see what it printed above")
         answer = json.loads(line)
         self.loss = answer["loss"]
@@ -74,7 +76,7 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._asked.close()
         self._process.wait(timeout=60)
 
 
@@ -170,7 +172,7 @@ def _compile(kind: str, layers: int) -> tuple[float, int]:
         started = time.perf_counter()
         compiled = jax.jit(programs[kind]).lower(abstract_params(config), tokens).compile()
         return time.perf_counter() - started, len(
-            re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
+            re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text() or "", re.MULTILINE)
         )
 
     # the first warms up; the least of the others is the least disturbed
