@@ -29,6 +29,7 @@ import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
 from dcjax import assemble
+from dcjax.allocator import keep_freed_memory
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
@@ -335,6 +336,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Runs the comparisons and prints them."""
     args = parse()
+    keep_freed_memory()
     pin(args.cores)
     try:
         comparisons = compare(args)

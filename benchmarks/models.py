@@ -34,6 +34,7 @@ import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import Elsewhere, environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, Precision, abstract_params, forward, init_params, presets, save_hf, token_logps
 
 SHAPES = {"tiny": (presets["tiny"], 16, 61)}
@@ -59,13 +60,15 @@ class Peer:
         script = Path(__file__).with_name("torch_peer.py")
         command = [python, str(script), str(folder / "model"), str(folder / "tokens.npy"), str(cores)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked, self._answers = self._process.stdin, self._process.stdout
         self.loss = float("nan")
 
     def call(self, what: str, number: int) -> Elsewhere:
         """One run; its loss is kept."""
         del number
-        print(what, file=self._process.stdin, flush=True)
-        if not (line := self._process.stdout.readline()):
+        print(what, file=self._asked, flush=True)
+        if not (line := self._answers.readline()):
             raise SystemExit(f"the PyTorch process ended with status {self._process.wait()}; see what it printed above")
         answer = json.loads(line)
         self.loss = answer["loss"]
@@ -73,7 +76,7 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._asked.close()
         self._process.wait(timeout=60)
 
 
@@ -169,7 +172,7 @@ def _compile(kind: str, layers: int) -> tuple[float, int]:
         started = time.perf_counter()
         compiled = jax.jit(programs[kind]).lower(abstract_params(config), tokens).compile()
         return time.perf_counter() - started, len(
-            re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
+            re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text() or "", re.MULTILINE)
         )
 
     # the first warms up; the least of the others is the least disturbed
@@ -204,7 +207,9 @@ def memory() -> list[str]:
         **{n: partial(dcjax_loss, c) for n, c in programs.items()},
         "naive": partial(naive, config),
     }.items():
-        stats = jax.jit(jax.value_and_grad(loss)).lower(abstract_params(config), tokens).compile().memory_analysis()
+        stats: Any = (
+            jax.jit(jax.value_and_grad(loss)).lower(abstract_params(config), tokens).compile().memory_analysis()
+        )
         sizes = (stats.temp_size_in_bytes, stats.argument_size_in_bytes, stats.output_size_in_bytes)
         lines.append(
             f"{name:40s}" + "".join(f"{size / 2**20:{w}.0f} MiB" for size, w in zip(sizes, (10, 8, 8), strict=True))
@@ -277,6 +282,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs one of the four and prints it."""
     args = parse()
+    keep_freed_memory()
     if args.what == "speed":
         pin(args.cores)
         comparisons = [comparison for name in SHAPES for comparison in compare_speed(name, args)]

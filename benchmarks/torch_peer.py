@@ -12,7 +12,7 @@ import sys
 import time
 
 import numpy as np
-import torch
+import torch  # pyrefly: ignore[missing-import]  (the extra parity)
 from transformers import AutoModelForCausalLM
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dcjax.allocator import keep_freed_memory
 from dcjax.errors import RunError
 
 RECIPES = Path("experiments")
@@ -55,11 +56,12 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _import_quietly() -> None:
-    """Imports the chatty libraries with their start-up messages kept off the terminal; an error still shows.
+def _prepare() -> None:
+    """Sets the process up for JAX's work, and imports the chatty libraries with their start-up messages kept quiet.
 
     TensorFlow, which JetStream brings along, logs from C++ before anything can be set, so the descriptor is turned.
     """
+    keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # what Orbax logs of a failed save is raised too, and told in one line
     for name in ("absl", "asyncio"):
@@ -163,7 +165,7 @@ def _train(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-") and not OVERRIDE.fullmatch(arguments[0]):
         recipe, *arguments = arguments
     config = _override(_load_recipe(recipe), recipe, arguments)
-    _import_quietly()
+    _prepare()
     from dcjax.train import train
 
     picture, page = train(config)
@@ -230,7 +232,7 @@ def _one_line(message: str, recipe: str) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _import_quietly()
+    _prepare()
     from dcjax.evaluate import evaluate_source
 
     results = evaluate_source(
@@ -281,7 +283,7 @@ def _convert_import(options: argparse.Namespace) -> None:
 
 
 def _convert_export(options: argparse.Namespace) -> None:
-    _import_quietly()
+    _prepare()
     from dcjax.convert import export_run
 
     with _tensors_shown() as told:

@@ -1,0 +1,118 @@
+"""From a config to what it describes: training that starts from a Hugging Face folder, and the numerics of a policy."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dcjax import assemble
+from dcjax.cli import main
+from dcjax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ServingConfig,
+    WarmStartConfig,
+    to_dict,
+)
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.errors import RunError
+from dcjax.models import ModelConfig, Precision, load_hf, read_config
+from dcjax.sharding.mesh import make_mesh
+
+DATA = Path(__file__).parent / "data"
+NUMERICS = {"remat": "full", "attention": "xla", "head_chunk": 7, "precision": Precision(compute="bf16")}
+
+
+@pytest.mark.parametrize("name", ["hf_tiny_qwen3", "hf_tiny_qwen3_moe", "hf_tiny_qwen2"])
+def test_the_architecture_is_the_folders_and_the_numerics_are_the_recipes(name):
+    recipe = Config(model=ModelConfig(num_layers=5, **NUMERICS), pretrained=DATA / name)
+    model = assemble.with_pretrained_model(recipe).model
+    assert model == dataclasses.replace(read_config(DATA / name), **NUMERICS)
+    assert model.num_layers == 2
+
+
+def test_without_a_folder_the_config_is_as_it_was():
+    assert assemble.with_pretrained_model(Config()) == Config()
+
+
+def test_training_starts_from_the_weights_in_the_folder():
+    config = assemble.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3_moe"))
+    params = assemble.starting_params(config, make_mesh(config.mesh))
+    jax.tree.map(np.testing.assert_array_equal, params, load_hf(DATA / "hf_tiny_qwen3_moe")[1])
+    narrow = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, precision=Precision(parameters="bf16"))
+    )
+    leaves = jax.tree.leaves(assemble.starting_params(narrow, make_mesh(config.mesh)))
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+
+
+def test_a_folder_without_a_supported_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(RunError, match="model_type is 'llama'"):
+        assemble.with_pretrained_model(Config(pretrained=tmp_path))
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(DATA / "hf_tiny_qwen3", folder)
+    config = assemble.with_pretrained_model(Config(pretrained=folder))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        assemble.starting_params(config, make_mesh(config.mesh))
+
+
+def test_a_pretrained_folder_comes_back_from_json():
+    config = Config(pretrained=Path("some/where"))
+    assert to_dict(config)["pretrained"] == "some/where"
+
+
+@pytest.mark.parametrize("compute", ["float32", "fp16"])
+def test_a_run_starts_from_a_folder_and_is_exported_again(tmp_path, compute):
+    config = Config(
+        steps=1,
+        task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
+        model=ModelConfig(precision=Precision(compute=compute)),
+        warm_start=WarmStartConfig(steps=0),
+        rollout=RolloutConfig(prompts=2, group_size=4, max_prompt_length=6, max_response_length=20),
+        optimizer=OptimizerConfig(microbatch_size=8),
+        evaluation=EvaluationConfig(prompts=4),
+        checkpoint=CheckpointConfig(),
+        serving=ServingConfig(slots=8),
+    )
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from dcjax.config import from_dict\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["train", str(recipe), "--pretrained", str(DATA / "hf_tiny_qwen3_moe"), "--run-dir", str(run)]) == 0
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["model"]["num_experts"] == 8
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["router/load_balance"] >= 1
+    assert ("loss_scale" in metrics[-1]) == (compute == "fp16")
+    # with no warm start, step 0 is what was read
+    assert main(["convert", "export", str(run / "checkpoints" / "0"), str(out)]) == 0
+    jax.tree.map(np.testing.assert_array_equal, load_hf(out)[1], load_hf(DATA / "hf_tiny_qwen3_moe")[1])
+
+
+@pytest.mark.parametrize("compute", ["float32", "bf16", "fp16"])
+def test_only_half_precision_scales_its_loss(compute):
+    config = Config(model=ModelConfig(precision=Precision(compute=compute)))
+    state = assemble.make_optimizer(config).init({"w": np.zeros(2, np.float32)})
+    assert (optax.tree.get(state, "loss_scale") is not None) == (compute == "fp16")
+
+
+def test_a_step_whose_gradients_overflowed_has_no_gradient_norm():
+    metrics = {"loss": np.float32(1.5), "grad_norm": np.float32(np.inf), "overflow": np.float32(1)}
+    assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "overflow": 1.0}
+    metrics |= {"grad_norm": np.float32(2), "overflow": np.float32(0)}
+    assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "grad_norm": 2.0, "overflow": 0.0}
