@@ -35,6 +35,7 @@ from dcjax.config import Config
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
 from dcjax.evaluate import responses, score
+from dcjax.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
 from dcjax.run import load_config
 from dcjax.serving.engine import make_requests
@@ -215,7 +216,7 @@ def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_si
     sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
     config = dataclasses.replace(setup.config, **sections)
     copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
-    state = assemble.initial_state(config, setup.mesh, assemble.make_optimizer(config), copied)
+    state = assemble.initial_state(config, setup.mesh, make_optimizer(config), copied)
     return Stepper(assemble.compile_train_step(config, setup.mesh), state, batch)
 
 

@@ -13,77 +13,22 @@ from jax.sharding import Mesh
 
 from dcjax.config import Config
 from dcjax.errors import RunError
-from dcjax.models import init_params, load_hf, logical_axes, read_config, token_logps
-from dcjax.rl.discrepancy import probability_difference
-from dcjax.rl.losses import clipped_surrogate
-from dcjax.rl.objective import (
-    LossTransform,
-    chain,
-    discrepancy_penalty,
-    drop_zero_variance,
-    group_relative_advantages,
+from dcjax.models import abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
+from dcjax.objective import (
+    make_aggregation,
+    make_discrepancy,
+    make_mean_discrepancy,
+    make_objective,
+    make_surrogate,
 )
+from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
-from dcjax.rl.transforms import dual_ascent, dynamic_loss_scale
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
-
-
-def make_schedule(config: Config) -> optax.Schedule:
-    """Learning rate by optimiser update: linear warm-up, then constant."""
-    optimizer = config.optimizer
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, optimizer.learning_rate, optimizer.warmup_steps),
-            optax.constant_schedule(optimizer.learning_rate),
-        ],
-        [optimizer.warmup_steps],
-    )
-
-
-def make_optimizer(config: Config) -> Optimizer:
-    """One chain: gradient clip, AdamW, learning rate and, for dc_grpo, λ's dual ascent."""
-    optimizer, objective = config.optimizer, config.objective
-    descent = optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm),
-        optax.adamw(
-            make_schedule(config),
-            b1=optimizer.beta1,
-            b2=optimizer.beta2,
-            eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
-        ),
-    )
-    transforms: list[optax.GradientTransformation] = [scale_loss(config, descent)]
-    if objective.algorithm == "dc_grpo":
-        ascent = dual_ascent(
-            objective.dual_lr,
-            budget=objective.budget,
-            init_value=objective.initial_multiplier,
-            max_value=objective.max_multiplier,
-            every=optimizer.updates,
-        )
-        transforms.append(ascent)
-    return optax.with_extra_args_support(optax.chain(*transforms))
-
-
-def scale_loss(config: Config, descent: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Gradients in fp16 need a scaled loss; λ stays outside, since an overflow says nothing about the gap."""
-    return dynamic_loss_scale(descent) if config.model.precision.compute == "fp16" else descent
-
-
-def make_objective(config: Config) -> LossTransform:
-    """Group-relative advantages, zero-variance groups dropped if asked, and dc_grpo's penalty."""
-    transforms = [group_relative_advantages()]
-    if config.objective.zero_variance == "drop":
-        transforms.append(drop_zero_variance())
-    if config.objective.algorithm == "dc_grpo":
-        transforms.append(discrepancy_penalty(probability_difference))
-    return chain(*transforms)
 
 
 def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
@@ -138,11 +83,11 @@ def starting_params(config: Config, mesh: Mesh) -> Params:
     return create(jax.random.key(config.seed))
 
 
-def state_shardings(config: Config, mesh: Mesh, tx: Optimizer) -> Any:
-    """Where each leaf of the TrainState lives: Adam's moments beside their parameters, scalars everywhere."""
+def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, *, keeps_reference: bool = False) -> Any:
+    """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
     params = params_shardings(config, mesh)
     everywhere: Any = replicated(mesh)
-    shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+    shapes = abstract_params(config.model)
     opt_state = optax.tree.map_params(
         tx.init,
         lambda _, sharding: sharding,
@@ -150,33 +95,46 @@ def state_shardings(config: Config, mesh: Mesh, tx: Optimizer) -> Any:
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(step=everywhere, params=params, opt_state=opt_state, grad_norm_smoothed=everywhere)
+    return TrainState(
+        step=everywhere,
+        params=params,
+        opt_state=opt_state,
+        grad_norm_smoothed=everywhere,
+        reference=params if keeps_reference else None,
+    )
 
 
-def _create_state(tx: Optimizer, params: Params) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
+def _create_state(tx: Optimizer, params: Params, *, keeps_reference: bool = False) -> TrainState:
+    # a copy, since the step donates the parameters' own buffers
+    reference = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params) if keeps_reference else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()), reference)
 
 
-def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params) -> TrainState:
-    """Step 0 from given parameters, which are donated."""
-    places = state_shardings(config, mesh, tx)
-    return jax.jit(partial(_create_state, tx), out_shardings=places, donate_argnums=0)(params)
+def initial_state(
+    config: Config, mesh: Mesh, tx: Optimizer, params: Params, *, keeps_reference: bool = False
+) -> TrainState:
+    """Step 0 from given parameters, which are donated; they may stay as the policy to stay close to."""
+    places = state_shardings(config, mesh, tx, keeps_reference=keeps_reference)
+    create = partial(_create_state, tx, keeps_reference=keeps_reference)
+    return jax.jit(create, out_shardings=places, donate_argnums=0)(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
-    tx = make_optimizer(config)
-    shapes = jax.eval_shape(lambda key: _create_state(tx, init_params(config.model, key)), jax.random.key(0))
+    tx, keeps_reference = make_optimizer(config), bool(config.objective.kl_coefficient)
+    shapes = jax.eval_shape(partial(_create_state, tx, keeps_reference=keeps_reference), abstract_params(config.model))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(config, mesh, tx),
+        state_shardings(config, mesh, tx, keeps_reference=keeps_reference),
     )
 
 
-def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep) -> TrainStep:
+def compile_step(
+    config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, *, keeps_reference: bool = False
+) -> TrainStep:
     """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
-    state = state_shardings(config, mesh, tx)
+    state = state_shardings(config, mesh, tx, keeps_reference=keeps_reference)
     return jax.jit(
         step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
     )
@@ -188,13 +146,16 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     step = make_train_step(
         partial(apply_policy, config),
         tx,
-        partial(clipped_surrogate, eps_low=objective.eps_low, eps_high=objective.eps_high),
-        make_objective(config),
+        make_surrogate(objective),
+        make_objective(objective),
+        aggregate=make_aggregation(objective, config.rollout.max_response_length),
+        discrepancy=make_discrepancy(objective),
+        mean_discrepancy=make_mean_discrepancy(objective),
         group_size=config.rollout.group_size,
         microbatch_size=optimizer.microbatch_size,
         updates=optimizer.updates,
     )
-    return compile_step(config, mesh, tx, step)
+    return compile_step(config, mesh, tx, step, keeps_reference=bool(objective.kl_coefficient))
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:

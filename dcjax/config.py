@@ -102,35 +102,95 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The policy objective."""
+    """The policy objective; docs/objectives.md has each part's formula."""
 
-    algorithm: Literal["dc_grpo", "grpo"] = "dc_grpo"
-    """dc_grpo penalises the gap between the two policies with a multiplier by dual ascent; grpo has no penalty."""
+    algorithm: Literal["grpo", "dual_grpo", "thresholded_dual_grpo", "dc_grpo", "dc_direct"] = "dc_grpo"
+    """grpo has no penalty on the gap between the policies; dual_grpo has one with a fixed multiplier λ, and so has
+    thresholded_dual_grpo, over a threshold; dc_grpo (paper A) moves λ by dual ascent; dc_direct differentiates gaps."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
+    """Advantages: relative to the group's mean and deviation, its mean alone, the others' mean, or the batch's mean."""
+    surrogate: Literal["clip", "gspo", "cispo", "policy_gradient"] = "clip"
+    """Of each token: PPO's clip, GSPO's by sequence, CISPO's clipped weight, or the plain policy gradient."""
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
+        "token_mean"
+    )
+    """How tokens' losses are averaged: DAPO's, GRPO's as published, by sum, or by sum over the longest response."""
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose rewards are all equal: keep them (paper A), drop them from the loss (paper B), or sample others."""
+    signal: Literal["probability", "ratio", "log_probability"] = "probability"
+    """δ: |p − q|, |p / q − 1|, or |log p − log q|."""
+    level: Literal["token", "sequence"] = "token"
+    """δ of each token, or its mean over the response."""
+    sides: Literal["two", "one", "signed"] = "two"
+    """δ counts either way, only where the training policy overrates, or with its sign."""
+    penalty: Literal["linear", "shifted", "hinge", "gate"] = "linear"
+    """δ, δ − c, max(δ − c, 0), or δ where it exceeds c; thresholded_dual_grpo takes hinge where this is linear."""
+    penalty_form: Literal["as_published", "centred"] = "as_published"
+    """Each token's own penalty, or less its mean over the response."""
     initial_multiplier: float = 0.1
-    """λ before the first step."""
+    """λ before the first step, or the fixed one."""
     dual_lr: float = 1.0
     """η_λ: what λ gains per iteration and unit of (mean gap − budget)."""
-    budget: float = 0.0037
-    """c: the tolerated mean |p_train − p_infer| (probability)."""
+    budget: float | Literal["auto"] = 0.0037
+    """c: the tolerated mean δ; auto is 1.5 × the median of the first ten iterations', λ being held meanwhile."""
+    budget_window: int = 1
+    """Iterations whose mean gap λ follows."""
+    discrepancy_mean: Literal["response", "token"] = "response"
+    """The mean gap: over responses of the mean over their tokens, or over all tokens."""
     max_multiplier: float = 1.0
     """Upper bound of λ (ours; the paper's was not recovered)."""
-    zero_variance: Literal["keep", "drop"] = "keep"
-    """Groups whose rewards are all equal: keep them in the loss (paper A) or drop them (paper B)."""
+    correction: Literal[
+        "none",
+        "token_tis",
+        "sequence_tis",
+        "geometric_tis",
+        "token_mis",
+        "sequence_mis",
+        "geometric_mis",
+        "icepop",
+    ] = "none"
+    """Importance weights π_old / μ: truncated (TIS) or masked (MIS), by token, sequence, geometric mean; or IcePop."""
+    correction_bound: float = 2.0
+    """Upper bound of the importance weight; IcePop's lower one is its inverse."""
+    kl_coefficient: float = 0.0
+    """Of the KL to the policy that RL started from; 0 is none, as in both papers."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators of the KL."""
     eps_low: float = 0.2
     """The policy ratio is clipped below at 1 − eps_low."""
     eps_high: float = 0.28
     """The policy ratio is clipped above at 1 + eps_high."""
+    dual_clip: float | None = None
+    """Bounds the loss of a bad token that became likely at −Ã times this, above 1; none where absent."""
 
     def __post_init__(self):
-        names = ("initial_multiplier", "dual_lr", "budget", "max_multiplier", "eps_low", "eps_high")
-        _require("objective.", self, dict.fromkeys(names, 0))
-        _require_choice("objective.", self, "algorithm")
-        _require_choice("objective.", self, "zero_variance")
+        names = ["initial_multiplier", "dual_lr", "max_multiplier", "kl_coefficient", "eps_low", "eps_high"]
+        if not isinstance(self.budget, str):
+            names.append("budget")
+        elif self.budget != "auto":
+            raise ValueError(f"objective.budget is {self.budget!r}; it must be a number or auto")
+        _require("objective.", self, {**dict.fromkeys(names, 0), "budget_window": 1})
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(kind) is Literal:
+                _require_choice("objective.", self, name)
         if self.initial_multiplier > self.max_multiplier:
             raise ValueError(
                 f"objective.initial_multiplier is {self.initial_multiplier}; "
                 f"it must be at most objective.max_multiplier, {self.max_multiplier}"
             )
+        for name in ("correction_bound", "dual_clip"):
+            if (bound := getattr(self, name)) is not None and not bound > 1:
+                raise ValueError(f"objective.{name} is {bound}; it must be above 1")
+        if self.budget == "auto" and (self.penalty != "linear" or not self.has_ascent):
+            raise ValueError(
+                f"objective.budget is auto, which {self.algorithm} with the penalty {self.penalty} cannot take: "
+                "a threshold or a fixed multiplier needs a number"
+            )
+
+    @property
+    def has_ascent(self) -> bool:
+        """Whether λ moves."""
+        return self.algorithm in ("dc_grpo", "dc_direct")
 
 
 @dataclass(frozen=True)
@@ -138,9 +198,20 @@ class OptimizerConfig:
     """AdamW and how an iteration is cut into updates."""
 
     learning_rate: float = 1e-6
-    """Constant after the warm-up."""
+    """After the warm-up."""
     warmup_steps: int = 0
     """Updates of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine", "period", "length", "discrepancy", "dual"] = "constant"
+    """To decay_floor over the run, linearly or as a cosine; by halves every decay_period iterations; the same with the
+    period set by the surge of response length (paper B); by halves when the gap grows; or by dual ascent on the gap."""
+    decay_floor: float = 0.1
+    """Share of the learning rate that is left at the end."""
+    decay_period: int = 204
+    """Iterations between halvings, for decay period (paper B's for 4B)."""
+    decay_dual_lr: float = 100.0
+    """What the divisor of the learning rate gains per iteration and unit of (mean gap − budget), for decay dual."""
+    ema_decay: float = 0.0
+    """Of the moving average of the parameters, per update; 0 keeps none. It is evaluated, and can be exported."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.95
@@ -157,9 +228,14 @@ class OptimizerConfig:
     """Sequences in one forward and backward pass."""
 
     def __post_init__(self):
-        names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay")
-        _require("optimizer.", self, {**dict.fromkeys(names, 0), "updates": 1, "microbatch_size": 1})
-        for name in ("beta1", "beta2"):
+        names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_floor")
+        names += ("decay_dual_lr", "ema_decay")
+        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period"), 1)
+        _require("optimizer.", self, {**dict.fromkeys(names, 0), **ones})
+        _require_choice("optimizer.", self, "decay")
+        if self.decay_floor > 1:
+            raise ValueError(f"optimizer.decay_floor is {self.decay_floor}; it must lie within [0, 1]")
+        for name in ("beta1", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
         if not self.max_grad_norm > 0:
@@ -228,6 +304,7 @@ class Config:
             raise ValueError(f"name is {self.name!r}; it names a folder under runs/")
         self._check_lengths()
         self._check_divisions()
+        self._check_decay()
 
     def _check_lengths(self):
         for which in ("prompt", "response"):
@@ -255,6 +332,14 @@ class Config:
                 f"optimizer.microbatch_size {micro} and warm_start.batch_size {self.warm_start.batch_size} "
                 f"must be multiples of mesh.data × mesh.fsdp, {shards}"
             )
+
+    def _check_decay(self):
+        if self.optimizer.decay != "dual":
+            return
+        if isinstance(self.objective.budget, str):
+            raise ValueError("optimizer.decay is dual and objective.budget is auto; this decay needs a number")
+        if self.optimizer.decay_floor == 0:
+            raise ValueError("optimizer.decay_floor is 0; it must be above 0 where optimizer.decay is dual")
 
     @property
     def directory(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -16,15 +17,24 @@ from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
 from dcjax.errors import RunError
 from dcjax.evaluate import evaluate, make_engines, responses, score
+from dcjax.optimizer import make_optimizer, make_schedule
 from dcjax.record import Transcripts
 from dcjax.rl.advantages import group_rewards
+from dcjax.rl.averaging import averaged_params
 from dcjax.serving.rollout import sample_responses
+from dcjax.serving.sync import ServingParams
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout, TrainState
 from dcjax.warm_start import warm_start
 
 TRANSCRIPTS = 4
 """Prompts whose first response is kept at each evaluation."""
+
+SAMPLING_ROUNDS = 5
+"""At most so many in one iteration, where groups of equal rewards are sampled anew."""
+
+ALARM = 10
+"""Iterations with λ at its bound while the gap rises, before a warning."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,40 @@ class Sampled:
     rollout: Rollout
     texts: list[str]
     rewards: np.ndarray
+    # prompts that the task gave for them, those of groups that were left out included
+    prompts_taken: int
+
+    @property
+    def group_size(self) -> int:
+        """Responses a problem."""
+        return len(self.texts) // len(self.problems)
+
+    def of_groups(self, groups: np.ndarray) -> Sampled:
+        """The same of some problems, by their numbers."""
+        rows = (groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+        return replace(
+            self,
+            problems=[self.problems[group] for group in groups],
+            rollout=jax.tree.map(lambda leaf: leaf[rows], self.rollout),
+            texts=[self.texts[row] for row in rows],
+            rewards=self.rewards[rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Sampled]) -> Sampled:
+        """One after the other."""
+        return cls(
+            problems=[problem for part in parts for problem in part.problems],
+            rollout=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.rollout for part in parts)),
+            texts=[text for part in parts for text in part.texts],
+            rewards=np.concatenate([part.rewards for part in parts]),
+            prompts_taken=sum(part.prompts_taken for part in parts),
+        )
 
     def write(self, transcripts: Transcripts, step: int) -> None:
         """Records the first response of some prompts."""
-        group_size = len(self.texts) // len(self.problems)
         for prompt, problem in enumerate(self.problems[:TRANSCRIPTS]):
-            row = prompt * group_size
+            row = prompt * self.group_size
             transcripts.write(
                 step,
                 prompt=problem.prompt,
@@ -72,19 +110,26 @@ class Trainer:
         self.engines = make_engines(config, self.mesh, self.tokenizer)
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
-        self._schedule = assemble.make_schedule(config)
+        self._schedule = make_schedule(config)
 
     def begin(self) -> tuple[TrainState, LoopState]:
         """The state before RL: fresh parameters, warmed up."""
         params = warm_start(self.config, self.mesh, self.tokenizer)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
-        return assemble.initial_state(self.config, self.mesh, assemble.make_optimizer(self.config), params), loop
+        keeps_reference = bool(self.config.objective.kl_coefficient)
+        tx = make_optimizer(self.config)
+        return assemble.initial_state(self.config, self.mesh, tx, params, keeps_reference=keeps_reference), loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
         rows = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
+        if self.config.optimizer.ema_decay:
+            average = averaged_params(state.opt_state, state.params)
+            deployed = {"deployed": self.engines["deployed"]}
+            (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
+            measured["eval/deployed_accuracy_ema"] = row.accuracy
         self.deployed_accuracy = measured["eval/deployed_accuracy"]
         return measured | {"eval/prompts": self.config.evaluation.prompts}
 
@@ -110,24 +155,48 @@ class Trainer:
         loop = replace(
             loop,
             step=loop.step + 1,
-            data_cursor=loop.data_cursor + self.config.rollout.prompts,
+            data_cursor=loop.data_cursor + sampled.prompts_taken,
             rollout_key=jax.random.key_data(key).tolist(),
         )
         return state, loop, metrics, sampled
 
     def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
+        serving = self.engines["deployed"].sync(state.params, loop.step)
+        sampled = self._sample_once(serving, loop.data_cursor, key)
+        if self.config.objective.zero_variance != "resample":
+            return sampled
+        return self._without_equal_groups(sampled, serving, loop.data_cursor, key)
+
+    def _without_equal_groups(self, sampled: Sampled, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
+        """Problems whose rewards differ within their group, of as many rounds as it takes (DAPO's dynamic sampling).
+
+        What `SAMPLING_ROUNDS` cannot fill is filled with groups of equal rewards, which the objective drops.
+        """
+        wanted, rounds = len(sampled.problems), [sampled]
+        while True:
+            joined = Sampled.joined(rounds)
+            grouped = joined.rewards.reshape(-1, joined.group_size)
+            equal = grouped.max(axis=1) == grouped.min(axis=1)
+            if (~equal).sum() >= wanted or len(rounds) == SAMPLING_ROUNDS:
+                # stable: groups that differ first, each kind in the order in which it was sampled
+                return joined.of_groups(np.argsort(equal, kind="stable")[:wanted])
+            rounds.append(
+                self._sample_once(serving, cursor + joined.prompts_taken, jax.random.fold_in(key, len(rounds)))
+            )
+
+    def _sample_once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         config, engine = self.config, self.engines["deployed"]
-        problems = config.task.problems("train", config.seed, loop.data_cursor, config.rollout.prompts)
+        problems = config.task.problems("train", config.seed, cursor, config.rollout.prompts)
         rollout = sample_responses(
             engine,
-            engine.sync(state.params, loop.step),
+            serving,
             encode_prompts(self.tokenizer, problems),
             samples_per_prompt=config.rollout.group_size,
             temperature=config.rollout.temperature,
             key=key,
         )
         texts = responses(self.tokenizer, rollout)
-        return Sampled(problems, rollout, texts, score(texts, problems, rollout))
+        return Sampled(problems, rollout, texts, score(texts, problems, rollout), len(problems))
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         config, rollout, rewards = self.config, sampled.rollout, sampled.rewards
@@ -152,8 +221,17 @@ class Trainer:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")
-        metrics["learning_rate"] = float(np.asarray(self._schedule(loop.step * config.optimizer.updates)))
-        return state, metrics | {"dual/budget": config.objective.budget}
+        scheduled = float(np.asarray(self._schedule(loop.step * config.optimizer.updates)))
+        metrics["learning_rate"] = scheduled * metrics.pop("learning_rate_scale")
+        metrics["prompts_taken"] = sampled.prompts_taken
+        if metrics.get("dual/saturated") == ALARM:
+            bound = config.objective.max_multiplier
+            print(
+                f"dcjax: step {loop.step + 1}: λ has been at objective.max_multiplier, {bound}, for {ALARM} iterations "
+                "while the gap rises; the penalty does not close it",
+                file=sys.stderr,
+            )
+        return state, {"dual/budget": config.objective.budget} | metrics
 
     def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
         path = self.config.directory / "bad_batch.npz"

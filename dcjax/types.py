@@ -70,3 +70,5 @@ class TrainState:
     opt_state: Any
     # moving average (.9) of the gradient norm, paper B figure 3
     grad_norm_smoothed: Float[Array, ""]
+    # parameters of a policy to stay close to, which no step changes; None where the objective has none
+    reference: Params | None = None

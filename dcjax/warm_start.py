@@ -10,10 +10,11 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, scale_loss, starting_params
+from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
 from dcjax.config import Config
 from dcjax.data.arithmetic import supervised_batch
 from dcjax.errors import RunError
+from dcjax.optimizer import scale_loss
 from dcjax.progress import Progress
 from dcjax.record import MetricsLog
 from dcjax.rl.losses import negative_log_likelihood

@@ -25,6 +25,7 @@ from dcjax.config import (
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, Precision, load_hf, read_config
+from dcjax.optimizer import make_optimizer
 from dcjax.sharding.mesh import make_mesh
 
 DATA = Path(__file__).parent / "data"
@@ -107,7 +108,7 @@ def test_a_run_starts_from_a_folder_and_is_exported_again(tmp_path, compute):
 @pytest.mark.parametrize("compute", ["float32", "bf16", "fp16"])
 def test_only_half_precision_scales_its_loss(compute):
     config = Config(model=ModelConfig(precision=Precision(compute=compute)))
-    state = assemble.make_optimizer(config).init({"w": np.zeros(2, np.float32)})
+    state = make_optimizer(config).init({"w": np.zeros(2, np.float32)})
     assert (optax.tree.get(state, "loss_scale") is not None) == (compute == "fp16")
 
 

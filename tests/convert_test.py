@@ -10,13 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from dcjax.assemble import initial_state, make_optimizer, starting_params
+from dcjax.assemble import initial_state, starting_params
 from dcjax.checkpoint import Checkpoints, LoopState
 from dcjax.cli import main
 from dcjax.config import Config
 from dcjax.convert import export_run, import_folder, inspect_folder
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.models import ModelConfig, load_hf
+from dcjax.optimizer import make_optimizer
 from dcjax.run import open_run
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 

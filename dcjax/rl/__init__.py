@@ -1,33 +1,90 @@
 """What is learned: pure functions over arrays. Imports types only, never models or serving."""
 
-from dcjax.rl.advantages import group_relative, penalize
-from dcjax.rl.discrepancy import probability_difference
-from dcjax.rl.losses import clipped_surrogate
+from dcjax.rl.advantages import batch_baseline, group_relative, leave_one_out
+from dcjax.rl.averaging import averaged_params, params_ema
+from dcjax.rl.corrections import (
+    geometric_mis,
+    geometric_tis,
+    icepop_mask,
+    masked_importance_weights,
+    sequence_mis,
+    sequence_tis,
+    token_mis,
+    token_tis,
+    truncated_importance_weights,
+)
+from dcjax.rl.discrepancy import log_probability_difference, measure, probability_difference, probability_ratio
+from dcjax.rl.dual import dual_ascent
+from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
+from dcjax.rl.loss_scale import dynamic_loss_scale
+from dcjax.rl.losses import cispo, clipped_surrogate, gspo, policy_gradient
+from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
 from dcjax.rl.objective import (
     Context,
     Terms,
+    batch_baseline_advantages,
     chain,
+    direct_penalty,
     discrepancy_penalty,
     drop_zero_variance,
     group_relative_advantages,
+    kl_penalty,
+    leave_one_out_advantages,
 )
+from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
 from dcjax.rl.step import make_train_step
-from dcjax.rl.transforms import dual_ascent, dynamic_loss_scale
 
 __all__ = [
     "Context",
+    "Surge",
     "Terms",
+    "as_published",
+    "averaged_params",
+    "batch_baseline",
+    "batch_baseline_advantages",
+    "centred_on_response",
     "chain",
+    "cispo",
     "clipped_surrogate",
+    "direct_penalty",
+    "discrepancy_decay",
     "discrepancy_penalty",
     "drop_zero_variance",
     "dual_ascent",
+    "dual_learning_rate",
     "dynamic_loss_scale",
+    "gate",
+    "geometric_mis",
+    "geometric_tis",
     "group_relative",
     "group_relative_advantages",
+    "gspo",
+    "hinge",
+    "icepop_mask",
+    "kl_penalty",
+    "leave_one_out",
+    "leave_one_out_advantages",
+    "length_decay",
+    "linear",
+    "log_probability_difference",
     "make_train_step",
+    "masked_importance_weights",
+    "measure",
     "mismatch_metrics",
+    "params_ema",
     "penalize",
+    "policy_gradient",
     "probability_difference",
+    "probability_ratio",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_sum_norm",
+    "sequence_mis",
+    "sequence_tis",
+    "shifted",
+    "token_mean",
+    "token_mis",
+    "token_tis",
+    "truncated_importance_weights",
 ]

@@ -1,20 +1,15 @@
-"""Group-relative advantages, and the discrepancy penalty on them (paper A, eqs. 3-4 and 8-10)."""
+"""Advantages: how much better a response is than others of its group or its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from dcjax.rl.masked import widen
 from dcjax.types import Array
 
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as verl does."""
-
-PenaltyShape = Callable[[Array], Array]
-"""δ [B, T] -> pen(δ) [B, T]."""
 
 
 def group_rewards(rewards: Float[Array, "B"], *, group_size: int) -> Float[Array, "B G"]:
@@ -34,6 +29,9 @@ def relative_to_group(
     rewards: Float[Array, "B"], groups: Float[Array, "B G"], *, scale_by_std: bool = True
 ) -> Float[Array, "B"]:
     """`group_relative` for rows that carry their groups along."""
+    rewards, groups = widen(rewards), widen(groups)
+    # the mean of equal rewards may round, and over a deviation of 0 the rounding is an advantage: shifted to 0 first
+    rewards, groups = rewards - groups[:, 0], groups - groups[:, :1]
     centred = rewards - jnp.mean(groups, axis=1)
     return centred / (jnp.std(groups, axis=1, ddof=1) + STD_EPSILON) if scale_by_std else centred
 
@@ -46,33 +44,59 @@ def group_relative(rewards: Float[Array, "B"], *, group_size: int, scale_by_std:
       group_size: G, at least 2.
       scale_by_std: False leaves the division out (Dr.GRPO).
 
+    Returns:
+      One advantage a response, at least float32; 0 throughout a group of equal rewards.
+
     Raises:
       ValueError: a group of one, or rows that the group size does not divide.
+
+    References:
+      GRPO (arXiv 2402.03300), section 4.1; Dr.GRPO (arXiv 2503.20783), section 3.2.
     """
     return relative_to_group(rewards, group_rewards(rewards, group_size=group_size), scale_by_std=scale_by_std)
 
 
-def linear(discrepancy: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """pen(δ) = δ."""
-    return discrepancy
+def relative_to_others(rewards: Float[Array, "B"], groups: Float[Array, "B G"]) -> Float[Array, "B"]:
+    """`leave_one_out` for rows that carry their groups along."""
+    rewards, groups = widen(rewards), widen(groups)
+    # a row's own reward adds an exact 0 to this sum
+    return jnp.sum(rewards[:, None] - groups, axis=1) / (groups.shape[1] - 1)
 
 
-def penalize(
-    advantages: Float[Array, "B T"],
-    discrepancy: Float[Array, "B T"],
-    *,
-    multiplier: Float[Array, ""] | float,
-    shape: PenaltyShape = linear,
-) -> Float[Array, "B T"]:
-    """Ã_it = A_it − λ · pen(δ_it), the penalty under stop-gradient.
+def leave_one_out(rewards: Float[Array, "B"], *, group_size: int) -> Float[Array, "B"]:
+    """RLOO: A_i = R_i − mean of the other G − 1 rewards of its group.
 
     Args:
-      advantages: A, already spread over tokens.
-      discrepancy: δ.
-      multiplier: λ.
-      shape: pen.
+      rewards: one a response; the G responses of one prompt are neighbours.
+      group_size: G, at least 2.
+
+    Returns:
+      One advantage a response, at least float32; 0 throughout a group of equal rewards.
+
+    Raises:
+      ValueError: a group of one, or rows that the group size does not divide.
 
     References:
-      Paper A (DCMDP), eqs. 3-4 and 8-10.
+      RLOO (arXiv 2402.14740), section 3; the estimator of paper B.
     """
-    return advantages - multiplier * jax.lax.stop_gradient(shape(discrepancy))
+    return relative_to_others(rewards, group_rewards(rewards, group_size=group_size))
+
+
+def relative_to_mean(rewards: Float[Array, "B"], *, mean_reward: Float[Array, ""]) -> Float[Array, "B"]:
+    """`batch_baseline` for rows that are a part of the batch only."""
+    return widen(rewards) - mean_reward
+
+
+def batch_baseline(rewards: Float[Array, "B"]) -> Float[Array, "B"]:
+    """REINFORCE with the batch's mean as its baseline: A_i = R_i − mean of all the iteration's rewards.
+
+    Args:
+      rewards: one a response, of the whole iteration.
+
+    Returns:
+      One advantage a response, at least float32.
+
+    References:
+      Williams, Simple statistical gradient-following algorithms (1992), reinforcement baselines.
+    """
+    return relative_to_mean(rewards, mean_reward=jnp.mean(widen(rewards)))

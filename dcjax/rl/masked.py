@@ -21,9 +21,15 @@ class LossSum(NamedTuple):
     denominator: Float[Array, ""]
 
 
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """At least float32: half precision is widened, float64 stays."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
     """Σ x over True entries."""
-    return jnp.sum(jnp.where(mask, x, 0), axis=axis)
+    return jnp.sum(jnp.where(mask, widen(x), 0), axis=axis)
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
@@ -42,5 +48,48 @@ def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Arr
 
 
 def token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
-    """DAPO's aggregation: every token of the minibatch weighs the same."""
-    return LossSum(masked_sum(losses, mask), jnp.sum(mask).astype(losses.dtype))
+    """Σ_it ℓ_it / Σ_i T_i: every token of the minibatch weighs the same (DAPO, arXiv 2503.14476, eq. 8)."""
+    total = masked_sum(losses, mask)
+    return LossSum(total, jnp.sum(mask).astype(total.dtype))
+
+
+def seq_mean_token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
+    """(1/N) Σ_i (1/T_i) Σ_t ℓ_it: every response weighs the same (GRPO, arXiv 2402.03300, eq. 3).
+
+    N counts the responses that have a token.
+    """
+    return _over_responses(jnp.sum(masked_mean(losses, mask, axis=1)), mask)
+
+
+def seq_mean_token_sum(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
+    """(1/N) Σ_i Σ_t ℓ_it: the gradient of the log-prob of whole responses. N counts those that have a token."""
+    return _over_responses(masked_sum(losses, mask), mask)
+
+
+def seq_mean_token_sum_norm(horizon: int) -> Aggregation:
+    """(1/N) Σ_i (1/H) Σ_t ℓ_it: sums over responses, divided by one length for all of them.
+
+    Args:
+      horizon: H, tokens; the longest response that the sampler allows.
+
+    Returns:
+      The aggregation; its N counts the responses that have a token.
+
+    Raises:
+      ValueError: a horizon below 1.
+
+    References:
+      Dr.GRPO (arXiv 2503.20783), section 3.2 and its listing 1.
+    """
+    if horizon < 1:
+        raise ValueError(f"horizon is {horizon}; it must be at least 1 token")
+
+    def aggregate(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
+        total, responses = seq_mean_token_sum(losses, mask)
+        return LossSum(total / horizon, responses)
+
+    return aggregate
+
+
+def _over_responses(total: Array, mask: Array) -> LossSum:
+    return LossSum(total, jnp.sum(jnp.any(mask, axis=1)).astype(total.dtype))

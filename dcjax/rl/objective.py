@@ -1,7 +1,8 @@
 """An objective as a chain of pure transforms, as an optimiser is in optax.
 
-Order matters where one transform reads what another wrote: an estimator sets the advantages and so comes first;
-penalties subtract from them; masks may come anywhere.
+Order matters only where one transform reads or replaces what another wrote: an estimator sets the advantages and so
+comes first. Penalties on the advantage subtract, penalties on the loss add, weights multiply and masks narrow: among
+themselves they may stand in any order. docs/objectives.md has them all with their formulas.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from dcjax.rl.advantages import PenaltyShape, linear, penalize, relative_to_group
+from dcjax.rl.advantages import relative_to_group, relative_to_mean, relative_to_others
+from dcjax.rl.discrepancy import Discrepancy
+from dcjax.rl.losses import kl_estimate
+from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, linear, penalize
 from dcjax.types import Array, Batch
 
 
@@ -45,13 +50,12 @@ class Context:
     multiplier: Array | None
     # mean reward of the whole iteration's responses
     mean_reward: Float[Array, ""]
+    # log-probs of a policy to stay close to; None where there is none
+    reference_logps: Float[Array, "B T"] | None = None
 
 
 LossTransform = Callable[[Terms, Context], Terms]
 """A pure function; `chain` composes them."""
-
-Discrepancy = Callable[..., Array]
-"""(*, old_logps, rollout_logps) -> δ [B, T]."""
 
 
 def initial_terms(batch: Batch) -> Terms:
@@ -71,15 +75,46 @@ def chain(*transforms: LossTransform) -> LossTransform:
     return apply
 
 
+# --- estimators: they set the advantages ---
+
+
 def group_relative_advantages(*, scale_by_std: bool = True) -> LossTransform:
-    """Sets every token's advantage to its response's `group_relative` one."""
+    """A_i = (R_i − mean R) / (std R + 1e-6) over the group, on every token of the response (GRPO, arXiv 2402.03300).
+
+    Args:
+      scale_by_std: False leaves the division out (Dr.GRPO, arXiv 2503.20783).
+    """
 
     def apply(terms: Terms, context: Context) -> Terms:
         batch = context.batch
-        advantages = relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std)
-        return dataclasses.replace(terms, advantages=jnp.broadcast_to(advantages[:, None], terms.advantages.shape))
+        return _spread(terms, relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std))
 
     return apply
+
+
+def leave_one_out_advantages() -> LossTransform:
+    """A_i = R_i − mean of the group's other G − 1 rewards (RLOO, arXiv 2402.14740; paper B's estimator)."""
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        return _spread(terms, relative_to_others(context.batch.rewards, context.batch.group_rewards))
+
+    return apply
+
+
+def batch_baseline_advantages() -> LossTransform:
+    """A_i = R_i − mean R over all responses of the iteration: REINFORCE with the batch's mean as its baseline."""
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        return _spread(terms, relative_to_mean(context.batch.rewards, mean_reward=context.mean_reward))
+
+    return apply
+
+
+def _spread(terms: Terms, advantages: Float[Array, "B"]) -> Terms:
+    return dataclasses.replace(terms, advantages=jnp.broadcast_to(advantages[:, None], terms.mask.shape))
+
+
+# --- masks ---
 
 
 def drop_zero_variance() -> LossTransform:
@@ -94,19 +129,105 @@ def drop_zero_variance() -> LossTransform:
     return apply
 
 
-def discrepancy_penalty(discrepancy: Discrepancy, *, shape: PenaltyShape = linear) -> LossTransform:
-    """Subtracts λ · pen(δ) from the advantages (paper A, eqs. 3-4); λ is `dual_ascent`'s.
+# --- penalties: behind the estimator ---
+
+
+def discrepancy_penalty(
+    discrepancy: Discrepancy,
+    *,
+    shape: PenaltyShape = linear,
+    form: PenaltyForm = as_published,
+    multiplier: float | None = None,
+) -> LossTransform:
+    """Ã = A − λ · stop_gradient(pen(δ)) with δ of `old_logps` and `rollout_logps` (paper A, eqs. 3-4 and 8-10).
+
+    Args:
+      discrepancy: δ, one of the signals or a `measure` of it.
+      shape: pen.
+      form: `as_published`, or `centred_on_response`.
+      multiplier: a fixed λ; None takes the one of `dual_ascent` in the optimiser's chain.
 
     Raises:
-      ValueError: at trace time, where the optimiser's chain holds no `dual_ascent`.
+      ValueError: a fixed λ below 0; at trace time, no fixed λ and no `dual_ascent`.
     """
+    _require_multiplier(multiplier)
 
     def apply(terms: Terms, context: Context) -> Terms:
-        if context.multiplier is None:
-            raise ValueError("discrepancy_penalty needs a multiplier; put dual_ascent(...) into the optimiser's chain")
-        delta = discrepancy(old_logps=context.old_logps, rollout_logps=context.batch.rollout_logps)
-        return dataclasses.replace(
-            terms, advantages=penalize(terms.advantages, delta, multiplier=context.multiplier, shape=shape)
+        batch = context.batch
+        mask = batch.response_mask
+        delta = discrepancy(old_logps=context.old_logps, rollout_logps=batch.rollout_logps, mask=mask)
+        advantages = penalize(
+            terms.advantages,
+            delta,
+            multiplier=_multiplier(multiplier, context, "discrepancy_penalty"),
+            shape=lambda delta: form(shape(delta), mask),
         )
+        return dataclasses.replace(terms, advantages=advantages)
 
     return apply
+
+
+def direct_penalty(
+    discrepancy: Discrepancy, *, shape: PenaltyShape = linear, multiplier: float | None = None
+) -> LossTransform:
+    """loss += λ · pen(δ(π_θ, stop_gradient(μ))) on each sampled token, differentiated through π_θ.
+
+    The advantage stays GRPO's; the surrogate's clip and weights do not touch this term. It is not in paper A: the
+    published penalty is a reward for the sampled action, this one is a gradient on the gap itself.
+
+    Args:
+      discrepancy: δ, given π_θ's log-probs as `old_logps`.
+      shape: pen.
+      multiplier: a fixed λ; None takes the one of `dual_ascent` in the optimiser's chain.
+
+    Raises:
+      ValueError: a fixed λ below 0; at trace time, no fixed λ and no `dual_ascent`.
+    """
+    _require_multiplier(multiplier)
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        batch = context.batch
+        rollout_logps = jax.lax.stop_gradient(batch.rollout_logps)
+        delta = discrepancy(old_logps=context.logps, rollout_logps=rollout_logps, mask=batch.response_mask)
+        penalty = _multiplier(multiplier, context, "direct_penalty") * shape(delta)
+        return dataclasses.replace(terms, loss=terms.loss + penalty)
+
+    return apply
+
+
+def kl_penalty(coefficient: float, *, kind: str = "k3") -> LossTransform:
+    """loss += β · KL(π_θ ‖ π_ref), estimated on each sampled token and differentiated (GRPO, arXiv 2402.03300, eq. 4).
+
+    Args:
+      coefficient: β, at least 0; both papers have 0.
+      kind: of `kl_estimate`: "k1", "k2", "k3" or "abs". On-policy, only k2's gradient is the KL's, and k1's has mean 0.
+
+    Raises:
+      ValueError: a negative coefficient; at trace time, another kind, or no reference log-probs.
+    """
+    if not coefficient >= 0:
+        raise ValueError(f"coefficient is {coefficient}; it must be at least 0")
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        if context.reference_logps is None:
+            raise ValueError("kl_penalty needs reference_logps; give the TrainState a reference policy")
+        reference, mask = jax.lax.stop_gradient(context.reference_logps), context.batch.response_mask
+        estimate = kl_estimate(logps=context.logps, reference_logps=reference, mask=mask, kind=kind)
+        return dataclasses.replace(terms, loss=terms.loss + coefficient * estimate)
+
+    return apply
+
+
+def _require_multiplier(multiplier: float | None) -> None:
+    if multiplier is not None and not multiplier >= 0:
+        raise ValueError(f"multiplier is {multiplier}; it must be at least 0, or None for dual_ascent's")
+
+
+def _multiplier(fixed: float | None, context: Context, needed_by: str) -> Array | float:
+    if fixed is not None:
+        return fixed
+    if context.multiplier is None:
+        raise ValueError(
+            f"{needed_by} needs a multiplier; put dual_ascent(...) into the optimiser's chain, or give it a fixed one"
+        )
+    return context.multiplier

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcjax.rl.discrepancy import probability_difference
+from dcjax.rl.discrepancy import Discrepancy, probability_difference
+from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation, masked_mean, response_mean, token_mean
-from dcjax.rl.metrics import mismatch_metrics, staleness_metrics
+from dcjax.rl.metrics import budget_metrics, mismatch_metrics, staleness_metrics
 from dcjax.rl.objective import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -47,6 +48,8 @@ def make_train_step(
     objective: LossTransform,
     *,
     aggregate: Aggregation = token_mean,
+    discrepancy: Discrepancy = probability_difference,
+    mean_discrepancy: Callable[[Array, Array], Array] = response_mean,
     group_size: int,
     microbatch_size: int,
     updates: int = 1,
@@ -62,7 +65,9 @@ def make_train_step(
       tx: one optax chain: clip, Adam, learning rate and, for DC-GRPO, `dual_ascent(..., every=updates)`.
       surrogate: `clipped_surrogate` with its bounds, say.
       objective: a chain of loss transforms.
-      aggregate: how the tokens' losses are summed, and what by they are divided over a minibatch.
+      aggregate: how the tokens' losses are summed, and by what they are divided over a minibatch.
+      discrepancy: δ of which `tx` and the metrics see the mean; the penalty's own, where there is one.
+      mean_discrepancy: (δ, mask) -> δ̄, over all responses of the iteration.
       group_size: responses a prompt; a minibatch is made of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
@@ -76,10 +81,11 @@ def make_train_step(
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
-    def loss(params: Params, batch: Batch, old_logps, mean_reward, multiplier, scale):
+    def loss(params: Params, batch: Batch, old_logps, reference_logps, mean_reward, multiplier, scale):
         logps, entropy, observed = apply_fn(params, batch)
         old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
-        terms = objective(initial_terms(batch), Context(batch, logps, old_logps, multiplier, mean_reward))
+        context = Context(batch, logps, old_logps, multiplier, mean_reward, reference_logps)
+        terms = objective(initial_terms(batch), context)
         losses, clipped = surrogate(
             logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
@@ -87,7 +93,7 @@ def make_train_step(
         passed = Pass(logps, entropy, clipped, terms.mask, terms.metrics | observed)
         return total * scale, (total, denominator, passed)
 
-    def differentiate(state: TrainState, batch: Batch, old_logps, mean_reward):
+    def differentiate(state: TrainState, rows, mean_reward):
         multiplier = _multiplier(state)
         scale = 1.0 if (held := _loss_scale(state)) is None else held
 
@@ -102,7 +108,7 @@ def make_train_step(
             lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params
         )
         sums = (zeros, jnp.zeros(()), jnp.zeros(()))
-        (grads, total, denominator), passed = jax.lax.scan(accumulate, sums, microbatches((batch, old_logps)))
+        (grads, total, denominator), passed = jax.lax.scan(accumulate, sums, microbatches(rows))
         denominator = jnp.maximum(denominator, 1.0)
         grads = jax.tree.map(lambda g: g / (denominator * scale), grads)
         return grads, total / denominator, _gather(passed, 1)
@@ -110,14 +116,25 @@ def make_train_step(
     def microbatches(tree):
         return _deal(tree, jax.tree.leaves(tree)[0].shape[0] // microbatch_size, 1)
 
-    def recompute(params: Params, batch: Batch) -> Array:
-        return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(batch)), 1)
+    def recompute(params: Params, minibatches: Batch) -> Array:
+        def of_minibatch(minibatch: Batch) -> Array:
+            return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(minibatch)), 1)
 
-    def update(state: TrainState, batch: Batch, old_logps, discrepancy, mean_reward):
-        grads, loss, passed = differentiate(state, batch, old_logps, mean_reward)
-        if discrepancy is None:
-            discrepancy = _mean_discrepancy(passed.logps, batch)
-        changes, opt_state = tx.update(grads, state.opt_state, state.params, discrepancy=discrepancy)
+        return jax.lax.map(of_minibatch, minibatches)
+
+    def gaps(old_logps: Array, batch: Batch) -> Array:
+        return discrepancy(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
+
+    def mean_gap(old_logps: Array, batch: Batch) -> Array:
+        # over all responses of the iteration, whatever the objective drops
+        return mean_discrepancy(gaps(old_logps, batch), batch.response_mask)
+
+    def update(state: TrainState, rows, gap, batch: Batch):
+        grads, loss, passed = differentiate(state, rows, jnp.mean(batch.rewards))
+        # with one update its rows are the whole batch
+        gap = mean_gap(passed.logps, rows[0]) if gap is None else gap
+        measured = {"discrepancy": gap, "response_length": _mean_length(batch)}
+        changes, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
         state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
         return state, (loss, optax.tree.norm(grads), passed)
 
@@ -126,27 +143,32 @@ def make_train_step(
         if rows % (updates * group_size) or rows // updates % microbatch_size:
             raise ValueError(f"a batch of {rows} responses does not divide by {sizes}")
         minibatches = _deal(batch, updates, group_size)
-        old_logps = discrepancy = None
+        reference_logps = None if state.reference is None else recompute(state.reference, minibatches)
+        old_logps = gap = None
         if updates > 1:
-            old_logps = jax.lax.map(lambda minibatch: recompute(state.params, minibatch), minibatches)
-            discrepancy = _mean_discrepancy(_gather(old_logps, group_size), batch)
+            old_logps = recompute(state.params, minibatches)
+            gap = mean_gap(_gather(old_logps, group_size), batch)
         trained, (losses, grad_norms, passed) = jax.lax.scan(
-            lambda state, xs: update(state, *xs, discrepancy, jnp.mean(batch.rewards)), state, (minibatches, old_logps)
+            lambda state, rows: update(state, rows, gap, batch), state, (minibatches, old_logps, reference_logps)
         )
         passed = _gather(passed, group_size)
         old_logps = passed.logps if updates == 1 else _gather(old_logps, group_size)
         smoothed = _smooth(state, grad_norms)
-        metrics = _batch_metrics(batch, old_logps, passed, stale=updates > 1) | {
+        metrics = _batch_metrics(batch, old_logps, passed, stale=updates > 1) | _state_metrics(state)
+        metrics |= {
             "loss": jnp.mean(losses),
             "grad_norm": jnp.mean(grad_norms),
             "grad_norm_smoothed": smoothed,
             # not finite where an update overflowed, which the loss shows only a step later
             "param_norm": optax.tree.norm(trained.params),
-            # GRPO is λ = 0
-            "dual/multiplier": jnp.zeros(()) if (multiplier := _multiplier(state)) is None else multiplier,
+            "dual/discrepancy": mean_gap(old_logps, batch),
         }
-        if (scale := _loss_scale(state)) is not None:
-            metrics |= {"loss_scale": scale, "overflow": jnp.mean(~jnp.isfinite(grad_norms))}
+        if "dual/budget" in metrics:
+            delta, mask = gaps(old_logps, batch), batch.response_mask
+            against = budget_metrics(discrepancy=delta, mask=mask, budget=metrics["dual/budget"], average=mean_discrepancy)
+            metrics |= {f"dual/{name}": value for name, value in against.items()}
+        if "loss_scale" in metrics:
+            metrics["overflow"] = jnp.mean(~jnp.isfinite(grad_norms))
         return dataclasses.replace(trained, step=state.step + 1, grad_norm_smoothed=smoothed), metrics
 
     return train_step
@@ -178,10 +200,8 @@ def _loss_scale(state: TrainState) -> Array | None:
     return optax.tree.get(state.opt_state, "loss_scale")
 
 
-def _mean_discrepancy(old_logps: Array, batch: Batch) -> Array:
-    """δ̄: over all responses of the iteration, whatever the objective drops."""
-    delta = probability_difference(old_logps=old_logps, rollout_logps=batch.rollout_logps)
-    return response_mean(delta, batch.response_mask)
+def _mean_length(batch: Batch) -> Array:
+    return jnp.mean(jnp.sum(batch.response_mask, axis=1).astype(jnp.float32))
 
 
 def _smooth(state: TrainState, grad_norms: Array) -> Array:
@@ -193,16 +213,29 @@ def _smooth(state: TrainState, grad_norms: Array) -> Array:
     return jnp.where(jnp.isfinite(grad_norm), moved, state.grad_norm_smoothed)
 
 
+def _state_metrics(state: TrainState) -> Metrics:
+    """What the optimiser's chain held for this iteration, of what it holds at all; GRPO is λ = 0."""
+    fields = {
+        "dual/multiplier": "multiplier",
+        "dual/budget": "budget",
+        "dual/saturated": "saturated",
+        "loss_scale": "loss_scale",
+        "learning_rate_period": "decay_period",
+    }
+    held = {name: optax.tree.get(state.opt_state, field) for name, field in fields.items()}
+    found = {name: value.astype(jnp.float32) for name, value in held.items() if value is not None}
+    return {"dual/multiplier": jnp.zeros(()), "learning_rate_scale": learning_rate_scale(state.opt_state)} | found
+
+
 def _batch_metrics(batch: Batch, old_logps: Array, passed: Pass, *, stale: bool) -> Metrics:
     mask = batch.response_mask
     mismatch = mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=mask)
     staleness = staleness_metrics(logps=passed.logps, old_logps=old_logps, mask=mask) if stale else {}
     return {
         "reward": jnp.mean(batch.rewards),
-        "response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
+        "response_length": _mean_length(batch),
         "entropy": masked_mean(passed.entropy, mask),
         "clip_fraction": masked_mean(passed.clipped.astype(jnp.float32), passed.counted),
-        "dual/discrepancy": _mean_discrepancy(old_logps, batch),
         **{name: jnp.mean(rows) for name, rows in passed.row_metrics.items()},
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **{f"staleness/{name}": value for name, value in staleness.items()},

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcjax.rl import group_relative, penalize
-from dcjax.rl.advantages import group_rewards, relative_to_group
+from dcjax.rl.advantages import (
+    batch_baseline,
+    group_relative,
+    group_rewards,
+    leave_one_out,
+    relative_to_group,
+    relative_to_mean,
+    relative_to_others,
+)
 
 REWARDS = np.array([1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 2], np.float32)
 
@@ -42,8 +51,6 @@ def test_group_relative_against_a_loop(rewards, scale_by_std):
 
 
 def test_a_group_of_equal_rewards_has_no_advantage():
-    # a third is not exact, and neither is the mean of three of them
-    assert np.abs(group_relative(np.full(6, 1 / 3, np.float32), group_size=3)).max() < 0.1
     np.testing.assert_array_equal(group_relative(np.ones(8, np.float32), group_size=4), np.zeros(8))
 
 
@@ -62,29 +69,86 @@ def test_rows_may_be_cut_anywhere_when_they_carry_their_groups():
     np.testing.assert_array_equal(relative_to_group(REWARDS[order], groups[order]), whole[order])
 
 
-A = np.array([[1.0, 1.0, -2.0], [0.5, 0.5, 0.5]], np.float32)
-DELTA = np.array([[0.0, 0.25, 0.5], [1.0, 0.125, 0.0]], np.float32)
+def test_leave_one_out_by_hand():
+    # (1, 0, 0, 1): the others of a 1 have mean ⅓, those of a 0 have ⅔; (0, 0, 0, 2): 2 − 0 and 0 − ⅔
+    expected = [2 / 3, -2 / 3, -2 / 3, 2 / 3, 0, 0, 0, 0, -2 / 3, -2 / 3, -2 / 3, 2]
+    np.testing.assert_allclose(leave_one_out(REWARDS, group_size=4), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(leave_one_out(REWARDS[:2], group_size=2), [1, -1])
 
 
-def test_the_penalty_by_hand():
-    expected = [[1.0, 0.5, -3.0], [-1.5, 0.25, 0.5]]
-    np.testing.assert_array_equal(penalize(A, DELTA, multiplier=2.0), expected)
-    np.testing.assert_array_equal(penalize(A, DELTA, multiplier=jnp.float32(2.0)), expected)
+def test_the_batch_baseline_by_hand():
+    # eight over twelve
+    np.testing.assert_allclose(batch_baseline(REWARDS), REWARDS - 2 / 3, rtol=1e-6)
 
 
-def test_without_a_multiplier_advantages_are_untouched():
-    np.testing.assert_array_equal(penalize(A, DELTA, multiplier=0.0), A)
+@given(arrays(np.float32, (3, 4), elements=st.floats(-10, 10, width=16)))
+def test_leave_one_out_against_a_loop(rewards):
+    expected = []
+    for group in rewards.astype(np.float64):
+        for i, reward in enumerate(group):
+            others = [other for j, other in enumerate(group) if j != i]
+            expected.append(reward - sum(others) / len(others))
+    ours = leave_one_out(rewards.reshape(-1), group_size=4)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_another_shape_of_penalty_is_passed_as_a_function():
-    hinge = penalize(A, DELTA, multiplier=4.0, shape=lambda delta: jnp.maximum(delta - 0.25, 0))
-    np.testing.assert_array_equal(hinge, [[1.0, 1.0, -3.0], [-2.5, 0.5, 0.5]])
+@given(arrays(np.float32, (2, 5), elements=st.floats(-10, 10, width=16)))
+def test_leaving_one_out_stretches_the_centred_rewards(rewards):
+    centred = group_relative(rewards.reshape(-1), group_size=5, scale_by_std=False)
+    np.testing.assert_allclose(leave_one_out(rewards.reshape(-1), group_size=5), centred * 5 / 4, rtol=1e-4, atol=1e-4)
 
 
-def test_no_gradient_flows_through_the_penalty():
-    def total(advantages, delta):
-        return jnp.sum(penalize(advantages, delta, multiplier=3.0, shape=jnp.square) ** 2)
+def dr_grpo(rewards, *, group_size):
+    return group_relative(rewards, group_size=group_size, scale_by_std=False)
 
-    to_advantages, to_delta = jax.grad(total, argnums=(0, 1))(jnp.array(A), jnp.array(DELTA))
-    np.testing.assert_array_equal(to_delta, np.zeros_like(DELTA))
-    np.testing.assert_allclose(to_advantages, 2 * (A - 3 * DELTA**2), rtol=1e-6)
+
+GROUPED = pytest.mark.parametrize("estimate", [group_relative, dr_grpo, leave_one_out])
+
+
+@GROUPED
+@given(rewards=arrays(np.float32, 12, elements=st.integers(0, 3)), seed=st.integers(0, 99))
+def test_permuting_a_group_permutes_its_advantages(estimate, rewards, seed):
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([start + rng.permutation(4) for start in (0, 4, 8)])
+    shuffled = estimate(rewards[order], group_size=4)
+    np.testing.assert_allclose(shuffled, estimate(rewards, group_size=4)[order], rtol=1e-4, atol=1e-5)
+
+
+@GROUPED
+@given(rewards=arrays(np.float32, 8, elements=st.integers(-3, 3)), shift=st.integers(-50, 50))
+def test_what_all_rewards_share_is_no_advantage(estimate, rewards, shift):
+    moved = estimate(rewards + np.float32(shift), group_size=4)
+    np.testing.assert_allclose(moved, estimate(rewards, group_size=4), rtol=1e-4, atol=1e-5)
+
+
+@GROUPED
+@pytest.mark.parametrize("reward", [1 / 3, 0.1, -7.3, 1e4])
+def test_equal_rewards_give_exactly_no_advantage(estimate, reward):
+    # the mean of three thirds rounds; over a deviation of 0 that would be an advantage
+    np.testing.assert_array_equal(estimate(np.full(12, reward, np.float32), group_size=3), np.zeros(12))
+
+
+def test_rows_that_carry_their_groups_or_the_mean_may_be_cut_anywhere():
+    groups = group_rewards(REWARDS, group_size=4)
+    rows = np.random.default_rng(0).permutation(12)[:7]
+    ours = relative_to_others(REWARDS[rows], groups[rows])
+    np.testing.assert_array_equal(ours, leave_one_out(REWARDS, group_size=4)[rows])
+    ours = relative_to_mean(REWARDS[rows], mean_reward=jnp.mean(REWARDS))
+    np.testing.assert_array_equal(ours, batch_baseline(REWARDS)[rows])
+
+
+@pytest.mark.parametrize("size", [1, 0, 5])
+def test_leaving_one_out_needs_others(size):
+    with pytest.raises(ValueError, match=rf"group_size is {size} for 12 responses"):
+        leave_one_out(REWARDS, group_size=size)
+
+
+@pytest.mark.parametrize(
+    "estimate", [*(partial(f, group_size=4) for f in (group_relative, dr_grpo, leave_one_out)), batch_baseline]
+)
+def test_advantages_are_float32_or_wider(estimate):
+    half = estimate(jnp.asarray(REWARDS, jnp.bfloat16))
+    assert half.dtype == jnp.float32
+    np.testing.assert_array_equal(half, estimate(REWARDS))
+    with jax.enable_x64(True):
+        assert estimate(REWARDS.astype(np.float64)).dtype == np.float64

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcjax.rl.masked import masked_max, masked_mean, masked_sum, response_mean, token_mean
+from dcjax.rl.masked import (
+    masked_max,
+    masked_mean,
+    masked_sum,
+    response_mean,
+    seq_mean_token_mean,
+    seq_mean_token_sum,
+    seq_mean_token_sum_norm,
+    token_mean,
+)
 
 # one full row, a ragged one, a row with a hole, and an empty one; NaN and infinity wherever the mask hides them
 NAN, INF = np.nan, np.inf
@@ -67,9 +76,84 @@ def test_reductions_against_loops(x, mask):
     np.testing.assert_allclose(masked_max(np.abs(hidden), mask), max(map(abs, kept), default=0.0), **close)
 
 
-@given(VALUES, MASKS, st.integers(0, 3))
-def test_parts_of_a_token_mean_add_up_to_the_whole(x, mask, cut):
-    whole = token_mean(x, mask)
-    parts = [token_mean(x[rows], mask[rows]) for rows in (slice(cut), slice(cut, None))]
+AGGREGATIONS = {
+    "token_mean": token_mean,
+    "seq_mean_token_mean": seq_mean_token_mean,
+    "seq_mean_token_sum": seq_mean_token_sum,
+    "seq_mean_token_sum_norm": seq_mean_token_sum_norm(10),
+}
+EACH = pytest.mark.parametrize("aggregate", AGGREGATIONS.values(), ids=AGGREGATIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "denominator"),
+    # rows sum to 6, 4 and 13, with means 2, 4 and 6.5; the fourth has no token
+    [
+        ("token_mean", 23.0, 6.0),
+        ("seq_mean_token_mean", 12.5, 3.0),
+        ("seq_mean_token_sum", 23.0, 3.0),
+        ("seq_mean_token_sum_norm", 2.3, 3.0),
+    ],
+)
+def test_aggregations_by_hand(name, total, denominator):
+    ours = AGGREGATIONS[name](X, MASK)
+    np.testing.assert_allclose(ours, (total, denominator), rtol=1e-6)
+    assert ours.total.dtype == ours.denominator.dtype == jnp.float32
+
+
+@EACH
+def test_a_loss_of_nothing_is_zero_over_zero(aggregate):
+    assert [float(part) for part in aggregate(X, NOTHING)] == [0.0, 0.0]
+    np.testing.assert_array_equal(jax.grad(lambda x: aggregate(x, NOTHING).total)(jnp.array(X)), np.zeros_like(X))
+
+
+@EACH
+def test_no_gradient_of_a_loss_reaches_what_the_mask_hides(aggregate):
+    grad = np.asarray(jax.grad(lambda x: aggregate(x, MASK).total)(jnp.array(X)))
+    assert (grad[~MASK] == 0).all()
+    assert (grad[MASK] > 0).all()
+
+
+@EACH
+def test_rows_without_a_token_change_nothing(aggregate):
+    np.testing.assert_array_equal(aggregate(X, MASK), aggregate(X[:3], MASK[:3]))
+
+
+@EACH
+@given(x=VALUES, mask=MASKS, cut=st.integers(0, 3))
+def test_parts_of_a_loss_add_up_to_the_whole(aggregate, x, mask, cut):
+    whole = aggregate(x, mask)
+    parts = [aggregate(x[rows], mask[rows]) for rows in (slice(cut), slice(cut, None))]
     np.testing.assert_allclose(sum(part.total for part in parts), whole.total, rtol=1e-4, atol=1e-3)
     assert float(sum(part.denominator for part in parts)) == float(whole.denominator)
+
+
+@EACH
+def test_losses_are_summed_in_float32_or_wider(aggregate):
+    # 256 and 1 do not add up in bfloat16
+    x = jnp.array([[256.0, 1.0]], jnp.bfloat16)
+    total, denominator = aggregate(x, np.ones((1, 2), bool))
+    assert total.dtype == denominator.dtype == jnp.float32
+    np.testing.assert_array_equal(total, aggregate(x.astype(jnp.float32), np.ones((1, 2), bool)).total)
+    with jax.enable_x64(True):
+        assert {part.dtype for part in aggregate(X.astype(np.float64), MASK)} == {np.dtype(np.float64)}
+
+
+@given(VALUES, MASKS)
+def test_on_responses_of_one_length_all_losses_are_the_token_mean_scaled(x, mask):
+    mask = np.broadcast_to(mask[:1], mask.shape)
+    length = max(mask[0].sum(), 1)
+    means = {name: float(total / max(count, 1)) for name, (total, count) in run_all(x, mask).items()}
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(means["seq_mean_token_mean"], means["token_mean"], **close)
+    np.testing.assert_allclose(means["seq_mean_token_sum"], means["token_mean"] * length, **close)
+    np.testing.assert_allclose(means["seq_mean_token_sum_norm"], means["token_mean"] * length / 10, **close)
+
+
+def run_all(x, mask):
+    return {name: aggregate(x, mask) for name, aggregate in AGGREGATIONS.items()}
+
+
+def test_a_horizon_is_a_length():
+    with pytest.raises(ValueError, match="horizon is 0; it must be at least 1 token"):
+        seq_mean_token_sum_norm(0)

@@ -1,18 +1,36 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcjax.rl import mismatch_metrics
-from dcjax.rl.metrics import staleness_metrics
+from dcjax.rl import metrics as rl_metrics
+from dcjax.rl.masked import masked_mean
+from dcjax.rl.metrics import PERCENTILES, budget_metrics
 
-NAMES = {
+# operation by operation they would each be compiled
+mismatch_metrics = jax.jit(rl_metrics.mismatch_metrics)
+staleness_metrics = jax.jit(rl_metrics.staleness_metrics)
+log_quantiles = jax.jit(rl_metrics.log_quantiles)
+
+GAP = {
     "prob_diff_mean",
+    "prob_diff_p50",
+    "prob_diff_p90",
+    "prob_diff_p99",
     "prob_diff_max",
     "log_diff_mean",
     "k1",
     "k3",
-    "log_ppl_abs_diff",
-    "log_ppl_abs_diff_per_token",
+    "chi2_token",
+    "chi2_sequence",
+    "ess",
+    "tv",
+    "tv_pinsker",
 }
+PPL = {"log_ppl_old", "log_ppl_rollout", "log_ppl_abs_diff"}
+NAMES = GAP | PPL | {f"{name}_per_token" for name in PPL}
+# of neighbouring bins' middles to a value between them
+RESOLUTION = 1.0091
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +45,7 @@ def case():
 
 
 def test_every_metric_against_a_loop_with_padding_that_is_not_a_number(case):
-    deltas, logs, k3s, sums, per_token = [], [], [], [], []
+    deltas, logs, k3s, sums, per_token, old_sums, rollout_sums, lengths = [], [], [], [], [], [], [], []
     for old_row, rollout_row, mask in zip(*(case[name] for name in case), strict=True):
         pairs = [(float(p), float(q)) for p, q, kept in zip(old_row, rollout_row, mask, strict=True) if kept]
         if not pairs:
@@ -37,7 +55,20 @@ def test_every_metric_against_a_loop_with_padding_that_is_not_a_number(case):
         k3s += [np.exp(p - q) - 1 - (p - q) for p, q in pairs]
         sums.append(abs(sum(p - q for p, q in pairs)))
         per_token.append(sums[-1] / len(pairs))
+        lengths.append(len(pairs))
+        old_sums.append(-sum(p for p, _ in pairs))
+        rollout_sums.append(-sum(q for _, q in pairs))
+    rho, signed = np.exp(logs), np.array(rollout_sums) - np.array(old_sums)
     expected = {
+        "chi2_token": np.mean(rho**2) - 1,
+        "chi2_sequence": np.mean(np.exp(2 * signed)) - 1,
+        "ess": rho.sum() ** 2 / (len(rho) * (rho**2).sum()),
+        "tv": np.mean(np.abs(rho - 1)) / 2,
+        "tv_pinsker": np.sqrt(np.mean(k3s) / 2),
+        "log_ppl_old": np.mean(old_sums),
+        "log_ppl_rollout": np.mean(rollout_sums),
+        "log_ppl_old_per_token": np.mean(np.array(old_sums) / lengths),
+        "log_ppl_rollout_per_token": np.mean(np.array(rollout_sums) / lengths),
         "prob_diff_mean": np.mean(deltas),
         "prob_diff_max": max(deltas),
         "log_diff_mean": np.mean(np.abs(logs)),
@@ -47,7 +78,10 @@ def test_every_metric_against_a_loop_with_padding_that_is_not_a_number(case):
         "log_ppl_abs_diff_per_token": np.mean(per_token),
     }
     metrics = mismatch_metrics(**case)
-    assert set(metrics) == NAMES
+    assert set(metrics) == NAMES == set(expected) | {f"prob_diff_p{percent}" for percent in PERCENTILES}
+    for percent in PERCENTILES:
+        nearest = np.quantile(deltas, percent / 100, method="inverted_cdf")
+        assert nearest / RESOLUTION <= float(metrics[f"prob_diff_p{percent}"]) <= nearest * RESOLUTION
     for name, value in expected.items():
         assert metrics[name].dtype == np.float32
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
@@ -60,7 +94,15 @@ def test_one_response_by_hand():
     log2 = np.log(2)
     by_hand = {"prob_diff_mean": 0.125, "prob_diff_max": 0.25, "log_diff_mean": log2 / 2, "k1": -log2 / 2}
     by_hand |= {"k3": (1 - log2) / 2, "log_ppl_abs_diff": log2, "log_ppl_abs_diff_per_token": log2 / 2}
-    assert set(by_hand) == NAMES
+    # ρ = (2, 1): χ² = (4 + 1)/2 − 1, over the response 2² − 1; ESS = 3²/(2·5); ½ · mean (1, 0)
+    by_hand |= {"chi2_token": 1.5, "chi2_sequence": 3, "ess": 0.9, "tv": 0.25, "tv_pinsker": ((1 - log2) / 4) ** 0.5}
+    by_hand |= {"log_ppl_old": 3 * log2, "log_ppl_rollout": 4 * log2}
+    by_hand |= {"log_ppl_old_per_token": 1.5 * log2, "log_ppl_rollout_per_token": 2 * log2}
+    # the smaller of two is the median, 0; the others are the larger, from a bin of 1.8%, and not above the largest
+    by_hand |= {"prob_diff_p50": 0}
+    assert set(by_hand) == NAMES - {"prob_diff_p90", "prob_diff_p99"}
+    for name in ("prob_diff_p90", "prob_diff_p99"):
+        assert 0.25 / RESOLUTION <= float(metrics[name]) <= 0.25
     for name, value in by_hand.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
@@ -89,7 +131,47 @@ def test_without_a_token_everything_is_zero(case):
 
 def test_one_policy_has_no_mismatch_with_itself(case):
     metrics = mismatch_metrics(**(case | {"rollout_logps": case["old_logps"]}))
-    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(NAMES, 0.0)
+    levels = {name for name in NAMES if name.startswith("log_ppl_") and "diff" not in name}
+    assert {name: float(metrics[name]) for name in NAMES - levels} == dict.fromkeys(NAMES - levels, 0.0) | {"ess": 1.0}
+    assert float(metrics["log_ppl_old"]) == float(metrics["log_ppl_rollout"]) > 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 3001])
+def test_quantiles_are_numpys_within_a_bin(size):
+    x = np.exp(np.random.default_rng(size).normal(-7, 2.5, (1, size))).clip(0, 1).astype("f")
+    mask = np.random.default_rng(1).random((1, size)) < 0.7
+    mask[0, 0] = True
+    ours = np.asarray(log_quantiles(np.where(mask, x, np.nan), mask))
+    expected = np.quantile(x[mask], [0.5, 0.9, 0.99], method="inverted_cdf")
+    assert ((ours <= expected * RESOLUTION) & (ours >= expected / RESOLUTION)).all()
+    if size > 1000:
+        np.testing.assert_allclose(ours, np.quantile(x[mask], [0.5, 0.9, 0.99]), rtol=0.05)
+
+
+def test_quantiles_at_the_ends_of_the_histogram():
+    tiny, huge = np.full((1, 4), 9e-9, "f"), np.ones((1, 4), "f")
+    mask = np.ones((1, 4), bool)
+    np.testing.assert_array_equal(log_quantiles(tiny, mask), [0, 0, 0])
+    np.testing.assert_allclose(log_quantiles(huge, mask), [1, 1, 1], rtol=0.0092)
+    np.testing.assert_array_equal(log_quantiles(huge, ~mask), [0, 0, 0])
+
+
+def test_a_weight_that_is_the_same_everywhere_leaves_every_token_effective():
+    mask = np.ones((1, 3), bool)
+    for gap in (-800.0, -20.0, -1e-3, 5.0, 800.0):
+        metrics = mismatch_metrics(old_logps=np.full((1, 3), gap, "f"), rollout_logps=np.zeros((1, 3), "f"), mask=mask)
+        np.testing.assert_allclose(metrics["ess"], 1, rtol=1e-6)
+
+
+def test_a_small_gap_keeps_its_digits():
+    gap = np.random.default_rng(0).normal(0, 1e-3, (4, 50))
+    old = np.full((4, 50), -1.0, "f")
+    rollout = (old - gap).astype("f")
+    x = old.astype("d") - rollout
+    metrics = mismatch_metrics(old_logps=old, rollout_logps=rollout, mask=np.ones((4, 50), bool))
+    np.testing.assert_allclose(metrics["k3"], np.mean(np.expm1(x) - x), rtol=1e-3)
+    np.testing.assert_allclose(metrics["chi2_token"], np.mean(np.expm1(2 * x)), rtol=1e-3)
+    np.testing.assert_allclose(metrics["tv_pinsker"], np.sqrt(np.mean(np.expm1(x) - x) / 2), rtol=1e-3)
 
 
 def test_a_huge_gap_stays_finite():
@@ -107,4 +189,16 @@ def test_staleness_is_the_same_gap_of_the_policy_to_its_own_past(case):
     p, q = now[mask].astype("d"), case["old_logps"][mask].astype("d")
     np.testing.assert_allclose(metrics["prob_diff_mean"], np.abs(np.exp(p) - np.exp(q)).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["k3"], (np.exp(p - q) - 1 - (p - q)).mean(), rtol=1e-4)
-    assert set(metrics) == {"prob_diff_mean", "k3"}
+    assert set(metrics) == GAP
+    mismatch = mismatch_metrics(old_logps=now, rollout_logps=case["old_logps"], mask=mask)
+    assert {name: float(value) for name, value in metrics.items()} == {name: float(mismatch[name]) for name in GAP}
+
+
+def test_the_budget_by_hand():
+    delta = np.array([[0.5, 0.1, 0.3], [0.2, 9, 9], [9, 9, 9]], "f")
+    mask = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
+    metrics = budget_metrics(discrepancy=delta, mask=mask, budget=0.25)
+    expected = {"discrepancy": 0.25, "excess": 0.0, "over_budget_fraction": 0.5}
+    np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), atol=1e-7)
+    of_tokens = budget_metrics(discrepancy=delta, mask=mask, budget=jnp.float32(0.25), average=masked_mean)
+    np.testing.assert_allclose(of_tokens["excess"], 1.1 / 4 - 0.25, atol=1e-7)

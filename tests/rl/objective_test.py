@@ -1,22 +1,29 @@
 import dataclasses
+import inspect
+import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcjax.rl import (
+from dcjax.rl import discrepancy, group_relative, objective, penalties, presets, probability_difference
+from dcjax.rl.advantages import group_rewards
+from dcjax.rl.objective import (
     Context,
+    batch_baseline_advantages,
     chain,
+    direct_penalty,
     discrepancy_penalty,
     drop_zero_variance,
-    group_relative,
     group_relative_advantages,
-    penalize,
-    probability_difference,
+    initial_terms,
+    kl_penalty,
+    leave_one_out_advantages,
 )
-from dcjax.rl.advantages import group_rewards
-from dcjax.rl.objective import initial_terms
+from dcjax.rl.penalties import centred_on_response, penalize
 from dcjax.types import Batch
 
 REWARDS = np.array([1, 0, 1, 1, 0, 0], np.float32)
@@ -119,24 +126,147 @@ def test_groups_of_equal_rewards_leave_the_loss_and_its_denominator(batch, conte
     same(terms.weights, initial_terms(batch).weights)
 
 
+def gap(context):
+    return np.abs(np.exp(context.old_logps) - np.exp(context.batch.rollout_logps)) * context.batch.response_mask
+
+
+def test_the_other_estimators_against_loops(batch, context):
+    others = leave_one_out_advantages()(initial_terms(batch), context).advantages
+    baseline = batch_baseline_advantages()(initial_terms(batch), context).advantages
+    for row, group in enumerate(batch.group_rewards):
+        rest = [reward for other, reward in enumerate(group) if other != row % 2]
+        np.testing.assert_allclose(others[row], [REWARDS[row] - np.mean(rest)] * 4, atol=1e-7)
+        np.testing.assert_allclose(baseline[row], [REWARDS[row] - REWARDS.mean()] * 4, atol=1e-7)
+
+
 def test_the_penalty_is_the_multiplier_times_the_gap(batch, context):
     before = group_relative_advantages()(initial_terms(batch), context)
     after = discrepancy_penalty(probability_difference)(before, context)
-    gap = np.abs(np.exp(context.old_logps) - np.exp(batch.rollout_logps))
-    np.testing.assert_allclose(after.advantages, before.advantages - 0.5 * gap, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.advantages, before.advantages - 0.5 * gap(context), rtol=1e-5, atol=1e-6)
     square = discrepancy_penalty(probability_difference, shape=jnp.square)(before, context)
-    np.testing.assert_allclose(square.advantages, penalize(before.advantages, gap**2, multiplier=0.5), atol=1e-6)
+    np.testing.assert_allclose(
+        square.advantages, penalize(before.advantages, gap(context) ** 2, multiplier=0.5), atol=1e-6
+    )
+
+
+def test_a_fixed_multiplier_needs_no_dual_ascent_and_wins_over_it(batch, context):
+    expected = -0.25 * gap(context)
+    for held in (None, context.multiplier):
+        terms = discrepancy_penalty(probability_difference, multiplier=0.25)(
+            initial_terms(batch), dataclasses.replace(context, multiplier=held)
+        )
+        np.testing.assert_allclose(terms.advantages, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_another_measure_of_the_gap_is_passed_as_a_function(batch, context):
-    def log_difference(*, old_logps, rollout_logps):
-        return jnp.abs(old_logps - rollout_logps)
+    def square(*, old_logps, rollout_logps, mask):
+        return jnp.where(mask, jnp.square(old_logps - rollout_logps), 0)
 
-    terms = discrepancy_penalty(log_difference)(initial_terms(batch), context)
-    expected = -0.5 * np.abs(context.old_logps - batch.rollout_logps)
+    terms = discrepancy_penalty(square)(initial_terms(batch), context)
+    expected = -0.5 * np.square(context.old_logps - batch.rollout_logps) * batch.response_mask
     np.testing.assert_allclose(terms.advantages, expected, rtol=1e-6)
 
 
-def test_a_penalty_without_dual_ascent_says_what_is_missing(batch, context):
-    with pytest.raises(ValueError, match=r"put dual_ascent\(\.\.\.\) into the optimiser's chain"):
-        discrepancy_penalty(probability_difference)(initial_terms(batch), dataclasses.replace(context, multiplier=None))
+def test_a_centred_penalty_sums_to_nothing_over_each_response(batch, context):
+    penalty = discrepancy_penalty(probability_difference, form=centred_on_response)
+    subtracted = np.where(batch.response_mask, -penalty(initial_terms(batch), context).advantages / 0.5, 0)
+    for row, length in enumerate(LENGTHS):
+        own = gap(context)[row, :length]
+        expected = own - own.mean() if length else own
+        np.testing.assert_allclose(subtracted[row, :length], expected, atol=1e-6)
+
+
+def test_a_centred_penalty_is_the_same_in_microbatches(batch, context):
+    centred = chain(group_relative_advantages(), discrepancy_penalty(probability_difference, form=centred_on_response))
+    whole = centred(initial_terms(batch), context).advantages
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        part = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, context)  # noqa: B023
+        np.testing.assert_allclose(centred(initial_terms(part.batch), part).advantages, whole[rows], atol=1e-6)
+
+
+def test_the_direct_penalty_is_added_to_the_loss_of_the_live_policy(batch, context):
+    terms = chain(group_relative_advantages(), direct_penalty(probability_difference))(initial_terms(batch), context)
+    live = np.abs(np.exp(context.logps) - np.exp(batch.rollout_logps)) * batch.response_mask
+    np.testing.assert_allclose(terms.loss, 0.5 * live, atol=1e-6)
+    np.testing.assert_array_equal(
+        terms.advantages, group_relative_advantages()(initial_terms(batch), context).advantages
+    )
+
+
+def test_the_direct_penaltys_gradient_is_of_the_gap_and_none_goes_to_the_sampler(batch, context):
+    def total(logps, rollout_logps):
+        of = dataclasses.replace(context, logps=logps, batch=dataclasses.replace(batch, rollout_logps=rollout_logps))
+        return jnp.sum(direct_penalty(probability_difference, multiplier=2.0)(initial_terms(batch), of).loss)
+
+    to_logps, to_rollout = jax.grad(total, argnums=(0, 1))(jnp.array(context.logps), jnp.array(batch.rollout_logps))
+    p, q = np.exp(context.logps), np.exp(batch.rollout_logps)
+    np.testing.assert_allclose(to_logps, 2 * p * np.sign(p - q) * batch.response_mask, rtol=1e-5)
+    np.testing.assert_array_equal(to_rollout, np.zeros((6, 4)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    [
+        ("k1", lambda x: x),
+        ("k2", lambda x: x**2 / 2),
+        ("k3", lambda x: np.exp(-x) - 1 + x),
+    ],
+)
+def test_the_kl_penalty_against_numpy(batch, context, kind, of):
+    reference = np.random.default_rng(2).uniform(-2, 0, (6, 4)).astype(np.float32)
+    with_reference = dataclasses.replace(context, reference_logps=np.where(batch.response_mask, reference, np.nan))
+    terms = kl_penalty(0.25, kind=kind)(initial_terms(batch), with_reference)
+    expected = np.where(batch.response_mask, 0.25 * of(context.logps - reference), 0)
+    np.testing.assert_allclose(terms.loss, expected, rtol=1e-4, atol=1e-6)
+    twice = chain(kl_penalty(0.25, kind=kind), direct_penalty(probability_difference, multiplier=1.0))
+    added = twice(initial_terms(batch), with_reference).loss - terms.loss
+    assert float(jnp.abs(added).max()) > 0.01
+
+
+def test_what_a_penalty_misses_is_said(batch, context):
+    bare = dataclasses.replace(context, multiplier=None)
+    for penalty in (discrepancy_penalty, direct_penalty):
+        with pytest.raises(ValueError, match=rf"{penalty.__name__} .* put dual_ascent\(\.\.\.\) into the optimiser's"):
+            penalty(probability_difference)(initial_terms(batch), bare)
+        with pytest.raises(ValueError, match=r"multiplier is -1\.0; it must be at least 0"):
+            penalty(probability_difference, multiplier=-1.0)
+    with pytest.raises(ValueError, match="kl_penalty needs reference_logps"):
+        kl_penalty(0.1)(initial_terms(batch), context)
+    with pytest.raises(ValueError, match=r"coefficient is -0\.1"):
+        kl_penalty(-0.1)
+
+
+def test_behind_the_estimator_penalties_and_masks_may_stand_in_any_order(batch, context):
+    estimator, penalty = group_relative_advantages(), discrepancy_penalty(probability_difference)
+    rest = [drop_zero_variance(), penalty, direct_penalty(probability_difference), scale(2.0)]
+    expected = chain(estimator, *rest)(initial_terms(batch), context)
+    for order in itertools.permutations(rest):
+        terms = chain(estimator, *order)(initial_terms(batch), context)
+        same(terms, expected)
+
+
+def test_the_pages_own_transform_runs(batch, context):
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def " in block]
+    names = {}
+    exec(compile(source, "objectives.md", "exec"), names)
+    lines = source[source.index("def ") :].split("\n\nobjective")[0].strip().splitlines()
+    assert len(lines) <= 10
+    plain = chain(group_relative_advantages(), discrepancy_penalty(probability_difference))
+    ours, without = names["objective"](initial_terms(batch), context), plain(initial_terms(batch), context)
+    known = np.exp(context.old_logps) > 0.5
+    np.testing.assert_array_equal(ours.weights, np.where(known, 0, 1))
+    np.testing.assert_array_equal(ours.advantages, without.advantages)
+    np.testing.assert_allclose(ours.metrics["silenced"], known.mean(axis=1), rtol=1e-6)
+
+
+def test_the_page_names_every_transform():
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    factories = [
+        name
+        for module in (objective, presets, penalties, discrepancy)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    assert len(factories) > 20
+    assert [name for name in factories if f"`{name}" not in page] == []

@@ -13,6 +13,8 @@ import pytest
 from dcjax import assemble
 from dcjax.config import Config, ObjectiveConfig, OptimizerConfig
 from dcjax.models import ModelConfig, forward, init_params
+from dcjax.objective import make_objective
+from dcjax.optimizer import make_optimizer
 from dcjax.rl import (
     chain,
     clipped_surrogate,
@@ -318,8 +320,8 @@ def test_grpo_is_dc_grpo_with_a_multiplier_that_stays_zero(pairs):
         config = Config(
             optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-4), objective=ObjectiveConfig(**objective)
         )
-        tx = assemble.make_optimizer(config)
-        step = make_train_step(bigram, tx, surrogate, assemble.make_objective(config), group_size=G, microbatch_size=8)
+        tx = make_optimizer(config)
+        step = make_train_step(bigram, tx, surrogate, make_objective(config.objective), group_size=G, microbatch_size=8)
         return jax.jit(step, compiler_options=FAST_COMPILE)(fresh_state(jnp.array(TABLE), tx), pairs)
 
     grpo, plain = trained(algorithm="grpo")

@@ -12,6 +12,7 @@ import pytest
 from dcjax import assemble
 from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.models import ModelConfig, init_params
+from dcjax.optimizer import make_optimizer
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch
@@ -69,7 +70,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(batch, masters):
     def train(config):
-        mesh, tx = make_mesh(config.mesh), assemble.make_optimizer(config)
+        mesh, tx = make_mesh(config.mesh), make_optimizer(config)
         params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
         before = state = assemble.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, "float32")(state.params, 0)
@@ -142,7 +143,7 @@ def test_the_state_is_donated_and_serving_params_made_from_it_survive(trained, m
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
     config = make_config(MESHES["one"])
-    mesh, tx = make_mesh(config.mesh), assemble.make_optimizer(config)
+    mesh, tx = make_mesh(config.mesh), make_optimizer(config)
     state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
     step = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE)
     for _ in range(2):
@@ -165,7 +166,7 @@ def test_experts_train_on_eight_devices_as_on_one(batch):
     masters, runs = jax.device_get(jax.jit(partial(init_params, model))(jax.random.key(1))), []
     for mesh_config in (MeshConfig(), MeshConfig(fsdp=2, expert=4)):
         config = dataclasses.replace(make_config(mesh_config), model=model)
-        mesh, tx = make_mesh(mesh_config), assemble.make_optimizer(config)
+        mesh, tx = make_mesh(mesh_config), make_optimizer(config)
         params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
         state = assemble.initial_state(config, mesh, tx, params)
         step = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE)

@@ -1,0 +1,276 @@
+"""Learning rates that follow what training measures, as factors on Adam's updates.
+
+Each transform stands after Adam, which would normalise the factor away, and outside `dynamic_loss_scale`, which would
+hide iterations from it. Its state holds `learning_rate_scale`, the factor on the *next* iteration's updates: read it
+before the step, as λ. Rates that follow the step alone are optax's own schedules, given to Adam:
+`optax.linear_schedule(lr, 0.1 * lr, steps)`, `optax.cosine_decay_schedule(lr, steps, alpha=0.1)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from dcjax.rl.signals import mean_of_last, median_of_last, on_last_update, remember
+
+
+@dataclasses.dataclass(frozen=True)
+class Surge:
+    """What counts as a surge of the mean response length, and the period that follows from it.
+
+    It is detected at the first iteration where the median of the last `recent` lengths exceeds `ratio` × the usual
+    length, which is the median of the last `history`. Its onset is estimated as the iteration after the last one whose
+    length was at most √ratio × the usual one.
+
+    So `recent` = 3 passes over one outlier batch. A rise that takes longer than about `history` / 2 to multiply the
+    length by `ratio` is growth and not a surge: the usual length follows it. And there is nothing usual to rise from
+    before iteration 2 · recent + 1, the first that can detect one.
+
+    Raises:
+      ValueError: medians of nothing, a history shorter than twice `recent` and one, or factors that detect nothing.
+    """
+
+    ratio: float = 2.0
+    """How many times the usual length."""
+    recent: int = 3
+    """Iterations."""
+    history: int = 24
+    """Iterations."""
+    period_factor: float = 1.8
+    """Decay period by onset (paper B's)."""
+
+    def __post_init__(self):
+        if not (self.ratio > 1 and self.period_factor > 0):
+            raise ValueError(f"ratio {self.ratio} must be above 1 and period_factor {self.period_factor} above 0")
+        if not (self.recent >= 1 and self.history > 2 * self.recent):
+            raise ValueError(f"recent {self.recent} must be at least 1, and history {self.history} over twice that")
+
+
+def detect_surge(
+    surge: Surge, lengths: Float[Array, "N"], seen: Int[Array, ""]
+) -> tuple[Bool[Array, ""], Int[Array, ""]]:
+    """Whether there is a surge after `seen` iterations, and the onset that it would have, from 1.
+
+    Args:
+      surge: the definition.
+      lengths: of the last N = `surge.history` iterations, the newest last.
+      seen: iterations so far, at least 1; where it is below N, the first N − seen lengths mean nothing.
+    """
+    usual = median_of_last(lengths, seen, surge.history)
+    surged = median_of_last(lengths, seen, surge.recent) > surge.ratio * usual
+    steps = seen - surge.history + 1 + jnp.arange(surge.history)
+    calm = (steps >= 1) & (lengths <= math.sqrt(surge.ratio) * usual)
+    return surged, jnp.max(jnp.where(calm, steps, 0)) + 1
+
+
+class LengthDecayState(NamedTuple):
+    """Where the halving stands. `learning_rate_scale` and `decay_period` are for `optax.tree.get`."""
+
+    learning_rate_scale: jax.Array  # float32 [], of the next iteration
+    decay_period: jax.Array  # int32 [], iterations; 0 as long as no surge was detected
+    lengths: jax.Array  # float32 [N], of the last iterations, the newest last; N = 1 where the period is given
+    count: jax.Array  # int32 [], updates so far
+
+
+def length_decay(
+    decay_period: int | Surge, *, floor: float = 0.1, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Iteration t = 1, 2, … is updated at max(2^−⌊t / P⌋, floor) of the learning rate: 1, ½, ¼, ⅛, then the floor.
+
+    The period P is given, or it follows from the surge of response length: the rate is held until that is detected,
+    and P = 1.8 × its onset, counted from iteration 1 all the same, so that the first halving is at 1.8 × the onset.
+
+    Args:
+      decay_period: P in iterations, or the `Surge` that sets it.
+      floor: the smallest factor.
+      every: updates in one training iteration.
+
+    Returns:
+      A transform that stands after Adam. Its `update` takes `response_length`, the mean of the iteration in tokens,
+      which a given period does without. Its state holds `learning_rate_scale` and `decay_period`.
+
+    Raises:
+      ValueError: a period or `every` below 1, or a floor outside [0, 1].
+
+    References:
+      Paper B (arXiv 2602.01826), section 3.3 and Algorithm 1. The detector is ours.
+    """
+    surge = decay_period if isinstance(decay_period, Surge) else None
+    given = 0 if isinstance(decay_period, Surge) else decay_period
+    if surge is None and given < 1:
+        raise ValueError(f"decay_period {given} must be at least 1")
+    _check(floor=floor, every=every)
+
+    def factor(iteration: Array, period: Array) -> jax.Array:
+        halvings = iteration // jnp.maximum(period, 1)
+        return jnp.where(period > 0, jnp.maximum(0.5 ** halvings.astype(jnp.float32), floor), 1.0)
+
+    def start():
+        period = jnp.asarray(given, jnp.int32)
+        lengths = jnp.zeros(1 if surge is None else surge.history, jnp.float32)
+        return LengthDecayState(factor(jnp.ones((), jnp.int32), period), period, lengths, jnp.zeros((), jnp.int32))
+
+    def advance(state: LengthDecayState, seen: Array, extra_args: dict[str, Any]):
+        period, lengths = state.decay_period, state.lengths
+        if surge is not None:
+            lengths = remember(lengths, jnp.asarray(extra_args["response_length"], jnp.float32))
+            surged, onset = detect_surge(surge, lengths, seen)
+            detected = jnp.maximum(jnp.round(surge.period_factor * onset).astype(jnp.int32), 1)
+            period = jnp.where((period == 0) & surged, detected, period)
+        return state._replace(learning_rate_scale=factor(seen + 1, period), decay_period=period, lengths=lengths)
+
+    return _scaling(start, advance, every=every, needs="response_length" if surge else None)
+
+
+class DiscrepancyDecayState(NamedTuple):
+    """How δ̄ fares. `learning_rate_scale` is for `optax.tree.get`."""
+
+    learning_rate_scale: jax.Array  # float32 [], of the next iteration
+    best: jax.Array  # float32 [], the smallest mean δ̄ so far; inf before the first
+    recent: jax.Array  # float32 [window], δ̄ of the last iterations, the newest last
+    held: jax.Array  # int32 [], iterations since the last halving
+    count: jax.Array  # int32 [], updates so far
+
+
+def discrepancy_decay(
+    *, window: int = 20, tolerance: float = 1.05, floor: float = 0.1, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Halves the learning rate where the mean δ̄ of `window` iterations exceeds `tolerance` × its best so far.
+
+    After a halving the window fills anew, so that the next one is `window` iterations later at the earliest; the best
+    is kept.
+
+    Args:
+      window: iterations in the mean.
+      tolerance: at least 1.
+      floor: the smallest factor.
+      every: updates in one training iteration.
+
+    Returns:
+      A transform that stands after Adam. Its `update` takes `discrepancy`, δ̄ of the iteration; its state holds
+      `learning_rate_scale`.
+
+    Raises:
+      ValueError: a window or `every` below 1, a tolerance below 1, or a floor outside [0, 1].
+
+    References:
+      Ours; the rule of `optax.contrib.reduce_on_plateau`, on δ̄ in the place of the loss.
+    """
+    if not (window >= 1 and tolerance >= 1):
+        raise ValueError(f"window {window} and tolerance {tolerance} must be at least 1")
+    _check(floor=floor, every=every)
+
+    def start():
+        return DiscrepancyDecayState(
+            learning_rate_scale=jnp.ones((), jnp.float32),
+            best=jnp.asarray(jnp.inf, jnp.float32),
+            recent=jnp.zeros(window, jnp.float32),
+            held=jnp.zeros((), jnp.int32),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    def advance(state: DiscrepancyDecayState, seen: Array, extra_args: dict[str, Any]):
+        del seen
+        discrepancy = jnp.asarray(extra_args["discrepancy"], jnp.float32)
+        recent, held = remember(state.recent, discrepancy), state.held + 1
+        mean, full = mean_of_last(recent, held, window), held >= window
+        halve = full & (mean > tolerance * state.best)
+        scale = jnp.where(halve, jnp.maximum(state.learning_rate_scale / 2, floor), state.learning_rate_scale)
+        best = jnp.where(full, jnp.minimum(state.best, mean), state.best)
+        return state._replace(learning_rate_scale=scale, best=best, recent=recent, held=jnp.where(halve, 0, held))
+
+    return _scaling(start, advance, every=every, needs="discrepancy")
+
+
+class DualLearningRateState(NamedTuple):
+    """The multiplier that slows learning down. `learning_rate_scale` and `slowdown` are for `optax.tree.get`."""
+
+    learning_rate_scale: jax.Array  # float32 [], 1 / (1 + slowdown), of the next iteration
+    slowdown: jax.Array  # float32 [], s
+    count: jax.Array  # int32 [], updates so far
+
+
+def dual_learning_rate(
+    dual_lr: float, *, budget: float, max_slowdown: float = 9.0, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Divides the learning rate by 1 + s; s is 0 at first, and s ← clip(s + η (δ̄ − c), 0, s_max) after each iteration.
+
+    Args:
+      dual_lr: η, per unit of δ̄.
+      budget: c, the tolerated mean discrepancy (probability).
+      max_slowdown: s_max; 9 leaves a tenth of the learning rate.
+      every: updates in one training iteration.
+
+    Returns:
+      A transform that stands after Adam. Its `update` takes `discrepancy`, δ̄ of the iteration; its state holds
+      `learning_rate_scale` and `slowdown`.
+
+    Raises:
+      ValueError: a negative rate, budget or bound, or `every` below 1.
+
+    References:
+      Ours; dual ascent as in paper A (DCMDP), eq. 11, on the learning rate in the place of the penalty.
+    """
+    if not (dual_lr >= 0 and budget >= 0 and max_slowdown >= 0):
+        raise ValueError(f"dual_lr {dual_lr}, budget {budget} and max_slowdown {max_slowdown} must be at least 0")
+    _check(every=every)
+
+    def start():
+        return DualLearningRateState(jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+    def advance(state: DualLearningRateState, seen: Array, extra_args: dict[str, Any]):
+        del seen
+        excess = jnp.asarray(extra_args["discrepancy"], jnp.float32) - budget
+        slowdown = jnp.clip(state.slowdown + dual_lr * excess, 0.0, max_slowdown)
+        return state._replace(learning_rate_scale=1 / (1 + slowdown), slowdown=slowdown)
+
+    return _scaling(start, advance, every=every, needs="discrepancy")
+
+
+def learning_rate_scale(opt_state: optax.OptState) -> Float[Array, ""]:
+    """The factor on the next iteration's updates: the product over the chain's transforms, 1 where there is none."""
+    found = optax.tree.get_all_with_path(opt_state, "learning_rate_scale")
+    return math.prod((scale for _, scale in found), start=jnp.ones((), jnp.float32))
+
+
+def _scaling(
+    start: Callable[[], Any],
+    advance: Callable[[Any, Array, dict[str, Any]], Any],
+    *,
+    every: int,
+    needs: str | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales by the state's `learning_rate_scale`, and has `advance` move the state on once an iteration.
+
+    `advance` gets the state, the iterations so far with this one, from 1, and the extra arguments.
+    """
+
+    def init(params):
+        del params
+        return start()
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        if needs is not None and needs not in extra_args:
+            raise TypeError(f"update() needs the extra argument {needs!r}, a scalar of the iteration")
+        scaled = jax.tree.map(lambda leaf: (state.learning_rate_scale * leaf).astype(leaf.dtype), updates)
+        state = state._replace(count=state.count + 1)
+        moved = advance(state, state.count // every, extra_args)
+        return scaled, on_last_update(every, state.count, moved, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _check(*, floor: float = 0.0, every: int) -> None:
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor {floor} must lie within [0, 1]")
+    if every < 1:
+        raise ValueError(f"every {every} must be at least 1")

@@ -1,0 +1,81 @@
+"""The toy problem's script as a user runs it: in its own process, into a folder that does not exist yet."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = REPOSITORY / "experiments/toy_theorem.py"
+FIGURES = ("figure6.png", "figure7.png", "eq13.png")
+
+
+def run(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+def rows(output):
+    """{form: [β, ν, Σ m², Σ π A, π of each action]} of both tables."""
+    found = {}
+    for line in output.splitlines():
+        form, numbers = line[:16].strip(), line[16:].split()
+        if len(numbers) == 10:
+            found[form] = [float(number) for number in numbers]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "new" / "folder"
+    return run("--out", folder, "--budget", 0.2), folder
+
+
+def test_it_prints_every_form_and_spends_the_budget(finished):
+    process, _ = finished
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    table = rows(process.stdout)
+    assert list(table) == ["π − q", "π/q − 1", "log(π/q)", "max(π − q, 0)", "max(π/q − 1, 0)"]
+    for beta, _, spent, gain, *policy in table.values():
+        assert beta > 0 and spent == pytest.approx(0.2, abs=1e-4) and gain > 0
+        # six figures, each rounded to four places
+        assert sum(policy) == pytest.approx(1, abs=3e-4)
+
+
+def test_the_forms_differ_as_the_paper_says(finished):
+    """A difference lets rare actions move as far as frequent ones; a ratio all but freezes them."""
+    table = rows(finished[0].stdout)
+    rare_gain = {form: numbers[-1] - 0.06 for form, numbers in table.items()}
+    frequent_gain = {form: numbers[5] - 0.30 for form, numbers in table.items()}
+    assert rare_gain["π − q"] > frequent_gain["π − q"]
+    assert rare_gain["π/q − 1"] < 0.2 * frequent_gain["π/q − 1"]
+    assert rare_gain["log(π/q)"] < 0.2 * frequent_gain["log(π/q)"]
+
+
+def test_it_draws_every_figure_and_names_it(finished):
+    process, folder = finished
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FIGURES)
+    for name in FIGURES:
+        image = (folder / name).read_bytes()
+        assert image.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", image[16:24])
+        assert width > 600 and height > 400
+        assert f"figure: {folder / name}\n" in process.stdout
+
+
+def test_a_budget_that_cannot_be_active_is_refused_in_one_line(tmp_path):
+    process = run("--out", tmp_path / "none", "--budget", 50)
+    assert process.returncode == 2 and process.stdout == ""
+    assert "budget 50.0 is too large to be active" in process.stderr.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_says_what_it_does():
+    process = run("--help")
+    assert process.returncode == 0
+    assert "--out" in process.stdout and "--budget" in process.stdout and "Not a recipe" in process.stdout
