@@ -249,6 +249,12 @@ class Config:
             raise ValueError(
                 f"a minibatch of {minibatch} sequences does not divide into optimizer.microbatch_size {micro}"
             )
+        devices = math.prod(dataclasses.astuple(self.mesh))
+        if self.model.num_experts and devices > 1:
+            raise ValueError(
+                f"model.num_experts is {self.model.num_experts} on a mesh of {devices} devices; "
+                "experts are not split over devices yet, so every axis of the mesh must be 1"
+            )
         shards = self.mesh.data * self.mesh.fsdp
         if micro % shards or self.warm_start.batch_size % shards:
             raise ValueError(
