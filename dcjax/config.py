@@ -206,6 +206,10 @@ class OptimizerConfig:
     period set by the surge of response length (paper B); by halves when the gap grows; or by dual ascent on the gap."""
     decay_floor: float = 0.1
     """Share of the learning rate that is left at the end."""
+    surge_ratio: float = 2.0
+    """How many times the usual length counts as a surge, for decay length."""
+    surge_history: int = 24
+    """Iterations whose median is the usual length, for decay length."""
     decay_period: int = 204
     """Iterations between halvings, for decay period (paper B's for 4B)."""
     decay_dual_lr: float = 100.0
@@ -230,8 +234,8 @@ class OptimizerConfig:
     def __post_init__(self):
         names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_floor")
         names += ("decay_dual_lr", "ema_decay")
-        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period"), 1)
-        _require("optimizer.", self, {**dict.fromkeys(names, 0), **ones})
+        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period", "surge_ratio"), 1)
+        _require("optimizer.", self, {**dict.fromkeys(names, 0), **ones, "surge_history": 7})
         _require_choice("optimizer.", self, "decay")
         if self.decay_floor > 1:
             raise ValueError(f"optimizer.decay_floor is {self.decay_floor}; it must lie within [0, 1]")
@@ -326,6 +330,12 @@ class Config:
             raise ValueError(
                 f"a minibatch of {minibatch} sequences does not divide into optimizer.microbatch_size {micro}"
             )
+        devices = math.prod(dataclasses.astuple(self.mesh))
+        if self.model.num_experts and devices > 1:
+            raise ValueError(
+                f"model.num_experts is {self.model.num_experts} on a mesh of {devices} devices; "
+                "experts are not split over devices yet, so every axis of the mesh must be 1"
+            )
         shards = self.mesh.data * self.mesh.fsdp
         if micro % shards or self.warm_start.batch_size % shards:
             raise ValueError(
@@ -334,6 +344,10 @@ class Config:
             )
 
     def _check_decay(self):
+        if self.optimizer.decay == "discrepancy" and self.objective.sides == "signed":
+            raise ValueError(
+                "optimizer.decay is discrepancy, which needs a gap without a sign; objective.sides is signed"
+            )
         if self.optimizer.decay != "dual":
             return
         if isinstance(self.objective.budget, str):

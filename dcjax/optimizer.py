@@ -54,7 +54,7 @@ def _reaction(config: Config) -> list[optax.GradientTransformation]:
     if optimizer.decay == "period":
         return [length_decay(optimizer.decay_period, **common)]
     if optimizer.decay == "length":
-        return [length_decay(Surge(), **common)]
+        return [length_decay(Surge(ratio=optimizer.surge_ratio, history=optimizer.surge_history), **common)]
     if optimizer.decay == "discrepancy":
         return [discrepancy_decay(**common)]
     if optimizer.decay == "dual":

@@ -21,7 +21,7 @@ from dcjax.config import (
     to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig, Precision
+from dcjax.models import ModelConfig, Precision, presets
 from dcjax.sharding.mesh import MeshConfig
 
 SECTIONS = {
@@ -193,7 +193,7 @@ def test_every_number_of_every_section_has_a_bound():
 
 def test_every_section_of_the_config_is_tested():
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert fields - {"name", "steps", "seed", "run_dir"} == set(SECTIONS)
+    assert fields - {"name", "steps", "seed", "run_dir", "pretrained"} == set(SECTIONS)
 
 
 @pytest.mark.parametrize("name", ["steps", "seed"])
@@ -288,7 +288,6 @@ OTHERWISE = small(
     model=ModelConfig(
         tie_embeddings=False,
         rope_theta=1e6,
-        num_experts=8,
         mlp_only_layers=(0,),
         precision=Precision(compute="bf16"),
     ),
@@ -350,3 +349,10 @@ def test_a_field_that_one_side_lacks_is_a_difference():
     del theirs["objective"]["eps_low"]
     assert differences(to_dict(small()), theirs) == {"objective.eps_low": (0.2, None)}
     assert differences(theirs, to_dict(small())) == {"objective.eps_low": (None, 0.2)}
+
+
+def test_experts_on_several_devices_are_refused():
+    """Partitioned by XLA they would be gathered in every loop, in an order that may differ between devices."""
+    message = refusal(lambda: Config(model=presets["tiny-moe"], mesh=MeshConfig(fsdp=2)))
+    assert "model.num_experts is 8 on a mesh of 2 devices" in message
+    assert Config(model=presets["tiny-moe"]).model.num_experts == 8

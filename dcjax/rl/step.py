@@ -165,7 +165,9 @@ def make_train_step(
         }
         if "dual/budget" in metrics:
             delta, mask = gaps(old_logps, batch), batch.response_mask
-            against = budget_metrics(discrepancy=delta, mask=mask, budget=metrics["dual/budget"], average=mean_discrepancy)
+            against = budget_metrics(
+                discrepancy=delta, mask=mask, budget=metrics["dual/budget"], average=mean_discrepancy
+            )
             metrics |= {f"dual/{name}": value for name, value in against.items()}
         if "loss_scale" in metrics:
             metrics["overflow"] = jnp.mean(~jnp.isfinite(grad_norms))
