@@ -176,7 +176,9 @@ def _load_recipe(recipe: str):
     """The Config of a recipe, given as a file or by the name of one in experiments/."""
     path = Path(recipe) if recipe.endswith(".py") else RECIPES / f"{recipe}.py"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py"))) or "none here"
+        # other experiments, which are no recipes, are scripts of their own
+        recipes = (file.stem for file in RECIPES.glob("*.py") if "def config(" in file.read_text())
+        known = ", ".join(sorted(recipes)) or "none here"
         raise RunError(f"no recipe {path}; give a Python file, or the name of one in {RECIPES}/: {known}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

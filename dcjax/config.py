@@ -179,8 +179,8 @@ class ObjectiveConfig:
                 f"it must be at most objective.max_multiplier, {self.max_multiplier}"
             )
         for name in ("correction_bound", "dual_clip"):
-            if (bound := getattr(self, name)) is not None and not bound > 1:
-                raise ValueError(f"objective.{name} is {bound}; it must be above 1")
+            if (bound := getattr(self, name)) is not None and not 1 < bound < math.inf:
+                raise ValueError(f"objective.{name} is {bound}; it must be a finite number above 1")
         if self.budget == "auto" and (self.penalty != "linear" or not self.has_ascent):
             raise ValueError(
                 f"objective.budget is auto, which {self.algorithm} with the penalty {self.penalty} cannot take: "
@@ -234,8 +234,10 @@ class OptimizerConfig:
     def __post_init__(self):
         names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_floor")
         names += ("decay_dual_lr", "ema_decay")
-        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period", "surge_ratio"), 1)
+        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period"), 1)
         _require("optimizer.", self, {**dict.fromkeys(names, 0), **ones, "surge_history": 7})
+        if not 1 < self.surge_ratio < math.inf:
+            raise ValueError(f"optimizer.surge_ratio is {self.surge_ratio}; it must be a finite number above 1")
         _require_choice("optimizer.", self, "decay")
         if self.decay_floor > 1:
             raise ValueError(f"optimizer.decay_floor is {self.decay_floor}; it must lie within [0, 1]")

@@ -72,12 +72,21 @@ LOWER_BOUNDS = {
     "objective.max_multiplier": (0.1, -1.0),
     "objective.eps_low": (0.0, -0.2),
     "objective.eps_high": (0.0, -0.28),
+    "objective.budget_window": (1, 0),
+    "objective.correction_bound": (1.01, 1.0),
+    "objective.kl_coefficient": (0.0, -0.1),
     "optimizer.learning_rate": (0.0, -1e-6),
     "optimizer.warmup_steps": (0, -1),
     "optimizer.beta1": (0.0, -0.9),
     "optimizer.beta2": (0.0, -0.95),
     "optimizer.epsilon": (0.0, -1e-8),
     "optimizer.weight_decay": (0.0, -0.1),
+    "optimizer.decay_floor": (0.0, -0.1),
+    "optimizer.decay_period": (1, 0),
+    "optimizer.decay_dual_lr": (0.0, -1.0),
+    "optimizer.ema_decay": (0.0, -0.9),
+    "optimizer.surge_ratio": (1.01, 1.0),
+    "optimizer.surge_history": (7, 6),
     "optimizer.max_grad_norm": (1e-3, 0.0),
     "optimizer.updates": (1, 0),
     "optimizer.microbatch_size": (1, 0),
@@ -98,6 +107,8 @@ UPPER_BOUNDS = {
     "warm_start.late_scratchpads": (1.0, 1.5),
     "optimizer.beta1": (0.999, 1.0),
     "optimizer.beta2": (0.999, 1.0),
+    "optimizer.decay_floor": (1.0, 1.1),
+    "optimizer.ema_decay": (0.999, 1.0),
 }
 
 FLOATS = [
@@ -170,7 +181,14 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
     assert f"{path} is -1.0; " in refusal(lambda: build(path, -1.0))
 
 
-@pytest.mark.parametrize("path", ["serving.format", "objective.algorithm", "objective.zero_variance"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "serving.format",
+        *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
+        "optimizer.decay",
+    ],
+)
 def test_a_word_that_is_no_choice_is_quoted_with_those_there_are(path):
     section, name = path.split(".")
     message = refusal(lambda: build(path, "nonesuch"))
@@ -356,3 +374,24 @@ def test_experts_on_several_devices_are_refused():
     message = refusal(lambda: Config(model=presets["tiny-moe"], mesh=MeshConfig(fsdp=2)))
     assert "model.num_experts is 8 on a mesh of 2 devices" in message
     assert Config(model=presets["tiny-moe"]).model.num_experts == 8
+
+
+def test_a_budget_may_be_measured_where_a_multiplier_follows_it():
+    assert ObjectiveConfig(budget="auto").budget == "auto"
+    assert "objective.budget is 'some'; it must be a number or auto" in refusal(lambda: ObjectiveConfig(budget="some"))
+    for changes in ({"penalty": "hinge"}, {"algorithm": "dual_grpo"}, {"algorithm": "thresholded_dual_grpo"}):
+        assert "objective.budget is auto" in refusal(lambda changes=changes: ObjectiveConfig(budget="auto", **changes))
+
+
+def test_a_decay_must_fit_the_gap_that_it_follows():
+    signed = ObjectiveConfig(sides="signed")
+    assert "objective.sides is signed" in refusal(
+        lambda: small(objective=signed, optimizer=OptimizerConfig(microbatch_size=8, decay="discrepancy"))
+    )
+    dual = OptimizerConfig(microbatch_size=8, decay="dual")
+    assert "this decay needs a number" in refusal(
+        lambda: small(objective=ObjectiveConfig(budget="auto"), optimizer=dual)
+    )
+    no_floor = dataclasses.replace(dual, decay_floor=0.0)
+    assert "optimizer.decay_floor is 0" in refusal(lambda: small(optimizer=no_floor))
+    assert small(optimizer=dual).optimizer.decay == "dual"

@@ -93,7 +93,7 @@ def measure(signal: Signal, *, level: str = "token", sides: str = "two") -> Disc
       ValueError: a level or sides other than these.
 
     References:
-      Paper A (DCMDP), §5 on granularity and figure 7 on sides.
+      Paper A (DCMDP), eq. 2; one-sided as in its figure 7.
     """
     for name, value, choices in (("level", level, LEVELS), ("sides", sides, SIDES)):
         if value not in choices:
