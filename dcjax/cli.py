@@ -147,6 +147,7 @@ def _add_convert(commands) -> None:
     export.add_argument("source", type=Path, metavar="RUN_OR_STEP", help="a run directory, or RUN/checkpoints/STEP")
     export.add_argument("out", type=Path, metavar="OUT", help="a folder to make; nothing is overwritten")
     export.add_argument("--dtype", choices=dtypes, help="of the weights (default: as trained)")
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights, not the last ones")
     export.set_defaults(run=_convert_export)
 
     inspect = actions.add_parser(
@@ -244,10 +245,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(json.dumps({"step": results.step, "policies": [dataclasses.asdict(row) for row in results.rows]}))
         return
     print(f"step {results.step}, temperature {results.temperature:g}")
-    print(f"{'policy':<10}{'format':<10}{'correct':<12}{'accuracy':<10}95% interval")
+    print(f"{'policy':<14}{'format':<10}{'correct':<12}{'accuracy':<10}95% interval")
     for row in results.rows:
         interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
-        print(f"{row.policy:<10}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{interval}")
+        print(f"{row.policy:<14}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{interval}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -289,7 +290,7 @@ def _convert_export(options: argparse.Namespace) -> None:
     from dcjax.convert import export_run
 
     with _tensors_shown() as told:
-        step = export_run(options.source, options.out, dtype=options.dtype, told=told)
+        step = export_run(options.source, options.out, dtype=options.dtype, averaged=options.ema, told=told)
     print(f"exported: {options.out} (step {step})")
 
 

@@ -62,26 +62,31 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
         write_folder(out, checkpoint.config, pending, source, told=told)
 
 
-def export_run(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> int:
+def export_run(
+    source: Path, out: Path, *, dtype: DtypeName | None = None, averaged: bool = False, told: Told | None = None
+) -> int:
     """Writes a run's policy as a Hugging Face folder, with the run's tokenizer.
 
     Args:
       source: a run directory, for its newest checkpoint, or RUN/checkpoints/STEP.
       out: a folder to make.
       dtype: of the weights; None is as trained.
+      averaged: the moving average of the weights in place of the last ones.
       told: called after each tensor.
 
     Returns:
       The checkpoint's step.
 
     Raises:
-      RunError: no such run or checkpoint, a damaged one, or what `save_hf` refuses.
+      RunError: no such run or checkpoint, a damaged one, one without an average that was asked for, or what `save_hf`
+        refuses.
     """
     # with JetStream they take seconds to import, which import and inspect need not wait for
     from transformers import PreTrainedTokenizerFast
 
     from dcjax.assemble import abstract_state
     from dcjax.checkpoint import Checkpoints
+    from dcjax.rl.averaging import averaged_params
     from dcjax.run import load_config
     from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -104,7 +109,7 @@ def export_run(source: Path, out: Path, *, dtype: DtypeName | None = None, told:
         save_hf(
             out,
             config.model,
-            state.params,
+            averaged_params(state.opt_state, state.params) if averaged else state.params,
             dtype=dtype,
             tokenizer_from=run_dir / "tokenizer",
             token_ids=ids,

@@ -17,6 +17,7 @@ from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, encode_prompts
 from dcjax.errors import RunError
 from dcjax.rewards.boxed import integer_reward
+from dcjax.rl.averaging import averaged_params
 from dcjax.run import load_config
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName, formats
@@ -25,7 +26,7 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.statistics import wilson_interval
 from dcjax.types import Params, Rollout
 
-Policy = Literal["deployed", "training"]
+Policy = Literal["deployed", "training", "deployed_ema"]
 
 HELDOUT_SEED = 0
 """The same held-out prompts and sampling keys for every run and step, so that accuracies are compared in pairs."""
@@ -130,5 +131,9 @@ def evaluate_source(
         step = checkpoints.latest()
     state, loop = checkpoints.restore(step, abstract_state(config, mesh))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
-    rows = evaluate(config, tokenizer, make_engines(config, mesh, tokenizer), state.params, loop.step)
+    engines = make_engines(config, mesh, tokenizer)
+    rows = evaluate(config, tokenizer, engines, state.params, loop.step)
+    if config.optimizer.ema_decay:
+        averaged = averaged_params(state.opt_state, state.params)
+        rows += evaluate(config, tokenizer, {"deployed_ema": engines["deployed"]}, averaged, loop.step)
     return Evaluation(loop.step, config.evaluation.temperature, rows)

@@ -127,7 +127,7 @@ class Trainer:
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
         if self.config.optimizer.ema_decay:
             average = averaged_params(state.opt_state, state.params)
-            deployed = {"deployed": self.engines["deployed"]}
+            deployed = {"deployed_ema": self.engines["deployed"]}
             (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
             measured["eval/deployed_accuracy_ema"] = row.accuracy
         self.deployed_accuracy = measured["eval/deployed_accuracy"]

@@ -1,0 +1,135 @@
+"""What one iteration does around the compiled step: groups sampled anew, averages evaluated, an alarm."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from dcjax import trainer as module
+from dcjax.config import Config, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.models import ModelConfig
+from dcjax.trainer import SAMPLING_ROUNDS, Sampled, Trainer
+from dcjax.types import Rollout
+
+PROMPTS, G, P, T = 4, 2, 13, 48
+CONFIG = Config(
+    model=ModelConfig(vocab_size=19, hidden_size=16, intermediate_size=16, num_layers=1),
+    rollout=RolloutConfig(prompts=PROMPTS, group_size=G),
+    objective=ObjectiveConfig(zero_variance="resample"),
+    optimizer=OptimizerConfig(microbatch_size=8, ema_decay=0.5),
+    evaluation=EvaluationConfig(prompts=4),
+    task=ArithmeticTask(),
+)
+
+
+def sampled(cursor, rewards):
+    """Rows that say which prompt they are of."""
+    rows = len(rewards)
+    numbers = np.repeat(cursor + np.arange(rows // G), G)
+    rollout = Rollout(
+        tokens=np.tile(numbers[:, None], (1, P + T)).astype(np.int32),
+        prompt_mask=np.ones((rows, P), bool),
+        response_mask=np.ones((rows, T), bool),
+        rollout_logps=np.zeros((rows, T), np.float32),
+        temperature=np.ones(rows, np.float32),
+        versions=np.zeros((rows, T), np.int32),
+        finished=np.ones(rows, bool),
+    )
+    problems = [CONFIG.task.problem("train", 0, int(number)) for number in numbers[::G]]
+    return Sampled(problems, rollout, [str(n) for n in numbers], np.array(rewards, np.float32), rows // G)
+
+
+@pytest.fixture
+def rounds_of(monkeypatch):
+    """A trainer whose rounds of sampling give these rewards, and the cursors and keys that it asked with."""
+
+    def build(*rewards):
+        trainer, asked = Trainer(CONFIG), []
+
+        def sample_once(serving, cursor, key):
+            asked.append((cursor, jax.random.key_data(key).tolist()))
+            return sampled(cursor, rewards[min(len(asked), len(rewards)) - 1])
+
+        monkeypatch.setattr(trainer, "_sample_once", sample_once)
+        first = sample_once(None, 100, jax.random.key(0))
+        return trainer._without_equal_groups(first, None, 100, jax.random.key(0)), asked
+
+    return build
+
+
+def prompts_of(result):
+    numbers = np.asarray(result.rollout.tokens)[::G, 0].tolist()
+    assert result.texts == [str(n) for n in numbers for _ in range(G)]
+    assert [problem.prompt for problem in result.problems] == [
+        CONFIG.task.problem("train", 0, number).prompt for number in numbers
+    ]
+    return numbers
+
+
+MIXED, EQUAL = [0, 1], [1, 1]
+
+
+def test_a_round_in_which_every_group_differs_is_kept_as_it_is(rounds_of):
+    result, asked = rounds_of(MIXED * 4)
+    assert prompts_of(result) == [100, 101, 102, 103]
+    assert (len(asked), result.prompts_taken) == (1, 4)
+
+
+def test_groups_of_equal_rewards_are_replaced_by_those_of_further_rounds(rounds_of):
+    result, asked = rounds_of(EQUAL + MIXED + EQUAL + MIXED, EQUAL * 3 + MIXED, MIXED * 4)
+    assert prompts_of(result) == [101, 103, 107, 108]
+    np.testing.assert_array_equal(result.rewards, MIXED * 4)
+    assert result.prompts_taken == 12
+    # prompts are never asked twice, nor keys
+    assert [cursor for cursor, _ in asked] == [100, 104, 108]
+    assert len({tuple(key) for _, key in asked}) == 3
+
+
+def test_what_no_round_could_fill_is_filled_with_groups_that_the_objective_drops(rounds_of):
+    result, asked = rounds_of(EQUAL * 2 + MIXED + EQUAL, EQUAL * 4)
+    assert len(asked) == SAMPLING_ROUNDS
+    assert prompts_of(result) == [102, 100, 101, 103]
+    assert result.prompts_taken == 4 * SAMPLING_ROUNDS
+
+
+def test_the_average_of_the_weights_is_evaluated_beside_the_last_ones(monkeypatch):
+    trainer = Trainer(CONFIG)
+    seen = []
+
+    def evaluate(config, tokenizer, engines, params, version):
+        seen.append((tuple(engines), float(params["norm"][0])))
+        return [module_row(policy) for policy in engines]
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(module, "averaged_params", lambda opt_state, params: {"norm": np.array([7.0])})
+    state = type("State", (), {"params": {"norm": np.array([1.0])}, "opt_state": None, "step": 0})()
+    measured = trainer.evaluate(state)
+    assert seen == [(("deployed", "training"), 1.0), (("deployed_ema",), 7.0)]
+    assert set(measured) == {
+        "eval/deployed_accuracy",
+        "eval/training_accuracy",
+        "eval/deployed_accuracy_ema",
+        "eval/prompts",
+    }
+
+
+def module_row(policy):
+    from dcjax.evaluate import Accuracy
+
+    return Accuracy(policy, "float32", 1, 4, 0.25, (0.0, 1.0))
+
+
+@pytest.mark.parametrize(("saturated", "is_told"), [(9.0, False), (10.0, True), (11.0, False)])
+def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch, capsys, saturated, is_told):
+    config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75))
+    trainer = Trainer(config)
+    metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "dual/budget": 0.25}
+    monkeypatch.setattr(trainer, "_step", lambda state, batch: (state, metrics))
+    loop = module.LoopState(step=4, data_cursor=0, rollout_key=[0, 0])
+    _, logged = trainer._update(None, loop, sampled(0, MIXED * 4))
+    told = capsys.readouterr().err
+    assert ("step 5: λ has been at objective.max_multiplier, 0.75, for 10 iterations" in told) == is_told
+    assert logged["dual/budget"] == 0.25
+    assert logged["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / 2)
