@@ -59,6 +59,7 @@ _PANELS = (
         (
             Curve("eval/deployed_accuracy", "deployed policy", _BLUE, marker="o", interval=True),
             Curve("eval/training_accuracy", "training policy", _VERMILLION, line="--", marker="s", interval=True),
+            Curve("eval/deployed_accuracy_ema", "deployed policy, averaged weights", _BLACK, line=":", marker="^"),
         ),
     ),
     Panel(
@@ -87,16 +88,20 @@ _HEADLINES = (
     Headline("reward", "Reward", max),
     Headline("eval/deployed_accuracy", "Held-out accuracy, deployed policy", max),
     Headline("eval/training_accuracy", "Held-out accuracy, training policy", max),
+    Headline("eval/deployed_accuracy_ema", "Held-out accuracy, deployed policy, averaged weights", max),
     Headline("dual/discrepancy", "Discrepancy δ̄, a mean over responses", min),
     Headline("mismatch/prob_diff_mean", "|p_train − p_infer|, mean over tokens", min),
     Headline("mismatch/prob_diff_max", "|p_train − p_infer|, largest", min),
     Headline("mismatch/log_ppl_abs_diff", "Difference of log-perplexity, a response (nats)", min),
+    Headline("mismatch/prob_diff_p99", "|p_train − p_infer|, 99th percentile", min),
+    Headline("mismatch/ess", "Effective share of the tokens as the training policy's samples", max),
     Headline("mismatch/k3", "KL(sampled ‖ training), k3 estimate (nats a token)", min),
     Headline("dual/multiplier", "Multiplier λ", None),
     Headline("dual/budget", "Budget c", None),
     Headline("response_length", "Response length (tokens)", None),
     Headline("entropy", "Entropy (nats a token)", None),
     Headline("grad_norm", "Gradient norm", None),
+    Headline("learning_rate", "Learning rate", None),
     Headline("tokens_per_second", "Throughput (tokens/s)", max),
 )
 
