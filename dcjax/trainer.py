@@ -16,11 +16,12 @@ from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
 from dcjax.errors import RunError
-from dcjax.evaluate import evaluate, make_engines, responses, score
+from dcjax.evaluate import Policy, evaluate, make_engines, responses, score
 from dcjax.optimizer import make_optimizer, make_schedule
 from dcjax.record import Transcripts
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
+from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.mesh import make_mesh
@@ -127,7 +128,7 @@ class Trainer:
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
         if self.config.optimizer.ema_decay:
             average = averaged_params(state.opt_state, state.params)
-            deployed = {"deployed_ema": self.engines["deployed"]}
+            deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": self.engines["deployed"]}
             (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
             measured["eval/deployed_accuracy_ema"] = row.accuracy
         self.deployed_accuracy = measured["eval/deployed_accuracy"]
@@ -221,9 +222,6 @@ class Trainer:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")
-        scheduled = float(np.asarray(self._schedule(loop.step * config.optimizer.updates)))
-        metrics["learning_rate"] = scheduled * metrics.pop("learning_rate_scale")
-        metrics["prompts_taken"] = sampled.prompts_taken
         if metrics.get("dual/saturated") == ALARM:
             bound = config.objective.max_multiplier
             print(
@@ -231,7 +229,16 @@ class Trainer:
                 "while the gap rises; the penalty does not close it",
                 file=sys.stderr,
             )
-        return state, {"dual/budget": config.objective.budget} | metrics
+        return state, self._with_settings(loop, metrics) | {"prompts_taken": sampled.prompts_taken}
+
+    def _with_settings(self, loop: LoopState, metrics: dict[str, float]) -> dict[str, float]:
+        """The same with the learning rate, and with a given budget drawn beside the gap even where no λ follows it."""
+        scheduled = float(np.asarray(self._schedule(loop.step * self.config.optimizer.updates)))
+        settings = {"learning_rate": scheduled * metrics["learning_rate_scale"]}
+        budget = self.config.objective.budget
+        if not isinstance(budget, str):
+            settings["dual/budget"] = budget
+        return metrics | settings
 
     def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
         path = self.config.directory / "bad_batch.npz"

@@ -1,6 +1,7 @@
 import base64
 import contextlib
 import gc
+import json
 import math
 import os
 import random
@@ -529,6 +530,33 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(train, tmp_path, size):
     assert status == 2
     assert len(told) == 1, told
     assert told[0].startswith("dcjax: error: ") and str(tmp_path / "run") in told[0]
+
+
+def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(train, tmp_path):
+    directory = tmp_path / "run"
+    choices = {
+        "objective.estimator": "rloo",
+        "objective.correction": "token_tis",
+        "objective.zero_variance": "resample",
+        "objective.budget": "auto",
+        "objective.kl_coefficient": "0.01",
+        "optimizer.decay": "length",
+        "optimizer.ema_decay": "0.5",
+    }
+    status, told = train(
+        directory, "steps=2", "warm_start.steps=5", *(f"{name}={value}" for name, value in choices.items())
+    )
+    assert (status, told) == (0, [])
+    recorded = json.loads((directory / "config.json").read_text())
+    for name, value in choices.items():
+        section, field = name.split(".")
+        assert str(recorded[section][field]) == value
+    last = read_metrics(directory / "metrics.jsonl")[-1]
+    logged = {"token_tis/clipped_fraction", "dropped_fraction", "learning_rate_period", "eval/deployed_accuracy_ema"}
+    assert logged <= set(last)
+    # λ is held while its budget is being measured
+    assert (last["dual/budget"], last["dual/multiplier"]) == (0.0, pytest.approx(0.1))
+    assert last["prompts_taken"] >= PROMPTS
 
 
 def test_a_tokenizer_that_cannot_be_written_is_one_line(train, tmp_path):

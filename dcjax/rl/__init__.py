@@ -17,7 +17,7 @@ from dcjax.rl.discrepancy import log_probability_difference, measure, probabilit
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
 from dcjax.rl.loss_scale import dynamic_loss_scale
-from dcjax.rl.losses import cispo, clipped_surrogate, gspo, policy_gradient
+from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient
 from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
 from dcjax.rl.objective import (
@@ -33,6 +33,7 @@ from dcjax.rl.objective import (
     leave_one_out_advantages,
 )
 from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
+from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo
 from dcjax.rl.step import make_train_step
 
 __all__ = [
@@ -47,11 +48,14 @@ __all__ = [
     "chain",
     "cispo",
     "clipped_surrogate",
+    "dc_direct",
+    "dc_grpo",
     "direct_penalty",
     "discrepancy_decay",
     "discrepancy_penalty",
     "drop_zero_variance",
     "dual_ascent",
+    "dual_grpo",
     "dual_learning_rate",
     "dynamic_loss_scale",
     "gate",
@@ -59,9 +63,11 @@ __all__ = [
     "geometric_tis",
     "group_relative",
     "group_relative_advantages",
+    "grpo",
     "gspo",
     "hinge",
     "icepop_mask",
+    "kl_estimate",
     "kl_penalty",
     "leave_one_out",
     "leave_one_out_advantages",
@@ -83,6 +89,7 @@ __all__ = [
     "sequence_mis",
     "sequence_tis",
     "shifted",
+    "thresholded_dual_grpo",
     "token_mean",
     "token_mis",
     "token_tis",
