@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from dcjax.rl.advantages import relative_to_group, relative_to_mean, relative_to_others
 from dcjax.rl.discrepancy import Discrepancy
 from dcjax.rl.losses import kl_estimate
+from dcjax.rl.masked import masked_mean
 from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, linear, penalize
 from dcjax.types import Array, Batch
 
@@ -198,6 +199,8 @@ def direct_penalty(
 def kl_penalty(coefficient: float, *, kind: str = "k3") -> LossTransform:
     """loss += β · KL(π_θ ‖ π_ref), estimated on each sampled token and differentiated (GRPO, arXiv 2402.03300, eq. 4).
 
+    Metric, by row: `kl/reference`, its mean over the response.
+
     Args:
       coefficient: β, at least 0; both papers have 0.
       kind: of `kl_estimate`: "k1", "k2", "k3" or "abs". On-policy, only k2's gradient is the KL's, and k1's has mean 0.
@@ -213,7 +216,8 @@ def kl_penalty(coefficient: float, *, kind: str = "k3") -> LossTransform:
             raise ValueError("kl_penalty needs reference_logps; give the TrainState a reference policy")
         reference, mask = jax.lax.stop_gradient(context.reference_logps), context.batch.response_mask
         estimate = kl_estimate(logps=context.logps, reference_logps=reference, mask=mask, kind=kind)
-        return dataclasses.replace(terms, loss=terms.loss + coefficient * estimate)
+        metrics = {**terms.metrics, "kl/reference": jax.lax.stop_gradient(masked_mean(estimate, mask, axis=1))}
+        return dataclasses.replace(terms, loss=terms.loss + coefficient * estimate, metrics=metrics)
 
     return apply
 

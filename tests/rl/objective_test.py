@@ -218,6 +218,8 @@ def test_the_kl_penalty_against_numpy(batch, context, kind, of):
     terms = kl_penalty(0.25, kind=kind)(initial_terms(batch), with_reference)
     expected = np.where(batch.response_mask, 0.25 * of(context.logps - reference), 0)
     np.testing.assert_allclose(terms.loss, expected, rtol=1e-4, atol=1e-6)
+    sums = (expected / 0.25).sum(1) / np.maximum(LENGTHS, 1)
+    np.testing.assert_allclose(terms.metrics["kl/reference"], sums, rtol=1e-4, atol=1e-6)
     twice = chain(kl_penalty(0.25, kind=kind), direct_penalty(probability_difference, multiplier=1.0))
     added = twice(initial_terms(batch), with_reference).loss - terms.loss
     assert float(jnp.abs(added).max()) > 0.01
