@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -66,7 +67,7 @@ def _prepare() -> None:
     # what Orbax logs of a failed save is raised too, and told in one line
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _leave_out_writes_of_a_failed_save
+    sys.unraisablehook = _leave_out_checkpoints_that_failed
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
@@ -79,10 +80,12 @@ def _prepare() -> None:
         os.close(terminal)
 
 
-def _leave_out_writes_of_a_failed_save(unraisable) -> None:
-    """Tells of errors that nobody can catch, but not of writes that end after the save that began them has failed."""
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+def _leave_out_checkpoints_that_failed(unraisable) -> None:
+    """Tells of errors that nobody can catch, but not of reads and writes that end after their checkpoint has failed."""
+    error, source = unraisable.exc_value, unraisable.object
+    is_late_write = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    is_late_read = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
+    if not (is_late_write or is_late_read):
         sys.__unraisablehook__(unraisable)
 
 
