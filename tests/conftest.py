@@ -7,7 +7,11 @@ import types
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# XLA's usual scheduler on CPU runs what is independent side by side, collectives in two loops among it: fake devices
+# then meet in different orders, and wait for each other until they are aborted.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # compiled programs are kept between runs, for the processes that tests start too
