@@ -212,13 +212,12 @@ class Trainer:
         )
         bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
         if len(bad):
-            self._stop(
-                loop,
-                batch,
-                f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite",
-            )
+            self._stop(loop, batch, f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite")
         state, metrics = self._step(state, batch)
         metrics = assemble.metrics_to_host(metrics)
+        if (at := int(metrics.pop("nonfinite_at"))) >= 0:
+            place = divmod(at, batch.response_mask.shape[1])
+            self._stop(loop, batch, f"the trainer's log-prob at response, token {place} is not finite")
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")

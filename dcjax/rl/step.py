@@ -162,6 +162,7 @@ def make_train_step(
             # not finite where an update overflowed, which the loss shows only a step later
             "param_norm": optax.tree.norm(trained.params),
             "dual/discrepancy": mean_gap(old_logps, batch),
+            "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask),
         }
         if "dual/budget" in metrics:
             delta, mask = gaps(old_logps, batch), batch.response_mask
@@ -200,6 +201,12 @@ def _multiplier(state: TrainState) -> Array | None:
 
 def _loss_scale(state: TrainState) -> Array | None:
     return optax.tree.get(state.opt_state, "loss_scale")
+
+
+def _first_nonfinite(logps: Array, mask: Array) -> Array:
+    """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 where all are."""
+    bad = (mask & ~jnp.isfinite(logps)).reshape(-1)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
 
 
 def _mean_length(batch: Batch) -> Array:

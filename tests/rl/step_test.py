@@ -435,6 +435,25 @@ def test_the_smoothed_gradient_norm_starts_at_the_first_and_moves_by_a_tenth(pai
 
 
 @pytest.mark.parametrize("updates", [1, 2])
+def test_a_log_prob_of_the_trainers_that_is_not_finite_is_found_by_its_place(pairs, updates):
+    row, column = 6, int(pairs.response_mask[6].sum()) - 1
+    # a token that nothing else holds, so that its logit alone can be broken
+    tokens = pairs.tokens.copy()
+    tokens[tokens == 5] = 4
+    tokens[row, P + column] = 5
+    batch = dataclasses.replace(pairs, tokens=tokens)
+    step, state = bigram_step(penalty, updates=updates)
+    assert int(step(state, batch)[1]["nonfinite_at"]) == -1
+
+    def broken(table, batch):
+        logps, entropy, metrics = bigram(table, batch)
+        return jnp.where(batch.tokens[:, P:] == 5, jnp.nan, logps), entropy, metrics
+
+    step, state = bigram_step(penalty, policy=broken, updates=updates)
+    assert divmod(int(step(state, batch)[1]["nonfinite_at"]), T) == (row, column)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
 def test_a_loss_scale_changes_nothing_that_is_finite(pairs, updates):
     expected, plain = (run := bigram_step(penalty, updates=updates))[0](run[1], pairs)
     step, state = bigram_step(penalty, updates=updates, loss_scale=2.0**15)
