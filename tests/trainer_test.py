@@ -123,9 +123,9 @@ def module_row(policy):
 
 @pytest.mark.parametrize(("saturated", "is_told"), [(9.0, False), (10.0, True), (11.0, False)])
 def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch, capsys, saturated, is_told):
-    config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75))
+    config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75, budget=0.25))
     trainer = Trainer(config)
-    metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "dual/budget": 0.25, "nonfinite_at": -1}
+    metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "nonfinite_at": -1}
     monkeypatch.setattr(trainer, "_step", lambda state, batch: (state, metrics))
     loop = module.LoopState(step=4, data_cursor=0, rollout_key=[0, 0])
     _, logged = trainer._update(None, loop, sampled(0, MIXED * 4))
