@@ -193,7 +193,11 @@ def test_the_quickstart_is_the_default_recipe(started, monkeypatch):
     assert seeded == dataclasses.replace(first, seed=3)
 
 
-@pytest.mark.parametrize("path", [EXPERIMENTS / "quickstart.py"], ids=lambda path: path.stem)
+# other experiments are scripts of their own, and no recipes
+RECIPES = sorted(path for path in EXPERIMENTS.glob("*.py") if "def config(" in path.read_text())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_a_valid_config(started, path):
     assert main(["train", str(path)]) == 0
     assert isinstance(started[0], Config)
