@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from dcjax.objective import (
 from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.quantize import FormatName
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -32,7 +33,7 @@ Optimizer = optax.GradientTransformationExtraArgs
 
 
 def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-    """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature.
+    """The training policy's log-probs and entropies of a batch's responses, under the sampler's transform of logits.
 
     And, where the model has experts, what its routers did, by row.
     """
@@ -43,6 +44,8 @@ def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, A
         batch.attention_mask,
         response_length=batch.response_mask.shape[1],
         temperature=batch.temperature,
+        experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
+        support=batch.support,
     )
     return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
 
@@ -83,7 +86,22 @@ def starting_params(config: Config, mesh: Mesh) -> Params:
     return create(jax.random.key(config.seed))
 
 
-def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, *, keeps_reference: bool = False) -> Any:
+@dataclass(frozen=True)
+class Kept:
+    """Past parameters that a TrainState holds beside its own."""
+
+    # those that RL started from
+    reference: bool = False
+    # those before each of so many iterations
+    history: int = 0
+
+    @classmethod
+    def by(cls, config: Config) -> Kept:
+        """What RL needs."""
+        return cls(reference=bool(config.objective.kl_coefficient), history=config.mismatch.staleness)
+
+
+def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept = Kept()) -> Any:
     """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
     params = params_shardings(config, mesh)
     everywhere: Any = replicated(mesh)
@@ -100,41 +118,46 @@ def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, *, keeps_referenc
         params=params,
         opt_state=opt_state,
         grad_norm_smoothed=everywhere,
-        reference=params if keeps_reference else None,
+        reference=params if kept.reference else None,
+        history=(params,) * kept.history,
     )
 
 
-def _create_state(tx: Optimizer, params: Params, *, keeps_reference: bool = False) -> TrainState:
-    # a copy, since the step donates the parameters' own buffers
-    reference = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params) if keeps_reference else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()), reference)
+def _create_state(tx: Optimizer, kept: Kept, params: Params) -> TrainState:
+    def copied() -> Params:
+        # the step donates the parameters' own buffers
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        grad_norm_smoothed=jnp.zeros(()),
+        reference=copied() if kept.reference else None,
+        history=tuple(copied() for _ in range(kept.history)),
+    )
 
 
-def initial_state(
-    config: Config, mesh: Mesh, tx: Optimizer, params: Params, *, keeps_reference: bool = False
-) -> TrainState:
-    """Step 0 from given parameters, which are donated; they may stay as the policy to stay close to."""
-    places = state_shardings(config, mesh, tx, keeps_reference=keeps_reference)
-    create = partial(_create_state, tx, keeps_reference=keeps_reference)
-    return jax.jit(create, out_shardings=places, donate_argnums=0)(params)
+def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: Kept = Kept()) -> TrainState:
+    """Step 0 from given parameters, which are donated."""
+    places = state_shardings(config, mesh, tx, kept)
+    return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
-    tx, keeps_reference = make_optimizer(config), bool(config.objective.kl_coefficient)
-    shapes = jax.eval_shape(partial(_create_state, tx, keeps_reference=keeps_reference), abstract_params(config.model))
+    tx, kept = make_optimizer(config), Kept.by(config)
+    shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(config, mesh, tx, keeps_reference=keeps_reference),
+        state_shardings(config, mesh, tx, kept),
     )
 
 
-def compile_step(
-    config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, *, keeps_reference: bool = False
-) -> TrainStep:
+def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: Kept = Kept()) -> TrainStep:
     """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
-    state = state_shardings(config, mesh, tx, keeps_reference=keeps_reference)
+    state = state_shardings(config, mesh, tx, kept)
     return jax.jit(
         step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
     )
@@ -155,7 +178,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         microbatch_size=optimizer.microbatch_size,
         updates=optimizer.updates,
     )
-    return compile_step(config, mesh, tx, step, keeps_reference=bool(objective.kl_coefficient))
+    return compile_step(config, mesh, tx, step, Kept.by(config))
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:
@@ -166,15 +189,39 @@ def metrics_to_host(metrics: Metrics) -> dict[str, float]:
     return values
 
 
-def make_engine(config: Config, format: FormatName, mesh: Mesh, end_token: int) -> Qwen3Engine:
-    """A serving engine for the run's prompts and responses."""
-    return Qwen3Engine(
-        config.model,
-        format=format,
-        slots=config.serving.slots,
-        max_prompt_length=config.rollout.max_prompt_length,
-        max_response_length=config.rollout.max_response_length,
-        end_token=end_token,
-        steps_per_call=config.serving.steps_per_call,
-        mesh=mesh,
-    )
+def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
+    """The engine that deploys the policy, for the run's prompts and responses.
+
+    Raises:
+      RunError: the model, the hardware or its memory cannot serve that.
+    """
+    serving, rollout = config.serving, config.rollout
+    try:
+        return Qwen3Engine(
+            config.model,
+            format=serving.format,
+            kv_cache=serving.kv_cache,
+            keep=serving.keep,
+            slots=serving.slots,
+            max_prompt_length=rollout.max_prompt_length,
+            max_response_length=rollout.max_response_length,
+            end_token=end_token,
+            steps_per_call=serving.steps_per_call,
+            prefill_tokens=serving.prefill_tokens,
+            max_support=rollout.top_k,
+            records_experts=rollout.replay_routing,
+            mismatch=config.mismatch,
+            mesh=mesh,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def make_training_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
+    """One that samples from the training policy: in float32, with nothing added.
+
+    Raises:
+      RunError: as `make_engine`.
+    """
+    serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
+    return make_engine(dataclasses.replace(config, serving=serving, mismatch=MismatchConfig()), mesh, end_token)

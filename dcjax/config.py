@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models.config import ModelConfig, presets
-from dcjax.serving.quantize import FormatName
+from dcjax.serving.mismatch import MismatchConfig
+from dcjax.serving.quantize import FormatName, KVCacheName
 from dcjax.sharding.mesh import MeshConfig
 
 
@@ -64,6 +65,13 @@ class RolloutConfig:
     """Responses a prompt (G); at least 2, since advantages are relative to the group."""
     temperature: float = 1.0
     """Sampling temperature; the trainer applies it to its own logits too."""
+    top_k: int = 0
+    """How many of the most probable tokens can be sampled; 0 is all. They are recorded, and the trainer's distribution is
+    over the same ones."""
+    top_p: float = 1.0
+    """The most probable tokens can be sampled, of those that top_k leaves, until they hold so much; needs a top_k."""
+    replay_routing: bool = False
+    """The trainer's tokens go to the experts that the sampler's went to, not to those of its own choice."""
     max_prompt_length: int = 13
     """Longest prompt (tokens)."""
     max_response_length: int = 48
@@ -77,6 +85,16 @@ class RolloutConfig:
         )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"rollout.temperature is {self.temperature}; training needs one above 0")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"rollout.top_k is {self.top_k} and rollout.top_p {self.top_p}; "
+                "they must be at least 0, and within (0, 1]"
+            )
+        if self.top_p < 1 and not self.top_k:
+            raise ValueError(
+                f"rollout.top_p is {self.top_p} without rollout.top_k: the trainer replays the truncation from the tokens "
+                "that it left, of which there may then be a vocabulary; set rollout.top_k too, to 64, say"
+            )
 
     @property
     def sequences(self) -> int:
@@ -89,15 +107,23 @@ class ServingConfig:
     """The engine that samples."""
 
     format: FormatName = "int8"
-    """Numerics of the deployed policy: float32; bf16; int8 (w8a8 per channel with an int8 KV cache)."""
+    """Numerics of the deployed policy: float32, bf16, fp16; int8 and fp8 (e4m3): weights, activations and KV cache; their
+    weights alone; int4: weights alone, in groups of 32."""
+    kv_cache: KVCacheName = "auto"
+    """What keys and values are stored in; auto is the format's own."""
+    keep: tuple[str, ...] = ()
+    """Names of weights that stay in the activations' dtype, lm_head or experts_*, say."""
     slots: int = 32
     """Samples decoded at once."""
     steps_per_call: int = 8
-    """Tokens that one call decodes in each slot, before ended samples are replaced."""
+    """Tokens that are decoded in each slot before ended samples are replaced."""
+    prefill_tokens: int = 4096
+    """Tokens in one pass of the prefill, of several prompts or of a piece of a long one."""
 
     def __post_init__(self):
-        _require("serving.", self, {"slots": 1, "steps_per_call": 1})
+        _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1})
         _require_choice("serving.", self, "format")
+        _require_choice("serving.", self, "kv_cache")
 
 
 @dataclass(frozen=True)
@@ -296,6 +322,7 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -309,6 +336,7 @@ class Config:
         if not self.name or set(self.name) & set("/\\\0") or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}; it names a folder under runs/")
         self._check_lengths()
+        self._check_sampling()
         self._check_divisions()
         self._check_decay()
 
@@ -322,6 +350,12 @@ class Config:
                 raise ValueError(
                     f"rollout.max_{which}_length is {limit}; this task's longest {which} needs {needed} tokens"
                 )
+
+    def _check_sampling(self):
+        if self.rollout.top_k > self.model.vocab_size:
+            raise ValueError(f"rollout.top_k is {self.rollout.top_k}; the vocabulary has {self.model.vocab_size} tokens")
+        if self.rollout.replay_routing and not self.model.num_experts:
+            raise ValueError("rollout.replay_routing is True; it needs a model with experts, and model.num_experts is 0")
 
     def _check_divisions(self):
         prompts, updates = self.rollout.prompts, self.optimizer.updates

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import abstract_state, make_engine
+from dcjax.assemble import abstract_state, make_engine, make_training_engine
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, encode_prompts
@@ -55,10 +55,14 @@ class Evaluation:
 
 
 def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[Policy, Qwen3Engine]:
-    """`deployed` in the run's serving format, `training` in the trainer's float32."""
+    """`deployed` in the run's serving format, `training` in the trainer's float32.
+
+    Raises:
+      RunError: they cannot be served.
+    """
     return {
-        "deployed": make_engine(config, config.serving.format, mesh, tokenizer.eos_token_id),
-        "training": make_engine(config, "float32", mesh, tokenizer.eos_token_id),
+        "deployed": make_engine(config, mesh, tokenizer.eos_token_id),
+        "training": make_training_engine(config, mesh, tokenizer.eos_token_id),
     }
 
 
@@ -96,7 +100,7 @@ def evaluate(
         )
         correct = int(score(responses(tokenizer, rollout), problems, rollout).sum())
         interval = wilson_interval(correct, len(problems))
-        rows.append(Accuracy(policy, engine.format_name, correct, len(problems), correct / len(problems), interval))
+        rows.append(Accuracy(policy, engine.format.name, correct, len(problems), correct / len(problems), interval))
     return rows
 
 

@@ -118,9 +118,8 @@ class Trainer:
         params = warm_start(self.config, self.mesh, self.tokenizer)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
-        keeps_reference = bool(self.config.objective.kl_coefficient)
-        tx = make_optimizer(self.config)
-        return assemble.initial_state(self.config, self.mesh, tx, params, keeps_reference=keeps_reference), loop
+        tx, kept = make_optimizer(self.config), assemble.Kept.by(self.config)
+        return assemble.initial_state(self.config, self.mesh, tx, params, kept), loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
@@ -162,7 +161,8 @@ class Trainer:
         return state, loop, metrics, sampled
 
     def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
-        serving = self.engines["deployed"].sync(state.params, loop.step)
+        params = state.history[0] if state.history else state.params
+        serving = self.engines["deployed"].sync(params, max(loop.step - len(state.history), 0))
         sampled = self._sample_once(serving, loop.data_cursor, key)
         if self.config.objective.zero_variance != "resample":
             return sampled
@@ -194,6 +194,8 @@ class Trainer:
             encode_prompts(self.tokenizer, problems),
             samples_per_prompt=config.rollout.group_size,
             temperature=config.rollout.temperature,
+            top_k=config.rollout.top_k,
+            top_p=config.rollout.top_p,
             key=key,
         )
         texts = responses(self.tokenizer, rollout)
@@ -209,6 +211,8 @@ class Trainer:
             temperature=rollout.temperature,
             rewards=rewards,
             group_rewards=np.asarray(group_rewards(rewards, group_size=config.rollout.group_size)),
+            support=rollout.support,
+            experts=rollout.experts,
         )
         bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
         if len(bad):
@@ -241,7 +245,7 @@ class Trainer:
 
     def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
         path = self.config.directory / "bad_batch.npz"
-        np.savez(path, **vars(batch))
+        np.savez(path, **{name: value for name, value in vars(batch).items() if value is not None})
         raise RunError(
             f"step {loop.step + 1}: {why}; the batch is in {path}, the last good checkpoint stays; "
             "lower optimizer.learning_rate or look at the batch"

@@ -39,8 +39,14 @@ class Rollout:
     temperature: Float[Array, "B"]
     # weights version that produced each token; -1 outside `response_mask`
     versions: Int[Array, "B T"]
-    # whether the end token was sampled within the limit
+    # whether an end token was sampled within the limit
     finished: Bool[Array, "B"]
+    # log of the share of the whole softmax that the tokens held which could be drawn; 0 where all could
+    log_mass: Float[Array, "B T"]
+    # those tokens, -1 behind them, or all -1 where all could be drawn; None where the engine records none
+    support: Int[Array, "B T K"] | None = None
+    # experts that the M sparse layers chose for all tokens but the last; None where the engine records none
+    experts: Int[Array, "B S-1 M k"] | None = None
 
 
 @flax.struct.dataclass
@@ -54,6 +60,9 @@ class Batch:
     temperature: Float[Array, "B"]
     rewards: Float[Array, "B"]
     group_rewards: Float[Array, "B G"]
+    # as the rollout's: the trainer draws from the same tokens, and sends them to the same experts, as the sampler
+    support: Int[Array, "B T K"] | None = None
+    experts: Int[Array, "B S-1 M k"] | None = None
 
     @property
     def attention_mask(self) -> jax.Array:
@@ -72,3 +81,5 @@ class TrainState:
     grad_norm_smoothed: Float[Array, ""]
     # parameters of a policy to stay close to, which no step changes; None where the objective has none
     reference: Params | None = None
+    # parameters before each of the last iterations, oldest first: as many as the serving weights lag behind
+    history: tuple[Params, ...] = ()

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from dcjax.models.config import DTYPES, ModelConfig, Precision
 from dcjax.models.layers import Rope, apply_rope, dense, rms_norm
-from dcjax.models.moe import GroupedDot, Routing, grouped_dot, moe
+from dcjax.models.moe import Choice, GroupedDot, Routing, grouped_dot, moe
 from dcjax.types import Array
 
 Dot = Callable[[Array, Any], Array]
@@ -55,11 +55,12 @@ def block(
     rope: Rope,
     attend: Attend,
     products: Products,
-    experts: Int[Array, "B S k"] | None = None,
+    experts: Choice | None = None,
 ) -> tuple[Float[Array, "B S E"], Any, Routing | None]:
     """x + attention(norm x), then + SwiGLU or experts of (norm x); `attend`'s cache; the routing of a sparse layer.
 
-    `params` are one layer's, with experts where they hold a router. `experts` imposes the choice of experts.
+    `params` are one layer's, with experts where they hold a router. `experts` imposes another choice of
+    experts.
     """
     normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
     context, cache = attend(*_heads(config, params, normed, rope, products.dot))

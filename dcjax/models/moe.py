@@ -26,6 +26,9 @@ GroupedDot = Callable[[Array, Any, Array], Array]
 Row n is multiplied by the kernel of its group. Kernels are an array, or what an engine's product reads.
 """
 
+Choice = Array | Callable[[Array], Array]
+"""Experts [B, S, k] themselves (routing replay), or how they are chosen from the router's probabilities [B, S, E]."""
+
 
 @flax.struct.dataclass
 class Routing:
@@ -43,13 +46,13 @@ def route(
     config: ModelConfig,
     router: Float[Array, "D E"],
     x: Float[Array, "B S D"],
-    experts: Int[Array, "B S k"] | None = None,
+    experts: Choice | None = None,
 ) -> tuple[Routing, Float[Array, "B S k"]]:
     """Each token's experts and their weights in x's dtype; router, softmax and weights are float32 inside.
 
     As Hugging Face's Qwen3-MoE: the k largest of softmax(x router), lowest index first where equal, divided by their
-    sum if `norm_topk_prob`. `experts` imposes a choice (routing replay); weights are then still the router's own, so
-    that it has gradients.
+    sum if `norm_topk_prob`. `experts` imposes another choice; weights are then still the router's own, so that it has
+    gradients.
     """
     # accelerators would multiply float32 in fewer bits, and other experts would be chosen
     logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -58,6 +61,8 @@ def route(
     probabilities = jnp.exp(logps)
     if experts is None:
         _, experts = lax.top_k(probabilities, config.num_experts_per_tok)
+    elif callable(experts):
+        experts = experts(probabilities)
     chosen = jnp.take_along_axis(logps, experts, axis=-1)
     # p / Σ p as a softmax of log p: imposed experts may all have probabilities too small for float32
     weights = jax.nn.softmax(chosen, axis=-1) if config.norm_topk_prob else jnp.exp(chosen)
@@ -69,7 +74,7 @@ def moe(
     params: Mapping[str, Any],
     x: Float[Array, "B S D"],
     grouped_dot: GroupedDot,
-    experts: Int[Array, "B S k"] | None = None,
+    experts: Choice | None = None,
 ) -> tuple[Float[Array, "B S D"], Routing]:
     """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
 
@@ -78,7 +83,7 @@ def moe(
       params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
       x: hidden states, normalised.
       grouped_dot: the three products.
-      experts: imposed choices, as `route` takes them.
+      experts: another choice, as `route` takes it.
     """
     routing, weights = route(config, params["router"], x, experts)
     choices = routing.experts.reshape(-1)
@@ -157,28 +162,31 @@ grouped_dot.defvjp(_grouped_dot_forward, _grouped_dot_backward)
 
 def grouped_product(
     rows: Shaped[Array, "N K"],
-    kernels: Shaped[Array, "E _ _"],
+    kernels: Any,
     group_sizes: Int[Array, "E"],
     accumulate: jnp.dtype,
     transposed: bool = False,
+    read: Callable[[Any, jnp.dtype], jax.Array] = jnp.asarray,
 ) -> Shaped[Array, "N M"]:
     """Row n times its group's kernel, or the kernel's transpose: sums in `accumulate`, not rounded to the rows' dtype.
 
-    int8 rows and kernels with int32 sums are how an engine's quantised experts call it. It has no gradient of its own.
+    int8 rows and kernels with int32 sums are how an engine's quantised experts call it; `read` makes arrays [..., K, M]
+    of a dtype of what else kernels are stored in, leaves [E, ...]. It has no gradient of its own.
     Compilers for accelerators know ragged products; the CPU's would multiply every row with every kernel.
     """
     contracted = 2 if transposed else 1
 
     def ragged(rows, kernels, group_sizes):
         dims = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
-        kernels = kernels.astype(rows.dtype)
-        return lax.ragged_dot_general(rows, kernels, group_sizes, dims, preferred_element_type=accumulate)
+        return lax.ragged_dot_general(
+            rows, read(kernels, rows.dtype), group_sizes, dims, preferred_element_type=accumulate
+        )
 
     def in_blocks(rows, kernels, group_sizes):
         def product(block, expert):
-            # cast here, as a few tokens need a few of the kernels
-            kernel = lax.dynamic_index_in_dim(kernels, expert, keepdims=False).astype(block.dtype)
-            return _dot(block, kernel, (1, contracted - 1), accumulate)
+            # read here, as a few tokens need a few of the kernels
+            kernel = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), kernels)
+            return _dot(block, read(kernel, block.dtype), (1, contracted - 1), accumulate)
 
         return blocked(rows, group_sizes, product)
 

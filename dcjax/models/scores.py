@@ -34,10 +34,12 @@ def token_logps(
     temperature: Float[Array, "B"],
     segment_ids: Int[Array, "B S"] | None = None,
     experts: Int[Array, "M B S-1 k"] | None = None,
+    support: Int[Array, "B T K"] | None = None,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
 
-    Both are of softmax(logits / temperature), the distribution that the sampler drew from. Only the T columns that
+    Both are of softmax(logits / temperature), the distribution that the sampler drew from, or where it was truncated, of
+    what is left of it. Only the T columns that
     predict a response token go through the head, `config.head_chunk` at a time, and what one chunk computed is computed
     again in the backward pass: logits never exist for more columns than that.
 
@@ -51,6 +53,8 @@ def token_logps(
       segment_ids: packed sequences, as for `hidden_states`; the first token of each is predicted from nothing, so its
         score means nothing.
       experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
+      support: of each response token, the tokens that the sampler could draw, -1 behind them; a row of -1 stands for the
+        whole vocabulary, as its absence does.
 
     Raises:
       ValueError: a response that leaves no column to predict its first token, or both a mask and segments.
@@ -64,18 +68,27 @@ def token_logps(
     hidden, router = hidden_states(config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts)
     hidden, targets = hidden[:, -response_length:], tokens[:, -response_length:]
 
-    def score(hidden, targets):
+    def score(hidden, targets, support):
         scaled = logits(config, params, hidden) / temperature[:, None, None]
-        return _score(scaled, targets)
+        return _score(scaled if support is None else _restrict(scaled, support), targets)
 
     chunks = -(-response_length // config.head_chunk)
     if chunks == 1:
-        return TokenScores(*score(hidden, targets), router)
+        return TokenScores(*score(hidden, targets, support), router)
     columns = -(-response_length // chunks)
-    parts = [_cut(x, chunks, columns) for x in (hidden, targets)]
-    scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), tuple(parts))
+    parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, support))
+    scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), parts)
     logps, entropy = (x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length] for x in scored)
     return TokenScores(logps, entropy, router)
+
+
+def _restrict(logits: Float[Array, "B C V"], support: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
+    """So low a logit for tokens that could not be drawn that their probability is 0, but still finite."""
+    rows, columns = jnp.arange(len(logits))[:, None, None], jnp.arange(logits.shape[1])[:, None]
+    ids = jnp.where(support < 0, logits.shape[-1], support)
+    kept = jnp.zeros(logits.shape, bool).at[rows, columns, ids].set(True, mode="drop")
+    whole = jnp.all(support < 0, axis=-1, keepdims=True)
+    return jnp.where(kept | whole, logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def _score(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:

@@ -172,7 +172,9 @@ def make_train_step(
             metrics |= {f"dual/{name}": value for name, value in against.items()}
         if "loss_scale" in metrics:
             metrics["overflow"] = jnp.mean(~jnp.isfinite(grad_norms))
-        return dataclasses.replace(trained, step=state.step + 1, grad_norm_smoothed=smoothed), metrics
+        history = (*state.history, state.params)[1:] if state.history else ()
+        moved_on = {"step": state.step + 1, "grad_norm_smoothed": smoothed, "history": history}
+        return dataclasses.replace(trained, **moved_on), metrics
 
     return train_step
 

@@ -4,61 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Float, Int
 from jetstream.engine import engine_api, tokenizer_pb2
 
-from dcjax.models import ModelConfig
-from dcjax.models.cache import LayerCache, forward_cached, init_cache
+from dcjax.models import ModelConfig, abstract_params
 from dcjax.serving import quantize
+from dcjax.serving.decoder import Decoder, DecodeState, Prefix, Requests
+from dcjax.serving.mismatch import MismatchConfig
+from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams, make_sync
 from dcjax.types import Array
 
-
-@flax.struct.dataclass
-class Requests:
-    """What N samples ask for."""
-
-    # which row of the prefix each continues
-    rows: Int[Array, "N"]
-    # tokens to sample at most, the end token included
-    limits: Int[Array, "N"]
-    # 0 is greedy
-    temperatures: Float[Array, "N"]
-    # raw PRNG key data; the n-th token of a request is drawn with fold_in(key, n), wherever and whenever it runs
-    keys: UInt32[Array, "N 2"]
-
-
-@flax.struct.dataclass
-class Prefix:
-    """Prompts prefilled into caches of their own: one row a prompt."""
-
-    caches: tuple[LayerCache, ...]
-    # the last prompt token and its position: `generate` feeds it again, so that all sampled tokens come from one place
-    tokens: Int[Array, "P"]
-    positions: Int[Array, "P"]
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """One row a slot."""
-
-    caches: tuple[LayerCache, ...]
-    # the token to feed next, and its position
-    tokens: Int[Array, "slots"]
-    positions: Int[Array, "slots"]
-    # tokens sampled so far
-    generated: Int[Array, "slots"]
-    limits: Int[Array, "slots"]
-    temperatures: Float[Array, "slots"]
-    keys: UInt32[Array, "slots 2"]
-    active: Bool[Array, "slots"]
+_prefill = jax.jit(Decoder.prefill, static_argnums=0)
+_start = jax.jit(Decoder.start, static_argnums=0, donate_argnums=1)
 
 
 @flax.struct.dataclass
@@ -91,22 +58,51 @@ class SampledTokens(engine_api.ResultTokens):
         return self.data[:, slice(*self.valid_idx)]
 
 
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+def _generate(
+    decoder: Decoder, params: ServingParams, state: DecodeState, steps: int
+) -> tuple[DecodeState, SampledTokens]:
+    state, emitted = decoder.steps(params, state, steps)
+    valid = emitted.valid.T
+    result = SampledTokens(
+        data=jnp.concatenate([emitted.tokens.T, valid.astype(jnp.int32), state.generated[:, None]], axis=1),
+        tokens_idx=(0, steps),
+        valid_idx=(steps, 2 * steps),
+        length_idx=(2 * steps, 2 * steps + 1),
+        samples_per_slot=1,
+        log_prob=jnp.where(valid, emitted.logps.T, 0.0),
+        version=jnp.where(valid, params.version, -1),
+    )
+    return state, result
+
+
 class Qwen3Engine(engine_api.Engine):
     """Prefill once a prompt, insert once a sample, generate over slots.
 
+    `rollout.sample_responses` runs whole batches of requests on it in compiled loops; JetStream's own interface takes
+    one at a time.
+
     Args:
       config: the architecture.
-      format: serving format: float32, bf16, or int8 (w8a8 with an int8 KV cache).
+      format: serving format, a name in `quantize.formats`.
+      kv_cache: what keys and values are stored in; auto is the format's own.
+      keep: names of weights that stay in the activations' dtype, as `sync.make_sync` takes them.
       slots: samples decoded at once.
       max_prompt_length: longest prompt (tokens).
       max_response_length: longest response (tokens, the end token included).
-      end_token: id that ends a response; itself sampled, scored and returned.
-      steps_per_call: tokens that one `generate` call decodes in each slot.
+      end_token: id that ends a response unless a request names others; itself sampled, scored and returned.
+      steps_per_call: tokens that are decoded in each slot before ended samples are replaced.
+      prefill_tokens: tokens in one pass of the prefill: of several prompts, or a piece of a long one.
+      max_support: largest top_k of a request; the tokens that it leaves are recorded. 0 records none, for any top_k.
+      max_stop_tokens: how many ids a request may name.
+      records_experts: the choices of an MoE's routers are recorded.
+      mismatch: what is added to the engine's own numerics; its staleness is the trainer's affair.
       mesh: devices that the engine runs on; one device where None. Params and state are replicated over it.
+      memory: bytes a device has for weights and cache; asked of the device, or on CPU of the machine, where None.
 
     Raises:
-      ValueError: an unknown format, no slots, a prompt or a request that does not fit, or prefilling on top of an
-        existing prefix.
+      ValueError: an unknown format or one that the model or the hardware cannot serve, no slots, a cache that does not
+        fit, a prompt or a request that does not fit, or prefilling on top of an existing prefix.
     """
 
     def __init__(
@@ -114,30 +110,52 @@ class Qwen3Engine(engine_api.Engine):
         config: ModelConfig,
         *,
         format: quantize.FormatName,
+        kv_cache: quantize.KVCacheName = "auto",
+        keep: Sequence[str] = (),
         slots: int,
         max_prompt_length: int,
         max_response_length: int,
         end_token: int,
         steps_per_call: int = 1,
+        prefill_tokens: int = 4096,
+        max_support: int = 0,
+        max_stop_tokens: int = 4,
+        records_experts: bool = False,
+        mismatch: MismatchConfig = MismatchConfig(),
         mesh: jax.sharding.Mesh | None = None,
+        memory: int | None = None,
     ):
-        if format not in quantize.formats:
-            raise ValueError(f"format is {format!r}; it must be one of {', '.join(quantize.formats)}")
-        for name, size in {"slots": slots, "steps_per_call": steps_per_call}.items():
+        sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens}
+        for name, size in sizes.items():
             _require_within(name, [size], 1)
-        self.config, self.format_name, self.format = config, format, quantize.formats[format]
-        self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
-        self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
+        _require_within("max_support", [max_support], 0, config.vocab_size)
+        if mismatch.routing_flips and config.num_experts <= config.num_experts_per_tok:
+            raise ValueError(
+                f"mismatch.routing_flips is {mismatch.routing_flips}; it needs a model with experts that a token "
+                f"leaves out, and this one has {config.num_experts}"
+            )
+        self.config, self.format = config, quantize.serving_format(format, kv_cache)
         self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))
-        self._replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform)
+        self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
+        self.decoder = Decoder(
+            config=config,
+            format=self.format,
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
+            max_support=max_support,
+            max_stop_tokens=max_stop_tokens,
+            records_experts=records_experts,
+            prefill_tokens=prefill_tokens,
+            mismatch=mismatch,
+        )
+        self.replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         # samples started without a key, which is then their number
         self._unkeyed = 0
-        self.sync = make_sync(config, format, self._replicated)
-        self._prefill = jax.jit(self._prefill_fn)
-        self._insert = jax.jit(_insert_fn, donate_argnames="state")
-        self._generate = jax.jit(self._generate_fn, donate_argnames="state")
+        self.sync = make_sync(config, self.format, self.replicated, keep=keep, weight_noise=mismatch.weight_noise)
         # compiled, so that each leaf is a buffer of its own and the state can be donated
-        self._empty = jax.jit(self._empty_fn, out_shardings=self._replicated)
+        self._empty = jax.jit(partial(self.decoder.empty, slots), out_shardings=self.replicated)
+        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory)
 
     # --- JetStream's interface ---
 
@@ -153,19 +171,21 @@ class Qwen3Engine(engine_api.Engine):
         return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length].tolist()])
 
     def insert(
-        self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None
+        self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None, row: int = 0
     ) -> DecodeState:
-        """Starts a sample of a one-row prefix in `slot`; by default at temperature 1 with a key of its own."""
+        """Starts a sample of a row of `prefix` in `slot`; `decode_state` is donated.
+
+        `request` holds one, as `make_requests` makes them; by default it is at temperature 1 with a key of its own.
+        """
         _require_within("slot", [slot], 0, self.slots - 1)
         if request is None:
-            keys = [[0, self._unkeyed]]
+            request = self.make_requests([[0, self._unkeyed]])
             self._unkeyed += 1
-            request = make_requests(rows=[0], limits=[self.max_response_length], temperatures=[1.0], keys=keys)
-        return self.insert_many(prefix, decode_state, [slot], request)
+        return _start(self.decoder, decode_state, slot, prefix, row, jax.tree.map(lambda leaf: leaf[0], request))
 
     def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
         """Decodes `steps_per_call` tokens in every slot that is active; `decode_state` is donated."""
-        return self._generate(params, state=decode_state)
+        return _generate(self.decoder, params, decode_state, self.steps_per_call)
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
@@ -173,7 +193,7 @@ class Qwen3Engine(engine_api.Engine):
 
     def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
         """Replicated over the engine's mesh."""
-        return self._replicated
+        return self.replicated
 
     def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:  # pyrefly: ignore[missing-attribute]
         """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
@@ -199,7 +219,17 @@ class Qwen3Engine(engine_api.Engine):
     def colocated_cpus(self) -> None:
         return None
 
-    # --- the same for many at once ---
+    # --- beside it ---
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Longest prompt (tokens)."""
+        return self.decoder.max_prompt_length
+
+    @property
+    def max_response_length(self) -> int:
+        """Longest response (tokens, the end token included)."""
+        return self.decoder.max_response_length
 
     def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
         """P prompts in one call, one row each."""
@@ -210,132 +240,77 @@ class Qwen3Engine(engine_api.Engine):
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
-        return self._prefill(params, tokens, lengths)
+        return _prefill(self.decoder, params, tokens, lengths)
 
-    def insert_many(self, prefix: Prefix, decode_state: DecodeState, slots, requests: Requests) -> DecodeState:
-        """Starts N samples at once; a slot number beyond the last is ignored (padding). `decode_state` is donated."""
-        _require_within("limit of a response", requests.limits, 1, self.max_response_length)
-        _require_within("temperature", requests.temperatures, 0)
-        return self._insert(prefix, requests, np.asarray(slots, np.int32), state=decode_state)
+    def make_requests(
+        self,
+        keys,
+        *,
+        limits: Int[Array, "N"] | int | None = None,
+        temperatures: Float[Array, "N"] | float = 1.0,
+        top_ks: Int[Array, "N"] | int = 0,
+        top_ps: Float[Array, "N"] | float = 1.0,
+        stop_tokens: Int[Array, "N M"] | Sequence[int] | None = None,
+    ) -> Requests:
+        """Requests for N samples with keys [N, 2], on the host; one value counts for all.
 
-    # --- compiled programs ---
+        `limits` are the longest possible and `stop_tokens` the engine's end token where None; rows of stop tokens may be
+        filled up with -1.
+        """
+        keys = np.asarray(keys, np.uint32)
 
-    def _caches(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
-        return tuple(
-            init_cache(self.config, batch, capacity, self.format.kv_cache) for _ in range(self.config.num_layers)
+        def column(name: str, values, dtype, low, high=math.inf):
+            values = np.broadcast_to(np.asarray(values, dtype), len(keys))
+            _require_within(name, values, low, high)
+            return values
+
+        stops = np.atleast_2d(np.asarray([self.end_token] if stop_tokens is None else stop_tokens, np.int32))
+        _require_within("number of stop tokens", [stops.shape[1]], 1, self.decoder.max_stop_tokens)
+        stops = np.pad(stops, ((0, 0), (0, self.decoder.max_stop_tokens - stops.shape[1])), constant_values=-1)
+        limit = self.max_response_length
+        drawn = SamplingParams(
+            temperatures=column("temperature", temperatures, np.float32, 0),
+            top_ks=column("top_k", top_ks, np.int32, 0, self.decoder.max_support or self.config.vocab_size),
+            top_ps=column("top_p", top_ps, np.float32, np.finfo(np.float32).tiny, 1),
+        )
+        if self.decoder.max_support and (unbounded := (drawn.top_ks == 0) & (drawn.top_ps < 1)).any():
+            raise ValueError(
+                f"top_p is {drawn.top_ps[unbounded][0]:g} without top_k; this engine records what is left of truncated "
+                f"distributions, so it takes a top_k of 1 to {self.decoder.max_support} with it"
+            )
+        return Requests(
+            limits=column("limit of a response", limit if limits is None else limits, np.int32, 1, limit),
+            sampling=drawn,
+            stop_tokens=np.broadcast_to(stops, (len(keys), stops.shape[1])),
+            keys=keys,
         )
 
-    def _hidden(self, params: ServingParams, tokens, positions, caches):
-        x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
-        hidden, caches, _ = forward_cached(self.config, params.weights, x, positions, caches, quantize.PRODUCTS)
-        return hidden, caches
-
-    def _empty_fn(self) -> DecodeState:
-        zeros = jnp.zeros(self.slots, jnp.int32)
-        return DecodeState(
-            caches=self._caches(self.slots, self.max_prompt_length + self.max_response_length),
-            tokens=zeros,
-            positions=zeros,
-            generated=zeros,
-            limits=zeros,
-            temperatures=jnp.ones(self.slots, jnp.float32),
-            keys=jnp.zeros((self.slots, 2), jnp.uint32),
-            active=jnp.zeros(self.slots, bool),
-        )
-
-    def _prefill_fn(self, params: ServingParams, tokens: Array, lengths: Array) -> Prefix:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        _, caches = self._hidden(params, tokens, positions, self._caches(*tokens.shape))
-        last = lengths - 1
-        return Prefix(caches=caches, tokens=jnp.take_along_axis(tokens, last[:, None], 1)[:, 0], positions=last)
-
-    def _generate_fn(self, params: ServingParams, state: DecodeState) -> tuple[DecodeState, SampledTokens]:
-        state, (tokens, logps, valid) = jax.lax.scan(
-            lambda state, _: self._step(params, state), state, length=self.steps_per_call
-        )
-        steps = self.steps_per_call
-        result = SampledTokens(
-            data=jnp.concatenate([tokens.T, valid.T.astype(jnp.int32), state.generated[:, None]], axis=1),
-            tokens_idx=(0, steps),
-            valid_idx=(steps, 2 * steps),
-            length_idx=(2 * steps, 2 * steps + 1),
-            samples_per_slot=1,
-            log_prob=logps.T,
-            version=jnp.where(valid.T, params.version, -1),
-        )
-        return state, result
-
-    def _step(self, params: ServingParams, state: DecodeState):
-        hidden, caches = self._hidden(params, state.tokens[:, None], state.positions[:, None], state.caches)
-        head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
-        logits = quantize.logits(hidden[:, 0], head)
-        tokens, logps = sample(logits, state.temperatures, state.keys, state.generated)
-        tokens = jnp.where(state.active, tokens, state.tokens)
-        generated = state.generated + state.active
-        ended = (tokens == self.end_token) | (generated >= state.limits)
-        following = dataclasses.replace(
-            state,
-            caches=caches,
-            tokens=tokens,
-            positions=state.positions + state.active,
-            generated=generated,
-            active=state.active & ~ended,
-        )
-        return following, (tokens, jnp.where(state.active, logps, 0.0), state.active)
+    def _require_memory(self, available: int) -> None:
+        weights = jax.eval_shape(self.sync, abstract_params(self.config), 0)
+        left = available - _bytes(weights)
+        of_slot = _bytes(jax.eval_shape(partial(self.decoder.empty, 1)))
+        if self.slots * of_slot > left:
+            capacity = f"{self.max_prompt_length} + {self.max_response_length} tokens"
+            raise ValueError(
+                f"slots is {self.slots}: a KV cache in {self.format.kv_cache.name} for {capacity} each takes "
+                f"{self.slots * of_slot / 2**30:.2f} GiB, and {max(left, 0) / 2**30:.2f} of {available / 2**30:.2f} GiB "
+                f"are left beside the weights; {max(left // of_slot, 0)} slots would fit"
+            )
 
 
-def _require_within(name: str, values: Any, low: int, high: float | int = math.inf) -> None:
+def _bytes(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _memory_of(device: jax.Device) -> int:
+    """Bytes that a process may use on a device."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device.memory_stats()["bytes_limit"]
+
+
+def _require_within(name: str, values: Any, low: float, high: float = math.inf) -> None:
     for value in (np.min(values), np.max(values)):
         if not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
             raise ValueError(f"{name} is {value}; this engine takes {bounds}")
-
-
-def sample(
-    logits: Float[Array, "B V"],
-    temperatures: Float[Array, "B"],
-    keys: UInt32[Array, "B 2"],
-    count: Int[Array, "B"],
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """One token a row from softmax(logits / temperature), and its log-prob in that very distribution, float32.
-
-    Row i is drawn with fold_in(keys[i], count[i]). At temperature 0 the largest logit is taken, with log-prob 0.
-    """
-    greedy = temperatures == 0
-    scaled = logits / jnp.where(greedy, 1.0, temperatures)[:, None]
-
-    def draw(key, n, row):
-        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), n), row)
-
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), jax.vmap(draw)(keys, count, scaled)).astype(jnp.int32)
-    logps = jnp.take_along_axis(jax.nn.log_softmax(scaled), tokens[:, None], axis=-1)[:, 0]
-    return tokens, jnp.where(greedy, 0.0, logps)
-
-
-def make_requests(*, rows, limits, temperatures, keys) -> Requests:
-    """Requests from host values, each of length N (keys [N, 2])."""
-    return Requests(
-        rows=np.asarray(rows, np.int32),
-        limits=np.asarray(limits, np.int32),
-        temperatures=np.asarray(temperatures, np.float32),
-        keys=np.asarray(keys, np.uint32),
-    )
-
-
-def _insert_fn(prefix: Prefix, requests: Requests, slots: Array, state: DecodeState) -> DecodeState:
-    def place(held, new):
-        return held.at[slots].set(new, mode="drop")
-
-    def place_cache(held, new):
-        return held.at[slots, :, : new.shape[2]].set(new[requests.rows], mode="drop")
-
-    return DecodeState(
-        caches=jax.tree.map(place_cache, state.caches, prefix.caches),
-        tokens=place(state.tokens, prefix.tokens[requests.rows]),
-        positions=place(state.positions, prefix.positions[requests.rows]),
-        generated=place(state.generated, 0),
-        limits=place(state.limits, requests.limits),
-        temperatures=place(state.temperatures, requests.temperatures),
-        keys=place(state.keys, requests.keys),
-        active=place(state.active, True),
-    )

@@ -2,102 +2,314 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jax import lax
+from jaxtyping import Float, Int, Shaped, UInt8
 
-from dcjax.models import moe
+from dcjax.models import ModelConfig, abstract_params, moe
 from dcjax.models.block import Products
 from dcjax.models.cache import quantize_rows
 from dcjax.models.layers import dense
 from dcjax.types import Array
 
-FormatName = Literal["float32", "bf16", "int8"]
+FormatName = Literal["float32", "bf16", "fp16", "int8_weight_only", "int8", "fp8_weight_only", "fp8", "int4"]
+KVCacheName = Literal["auto", "float32", "bf16", "fp16", "int8", "fp8"]
+
+FLOAT32, BF16, FP16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
+INT8, FP8 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
 class Format:
     """What a serving engine stores and computes in."""
 
+    name: FormatName
     activations: jnp.dtype
+    # None: in the activations' dtype. int8 and fp8 (e4m3) have a scale per output channel, int4 one per 32 weights
+    weights: Literal["int8", "fp8", "int4"] | None
+    # each token is quantised like the weights before it meets them (w8a8)
+    quantizes_activations: bool
     kv_cache: jnp.dtype
-    # w8a8: kernels and tables in int8 with a scale per output channel, activations quantised per token at each product
-    int8_weights: bool
 
 
 formats: dict[FormatName, Format] = {
-    "float32": Format(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), int8_weights=False),
-    "bf16": Format(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.bfloat16), int8_weights=False),
-    "int8": Format(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8), int8_weights=True),
+    "float32": Format("float32", FLOAT32, None, False, FLOAT32),
+    "bf16": Format("bf16", BF16, None, False, BF16),
+    "fp16": Format("fp16", FP16, None, False, FP16),
+    "int8_weight_only": Format("int8_weight_only", BF16, "int8", False, BF16),
+    "int8": Format("int8", BF16, "int8", True, INT8),
+    "fp8_weight_only": Format("fp8_weight_only", BF16, "fp8", False, BF16),
+    "fp8": Format("fp8", BF16, "fp8", True, FP8),
+    "int4": Format("int4", BF16, "int4", False, BF16),
 }
+
+_KV_CACHES: dict[KVCacheName, jnp.dtype] = {"float32": FLOAT32, "bf16": BF16, "fp16": FP16, "int8": INT8, "fp8": FP8}
+
+
+def serving_format(name: str, kv_cache: str = "auto") -> Format:
+    """The format of this name, with a KV cache of its own or of another dtype.
+
+    Raises:
+      ValueError: an unknown name of either.
+    """
+    if name not in formats:
+        raise ValueError(f"format is {name!r}; it must be one of {', '.join(formats)}")
+    if kv_cache == "auto":
+        return formats[name]
+    if kv_cache not in _KV_CACHES:
+        raise ValueError(f"kv_cache is {kv_cache!r}; it must be one of auto, {', '.join(_KV_CACHES)}")
+    return dataclasses.replace(formats[name], kv_cache=_KV_CACHES[kv_cache])
+
+
+Role = Literal["kernel", "table", "wide", "router"]
+
+ROLES: dict[Role, tuple[str, ...]] = {
+    "kernel": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+        *("experts_gate_proj", "experts_up_proj", "experts_down_proj"),
+    ),
+    "table": ("embed_tokens", "lm_head"),
+    "wide": (
+        *("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
+        *("q_bias", "k_bias", "v_bias"),
+    ),
+    "router": ("router",),
+}
+"""What a format does with each parameter.
+
+Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. What is wide stays in the
+activations' dtype, and the router in float32.
+"""
+
+
+def role_of(name: str) -> Role:
+    """The role of a parameter.
+
+    Raises:
+      ValueError: a parameter without one: nothing is left unquantised because nobody thought of it.
+    """
+    for role, names in ROLES.items():
+        if name in names:
+            return role
+    raise ValueError(
+        f"parameter {name!r} has no role in a serving format; known are {', '.join(sum(ROLES.values(), ()))}"
+    )
+
+
+def contracted_widths(config: ModelConfig) -> dict[str, int]:
+    """Length of the axis that products sum over, of each kernel and table that the model has."""
+    params = abstract_params(config)
+    leaves = {**params, **params["layers"]}
+    axes = {name: {"kernel": -2, "table": -1}.get(role_of(name)) for name in leaves if name != "layers"}
+    return {name: leaves[name].shape[axis] for name, axis in axes.items() if axis is not None}
+
+
+def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:
+    """The kernels and tables whose names match one of these patterns (as `fnmatch` has them).
+
+    Raises:
+      ValueError: a pattern that matches none of the model's.
+    """
+    names = contracted_widths(config)
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"keep has {pattern!r}, which matches no kernel or table of this model: {', '.join(names)}"
+            )
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)}
+
+
+def check_served(config: ModelConfig, format: Format, platform: str, keep: Sequence[str] = ()) -> None:
+    """Whether this model can be served in a format on a platform ("cpu", "gpu", "tpu").
+
+    Float8 is not refused where the hardware has no such products: its numbers are multiplied exactly in wider ones.
+
+    Raises:
+      ValueError: float16 on a TPU, which has none; groups of int4 weights that a contracted width does not fill; a
+        product so long that its int32 sum could overflow; or a pattern of `keep` that matches nothing.
+    """
+    if platform == "tpu" and FP16 in (format.activations, format.kv_cache):
+        what = f"format {format.name!r}" if format.activations == FP16 else "kv_cache 'fp16'"
+        raise ValueError(f"{what} is float16, which TPUs do not have; bf16 has the same size")
+    kept = kept_wide(config, keep)
+    for name, width in contracted_widths(config).items():
+        if name in kept:
+            continue
+        if format.weights == "int4" and width % GROUP:
+            raise ValueError(
+                f"format {format.name!r} stores groups of {GROUP} weights, but {name} is contracted over {width}; "
+                f"that must be a multiple of {GROUP}, or {name!r} in keep"
+            )
+        if format.weights == "int8" and format.quantizes_activations and width > _LONGEST_INT32_SUM:
+            raise ValueError(
+                f"format {format.name!r} sums in int32, but {name} is contracted over {width}; "
+                f"that must be at most {_LONGEST_INT32_SUM}, or the format int8_weight_only"
+            )
+
+
+_LONGEST_INT32_SUM = (2**31 - 1) // 127**2
 
 
 @flax.struct.dataclass
-class Int8Matrix:
-    """int8 weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, E].
+class QuantizedMatrix:
+    """int8 or e4m3 weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, E].
 
     Kernels of E experts are stacked in front: [E, K, N], with scales [E, N].
     """
 
-    values: Int[Array, "*E rows columns"]
+    values: Shaped[Array, "*E rows columns"]
     scale: Float[Array, "*E channels"]
+    # whether products quantise what they multiply it with
+    quantizes_activations: bool = flax.struct.field(pytree_node=False)
 
 
-def quantize_kernel(kernel: Float[Array, "*E K N"]) -> Int8Matrix:
-    """Symmetric int8 per column, from the float32 master: scale_n = max_k |w_kn| / 127."""
-    values, scale = quantize_rows(kernel.swapaxes(-1, -2))
-    return Int8Matrix(values=values.swapaxes(-1, -2), scale=scale)
+GROUP = 32
+"""Weights that share a scale in int4: neighbours along the contracted axis."""
 
 
-def quantize_table(table: Float[Array, "V E"]) -> Int8Matrix:
-    """Symmetric int8 per row: the output channels of a head, and the rows that an embedding looks up."""
-    return Int8Matrix(*quantize_rows(table))
+@flax.struct.dataclass
+class PackedMatrix:
+    """int4 weights −7 to 7, two to a byte along the contracted axis (the first in the low nibble), a scale per group.
+
+    A kernel [K, N] has bytes [K / 2, N] and scales [K / 32, N], experts stacked in front; a table [V, E] has bytes
+    [V, E / 2] and scales [V, E / 32]. Scales are bfloat16: one comes with every 32 weights, so that float32 would make
+    it a fifth of all bytes.
+    """
+
+    values: UInt8[Array, "*E rows columns"]
+    scale: Float[Array, "*E groups channels"]
 
 
-def _int8_product(x: Array, weights: Int8Matrix, contracted: int) -> Array:
-    values, scale = quantize_rows(x)
-    dims = (((x.ndim - 1,), (contracted,)), ((), ()))
-    total = jax.lax.dot_general(values, weights.values, dims, preferred_element_type=jnp.int32)
-    return total.astype(jnp.float32) * (scale[..., None] * weights.scale)
+Matrix = QuantizedMatrix | PackedMatrix
 
 
-def dot(x: Float[Array, "... K"], kernel: Int8Matrix | Float[Array, "K N"]) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype; int8 kernels meet x quantised per token in an int8 × int8 → int32 product."""
-    if isinstance(kernel, Int8Matrix):
-        return _int8_product(x, kernel, 0).astype(x.dtype)
-    return dense(x, kernel)
+def quantize_kernel(kernel: Float[Array, "*E K N"], format: Format) -> Matrix:
+    """Symmetric per column, or per group of a column, from the float32 master."""
+    rows = quantize_table(kernel.swapaxes(-1, -2), format)
+    if isinstance(rows, PackedMatrix):
+        return PackedMatrix(rows.values.swapaxes(-1, -2), rows.scale.swapaxes(-1, -2))
+    return dataclasses.replace(rows, values=rows.values.swapaxes(-1, -2))
+
+
+def quantize_table(table: Float[Array, "*E V K"], format: Format) -> Matrix:
+    """Symmetric per row, or per group of a row: the output channels of a head, the rows that an embedding looks up."""
+    if format.weights == "int4":
+        return _pack(table)
+    values, scale = quantize_rows(table, INT8 if format.weights == "int8" else FP8)
+    return QuantizedMatrix(values, scale, format.quantizes_activations)
+
+
+def _pack(rows: Float[Array, "*E V K"]) -> PackedMatrix:
+    groups = rows.reshape(*rows.shape[:-1], -1, GROUP).astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(groups), axis=-1) / 7).astype(jnp.bfloat16)
+    # what is divided by is what is stored: rounded to bfloat16 it is at most 1/256 small, and 7.03 is still 7
+    step = scale.astype(jnp.float32)[..., None]
+    held = step >= jnp.finfo(jnp.float32).tiny
+    values = jnp.round(jnp.where(held, groups / jnp.where(held, step, 1), 0)).astype(jnp.int8)
+    low, high = jnp.moveaxis(values.reshape(*rows.shape[:-1], -1, 2), -1, 0).astype(jnp.uint8)
+    return PackedMatrix((low & 15) | (high << 4), scale)
+
+
+def unpack(matrix: PackedMatrix, dtype: jnp.dtype, axis: int) -> Float[jax.Array, "*E rows columns"]:
+    """value · scale in float32, rounded once to `dtype`; `axis` is the contracted one, −2 of kernels, −1 of tables.
+
+    That rounding belongs to the format: engines whose products read int4 unpack to the activations' 16 bits too.
+    """
+    both = lax.bitcast_convert_type(matrix.values, jnp.int8)
+    nibbles = jnp.stack([jnp.right_shift(jnp.left_shift(both, 4), 4), jnp.right_shift(both, 4)], axis)
+    shape = list(matrix.values.shape)
+    shape[axis] *= 2
+    scale = jnp.repeat(matrix.scale.astype(jnp.float32), GROUP, axis)
+    return (nibbles.reshape(shape).astype(jnp.float32) * scale).astype(dtype)
+
+
+Multiply = Callable[[Array, Array, jnp.dtype], Array]
+"""(rows [N, K], values of weights, dtype of the sums) -> [N, M], the values cast to the rows' dtype."""
+
+
+def _scaled(
+    x: Float[Array, "N K"], weights: QuantizedMatrix, scale: Float[Array, "#N M"], multiply: Multiply
+) -> Float[Array, "N M"]:
+    """The float32 product of x and quantised weights, `scale` theirs; every product of two narrow numbers is exact."""
+    if not weights.quantizes_activations:
+        return multiply(x, weights.values, FLOAT32) * scale
+    rows, row_scale = quantize_rows(x, weights.values.dtype)
+    total = _narrow_product(rows, weights.values, multiply)
+    return total.astype(jnp.float32) * (row_scale[:, None] * scale)
+
+
+def _narrow_product(rows: Array, values: Array, multiply: Multiply) -> Array:
+    if rows.dtype == INT8:
+        return multiply(rows, values, jnp.dtype(jnp.int32))
+
+    def narrow(rows, values):
+        return multiply(rows, values, FLOAT32)
+
+    def widened(rows, values):
+        # bfloat16 holds each e4m3 number and float32 each product; float8 itself would go through float32, four times
+        # as slow
+        return multiply(rows.astype(BF16), values, FLOAT32)
+
+    return lax.platform_dependent(rows, values, cpu=widened, default=narrow)
+
+
+def _along(contracted: int) -> Multiply:
+    def multiply(rows, values, accumulate):
+        dims = (((1,), (contracted,)), ((), ()))
+        return lax.dot_general(rows, values.astype(rows.dtype), dims, preferred_element_type=accumulate)
+
+    return multiply
+
+
+def dot(x: Float[Array, "... K"], kernel: Matrix | Float[Array, "K N"]) -> Float[Array, "... N"]:
+    """x @ kernel in x's dtype, summed in float32, in int32 where int8 meets int8."""
+    if isinstance(kernel, QuantizedMatrix):
+        rows = _scaled(x.reshape(-1, x.shape[-1]), kernel, kernel.scale[None], _along(0))
+        return rows.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return dense(x, unpack(kernel, x.dtype, -2) if isinstance(kernel, PackedMatrix) else kernel)
 
 
 def grouped_dot(
-    rows: Float[Array, "N K"], kernels: Int8Matrix | Float[Array, "E K M"], group_sizes: Int[Array, "E"]
+    rows: Float[Array, "N K"], kernels: Matrix | Float[Array, "E K M"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "N M"]:
-    """Each row times its group's kernel, in the rows' dtype; int8 kernels meet rows quantised one by one."""
-    if not isinstance(kernels, Int8Matrix):
-        return moe.grouped_product(rows, kernels, group_sizes, jnp.dtype(jnp.float32)).astype(rows.dtype)
-    values, scale = quantize_rows(rows)
-    total = moe.grouped_product(values, kernels.values, group_sizes, jnp.dtype(jnp.int32))
+    """Each row times its group's kernel, in the rows' dtype; sums as in `dot`."""
+
+    def multiply(rows: Array, kernels: Any, accumulate: jnp.dtype) -> Array:
+        return moe.grouped_product(rows, kernels, group_sizes, accumulate, read=_read_kernels)
+
+    if not isinstance(kernels, QuantizedMatrix):
+        return multiply(rows, kernels, FLOAT32).astype(rows.dtype)
     groups = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
-    return (total.astype(jnp.float32) * (scale[:, None] * kernels.scale[groups])).astype(rows.dtype)
+    return _scaled(rows, kernels, kernels.scale[groups], multiply).astype(rows.dtype)
 
 
-def lookup(
-    table: Int8Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype
-) -> Float[Array, "B S E"]:
+def _read_kernels(kernels: PackedMatrix | jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return unpack(kernels, dtype, -2) if isinstance(kernels, PackedMatrix) else kernels.astype(dtype)
+
+
+def lookup(table: Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S E"]:
     """Rows of an embedding table."""
-    if isinstance(table, Int8Matrix):
+    if isinstance(table, PackedMatrix):
+        return unpack(PackedMatrix(table.values[tokens], table.scale[tokens]), dtype, -1)
+    if isinstance(table, QuantizedMatrix):
         return (table.values[tokens].astype(jnp.float32) * table.scale[tokens][..., None]).astype(dtype)
     return table[tokens].astype(dtype)
 
 
-def logits(x: Float[Array, "B E"], table: Int8Matrix | Float[Array, "V E"]) -> Float[Array, "B V"]:
+def logits(x: Float[Array, "B E"], table: Matrix | Float[Array, "V E"]) -> Float[Array, "B V"]:
     """x @ tableᵀ, accumulated and returned in float32."""
-    if isinstance(table, Int8Matrix):
-        return _int8_product(x, table, 1)
-    return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if isinstance(table, QuantizedMatrix):
+        return _scaled(x, table, table.scale[None], _along(1))
+    return _along(1)(x, unpack(table, x.dtype, -1) if isinstance(table, PackedMatrix) else table, FLOAT32)
 
 
 PRODUCTS = Products(dot, grouped_dot)

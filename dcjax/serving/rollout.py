@@ -1,15 +1,51 @@
-"""Prompts in, a `Rollout` out: a direct loop over the engine with continuous batching."""
+"""Prompts in, a `Rollout` out: samples decoded in compiled loops that refill slots as they come free."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
 
-from dcjax.serving.engine import DecodeState, Prefix, Qwen3Engine, SampledTokens, make_requests
+from dcjax.serving.decoder import Decoder, DecodeState, Emitted, Prefix, Requests
+from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Rollout
+
+TURNS = 64
+"""Times that one call decodes `steps_per_call` tokens and refills: then the host has a say."""
+
+
+@flax.struct.dataclass
+class Samples:
+    """What N samples have so far; `rollout.Rollout` says what the parts mean."""
+
+    tokens: Int[Array, "N T"]
+    logps: Float[Array, "N T"]
+    versions: Int[Array, "N T"]
+    log_mass: Float[Array, "N T"]
+    support: Int[Array, "N T K"]
+    # of the token before each
+    experts: Int[Array, "N T M k"] | None
+    lengths: Int[Array, "N"]
+
+
+@flax.struct.dataclass
+class RolloutState:
+    """The engine's slots, whose samples they hold, and what came out of them."""
+
+    decode: DecodeState
+    samples: Samples
+    # the sample in each slot; N is none
+    running: Int[Array, "slots"]
+    # samples that have begun, in order
+    started: Int[Array, ""]
 
 
 def sample_responses(
@@ -20,10 +56,12 @@ def sample_responses(
     samples_per_prompt: int,
     temperature: float,
     key: jax.Array,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
-    A slot is refilled as soon as a `generate` call returns with its sample ended; no sample waits for the longest.
     Sample i is drawn with fold_in(key, i), so the tokens depend neither on the slots nor on the steps a call.
 
     Args:
@@ -33,101 +71,191 @@ def sample_responses(
       samples_per_prompt: G.
       temperature: of every sample; 0 is greedy.
       key: a typed PRNG key.
+      top_k: how many tokens can be drawn; 0 is all.
+      top_p: the most probable tokens can be drawn, until they hold so much.
+      stop_tokens: ids that end a response; the engine's end token where None.
 
     Raises:
-      ValueError: a prompt that the engine does not take.
+      ValueError: a prompt or a setting that the engine does not take.
     """
-    queue = _Queue(engine, engine.prefill_many(params, prompts), samples_per_prompt, temperature, key)
-    responses = _Responses(queue.total, engine.max_response_length)
-    state = engine.init_decode_state()
-    # the sample in each slot; -1 is none
-    running = np.full(engine.slots, -1)
-    while True:
-        state = queue.refill(state, running)
-        if (running < 0).all():
-            break
-        state, result = engine.generate(params, state)
-        responses.add(running, result.convert_to_numpy())
-        running[~np.asarray(state.active)] = -1
-    return _assemble(engine, prompts, samples_per_prompt, temperature, responses)
+    settings = {"temperatures": temperature, "top_ks": top_k, "top_ps": top_p, "stop_tokens": stop_tokens}
+    sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
+    while not sampling.advance(params):
+        pass
+    return sampling.rollout()
+
+
+class Sampling:
+    """A batch of samples under way: `advance` until it says that all have ended, then `rollout`.
+
+    Between two calls of `advance` the weights may be swapped: versions are of each token.
+    Arguments are those of `sample_responses` and of `Qwen3Engine.make_requests`.
+    """
+
+    def __init__(
+        self,
+        engine: Qwen3Engine,
+        params: ServingParams,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        key: jax.Array,
+        **settings,
+    ):
+        self._engine, self._prompts, self._samples_per_prompt = engine, prompts, samples_per_prompt
+        self._prefix = engine.prefill_many(params, prompts)
+        total = len(prompts) * samples_per_prompt
+        self._requests = engine.make_requests(sample_keys(key, np.arange(total)), **settings)
+        self._state = _begin(engine.decoder, engine.slots, total, engine.replicated)
+
+    def advance(self, params: ServingParams) -> bool:
+        """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
+        engine, samples_per_prompt = self._engine, self._samples_per_prompt
+        static = (engine.decoder, engine.steps_per_call, samples_per_prompt)
+        self._state, ended = _advance(*static, params, self._prefix, self._requests, self._state)
+        return bool(ended)
+
+    def rollout(self) -> Rollout:
+        """All samples, on the host."""
+        samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
+        prefix = dataclasses.replace(self._prefix, experts=experts)
+        width = self._engine.max_prompt_length
+        return _assemble(self._prompts, self._requests, self._samples_per_prompt, samples, prefix, width)
 
 
 @jax.jit
-def _sample_keys(key: jax.Array, samples: Array) -> Array:
+def sample_keys(key: jax.Array, samples: Array) -> Array:
+    """Raw key data [N, 2] of samples by their numbers."""
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
 
 
-class _Queue:
-    """Samples not started yet, in order."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _begin(decoder: Decoder, slots: int, total: int, sharding: jax.sharding.Sharding) -> RolloutState:
+    shape = (total, decoder.max_response_length)
+    config = decoder.config
+    chosen = (sum(config.sparse_layers), config.num_experts_per_tok)
+    state = RolloutState(
+        decode=decoder.empty(slots),
+        samples=Samples(
+            tokens=jnp.zeros(shape, jnp.int32),
+            logps=jnp.zeros(shape, jnp.float32),
+            versions=jnp.full(shape, -1, jnp.int32),
+            log_mass=jnp.zeros(shape, jnp.float32),
+            support=jnp.full((*shape, decoder.max_support), -1, jnp.int32),
+            experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
+            lengths=jnp.zeros(total, jnp.int32),
+        ),
+        running=jnp.full(slots, total, jnp.int32),
+        started=jnp.int32(0),
+    )
+    return lax.with_sharding_constraint(state, sharding)
 
-    def __init__(
-        self, engine: Qwen3Engine, prefix: Prefix, samples_per_prompt: int, temperature: float, key: jax.Array
-    ):
-        self.total = len(prefix.tokens) * samples_per_prompt
-        self._engine, self._prefix, self._started = engine, prefix, 0
-        self._samples_per_prompt, self._temperature = samples_per_prompt, temperature
-        self._keys = np.asarray(_sample_keys(key, np.arange(self.total)))
 
-    def refill(self, state: DecodeState, running: np.ndarray) -> DecodeState:
-        """Starts samples in the free slots and notes them in `running`."""
-        free = np.flatnonzero(running < 0)[: self.total - self._started]
-        if not len(free):
-            return state
-        samples = np.arange(self._started, self._started + len(free))
-        running[free] = samples
-        self._started += len(free)
-        # counts are padded to powers of two, so that few programs are compiled; slots beyond the last are ignored
-        padding = (1 << (len(free) - 1).bit_length()) - len(free)
-        samples = np.pad(samples, (0, padding))
-        requests = make_requests(
-            rows=samples // self._samples_per_prompt,
-            limits=np.full(len(samples), self._engine.max_response_length),
-            temperatures=np.full(len(samples), self._temperature),
-            keys=self._keys[samples],
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def _advance(
+    decoder: Decoder,
+    steps_per_call: int,
+    samples_per_prompt: int,
+    params: ServingParams,
+    prefix: Prefix,
+    requests: Requests,
+    state: RolloutState,
+) -> tuple[RolloutState, Bool[Array, ""]]:
+    total = requests.limits.shape[0]
+
+    def ended(state: RolloutState) -> Array:
+        return (state.started == total) & ~jnp.any(state.decode.active)
+
+    def turn(carry):
+        count, state = carry
+        state = _refill(decoder, samples_per_prompt, prefix, requests, state)
+        before = state.decode.generated
+        decode, emitted = decoder.steps(params, state.decode, steps_per_call)
+        samples = _record(state.samples, state.running, before, emitted, params.version)
+        return count + 1, dataclasses.replace(state, decode=decode, samples=samples)
+
+    _, state = lax.while_loop(lambda carry: (carry[0] < TURNS) & ~ended(carry[1]), turn, (jnp.int32(0), state))
+    return state, ended(state)
+
+
+def _refill(
+    decoder: Decoder, samples_per_prompt: int, prefix: Prefix, requests: Requests, state: RolloutState
+) -> RolloutState:
+    """The next samples into the slots that are free, one after the other."""
+
+    def has_room(state: RolloutState) -> Array:
+        return (state.started < requests.limits.shape[0]) & ~jnp.all(state.decode.active)
+
+    def start(state: RolloutState) -> RolloutState:
+        slot, sample = jnp.argmin(state.decode.active), state.started
+        request = jax.tree.map(lambda leaf: jnp.asarray(leaf)[sample], requests)
+        return dataclasses.replace(
+            state,
+            decode=decoder.start(state.decode, slot, prefix, sample // samples_per_prompt, request),
+            running=state.running.at[slot].set(sample),
+            started=sample + 1,
         )
-        slots = np.pad(free, (0, padding), constant_values=self._engine.slots)
-        return self._engine.insert_many(self._prefix, state, slots, requests)
+
+    return lax.while_loop(has_room, start, state)
 
 
-class _Responses:
-    """What was sampled so far, one row a sample."""
+def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, version: Array) -> Samples:
+    """Appends one turn's tokens to the samples that ran in its slots."""
+    steps, slots = emitted.valid.shape
+    rows = jnp.broadcast_to(running, (steps, slots))
+    # what is not valid lands outside, and is dropped
+    columns = jnp.where(emitted.valid, before + jnp.arange(steps)[:, None], samples.tokens.shape[1])
 
-    def __init__(self, total: int, width: int):
-        self.tokens = np.zeros((total, width), np.int32)
-        self.logps = np.zeros((total, width), np.float32)
-        self.versions = np.full((total, width), -1, np.int32)
-        self.lengths = np.zeros(total, np.int32)
+    def put(held: Array, new: Array) -> jax.Array:
+        return jnp.asarray(held).at[rows, columns].set(new, mode="drop")
 
-    def add(self, running: np.ndarray, result: SampledTokens) -> None:
-        """Appends one call's tokens to the samples that ran in its slots."""
-        slots, steps = np.nonzero(result.valid)
-        samples = running[slots]
-        at = (samples, self.lengths[samples] + steps)
-        self.tokens[at] = result.tokens[slots, steps]
-        self.logps[at] = result.log_prob[slots, steps]
-        self.versions[at] = result.version[slots, steps]
-        np.add.at(self.lengths, samples, 1)
+    return Samples(
+        tokens=put(samples.tokens, emitted.tokens),
+        logps=put(samples.logps, emitted.logps),
+        versions=put(samples.versions, jnp.broadcast_to(version, rows.shape)),
+        log_mass=put(samples.log_mass, emitted.log_mass),
+        support=put(samples.support, emitted.support),
+        experts=None if samples.experts is None else put(samples.experts, emitted.experts),
+        lengths=jnp.asarray(samples.lengths).at[running].add(jnp.sum(emitted.valid, axis=0), mode="drop"),
+    )
 
 
 def _assemble(
-    engine: Qwen3Engine,
     prompts: Sequence[Sequence[int]],
+    requests: Requests,
     samples_per_prompt: int,
-    temperature: float,
-    responses: _Responses,
+    samples: Samples,
+    prefix: Prefix,
+    width: int,
 ) -> Rollout:
-    prompt_tokens = np.zeros((len(prompts), engine.max_prompt_length), np.int32)
-    prompt_mask = np.zeros(prompt_tokens.shape, bool)
+    """The samples behind their prompts, which are padded on the left to `width`."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
-        prompt_tokens[row, -len(prompt) :] = prompt
-        prompt_mask[row, -len(prompt) :] = True
-    rows = np.arange(len(responses.tokens))
+        tokens[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
+    tokens, mask = (np.repeat(x, samples_per_prompt, axis=0) for x in (tokens, mask))
+    last = samples.tokens[np.arange(len(samples.lengths)), samples.lengths - 1]
     return Rollout(
-        tokens=np.concatenate([np.repeat(prompt_tokens, samples_per_prompt, axis=0), responses.tokens], axis=1),
-        prompt_mask=np.repeat(prompt_mask, samples_per_prompt, axis=0),
-        response_mask=np.arange(responses.tokens.shape[1]) < responses.lengths[:, None],
-        rollout_logps=responses.logps,
-        temperature=np.full(len(rows), temperature, np.float32),
-        versions=responses.versions,
-        finished=responses.tokens[rows, responses.lengths - 1] == engine.end_token,
+        tokens=np.concatenate([tokens, samples.tokens], axis=1),
+        prompt_mask=mask,
+        response_mask=np.arange(samples.tokens.shape[1]) < samples.lengths[:, None],
+        rollout_logps=samples.logps,
+        temperature=requests.sampling.temperatures,
+        versions=samples.versions,
+        finished=np.any(last[:, None] == requests.stop_tokens, axis=1),
+        log_mass=samples.log_mass,
+        support=samples.support if samples.support.shape[-1] else None,
+        experts=None if samples.experts is None else _joined_experts(samples.experts, prefix.experts, mask),
     )
+
+
+def _joined_experts(sampled: np.ndarray, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:
+    """[N, P + T - 1, M, k] from those of samples [N, T, M, k] and of prompts [rows, P, M, k]; 0 on padding.
+
+    The first step of a sample feeds the last prompt token again, so its experts are those of column P - 1.
+    """
+    columns = prompt_mask.shape[1]
+    joined = np.concatenate([np.zeros((len(sampled), columns - 1, *sampled.shape[2:]), sampled.dtype), sampled], axis=1)
+    for row, length in enumerate(prompt_mask.sum(axis=1)):
+        joined[row, columns - length : columns - 1] = prefilled[row * len(prefilled) // len(sampled), : length - 1]
+    return joined

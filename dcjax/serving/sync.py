@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from dcjax.models import ModelConfig
+from dcjax.models import ModelConfig, abstract_params
 from dcjax.models.transformer import layer_params
-from dcjax.serving.quantize import FormatName, formats, quantize_kernel, quantize_table
+from dcjax.serving.quantize import (
+    Format,
+    PackedMatrix,
+    QuantizedMatrix,
+    kept_wide,
+    quantize_kernel,
+    quantize_table,
+    role_of,
+)
 from dcjax.types import Array, Params
 
 
@@ -25,7 +35,12 @@ class ServingParams:
 
 
 def make_sync(
-    config: ModelConfig, format: FormatName, sharding: jax.sharding.Sharding | None = None
+    config: ModelConfig,
+    format: Format,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    keep: Sequence[str] = (),
+    weight_noise: float = 0.0,
 ) -> Callable[[Params, int], ServingParams]:
     """A jitted (masters, version) -> ServingParams.
 
@@ -36,24 +51,84 @@ def make_sync(
       config: the architecture.
       format: the serving format.
       sharding: where the serving params go; the masters' default device where None.
-    """
-    chosen = formats[format]
-    # `copy`, because casting float32 to float32 changes nothing, and the train step donates the masters' buffers
-    cast = partial(jnp.array, dtype=chosen.activations, copy=True)
+      keep: patterns (`fnmatch`) of names of kernels and tables that stay in the activations' dtype.
+      weight_noise: a controlled mismatch: normal noise added to kernels and tables before anything else, its standard
+        deviation in units of each one's root mean square; other noise in each version.
 
-    def convert(path, leaf):
-        name = path[-1].key
-        if name == "router":
+    Raises:
+      ValueError: a pattern that matches nothing, a noise that is not a size, or, from the function returned, a
+        parameter that no rule knows.
+    """
+    if not 0 <= weight_noise < math.inf:
+        raise ValueError(f"weight_noise is {weight_noise}; it must be a finite number of at least 0")
+    kept = kept_wide(config, keep)
+
+    def convert(path, leaf, version):
+        name, layer = path[-1].key, path[1].idx if len(path) > 1 else 0
+        role = role_of(name)
+        if role == "router":
             # the choice of experts is float32 in every format
             return jnp.array(leaf, jnp.float32, copy=True)
-        if not chosen.int8_weights or leaf.ndim < 2:
-            return cast(leaf)
-        return quantize_table(leaf) if name in ("embed_tokens", "lm_head") else quantize_kernel(leaf)
+        if role != "wide" and weight_noise:
+            leaf = leaf + weight_noise * _unit_noise(leaf, version, name, layer)
+        if role == "wide" or format.weights is None or name in kept:
+            # `copy`: casting float32 to float32 changes nothing, and the train step donates the masters' buffers
+            return jnp.array(leaf, format.activations, copy=True)
+        return (quantize_table if role == "table" else quantize_kernel)(leaf, format)
 
     def sync(params: Params, version) -> ServingParams:
         kinds = config.sparse_layers
         unstacked = tuple(layer_params(kinds, params["layers"], layer) for layer in range(config.num_layers))
-        weights = jax.tree_util.tree_map_with_path(convert, {**params, "layers": unstacked})
+        weights = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: convert(path, leaf, version), {**params, "layers": unstacked}
+        )
         return ServingParams(weights=weights, version=jnp.asarray(version, jnp.int32))
 
     return jax.jit(sync, out_shardings=sharding)
+
+
+def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer: int) -> Float[Array, "*shape"]:
+    """Normal noise of the leaf's own root mean square, the same whenever version, name and layer are."""
+    key = jax.random.key(0)
+    for part in (version, zlib.crc32(name.encode()), layer):
+        key = jax.random.fold_in(key, part)
+    size = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))
+    return size * jax.random.normal(key, leaf.shape, jnp.float32)
+
+
+class StoredParameter(NamedTuple):
+    """What one of the trainer's parameters is to the engine, all layers that have it together."""
+
+    name: str
+    shape: tuple[int, ...]
+    # int4, or a dtype
+    stored: str
+    # scales included
+    bytes: int
+    float32_bytes: int
+    quantized: bool
+
+
+def stored_parameters(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> list[StoredParameter]:
+    """How each parameter is stored and in how many bytes, from abstract shapes; errors as of `make_sync`."""
+    masters = abstract_params(config)
+    served = jax.eval_shape(make_sync(config, format, keep=keep), masters, 0).weights
+    outer = {name: (leaf, [served[name]]) for name, leaf in masters.items() if name != "layers"}
+    layered = {
+        name: (leaf, [layer[name] for layer in served["layers"] if name in layer])
+        for name, leaf in masters["layers"].items()
+    }
+    return [_stored(name, leaf.shape, parts) for name, (leaf, parts) in sorted((outer | layered).items())]
+
+
+def _stored(name: str, shape: tuple[int, ...], parts: list) -> StoredParameter:
+    first = parts[0]
+    quantized = isinstance(first, QuantizedMatrix | PackedMatrix)
+    return StoredParameter(
+        name=name,
+        shape=shape,
+        stored="int4" if isinstance(first, PackedMatrix) else (first.values if quantized else first).dtype.name,
+        bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts)),
+        float32_bytes=4 * math.prod(shape),
+        quantized=quantized,
+    )

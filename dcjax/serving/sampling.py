@@ -1,0 +1,96 @@
+"""From logits to a token: temperature, then top-k, then top-p; the distribution that results, and draws from it."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, UInt32
+
+from dcjax.types import Array
+
+
+@flax.struct.dataclass
+class SamplingParams:
+    """How each of B rows is sampled. Truncation is Hugging Face's: first top-k, then top-p of what is left."""
+
+    # 0 is greedy
+    temperatures: Float[Array, "B"]
+    # how many of the most probable tokens are kept; 0 keeps all
+    top_ks: Int[Array, "B"]
+    # the most probable tokens are kept until they hold so much; 1 keeps all
+    top_ps: Float[Array, "B"]
+
+
+@flax.struct.dataclass
+class Distribution:
+    """What B tokens are drawn from."""
+
+    # temperature applied, -inf on tokens that cannot be drawn
+    logits: Float[Array, "B V"]
+    # log of the share of softmax(logits / temperature) that the kept tokens hold: 0 where nothing was cut off
+    log_mass: Float[Array, "B"]
+    # the kept tokens, most probable first and -1 behind them, or all -1 where nothing was cut off
+    support: Int[Array, "B K"]
+    # the largest logit is taken, with certainty
+    greedy: Bool[Array, "B"]
+
+
+def distribution(logits: Float[Array, "B V"], params: SamplingParams, *, max_support: int = 0) -> Distribution:
+    """The rows' distributions.
+
+    With `max_support` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k must
+    lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole rows are
+    sorted, though only if one of them is truncated.
+    """
+    greedy = params.temperatures == 0
+    scaled = logits / jnp.where(greedy, 1.0, params.temperatures)[:, None]
+    truncated = ~greedy & ((params.top_ks > 0) | (params.top_ps < 1))
+
+    def cut(scaled: Array) -> Distribution:
+        width = max_support or scaled.shape[1]
+        values, ids = jax.lax.top_k(scaled, width)
+        kept = truncated[:, None] & _kept(values, params.top_ks, params.top_ps)
+        rows = jnp.arange(len(scaled))[:, None]
+        chosen = jnp.zeros(scaled.shape, bool).at[rows, jnp.where(kept, ids, scaled.shape[1])].set(True, mode="drop")
+        inside = jnp.where(chosen | ~truncated[:, None], scaled, -jnp.inf)
+        mass = jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
+        support = jnp.where(kept, ids, -1)[:, :max_support].astype(jnp.int32)
+        return Distribution(inside, jnp.where(truncated, mass, 0.0), support, greedy)
+
+    def whole(scaled: Array) -> Distribution:
+        nothing = jnp.full((len(scaled), max_support), -1, jnp.int32)
+        return Distribution(scaled, jnp.zeros(len(scaled), scaled.dtype), nothing, greedy)
+
+    return jax.lax.cond(jnp.any(truncated), cut, whole, scaled)
+
+
+def _kept(values: Float[Array, "B K"], top_ks: Int[Array, "B"], top_ps: Float[Array, "B"]) -> Array:
+    """Which of the tokens, in order of falling logits, are kept: at least the first."""
+    width = values.shape[1]
+    within = jnp.arange(width) < jnp.where(top_ks > 0, top_ks, width)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(within, values, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # rounding may leave a sum of all below 1
+    return within & ((before < top_ps[:, None]) | (top_ps >= 1)[:, None])
+
+
+def gumbel_noise(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], vocab_size: int) -> Float[Array, "B V"]:
+    """What is added to logits before the largest is taken; row i's is of fold_in(keys[i], counts[i])."""
+
+    def draw(key, count):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), count), (vocab_size,))
+
+    return jax.vmap(draw)(keys, counts)
+
+
+def draw(drawn_from: Distribution, noise: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """A token a row, by Gumbel noise."""
+    noise = jnp.where(drawn_from.greedy[:, None], 0.0, noise)
+    return jnp.argmax(drawn_from.logits + noise, axis=-1).astype(jnp.int32)
+
+
+def log_probs(drawn_from: Distribution, tokens: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Natural logs of the tokens' probabilities, float32: -inf for one that cannot be drawn, 0 in greedy rows."""
+    chosen = jnp.take_along_axis(drawn_from.logits, tokens[:, None], axis=-1)[:, 0]
+    return jnp.where(drawn_from.greedy, 0.0, chosen - jax.nn.logsumexp(drawn_from.logits, axis=-1))

@@ -1,0 +1,98 @@
+"""Teacher forcing through the decode path: what the engine would have said of given responses."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float
+
+from dcjax.serving.decoder import Decoder, Prefix, Requests
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.rollout import sample_keys
+from dcjax.serving.sync import ServingParams
+from dcjax.types import Array, Rollout
+
+
+class DecodeScores(NamedTuple):
+    """Of N responses, on the host; 0 outside `response_mask`."""
+
+    # natural log, of the distribution that the engine would sample from
+    logps: Float[np.ndarray, "N T"]
+    # the residual stream behind each layer, where each token was sampled; None unless asked for
+    residuals: Float[np.ndarray, "N T L E"] | None
+
+
+def score_responses(
+    engine: Qwen3Engine,
+    params: ServingParams,
+    rollout: Rollout,
+    *,
+    key: jax.Array,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    keeps_residuals: bool = False,
+) -> DecodeScores:
+    """Feeds a rollout's own tokens, one at a time, through prompts' prefill and the cache, as sampling them would.
+
+    Args:
+      engine: decodes as many responses at once as it has slots.
+      params: from `engine.sync`.
+      rollout: whose tokens are forced, at its temperatures.
+      key: as it was sampled with: a mismatch that is added on purpose is drawn with it again.
+      top_k: as it is to be scored with; 0 is all.
+      top_p: likewise.
+      keeps_residuals: also returns N × T × L × E numbers.
+
+    Raises:
+      ValueError: a prompt or a setting that the engine does not take.
+    """
+    keys = np.asarray(sample_keys(key, np.arange(len(rollout.tokens))))
+    parts = []
+    for start in range(0, len(keys), engine.slots):
+        rows = np.arange(start, min(start + engine.slots, len(keys)))
+        # the last batch is filled up, so that one program serves all
+        rows = np.resize(rows, engine.slots)
+        tokens, mask = rollout.tokens[rows], rollout.prompt_mask[rows]
+        prompts = [row[: len(real)][real].tolist() for row, real in zip(tokens, mask, strict=True)]
+        requests = engine.make_requests(
+            keys[rows],
+            limits=np.maximum(rollout.response_mask[rows].sum(axis=1), 1),
+            temperatures=rollout.temperature[rows],
+            top_ks=top_k,
+            top_ps=top_p,
+            # a response ends where it did, whatever ended it
+            stop_tokens=[-1],
+        )
+        prefix = engine.prefill_many(params, prompts)
+        forced = tokens[:, mask.shape[1] :].T
+        parts.append(jax.device_get(_score(engine.decoder, keeps_residuals, params, prefix, requests, forced)))
+    logps, residuals = (
+        None if part[0] is None else np.concatenate(part)[: len(keys)] for part in zip(*parts, strict=True)
+    )
+    return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    decoder: Decoder,
+    keeps_residuals: bool,
+    params: ServingParams,
+    prefix: Prefix,
+    requests: Requests,
+    forced: Array,
+) -> tuple[Array, Array | None]:
+    def start(slot, state):
+        return decoder.start(state, slot, prefix, slot, jax.tree.map(lambda leaf: jnp.asarray(leaf)[slot], requests))
+
+    slots = forced.shape[1]
+    state = lax.fori_loop(0, slots, start, decoder.empty(slots))
+    _, emitted = lax.scan(
+        lambda state, tokens: decoder.step(params, state, tokens, keeps_residuals=keeps_residuals), state, forced
+    )
+    residuals = None if emitted.residuals is None else jnp.moveaxis(emitted.residuals, 2, 0)
+    return emitted.logps.T, residuals
