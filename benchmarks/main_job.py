@@ -38,14 +38,15 @@ from dcjax.evaluate import responses, score
 from dcjax.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
 from dcjax.run import load_config
-from dcjax.serving.engine import make_requests
-from dcjax.serving.quantize import FormatName, formats
+from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
 from dcjax.warm_start import warm_start
 
 QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+SERVED: tuple[FormatName, ...] = ("float32", "bf16", "int8")
+"""Formats whose rollouts are timed."""
 LARGEST_DIFFERENCE = 1e-5
 """Between the parameters that dcjax's and the plain updates reach."""
 CHECKED_UPDATES = 4
@@ -95,19 +96,14 @@ def _warmed_up(setup: Setup, share: float, steps: int):
 
 
 def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rollout]:
-    """dcjax's rollout, its inserts compiled for every number of slots that may come free at once."""
-    config = setup.config
-    engine = assemble.make_engine(config, format, setup.mesh, setup.tokenizer.eos_token_id)
-    serving, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
+    """dcjax's rollout."""
+    serving = dataclasses.replace(setup.config.serving, format=format)
+    config = dataclasses.replace(setup.config, serving=serving)
+    engine = assemble.make_engine(config, setup.mesh, setup.tokenizer.eos_token_id)
+    served, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
     group_size, temperature = config.rollout.group_size, config.rollout.temperature
-    prefix = engine.prefill_many(serving, prompts)
-    for count in (1 << power for power in range((engine.slots - 1).bit_length() + 1)):
-        requests = make_requests(
-            rows=[0] * count, limits=[1] * count, temperatures=[1.0] * count, keys=np.zeros((count, 2))
-        )
-        engine.insert_many(prefix, engine.init_decode_state(), np.arange(count), requests)
     return lambda number: sample_responses(
-        engine, serving, prompts, samples_per_prompt=group_size, temperature=temperature, key=setup.key(number)
+        engine, served, prompts, samples_per_prompt=group_size, temperature=temperature, key=setup.key(number)
     )
 
 
@@ -137,7 +133,7 @@ def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
         "plain": static_batches(setup, params, False),
         "ahead": static_batches(setup, params, True),
     }
-    programs |= {format: engine_loop(setup, params, format) for format in formats}
+    programs |= {format: engine_loop(setup, params, format) for format in SERVED}
     timed = measure(f"rollout, {label}", programs, setup.rounds)
     lengths = {name: np.array([_lengths(result) for result in of.results]) for name, of in timed.items()}
     speed = {name: lengths[name].sum(axis=1) / of.cpu for name, of in timed.items()}
@@ -145,7 +141,7 @@ def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
         row(f"plain JAX, static batches of {setup.config.serving.slots}", speed["plain"], np.max),
         row("plain JAX, noise ahead", speed["ahead"], np.max, ratio(speed["ahead"], speed["plain"], "plain")),
     ]
-    for format in formats:
+    for format in SERVED:
         _check_lengths(f"rollout, {label}", format, lengths[format], lengths["plain"])
         goal = ">= 1.3" if format == "float32" else ""
         over_plain = ratio(speed[format], speed["plain"], "plain", goal)

@@ -112,12 +112,35 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_probe(commands)
+
     report = commands.add_parser("report", help="draw report.png and report.html from a run's metrics")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(run=_report)
 
     _add_convert(commands)
     return parser
+
+
+def _add_probe(commands) -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="where the gap between the policies comes from",
+        description="Samples from the deployed policy once and scores the same tokens by one policy after another, "
+        "from the trainer's to the deployed one. docs/probe.md tells how to read the result.",
+    )
+    probe.add_argument("source", type=Path, help="a run, one checkpoint in it (RUN/checkpoints/STEP), or an HF folder")
+    probe.add_argument("--format", help="serving format of the deployed policy (default: the run's)")
+    probe.add_argument("--kv-cache", help="what its keys and values are stored in (default: the run's)")
+    probe.add_argument("--prompts", type=int, help="prompts, one response each (default: 128)")
+    probe.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="for a Hugging Face folder: a prompt a line, JSON or plain"
+    )
+    probe.add_argument("--seed", type=int, default=0, help="of the samples")
+    probe.add_argument("--stale", type=int, metavar="STEP", help="serve the weights of this checkpoint of the run")
+    probe.add_argument("--out", type=Path, metavar="DIR", help="for the files (default: RUN/probe, or ./probe)")
+    probe.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    probe.set_defaults(run=_probe)
 
 
 def _add_convert(commands) -> None:
@@ -252,6 +275,24 @@ def _evaluate(options: argparse.Namespace) -> None:
     for row in results.rows:
         interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
         print(f"{row.policy:<14}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{interval}")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    _prepare()
+    from dcjax.probe import load_source, probe
+    from dcjax.probe_report import to_json, to_text, write_probe
+
+    source = load_source(
+        options.source,
+        format=options.format,
+        kv_cache=options.kv_cache,
+        prompts=options.prompts,
+        prompts_file=options.prompts_file,
+        stale_step=options.stale,
+    )
+    result = probe(source, seed=options.seed)
+    data, picture = write_probe(result, options.out or source.out)
+    print(to_json(result) if options.json else f"{to_text(result)}\njson: {data}\nplot: {picture}")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.struct
 import jax
@@ -19,6 +20,9 @@ from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array
+
+NOISE_AHEAD = 2**22
+"""Random numbers that are drawn at once, before the steps that use them."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
 """Folded into a token's key, for random numbers beside those that it is drawn with."""
@@ -175,24 +179,31 @@ class Decoder:
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
         """`count` tokens in every active slot, each leaf of `Emitted` with them in front."""
-        return lax.scan(lambda state, _: self.step(params, state), state, length=count)
+        counts = state.generated + jnp.arange(count)[:, None]
+
+        def noise(counts: Array) -> Array:
+            return sampling.gumbel_noise(state.requests.keys, counts, self.config.vocab_size)
+
+        def step(state: DecodeState, drawn: Array) -> tuple[DecodeState, Emitted]:
+            return self.step(params, state, partial(sampling.draw, noise=drawn if ahead else noise(drawn)))
+
+        # half as costly drawn at once, while that is small
+        ahead = counts.size * self.config.vocab_size <= NOISE_AHEAD
+        return lax.scan(step, state, jax.vmap(noise)(counts) if ahead else counts)
 
     def step(
         self,
         params: ServingParams,
         state: DecodeState,
-        forced: Int[Array, "slots"] | None = None,
+        pick: Callable[[sampling.Distribution], Int[Array, "slots"]],
         *,
         keeps_residuals: bool = False,
     ) -> tuple[DecodeState, Emitted]:
-        """Feeds each slot's last token and samples the next, or takes the one that is forced."""
+        """Feeds each slot's last token, and picks the next from the distribution that results."""
         requests = state.requests
         decoded = self._run(params, state.tokens[:, None], state.positions[:, None], state.caches, self._flips(state))
         drawn_from = self._distribution(params, decoded, state)
-        if forced is None:
-            noise = sampling.gumbel_noise(requests.keys, state.generated, self.config.vocab_size)
-            forced = sampling.draw(drawn_from, noise)
-        tokens = jnp.where(state.active, forced, state.tokens)
+        tokens = jnp.where(state.active, pick(drawn_from), state.tokens)
         generated = state.generated + state.active
         stopped = jnp.any(tokens[:, None] == requests.stop_tokens, axis=1)
         emitted = Emitted(

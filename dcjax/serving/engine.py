@@ -136,7 +136,7 @@ class Qwen3Engine(engine_api.Engine):
             )
         self.config, self.format = config, quantize.serving_format(format, kv_cache)
         self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))
-        quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform)
+        quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
         self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
         self.decoder = Decoder(
             config=config,
@@ -271,7 +271,7 @@ class Qwen3Engine(engine_api.Engine):
         drawn = SamplingParams(
             temperatures=column("temperature", temperatures, np.float32, 0),
             top_ks=column("top_k", top_ks, np.int32, 0, self.decoder.max_support or self.config.vocab_size),
-            top_ps=column("top_p", top_ps, np.float32, np.finfo(np.float32).tiny, 1),
+            top_ps=column("top_p", top_ps, np.float32, float(np.finfo(np.float32).tiny), 1),
         )
         if self.decoder.max_support and (unbounded := (drawn.top_ks == 0) & (drawn.top_ps < 1)).any():
             raise ValueError(
@@ -309,7 +309,7 @@ def _memory_of(device: jax.Device) -> int:
     return device.memory_stats()["bytes_limit"]
 
 
-def _require_within(name: str, values: Any, low: float, high: float = math.inf) -> None:
+def _require_within(name: str, values: Any, low: int | float, high: int | float = math.inf) -> None:
     for value in (np.min(values), np.max(values)):
         if not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"

@@ -84,7 +84,7 @@ def gumbel_noise(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], vocab_size
     return jax.vmap(draw)(keys, counts)
 
 
-def draw(drawn_from: Distribution, noise: Float[Array, "B V"]) -> Int[Array, "B"]:
+def draw(drawn_from: Distribution, *, noise: Float[Array, "B V"]) -> Int[Array, "B"]:
     """A token a row, by Gumbel noise."""
     noise = jnp.where(drawn_from.greedy[:, None], 0.0, noise)
     return jnp.argmax(drawn_from.logits + noise, axis=-1).astype(jnp.int32)

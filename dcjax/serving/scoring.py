@@ -91,8 +91,10 @@ def _score(
 
     slots = forced.shape[1]
     state = lax.fori_loop(0, slots, start, decoder.empty(slots))
-    _, emitted = lax.scan(
-        lambda state, tokens: decoder.step(params, state, tokens, keeps_residuals=keeps_residuals), state, forced
-    )
+
+    def step(state, tokens):
+        return decoder.step(params, state, lambda _: tokens, keeps_residuals=keeps_residuals)
+
+    _, emitted = lax.scan(step, state, forced)
     residuals = None if emitted.residuals is None else jnp.moveaxis(emitted.residuals, 2, 0)
     return emitted.logps.T, residuals

@@ -13,6 +13,7 @@ from dcjax.models.cache import attend, forward_cached, init_cache, quantize_rows
 CONFIG = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
 PRODUCTS = training_products(CONFIG.precision)
 PROMPTS, CAPACITY = [6, 1, 4], 12
+NARROW = ["int8", "float8_e4m3fn"]
 
 
 def unstack(params):
@@ -22,8 +23,8 @@ def unstack(params):
 
 @jax.jit
 def run(params, tokens, positions, caches):
-    hidden, caches, _ = forward_cached(CONFIG, params, params["embed_tokens"][tokens], positions, caches, PRODUCTS)
-    return hidden @ params["embed_tokens"].T, caches
+    decoded = forward_cached(CONFIG, params, params["embed_tokens"][tokens], positions, caches, PRODUCTS)
+    return decoded.hidden @ params["embed_tokens"].T, decoded.caches
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,11 @@ def test_prefill_and_decode_equal_the_full_forward(model):
     np.testing.assert_allclose(prefill_and_decode(params, tokens, "float32"), full, atol=1e-5)
 
 
-def test_an_int8_cache_is_close_and_not_equal(model):
+@pytest.mark.parametrize(("dtype", "least", "most"), [("int8", 1e-4, 0.1), ("float8_e4m3fn", 1e-3, 0.4)])
+def test_a_narrow_cache_is_close_and_not_equal(model, dtype, least, most):
     params, tokens, full = model
-    error = np.abs(prefill_and_decode(params, tokens, "int8") - full)
-    assert 1e-4 < error.max() < 0.1
+    error = np.abs(prefill_and_decode(params, tokens, dtype) - full)
+    assert least < error.max() < most
 
 
 def test_what_lies_beyond_a_position_is_not_seen(model):
@@ -72,17 +74,17 @@ def test_what_lies_beyond_a_position_is_not_seen(model):
     np.testing.assert_allclose(logits, full[:, :5], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_an_empty_cache_has_the_dtype_asked_for_and_scales_only_in_int8(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *NARROW])
+def test_an_empty_cache_has_the_dtype_asked_for_and_scales_only_where_narrow(dtype):
     cache = init_cache(CONFIG, 3, CAPACITY, jnp.dtype(dtype))
     assert cache.k.shape == cache.v.shape == (3, CONFIG.num_kv_heads, CAPACITY, CONFIG.head_dim)
     assert cache.k.dtype == cache.v.dtype == dtype
-    scales = [] if dtype == "int8" else [None, None]
+    scales = [] if dtype in NARROW else [None, None]
     assert [scale for scale in (cache.k_scale, cache.v_scale) if scale is None] == scales
-    assert dtype != "int8" or cache.k_scale.shape == cache.v_scale.shape == (3, CONFIG.num_kv_heads, CAPACITY)
+    assert dtype not in NARROW or cache.k_scale.shape == cache.v_scale.shape == (3, CONFIG.num_kv_heads, CAPACITY)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", *NARROW])
 def test_writes_land_at_their_positions_and_nowhere_else(dtype):
     rng = np.random.default_rng(0)
     k, v = rng.normal(size=(2, 2, 3, CONFIG.num_kv_heads, CONFIG.head_dim)).astype(np.float32)
@@ -94,19 +96,21 @@ def test_writes_land_at_their_positions_and_nowhere_else(dtype):
     for held, scale, new in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
         wide = np.asarray(held, np.float32) * (1.0 if scale is None else np.asarray(scale)[..., None])
         wide = wide.swapaxes(1, 2)
-        tolerance = 0.0 if scale is None else np.abs(new).max() / 254 * 1.0001
-        np.testing.assert_allclose(wide[written], np.concatenate([new[0], new[1, :1]]), atol=tolerance)
+        # half a step of the largest number: 1 / 254 of it in int8, 1 / 28 in e4m3, where 14 eighths of 256 are 448
+        tolerance = {"float32": 0.0, "int8": np.abs(new).max() / 254, "float8_e4m3fn": np.abs(new).max() / 28}[dtype]
+        np.testing.assert_allclose(wide[written], np.concatenate([new[0], new[1, :1]]), atol=tolerance * 1.0001)
         assert (wide[~written] == 0).all()
 
 
-def test_attention_on_an_int8_cache_is_attention_on_what_it_stands_for():
+@pytest.mark.parametrize("dtype", NARROW)
+def test_attention_on_a_narrow_cache_is_attention_on_what_it_stands_for(dtype):
     rng = np.random.default_rng(1)
     k, v = rng.normal(size=(2, 2, 5, CONFIG.num_kv_heads, CONFIG.head_dim)).astype(np.float32)
     q = rng.normal(size=(2, 2, CONFIG.num_heads, CONFIG.head_dim)).astype(np.float32)
     positions = np.tile(np.arange(5), (2, 1))
-    narrow = write(init_cache(CONFIG, 2, 5, jnp.dtype("int8")), k, v, positions)
+    narrow = write(init_cache(CONFIG, 2, 5, jnp.dtype(dtype)), k, v, positions)
     stands_for = [
-        (held * scale[..., None]).swapaxes(1, 2)
+        (held.astype(jnp.float32) * scale[..., None]).swapaxes(1, 2)
         for held, scale in ((narrow.k, narrow.k_scale), (narrow.v, narrow.v_scale))
     ]
     wide = write(init_cache(CONFIG, 2, 5, jnp.dtype("float32")), *stands_for, positions)
@@ -120,7 +124,7 @@ FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 @settings(max_examples=50)
 @given(arrays(np.float32, (3, 4), elements=FLOATS))
 def test_rows_in_int8_are_within_half_a_step(x):
-    values, scale = (np.asarray(a) for a in quantize_rows(x))
+    values, scale = (np.asarray(a) for a in quantize_rows(x, jnp.dtype("int8")))
     assert values.dtype == np.int8
     assert scale.dtype == np.float32
     restored = values.astype(np.float64) * scale[:, None]
@@ -131,7 +135,28 @@ def test_rows_in_int8_are_within_half_a_step(x):
     assert (peaks[np.abs(x).max(axis=1) > 1e-30] == 127).all()
 
 
-def test_a_zero_row_in_int8_stays_zero():
-    values, scale = quantize_rows(jnp.array([[0.0, 0.0], [0.0, -2.0]]))
-    np.testing.assert_array_equal(values, [[0, 0], [0, -127]])
-    np.testing.assert_allclose(scale, [0.0, 2 / 127])
+@settings(max_examples=50)
+@given(arrays(np.float32, (3, 4), elements=FLOATS))
+def test_rows_in_e4m3_are_the_nearest_of_its_numbers(x):
+    values, scale = (np.asarray(a) for a in quantize_rows(x, jnp.dtype("float8_e4m3fn")))
+    assert (values.dtype, scale.dtype) == ("float8_e4m3fn", "float32")
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(scale, largest[:, 0] / 448, rtol=1e-6, atol=1e-35)
+    grid = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float64)
+    grid = grid[np.isfinite(grid)]
+    for row in np.flatnonzero(largest[:, 0] > 1e-30):
+        scaled = np.float64(x[row]) * 448 / np.float64(largest[row])
+        nearest = np.abs(grid[:, None] - scaled).min(axis=0)
+        # a number half-way between two may go either way once scaled in float32
+        assert (np.abs(np.float64(values[row]) - scaled) <= nearest + 1e-4).all()
+        assert np.abs(np.float64(values[row])).max() == 448
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_row_without_a_scale_becomes_zero(dtype):
+    # the last row's scale would be no normal float32, and its inverse no finite one
+    x = jnp.array([[0.0, 0.0], [0.0, -2.0], [0.0, 1.2e-38]])
+    values, scale = quantize_rows(x, jnp.dtype(dtype))
+    largest = {"int8": 127, "float8_e4m3fn": 448}[dtype]
+    np.testing.assert_array_equal(np.asarray(values, np.float32), [[0, 0], [0, -largest], [0, 0]])
+    np.testing.assert_allclose(scale, [0.0, 2 / largest, 0.0], atol=1e-38)

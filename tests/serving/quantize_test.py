@@ -1,132 +1,379 @@
+import dataclasses
+import re
+
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dcjax.models import ModelConfig, abstract_params, presets
 from dcjax.models.cache import quantize_rows
 from dcjax.serving import quantize
+from dcjax.serving.quantize import FP8, INT8, formats
 
-MATRICES = arrays(np.float32, (4, 6), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
+NARROW = [name for name, format in formats.items() if format.weights is not None]
+MATRICES = arrays(np.float32, (4, 32), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
+GROUP_SIZES = np.array([4, 0, 5], np.int32)
 
 
 @pytest.fixture(scope="module")
 def case():
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(5, 48)).astype(np.float32), rng.normal(size=(48, 7)).astype(np.float32)
+    x, kernel = rng.normal(size=(9, 64)).astype(np.float32), rng.normal(size=(64, 7)).astype(np.float32)
     # columns of very different sizes: a single scale would lose the small ones
     return x, kernel * 10.0 ** np.arange(-3, 4, dtype=np.float32)
 
 
-def integers(matrix):
-    return np.asarray(matrix.values).astype(np.int64), np.asarray(matrix.scale)
+def stands_for(matrix, axis):
+    """The float64 numbers that a quantised matrix stores; `axis` is the contracted one."""
+    if isinstance(matrix, quantize.QuantizedMatrix):
+        return np.asarray(matrix.values).astype(np.float64) * np.expand_dims(np.asarray(matrix.scale, np.float64), axis)
+    packed, scale = (np.moveaxis(np.asarray(a), axis, -1) for a in (matrix.values, matrix.scale))
+    wide = np.zeros((*packed.shape[:-1], 2 * packed.shape[-1]))
+    for place in np.ndindex(wide.shape):
+        *row, k = place
+        nibble = (int(packed[(*row, k // 2)]) >> (4 * (k % 2))) & 15
+        wide[place] = (nibble - 16 if nibble > 7 else nibble) * float(scale[(*row, k // 32)])
+    return np.moveaxis(wide, -1, axis)
 
 
-@settings(max_examples=50)
-@given(MATRICES)
-def test_every_weight_is_within_half_a_step_of_its_channel(weights):
-    for quantized, axis in ((quantize.quantize_kernel(weights), 0), (quantize.quantize_table(weights), 1)):
-        values, scale = integers(quantized)
-        assert quantized.values.dtype == jnp.int8
-        assert quantized.scale.dtype == jnp.float32
-        assert values.shape == weights.shape
-        assert scale.shape == (weights.shape[1 - axis],)
-        step = np.expand_dims(scale.astype(np.float64), axis)
+def activations_of(x, format):
+    """The float64 numbers that meet the weights: as quantised per token where the format does so."""
+    x = np.asarray(x, np.float64)
+    if not format.quantizes_activations:
+        return x
+    largest = 127 if format.weights == "int8" else 448
+    scale = np.abs(x).max(-1, keepdims=True).astype(np.float32) / np.float32(largest)
+    narrow = (np.float32(x) * (np.float32(1) / scale)).astype(np.float32)
+    narrow = np.round(narrow) if format.weights == "int8" else narrow.astype(ml_dtypes.float8_e4m3fn)
+    return narrow.astype(np.float64) * scale
+
+
+def largest_error(format, master, axis):
+    """Half a step of the format around each weight of the master."""
+    peak = np.abs(master).max(axis, keepdims=True).astype(np.float64)
+    if format.weights == "int8":
+        return peak / 127 / 2
+    if format.weights == "fp8":
+        # three bits behind the leading one; below 2^-6 of 448 the steps no longer shrink
+        return np.maximum(np.abs(master) / 16, peak / 448 * 2.0**-10)
+    groups = np.moveaxis(master, axis, -1)
+    peaks = np.abs(groups.reshape(*groups.shape[:-1], -1, 32)).max(-1)
+    return np.moveaxis(np.repeat(peaks, 32, -1), -1, axis) / 7 / 2 * (1 + 2**-8) + peak * 2**-8
+
+
+@pytest.mark.parametrize("name", NARROW)
+@settings(max_examples=30)
+@given(rows=MATRICES)
+def test_every_weight_is_within_half_a_step_of_its_channel_or_group(name, rows):
+    format = formats[name]
+    for quantized, master, axis in (
+        (quantize.quantize_kernel(rows.T.copy(), format), rows.T, 0),
+        (quantize.quantize_table(rows, format), rows, 1),
+    ):
+        restored = stands_for(quantized, axis)
+        assert restored.shape == master.shape
         # scales below the smallest normal float32 are flushed to zero
-        assert (np.abs(values * step - weights) <= step / 2 * (1 + 1e-4) + 1e-35).all()
-        np.testing.assert_allclose(scale, np.abs(weights).max(axis) / 127, rtol=1e-6, atol=1e-35)
+        assert (np.abs(restored - master) <= largest_error(format, master, axis) * (1 + 1e-4) + 1e-34).all()
 
 
-def test_int8_experts_are_as_many_int8_kernels():
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_are_stored_in_their_dtype_with_scales_of_theirs(name, case):
+    format, kernel = formats[name], case[1]
+    expected = {
+        "int8": ((64, 7), "int8", (7,), "float32"),
+        "fp8": ((64, 7), "float8_e4m3fn", (7,), "float32"),
+        "int4": ((32, 7), "uint8", (2, 7), "bfloat16"),
+    }[format.weights]
+    matrix = quantize.quantize_kernel(kernel, format)
+    assert (matrix.values.shape, matrix.values.dtype, matrix.scale.shape, matrix.scale.dtype) == expected
+    if format.weights != "int4":
+        largest = 127 if format.weights == "int8" else 448
+        np.testing.assert_allclose(matrix.scale, np.abs(kernel).max(0) / largest, rtol=1e-6)
+        assert matrix.quantizes_activations == (name in ("int8", "fp8"))
+
+
+def test_e4m3_rounds_to_the_nearest_of_its_numbers():
+    # 448 is the largest; 17 and 19 lie between 16, 18 and 20, and even significands win; 2^-10 is half the smallest
+    table = np.array([[448.0, 17.0, 19.0, -100.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 0.3]], np.float32)
+    stored = quantize.quantize_table(table, formats["fp8"])
+    np.testing.assert_array_equal(
+        np.asarray(stored.values, np.float32), [[448, 16, 20, -96, 2.0**-9, 0, 2.0**-8, 0.3125]]
+    )
+    np.testing.assert_array_equal(stored.scale, [1.0])
+
+
+def test_nibbles_are_packed_low_first_along_the_contracted_axis():
+    row = np.zeros(64, np.float32)
+    # group 0 has the scale 1, group 1 the scale 2
+    row[:6] = [7, -7, 1, -1, 2.4, 2.6]
+    row[62:] = [-14, 4]
+    table = quantize.quantize_table(row[None], formats["int4"])
+    # −7 is 1001, −1 is 1111 in two's complement
+    expected = np.zeros(32, np.uint8)
+    expected[:3], expected[31] = [0x97, 0xF1, 0x32], 0x29
+    np.testing.assert_array_equal(table.values, expected[None])
+    np.testing.assert_array_equal(table.scale, [[1.0, 2.0]])
+    kernel = quantize.quantize_kernel(row[:, None], formats["int4"])
+    np.testing.assert_array_equal(kernel.values, expected[:, None])
+    np.testing.assert_array_equal(kernel.scale, [[1.0], [2.0]])
+    for matrix, axis in ((table, -1), (kernel, -2)):
+        restored = np.asarray(quantize.unpack(matrix, jnp.dtype(jnp.float32), axis)).ravel()
+        np.testing.assert_array_equal(restored[:6], [7, -7, 1, -1, 2, 3])
+        np.testing.assert_array_equal(restored[62:], [-14, 4])
+
+
+def test_int4_is_divided_by_the_rounded_scale():
+    # 10 / 7 is 1.4286, in bfloat16 1.4297: 3.573 is 2.501 of the one, and rounds up, and 2.499 of the other
+    group = np.zeros((1, 32), np.float32)
+    group[0, :2] = [10.0, 3.573]
+    matrix = quantize.quantize_table(group, formats["int4"])
+    assert float(matrix.scale[0, 0]) == 1.4296875
+    assert int(matrix.values[0, 0]) == 0x27
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_products_equal_those_of_what_the_numbers_stand_for(name, case):
+    format, (x, kernel) = formats[name], case
+    matrix, table = quantize.quantize_kernel(kernel, format), quantize.quantize_table(kernel.T.copy(), format)
+    wide = activations_of(x, format)
+    for out, weights in (
+        (quantize.dot(x, matrix), stands_for(matrix, 0)),
+        (quantize.dot(x[None], matrix)[0], stands_for(matrix, 0)),
+        (quantize.logits(x, table), stands_for(table, 1).T),
+    ):
+        exact = wide @ weights
+        # sums in float32, columns of very different sizes
+        assert (np.abs(out - exact) <= 2e-6 * (np.abs(wide) @ np.abs(weights))).all()
+        assert np.abs(out - np.asarray(x, np.float64) @ kernel).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_products_of_bfloat16_activations_round_only_their_result(name, case):
+    format = formats[name]
+    x, kernel = jnp.asarray(case[0], jnp.bfloat16), case[1]
+    matrix, table = quantize.quantize_kernel(kernel, format), quantize.quantize_table(kernel.T.copy(), format)
+    weights = stands_for(matrix, 0)
+    if format.weights == "int4":
+        weights = weights.astype(ml_dtypes.bfloat16).astype(np.float64)
+    exact, size = (f(activations_of(x, format)) @ f(weights) for f in (np.asarray, np.abs))
+    out, scores = quantize.dot(x, matrix), quantize.logits(x, table)
+    assert (out.dtype, scores.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (np.abs(np.asarray(scores) - exact) <= 2e-6 * size).all()
+    assert (np.abs(np.asarray(out, np.float64) - exact) <= 2e-6 * size + np.abs(exact) * 2**-8).all()
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_experts_are_as_many_kernels(name):
+    format, rng = formats[name], np.random.default_rng(3)
+    rows, kernels = rng.normal(size=(9, 64)).astype(np.float32), rng.normal(size=(3, 64, 4)).astype(np.float32)
+    matrix = quantize.quantize_kernel(kernels, format)
+    for leaf, one in zip(
+        jax.tree.leaves(matrix), jax.tree.leaves(quantize.quantize_kernel(kernels[1], format)), strict=True
+    ):
+        np.testing.assert_array_equal(leaf[1], one)
+    # the second expert has no rows
+    out = quantize.grouped_dot(rows, matrix, GROUP_SIZES)
+    weights, wide = stands_for(matrix, 1), activations_of(rows, format)
+    np.testing.assert_allclose(out, np.concatenate([wide[:4] @ weights[0], wide[4:] @ weights[2]]), atol=1e-4)
+    assert quantize.grouped_dot(jnp.asarray(rows, jnp.bfloat16), matrix, GROUP_SIZES).dtype == jnp.bfloat16
+
+
+def test_wide_experts_are_multiplied_in_the_rows_dtype():
     rng = np.random.default_rng(3)
     rows, kernels = rng.normal(size=(9, 6)).astype(np.float32), rng.normal(size=(3, 6, 4)).astype(np.float32)
-    quantized = quantize.quantize_kernel(kernels)
-    assert (quantized.values.shape, quantized.scale.shape) == ((3, 6, 4), (3, 4))
-    # the second expert has no rows
-    out = quantize.grouped_dot(rows, quantized, np.array([4, 0, 5], np.int32))
-    one_by_one = [quantize.dot(rows[:4], quantize.quantize_kernel(kernels[0]))]
-    one_by_one.append(quantize.dot(rows[4:], quantize.quantize_kernel(kernels[2])))
-    np.testing.assert_allclose(out, np.concatenate(one_by_one), rtol=1e-6)
-    wide = quantize.grouped_dot(rows, kernels, np.array([4, 0, 5], np.int32))
     np.testing.assert_allclose(
-        wide, np.concatenate([rows[:4] @ kernels[0], rows[4:] @ kernels[2]]), rtol=1e-5, atol=1e-5
+        quantize.grouped_dot(rows, kernels, GROUP_SIZES),
+        np.concatenate([rows[:4] @ kernels[0], rows[4:] @ kernels[2]]),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
-def test_a_channel_of_zeros_stays_zero():
-    kernel = np.array([[0.0, 2.0, 0.0], [0.0, -4.0, -0.0]], np.float32)
-    quantized = quantize.quantize_kernel(kernel)
-    np.testing.assert_array_equal(quantized.values, [[0, 64, 0], [0, -127, 0]])
-    np.testing.assert_allclose(quantized.scale, [0, 4 / 127, 0])
-    x = np.ones((3, 2), np.float32)
-    np.testing.assert_array_equal(np.asarray(quantize.dot(x, quantized))[:, [0, 2]], np.zeros((3, 2)))
+@pytest.mark.parametrize("name", NARROW)
+def test_a_channel_of_zeros_stays_zero(name):
+    format, kernel = formats[name], np.zeros((32, 3), np.float32)
+    kernel[:2, 1] = [2.0, -4.0]
+    # scales of numbers this small are no normal float32
+    kernel[:, 2] = 1.2e-38
+    for matrix, axis in (
+        (quantize.quantize_kernel(kernel, format), 0),
+        (quantize.quantize_table(kernel.T.copy(), format), 1),
+    ):
+        restored = stands_for(matrix, axis)
+        assert np.isfinite(restored).all()
+        np.testing.assert_allclose(np.moveaxis(restored, axis, 0), kernel, atol=4 / 7 / 2 * 1.01)
+    x, matrix = np.ones((3, 32), np.float32), quantize.quantize_kernel(kernel, format)
+    np.testing.assert_array_equal(np.asarray(quantize.dot(x, matrix))[:, [0, 2]], np.zeros((3, 2)))
     # and so does the product of a token of zeros
-    np.testing.assert_array_equal(quantize.dot(0 * x, quantized), np.zeros((3, 3)))
+    np.testing.assert_array_equal(quantize.dot(0 * x, matrix), np.zeros((3, 3)))
 
 
 def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
     x, kernel = case
-    quantized = quantize.quantize_kernel(kernel)
-    weights, weight_scale = integers(quantized)
-    tokens, token_scale = (np.asarray(a) for a in quantize_rows(x))
-    total = np.zeros((5, 7), np.int64)
-    for i, j, k in np.ndindex(5, 7, 48):
+    quantized = quantize.quantize_kernel(kernel, formats["int8"])
+    weights, weight_scale = np.asarray(quantized.values).astype(np.int64), np.asarray(quantized.scale)
+    tokens, token_scale = (np.asarray(a) for a in quantize_rows(x, INT8))
+    total = np.zeros((9, 7), np.int64)
+    for i, j, k in np.ndindex(9, 7, 64):
         total[i, j] += int(tokens[i, k]) * int(weights[k, j])
     assert np.abs(total).max() < 2**24
     expected = total.astype(np.float32) * (token_scale[:, None] * weight_scale)
     np.testing.assert_array_equal(quantize.dot(x, quantized), expected)
-    table = quantize.quantize_table(np.ascontiguousarray(kernel.T))
+    table = quantize.quantize_table(np.ascontiguousarray(kernel.T), formats["int8"])
     np.testing.assert_array_equal(quantize.logits(x, table), expected)
 
 
 def test_the_sum_of_a_long_product_does_not_saturate():
     # 4096 · 127² is beyond int16 and float32's integers alike
     ones = np.ones((1, 4096), np.float32)
-    out = quantize.dot(ones, quantize.quantize_kernel(ones.T.copy()))
-    np.testing.assert_allclose(out, [[4096.0]], rtol=1e-6)
+    for name in ("int8", "fp8"):
+        out = quantize.dot(ones, quantize.quantize_kernel(ones.T.copy(), formats[name]))
+        np.testing.assert_allclose(out, [[4096.0]], rtol=1e-6)
 
 
-def test_an_int8_product_is_close_to_the_wide_one_channel_by_channel(case):
-    x, kernel = case
-    exact = x @ kernel
-    error = np.abs(np.asarray(quantize.dot(x, quantize.quantize_kernel(kernel))) - exact)
-    assert (error / np.abs(exact).max(0) < 0.02).all()
-    assert error.max() > 0
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_programs_multiply_narrow_numbers(name, case):
+    """int8 as int8 with int32 sums wherever it is compiled; float8 as float8 where accelerators take it."""
+    format, (x, kernel) = formats[name], case
+    kernels = np.stack([kernel] * 3)
+    calls = {
+        quantize.dot: (x, quantize.quantize_kernel(kernel, format)),
+        quantize.logits: (x, quantize.quantize_table(kernel.T.copy(), format)),
+        quantize.grouped_dot: (x, quantize.quantize_kernel(kernels, format), GROUP_SIZES),
+    }
+    for product, arguments in calls.items():
+        traced = jax.jit(product).trace(*arguments)
+        if name == "int8":
+            compiled = traced.lower().compile().as_text()
+            types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", compiled))
+            dots = re.findall(r"= (\w+)\[[^\n]* dot\((%[\w.-]+), (%[\w.-]+)\)", compiled)
+            assert [(types[a], types[b], out) for out, a, b in dots] == [("s8", "s8", "s32")], product
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+        dots = re.findall(r"(?:dot_general|ragged_dot).*: \((.*)\) -> (.*)", lowered)
+        operand, total = {"int8": ("xi8>", "xi32>"), "fp8": ("xf8E4M3FN>", "xf32>")}[name]
+        assert dots, product
+        assert all(sides.count(operand) == 2 and out.count(total) == 1 for sides, out in dots), product
 
 
 def test_wide_kernels_are_multiplied_in_the_activations_dtype(case):
     x, kernel = case
     np.testing.assert_allclose(quantize.dot(x, kernel), x @ kernel, rtol=1e-5, atol=1e-4)
-    narrow = quantize.dot(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
-    assert narrow.dtype == jnp.bfloat16
-    assert quantize.dot(jnp.asarray(x, jnp.bfloat16), quantize.quantize_kernel(kernel)).dtype == jnp.bfloat16
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert quantize.dot(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)).dtype == dtype
 
 
-def test_logits_come_back_in_float32_from_every_format(case):
+def test_logits_of_wide_tables_come_back_in_float32(case):
     x, kernel = case
     table = np.ascontiguousarray(kernel.T)
     np.testing.assert_allclose(quantize.logits(x, table), x @ kernel, rtol=1e-5, atol=1e-4)
     narrow = [jnp.asarray(a, jnp.bfloat16) for a in (x, table)]
     logits = quantize.logits(*narrow)
-    assert logits.dtype == quantize.logits(narrow[0], quantize.quantize_table(table)).dtype == jnp.float32
+    assert logits.dtype == jnp.float32
     # the products of bfloat16 numbers are exact in float32, and so is the accumulation up to rounding
     wide = [np.asarray(a, np.float64) for a in narrow]
     np.testing.assert_allclose(logits, wide[0] @ wide[1].T, rtol=1e-5, atol=1e-4)
 
 
-def test_looking_up_a_row_undoes_its_scale(case):
+@pytest.mark.parametrize("name", NARROW)
+def test_looking_up_a_row_undoes_its_scale(name, case):
     table = np.ascontiguousarray(case[1].T)
     tokens = np.array([[0, 6], [3, 3]])
-    rows = quantize.lookup(quantize.quantize_table(table), tokens, jnp.dtype(jnp.float32))
-    values, scale = integers(quantize.quantize_table(table))
-    np.testing.assert_array_equal(rows, values[tokens].astype(np.float32) * scale[tokens][..., None])
+    matrix = quantize.quantize_table(table, formats[name])
+    rows = quantize.lookup(matrix, tokens, jnp.dtype(jnp.float32))
+    np.testing.assert_array_equal(rows, stands_for(matrix, 1)[tokens].astype(np.float32))
+    assert quantize.lookup(matrix, tokens, jnp.dtype(jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_array_equal(quantize.lookup(table, tokens, jnp.dtype(jnp.float32)), table[tokens])
-    assert quantize.lookup(table, tokens, jnp.dtype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_the_formats_store_what_they_are_called():
-    stored = {name: (f.activations.name, f.kv_cache.name, f.int8_weights) for name, f in quantize.formats.items()}
-    assert stored["float32"] == ("float32", "float32", False)
-    assert stored["bf16"] == ("bfloat16", "bfloat16", False)
-    assert stored["int8"] == ("bfloat16", "int8", True)
+    stored = {
+        name: (f.activations.name, f.weights, f.quantizes_activations, f.kv_cache.name) for name, f in formats.items()
+    }
+    assert stored == {
+        "float32": ("float32", None, False, "float32"),
+        "bf16": ("bfloat16", None, False, "bfloat16"),
+        "fp16": ("float16", None, False, "float16"),
+        "int8_weight_only": ("bfloat16", "int8", False, "bfloat16"),
+        "int8": ("bfloat16", "int8", True, "int8"),
+        "fp8_weight_only": ("bfloat16", "fp8", False, "bfloat16"),
+        "fp8": ("bfloat16", "fp8", True, "float8_e4m3fn"),
+        "int4": ("bfloat16", "int4", False, "bfloat16"),
+    }
+    assert all(format.name == name for name, format in formats.items())
+
+
+def test_a_cache_of_another_dtype_replaces_the_formats_own():
+    assert quantize.serving_format("int4") == formats["int4"]
+    assert quantize.serving_format("int4", "fp8") == dataclasses.replace(formats["int4"], kv_cache=FP8)
+    assert quantize.serving_format("int8", "bf16").kv_cache == jnp.bfloat16
+    with pytest.raises(ValueError, match="format is 'int3'; it must be one of float32, bf16"):
+        quantize.serving_format("int3")
+    with pytest.raises(ValueError, match="kv_cache is 'int4'; it must be one of auto, float32"):
+        quantize.serving_format("int8", "int4")
+
+
+@pytest.mark.parametrize("preset", presets)
+def test_every_parameter_of_every_preset_has_a_role(preset):
+    params = abstract_params(presets[preset])
+    leaves = {name: leaf for name, leaf in {**params, **params["layers"]}.items() if name != "layers"}
+    contracted = quantize.contracted_widths(presets[preset])
+    for name, leaf in leaves.items():
+        depth = leaf.ndim - (name in params["layers"])
+        expected = "wide" if depth == 1 else "router" if name == "router" else None
+        assert expected is None or quantize.role_of(name) == expected
+        assert (name in contracted) == (expected is None)
+
+
+def test_a_parameter_that_no_rule_knows_is_an_error():
+    with pytest.raises(ValueError, match="parameter 'adapter' has no role"):
+        quantize.role_of("adapter")
+
+
+def test_what_is_contracted_is_what_products_sum_over():
+    config = ModelConfig(hidden_size=16, intermediate_size=24, num_heads=4, head_dim=6, tie_embeddings=False)
+    widths = quantize.contracted_widths(config)
+    assert widths == dict.fromkeys(widths, 16) | {"o_proj": 24, "down_proj": 24}
+    assert {"embed_tokens", "lm_head", "q_proj"} <= set(widths)
+
+
+@pytest.mark.parametrize("name", formats)
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_published_sizes_are_served_everywhere_but_fp16_on_a_tpu(name, platform):
+    for preset in ("tiny", "tiny-moe", "qwen3-0.6b", "qwen3-30b-a3b", "deepseek-r1-distill-qwen-1.5b"):
+        if (name, platform) == ("fp16", "tpu"):
+            with pytest.raises(ValueError, match="format 'fp16' is float16, which TPUs do not have"):
+                quantize.check_served(presets[preset], formats[name], platform)
+        else:
+            quantize.check_served(presets[preset], formats[name], platform)
+
+
+def test_a_float16_cache_is_not_served_on_a_tpu():
+    format = quantize.serving_format("int8", "fp16")
+    quantize.check_served(presets["tiny"], format, "gpu")
+    with pytest.raises(ValueError, match="kv_cache 'fp16' is float16"):
+        quantize.check_served(presets["tiny"], format, "tpu")
+
+
+def test_groups_that_a_width_does_not_fill_are_named():
+    config = dataclasses.replace(presets["tiny"], intermediate_size=200)
+    quantize.check_served(config, formats["int8"], "cpu")
+    with pytest.raises(ValueError, match="down_proj is contracted over 200; that must be a multiple of 32"):
+        quantize.check_served(config, formats["int4"], "cpu")
+    quantize.check_served(config, formats["int4"], "cpu", keep=["down_*"])
+
+
+def test_a_sum_that_int32_could_not_hold_is_refused():
+    longest = (2**31 - 1) // 127**2
+    for width, served in ((longest, True), (longest + 1, False)):
+        config = dataclasses.replace(presets["tiny"], intermediate_size=width)
+        quantize.check_served(config, formats["int8_weight_only"], "cpu")
+        if served:
+            quantize.check_served(config, formats["int8"], "cpu")
+        else:
+            with pytest.raises(ValueError, match=f"down_proj is contracted over {width}"):
+                quantize.check_served(config, formats["int8"], "cpu")

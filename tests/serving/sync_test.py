@@ -6,20 +6,36 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dcjax.models import ModelConfig, init_params
-from dcjax.serving.quantize import Int8Matrix, quantize_kernel, quantize_table
-from dcjax.serving.sync import make_sync
+from dcjax.models import ModelConfig, abstract_params, presets
+from dcjax.models.cache import forward_cached, init_cache
+from dcjax.serving import quantize
+from dcjax.serving.quantize import PackedMatrix, QuantizedMatrix, formats
+from dcjax.serving.sync import make_sync, stored_parameters
 
-CONFIG = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, head_dim=8)
-FORMATS = ["float32", "bf16", "int8"]
+CONFIG = ModelConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, head_dim=8)
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
+MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MODELS = {
+    "tiny": presets["tiny"],
+    "untied": dataclasses.replace(CONFIG, tie_embeddings=False),
+    "qwen2": dataclasses.replace(CONFIG, family="qwen2"),
+    "moe": MOE,
+    "mixed": dataclasses.replace(MOE, mlp_only_layers=(0,)),
+}
 KERNELS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+EXPERTS = {"experts_gate_proj", "experts_up_proj", "experts_down_proj"}
 NORMS = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"}
+NARROW = [name for name, format in formats.items() if format.weights is not None]
 
 
 def draw(config):
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+    def leaf(path, abstract):
+        x = rng.normal(size=abstract.shape)
+        return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * abstract.shape[-1] ** -0.5, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +45,21 @@ def masters():
 
 @pytest.fixture(scope="module")
 def served(masters):
-    return {name: make_sync(CONFIG, name)(masters, 5) for name in FORMATS}
+    return {name: make_sync(CONFIG, formats[name])(masters, 5) for name in formats}
 
 
-def leaf_pairs(weights, masters):
-    """(name, serving leaf, NumPy master) of every weight."""
+def leaf_pairs(weights, masters, kinds=(False,) * CONFIG.num_layers):
+    """(name, serving leaf, NumPy master) of every weight; `kinds` says which layers have experts."""
     for name in sorted(set(weights) - {"layers"}):
         yield name, weights[name], np.asarray(masters[name])
     for i, layer in enumerate(weights["layers"]):
         for name in sorted(layer):
-            yield name, layer[name], np.asarray(masters["layers"][name][i])
+            of_kind = name in EXPERTS | {"router", "gate_proj", "up_proj", "down_proj"}
+            row = kinds[:i].count(kinds[i]) if of_kind else i
+            yield name, layer[name], np.asarray(masters["layers"][name][row])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", formats)
 def test_layers_are_unstacked_and_none_is_lost(served, masters, name):
     weights = served[name].weights
     assert set(weights) == set(masters) == {"embed_tokens", "norm", "layers"}
@@ -49,7 +67,7 @@ def test_layers_are_unstacked_and_none_is_lost(served, masters, name):
     assert all(set(layer) == KERNELS | NORMS for layer in weights["layers"])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", formats)
 def test_the_version_is_an_int32_scalar(served, name):
     assert (int(served[name].version), served[name].version.dtype) == (5, jnp.int32)
 
@@ -62,10 +80,10 @@ def test_float32_is_bit_for_bit_the_masters_in_buffers_of_its_own(served, master
         assert leaf.unsafe_buffer_pointer() not in pointers
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["float32", "bf16", "int8", "int4"])
 def test_the_masters_may_be_donated_afterwards(name):
     masters = draw(CONFIG)
-    served = make_sync(CONFIG, name)(masters, 0)
+    served = make_sync(CONFIG, formats[name])(masters, 0)
     before = jax.device_get(jax.tree.leaves(served))
     moved = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)(masters)
     jax.block_until_ready(moved)
@@ -74,65 +92,234 @@ def test_the_masters_may_be_donated_afterwards(name):
         np.testing.assert_array_equal(leaf, kept)
 
 
-def test_bf16_is_the_rounded_masters(served, masters):
-    for name, leaf, master in leaf_pairs(served["bf16"].weights, masters):
-        assert leaf.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16), err_msg=name)
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_sixteen_bits_are_the_rounded_masters(served, masters, name):
+    dtype = formats[name].activations
+    for weight, leaf, master in leaf_pairs(served[name].weights, masters):
+        assert leaf.dtype == dtype
+        np.testing.assert_array_equal(leaf, master.astype(dtype), err_msg=weight)
 
 
-def test_int8_is_quantised_from_the_masters_and_not_from_a_rounded_copy(served, masters):
-    seen = 0
-    for name, leaf, master in leaf_pairs(served["int8"].weights, masters):
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_are_quantised_from_the_masters_and_not_from_a_rounded_copy(served, masters, name):
+    format, seen, apart = formats[name], 0, np.zeros(2, int)
+    for weight, leaf, master in leaf_pairs(served[name].weights, masters):
         if master.ndim < 2:
             assert leaf.dtype == jnp.bfloat16
-            np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16), err_msg=name)
+            np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16), err_msg=weight)
             continue
         seen += 1
-        assert isinstance(leaf, Int8Matrix)
-        of = quantize_table if name == "embed_tokens" else quantize_kernel
-        expected, rounded = of(master), of(np.asarray(jnp.asarray(master, jnp.bfloat16), np.float32))
+        of = quantize.quantize_table if weight == "embed_tokens" else quantize.quantize_kernel
+        expected, rounded = of(master, format), of(np.asarray(jnp.asarray(master, jnp.bfloat16), np.float32), format)
         # within a jit the last bit of a division may differ: a value at a rounding boundary moves by one
-        np.testing.assert_allclose(leaf.scale, expected.scale, rtol=1e-6, err_msg=name)
-        differs = np.count_nonzero(np.asarray(leaf.values) != np.asarray(expected.values))
-        assert differs <= 0.01 * master.size
-        assert np.abs(np.asarray(leaf.scale) / np.asarray(rounded.scale) - 1).max() > 1e-4
+        scales = [np.asarray(matrix.scale, np.float64) for matrix in (leaf, expected, rounded)]
+        np.testing.assert_allclose(scales[0], scales[1], rtol=2**-8 if format.weights == "int4" else 1e-6)
+        values = [np.asarray(matrix.values).view(np.uint8) for matrix in (leaf, expected, rounded)]
+        assert np.count_nonzero(values[0] != values[1]) <= 0.01 * master.size
+        apart += [np.count_nonzero(values[0] != other) for other in values[1:]]
     assert seen == 1 + CONFIG.num_layers * len(KERNELS)
+    assert apart[0] < apart[1]
 
 
-def test_an_untied_head_is_quantised_by_rows_like_the_embedding():
-    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", formats)
+def test_every_kernel_and_table_is_in_the_format_and_nothing_else(model, name):
+    config, format = MODELS[model], formats[name]
+    weights = jax.eval_shape(make_sync(config, format), abstract_params(config), 0).weights
+    masters = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(config))
+    for weight, leaf, master in leaf_pairs(weights, masters, config.sparse_layers):
+        if weight in KERNELS | EXPERTS | {"embed_tokens", "lm_head"} and format.weights is not None:
+            shape, axis = list(master.shape), -1 if weight in ("embed_tokens", "lm_head") else -2
+            assert isinstance(leaf, PackedMatrix if name == "int4" else QuantizedMatrix), weight
+            shape[axis] //= 2 if name == "int4" else 1
+            assert leaf.values.shape == tuple(shape)
+            del shape[axis]
+            assert name == "int4" or leaf.scale.shape == tuple(shape)
+        else:
+            assert leaf.shape == master.shape
+            assert leaf.dtype == (jnp.float32 if weight == "router" else format.activations), weight
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "int4"])
+def test_experts_are_those_of_their_layer_and_routers_the_masters(name):
+    config, format = MODELS["mixed"], formats[name]
     masters = draw(config)
-    head = make_sync(config, "int8")(masters, 0).weights["lm_head"]
-    assert head.scale.shape == (config.vocab_size,)
-    np.testing.assert_allclose(head.scale, np.abs(masters["lm_head"]).max(1) / 127, rtol=1e-6)
+    weights = make_sync(config, format)(masters, 0).weights
+    # the first layer has no experts
+    experts, router = weights["layers"][1]["experts_up_proj"], weights["layers"][1]["router"]
+    assert router.dtype == jnp.float32
+    np.testing.assert_array_equal(router, masters["layers"]["router"][0])
+    master = masters["layers"]["experts_up_proj"][0]
+    if name == "float32":
+        np.testing.assert_array_equal(experts, master)
+    else:
+        expected = np.abs(master).max(1, keepdims=name == "int4") / (7 if name == "int4" else 127)
+        np.testing.assert_allclose(np.asarray(experts.scale, np.float32), expected, rtol=2**-8)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_experts_are_in_the_format_and_routers_in_float32(name):
-    config = dataclasses.replace(
-        CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=(1,)
-    )
+def hidden_of(config, format, masters):
+    weights = make_sync(config, format)(masters, 0).weights
+    tokens = np.arange(10).reshape(2, 5)
+    positions = np.broadcast_to(np.arange(5), tokens.shape)
+    caches = tuple(init_cache(config, 2, 5, format.kv_cache) for _ in range(config.num_layers))
+
+    @jax.jit
+    def run(weights):
+        x = quantize.lookup(weights["embed_tokens"], tokens, format.activations)
+        hidden = forward_cached(config, weights, x, positions, caches, quantize.PRODUCTS).hidden
+        return hidden, quantize.logits(hidden[:, -1], weights.get("lm_head", weights["embed_tokens"]))
+
+    return run(weights)
+
+
+def test_every_format_computes_about_what_float32_does():
+    config = dataclasses.replace(MODELS["mixed"], tie_embeddings=False)
     masters = draw(config)
-    layers = make_sync(config, name)(masters, 0).weights["layers"]
-    experts = {"experts_gate_proj", "experts_up_proj", "experts_down_proj"}
-    dense = {"gate_proj", "up_proj", "down_proj"}
-    assert [set(layer) & (experts | dense) for layer in layers] == [experts, dense, experts]
-    for rank, layer in enumerate((layers[0], layers[2])):
-        assert layer["router"].dtype == jnp.float32
-        np.testing.assert_array_equal(layer["router"], masters["layers"]["router"][rank])
-        for kernel in experts:
-            master = masters["layers"][kernel][rank]
-            if name == "int8":
-                assert layer[kernel].values.dtype == jnp.int8
-                np.testing.assert_allclose(layer[kernel].scale, np.abs(master).max(1) / 127, rtol=1e-6)
-            else:
-                np.testing.assert_array_equal(layer[kernel], master.astype(layer[kernel].dtype))
+    exact = hidden_of(config, formats["float32"], masters)[1]
+    error = {}
+    # what is left out differs from these in what is stored, not in its products
+    for name in ("float32", "bf16", "int8", "fp8_weight_only", "fp8", "int4"):
+        hidden, logits = hidden_of(config, formats[name], masters)
+        assert (hidden.dtype, logits.dtype) == (formats[name].activations, jnp.float32)
+        error[name] = float(np.abs(logits - exact).mean() / np.abs(exact).mean())
+    assert error["float32"] == 0
+    assert max(error.values()) == error["int4"] < 0.5
+    assert 0 < error["bf16"] < error["int8"] < error["fp8"] < 0.25
 
 
 def test_serving_params_go_where_they_are_asked_to(masters):
     everywhere = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
     sharded = jax.device_put(masters["embed_tokens"], NamedSharding(everywhere.mesh, PartitionSpec(None, "data")))
     rest = jax.device_put({k: v for k, v in masters.items() if k != "embed_tokens"}, everywhere)
-    served = make_sync(CONFIG, "float32", everywhere)(rest | {"embed_tokens": sharded}, 1)
+    served = make_sync(CONFIG, formats["float32"], everywhere)(rest | {"embed_tokens": sharded}, 1)
     assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(served))
     np.testing.assert_array_equal(served.weights["embed_tokens"], masters["embed_tokens"])
+
+
+def test_what_is_kept_stays_in_the_activations_dtype():
+    config = dataclasses.replace(MODELS["mixed"], tie_embeddings=False)
+    masters = draw(config)
+    weights = make_sync(config, formats["int4"], keep=["lm_head", "experts_*"])(masters, 0).weights
+    for name, leaf, master in leaf_pairs(weights, masters, config.sparse_layers):
+        if name == "lm_head" or name in EXPERTS:
+            np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16))
+        else:
+            assert isinstance(leaf, PackedMatrix) == (name in KERNELS | {"embed_tokens"})
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "experts_*", "head", "norm", "router"])
+def test_a_pattern_that_keeps_nothing_is_an_error(pattern):
+    # tied, dense; norms and the router are no matter of the format
+    for call in (make_sync, stored_parameters):
+        with pytest.raises(ValueError, match=f"keep has '{pattern}'.*embed_tokens".replace("*'", "[*]'")):
+            call(CONFIG, formats["int8"], keep=["embed_*", pattern])
+
+
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_a_parameter_that_no_rule_knows_is_an_error(masters, name):
+    sync = make_sync(CONFIG, formats[name])
+    with pytest.raises(ValueError, match="parameter 'adapter' has no role"):
+        sync({**masters, "adapter": jnp.ones((4, 4))}, 0)
+    with pytest.raises(ValueError, match="parameter 'q_lora' has no role"):
+        sync({**masters, "layers": masters["layers"] | {"q_lora": jnp.ones((CONFIG.num_layers, 4, 4))}}, 0)
+
+
+def test_noise_has_its_size_in_every_matrix_of_every_layer_and_is_nowhere_else():
+    config = dataclasses.replace(
+        MODELS["mixed"], hidden_size=64, intermediate_size=128, moe_intermediate_size=64, vocab_size=64
+    )
+    masters = draw(config)
+    # layers of very different sizes: each has noise in units of its own
+    layers = {
+        name: leaf * 10.0 ** jnp.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
+        for name, leaf in masters["layers"].items()
+    }
+    masters["layers"] = layers
+    weights = make_sync(config, formats["float32"], weight_noise=0.1)(masters, 4).weights
+    draws = []
+    for name, leaf, master in leaf_pairs(weights, masters, config.sparse_layers):
+        if name not in KERNELS | EXPERTS | {"embed_tokens"}:
+            np.testing.assert_array_equal(leaf, master)
+            continue
+        noise = (np.asarray(leaf) - master).ravel() / np.sqrt(np.mean(np.square(master, dtype=np.float64)))
+        assert abs(noise.std() / 0.1 - 1) < 4 / np.sqrt(2 * noise.size)
+        assert abs(noise.mean() / 0.1) < 4 / np.sqrt(noise.size)
+        draws.append(noise[:1000])
+    # no two of them share their noise
+    assert np.abs(np.corrcoef(draws) - np.eye(len(draws))).max() < 0.2
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Masters of one layer, and their sync in float32 with noise."""
+    return draw(ONE_LAYER), make_sync(ONE_LAYER, formats["float32"], weight_noise=0.1)
+
+
+def test_noise_differs_between_versions_and_is_reproducible(noisy):
+    masters, sync = noisy
+    first, again, later = (sync(masters, version).weights["layers"][0]["q_proj"] for version in (3, 3, 4))
+    fresh = make_sync(ONE_LAYER, formats["float32"], weight_noise=0.1)(masters, 3).weights["layers"][0]["q_proj"]
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, fresh)
+    master = masters["layers"]["q_proj"][0]
+    assert abs(np.corrcoef((first - master).ravel(), (later - master).ravel())[0, 1]) < 0.2
+
+
+def test_noise_comes_before_quantisation(noisy):
+    masters, sync = noisy
+    table = sync(masters, 2).weights["embed_tokens"]
+    for name in ("int8", "int4"):
+        stored = make_sync(ONE_LAYER, formats[name], weight_noise=0.1)(masters, 2).weights["embed_tokens"]
+        expected = quantize.quantize_table(table, formats[name])
+        np.testing.assert_allclose(
+            *(np.asarray(matrix.scale, np.float32) for matrix in (stored, expected)),
+            rtol=2**-8 if name == "int4" else 1e-6,
+        )
+
+
+def test_without_noise_the_program_draws_nothing(masters):
+    programs = [str(make_sync(CONFIG, formats["int8"], weight_noise=x).trace(masters, 0).jaxpr) for x in (0.0, 0.1)]
+    assert ["random" in program for program in programs] == [False, True]
+
+
+@pytest.mark.parametrize("size", [-0.1, float("nan"), float("inf")])
+def test_noise_that_is_not_a_size_is_an_error(size):
+    with pytest.raises(ValueError, match=f"weight_noise is {size}"):
+        make_sync(CONFIG, formats["bf16"], weight_noise=size)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", formats)
+def test_the_report_says_what_is_stored(model, name):
+    config, masters = MODELS[model], abstract_params(MODELS[model])
+    served = jax.eval_shape(make_sync(config, formats[name]), masters, 0).weights
+    rows = {row.name: row for row in stored_parameters(config, formats[name])}
+    leaves = {key: leaf for key, leaf in {**masters, **masters["layers"]}.items() if key != "layers"}
+    assert {key: (row.shape, row.float32_bytes) for key, row in rows.items()} == {
+        key: (leaf.shape, 4 * leaf.size) for key, leaf in leaves.items()
+    }
+    assert sum(row.bytes for row in rows.values()) == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(served)
+    )
+    words = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int4", None: formats[name].activations.name}
+    assert rows["q_proj"].stored == rows["embed_tokens"].stored == words[formats[name].weights]
+    assert rows["norm"].stored == formats[name].activations.name
+    assert {row.name for row in rows.values() if row.quantized} == (
+        set() if name not in NARROW else set(rows) & (KERNELS | EXPERTS | {"embed_tokens", "lm_head"})
+    )
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.27), ("int8_weight_only", 0.27), ("fp8", 0.27), ("int4", 0.16)])
+def test_quantised_tensors_of_a_published_model_are_as_small_as_they_should_be(name, most):
+    rows = [row for row in stored_parameters(presets["qwen3-0.6b"], formats[name]) if row.quantized]
+    share = sum(row.bytes for row in rows) / sum(row.float32_bytes for row in rows)
+    # bits of a weight over 32, and of the scales: one in 1024 to 3072 weights, or bfloat16 for 32
+    assert {"int4": 4 / 32 + 16 / 32 / 32}.get(name, 8 / 32) <= share < most
+
+
+def test_the_report_shows_what_is_kept():
+    rows = {row.name: row for row in stored_parameters(MOE, formats["int4"], keep=["experts_*"])}
+    assert {name for name in EXPERTS if rows[name].stored == "bfloat16" and not rows[name].quantized} == EXPERTS
+    assert rows["router"].stored == "float32"
+    # 2 layers of 32 × 32 nibbles, and a bfloat16 scale for 32 of them
+    assert rows["q_proj"].bytes == 2 * (32 * 32 // 2 + 32 * 2)

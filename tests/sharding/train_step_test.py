@@ -13,6 +13,7 @@ from dcjax import assemble
 from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.models import ModelConfig, init_params
 from dcjax.optimizer import make_optimizer
+from dcjax.serving.quantize import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch
@@ -73,7 +74,7 @@ def trained(batch, masters):
         mesh, tx = make_mesh(config.mesh), make_optimizer(config)
         params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
         before = state = assemble.initial_state(config, mesh, tx, params)
-        served = make_sync(MODEL, "float32")(state.params, 0)
+        served = make_sync(MODEL, formats["float32"])(state.params, 0)
         step, metrics = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE), []
         for _ in range(2):
             state, measured = step(state, batch)
