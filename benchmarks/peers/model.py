@@ -1,0 +1,63 @@
+"""The model of all peers and the configuration of dcjax's run, and what peers read: weights, prompts and a probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import work  # pyrefly: ignore[missing-import]
+
+from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
+from dcjax.models import ModelConfig, count_params, forward, init_params, save_hf
+
+MODEL = ModelConfig(
+    vocab_size=work.VOCABULARY,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rope_theta=1e6,
+    tie_embeddings=False,
+    remat="none",
+)
+
+PARAMETERS = count_params(MODEL)
+"""853,376."""
+
+
+def config(*, microbatch_size: int, slots: int, steps_per_call: int) -> Config:
+    """The run that every peer does."""
+    return Config(
+        model=MODEL,
+        warm_start=WarmStartConfig(steps=0),
+        rollout=RolloutConfig(
+            prompts=work.PROMPTS,
+            group_size=work.GROUP_SIZE,
+            temperature=1.0,
+            max_prompt_length=work.PROMPT_LENGTH,
+            max_response_length=work.RESPONSE_LENGTH,
+        ),
+        serving=ServingConfig(format="float32", slots=slots, steps_per_call=steps_per_call),
+        objective=ObjectiveConfig(algorithm="grpo", eps_low=work.CLIP, eps_high=work.CLIP),
+        optimizer=OptimizerConfig(
+            learning_rate=work.LEARNING_RATE,
+            beta1=work.BETA1,
+            beta2=work.BETA2,
+            epsilon=work.EPSILON,
+            max_grad_norm=work.MAX_GRAD_NORM,
+            microbatch_size=microbatch_size,
+        ),
+    )
+
+
+def write(folder: Path) -> None:
+    """Writes the model as a Hugging Face folder, the prompts, and probe tokens with their logits."""
+    generator = np.random.default_rng(0)
+    params = init_params(MODEL, jax.random.key(0))
+    save_hf(folder / "model", MODEL, params)
+    np.save(folder / "prompts.npy", generator.integers(work.VOCABULARY, size=(work.PROMPTS, work.PROMPT_LENGTH)))
+    tokens = generator.integers(work.VOCABULARY, size=(8, work.PROMPT_LENGTH + work.RESPONSE_LENGTH))
+    np.savez(folder / "probe.npz", tokens=tokens, logits=jax.jit(forward, static_argnums=0)(MODEL, params, tokens))
