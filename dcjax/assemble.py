@@ -25,7 +25,7 @@ from dcjax.objective import (
 from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.mismatch import MismatchConfig
+from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -224,4 +224,4 @@ def make_training_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Eng
       RunError: as `make_engine`.
     """
     serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
-    return make_engine(dataclasses.replace(config, serving=serving, mismatch=MismatchConfig()), mesh, end_token)
+    return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_token)

@@ -279,8 +279,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _probe(options: argparse.Namespace) -> None:
     _prepare()
-    from dcjax.probe import load_source, probe
-    from dcjax.probe_report import to_json, to_text, write_probe
+    from dcjax.probe.probe import probe
+    from dcjax.probe.report import to_json, to_text, write_probe
+    from dcjax.probe.source import load_source
 
     source = load_source(
         options.source,

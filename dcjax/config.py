@@ -66,8 +66,8 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; the trainer applies it to its own logits too."""
     top_k: int = 0
-    """How many of the most probable tokens can be sampled; 0 is all. They are recorded, and the trainer's distribution is
-    over the same ones."""
+    """How many of the most probable tokens can be sampled; 0 is all. They are recorded, and the trainer's distribution
+    is over the same ones."""
     top_p: float = 1.0
     """The most probable tokens can be sampled, of those that top_k leaves, until they hold so much; needs a top_k."""
     replay_routing: bool = False
@@ -81,19 +81,16 @@ class RolloutConfig:
         _require(
             "rollout.",
             self,
-            {"prompts": 1, "group_size": 2, "max_prompt_length": 1, "max_response_length": 1},
+            {"prompts": 1, "group_size": 2, "top_k": 0, "max_prompt_length": 1, "max_response_length": 1},
         )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"rollout.temperature is {self.temperature}; training needs one above 0")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"rollout.top_k is {self.top_k} and rollout.top_p {self.top_p}; "
-                "they must be at least 0, and within (0, 1]"
-            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p is {self.top_p}; it must lie within (0, 1]")
         if self.top_p < 1 and not self.top_k:
             raise ValueError(
-                f"rollout.top_p is {self.top_p} without rollout.top_k: the trainer replays the truncation from the tokens "
-                "that it left, of which there may then be a vocabulary; set rollout.top_k too, to 64, say"
+                f"rollout.top_p is {self.top_p} without rollout.top_k: the trainer replays the truncation from the "
+                "tokens that it left, of which there may then be a vocabulary; set rollout.top_k too, to 64, say"
             )
 
     @property
@@ -107,8 +104,8 @@ class ServingConfig:
     """The engine that samples."""
 
     format: FormatName = "int8"
-    """Numerics of the deployed policy: float32, bf16, fp16; int8 and fp8 (e4m3): weights, activations and KV cache; their
-    weights alone; int4: weights alone, in groups of 32."""
+    """Numerics of the deployed policy: float32, bf16, fp16; int8 and fp8 (e4m3): weights, activations and KV cache;
+    their weights alone; int4: weights alone, in groups of 32."""
     kv_cache: KVCacheName = "auto"
     """What keys and values are stored in; auto is the format's own."""
     keep: tuple[str, ...] = ()
@@ -352,10 +349,16 @@ class Config:
                 )
 
     def _check_sampling(self):
-        if self.rollout.top_k > self.model.vocab_size:
-            raise ValueError(f"rollout.top_k is {self.rollout.top_k}; the vocabulary has {self.model.vocab_size} tokens")
+        if self.pretrained is not None:
+            # the folder's architecture counts, which the engine checks
+            return
+        top_k, tokens = self.rollout.top_k, self.model.vocab_size
+        if top_k > tokens:
+            raise ValueError(f"rollout.top_k is {top_k}; the vocabulary has {tokens} tokens")
         if self.rollout.replay_routing and not self.model.num_experts:
-            raise ValueError("rollout.replay_routing is True; it needs a model with experts, and model.num_experts is 0")
+            raise ValueError(
+                "rollout.replay_routing is True; it needs a model with experts, and model.num_experts is 0"
+            )
 
     def _check_divisions(self):
         prompts, updates = self.rollout.prompts, self.optimizer.updates

@@ -87,12 +87,10 @@ def export_run(
     from dcjax.assemble import abstract_state
     from dcjax.checkpoint import Checkpoints
     from dcjax.rl.averaging import averaged_params
-    from dcjax.run import load_config
+    from dcjax.run import load_config, locate
     from dcjax.sharding.mesh import MeshConfig, make_mesh
 
-    source = source.resolve()
-    is_step = source.name.isdecimal() and source.parent.name == "checkpoints"
-    run_dir, step = (source.parent.parent, int(source.name)) if is_step else (source, None)
+    run_dir, step = locate(source)
     with _errors_told():
         check_vacant(out)
         if (source / WEIGHTS).exists() or (source / INDEX).exists():

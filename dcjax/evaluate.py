@@ -18,7 +18,7 @@ from dcjax.data.arithmetic import Problem, encode_prompts
 from dcjax.errors import RunError
 from dcjax.rewards.boxed import integer_reward
 from dcjax.rl.averaging import averaged_params
-from dcjax.run import load_config
+from dcjax.run import load_config, locate
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName, formats
 from dcjax.serving.rollout import sample_responses
@@ -112,9 +112,7 @@ def evaluate_source(
     Raises:
       RunError: no such run or checkpoint, a damaged one, or a setting out of range.
     """
-    source = source.resolve()
-    is_step = source.name.isdecimal() and source.parent.name == "checkpoints"
-    run_dir, step = (source.parent.parent, int(source.name)) if is_step else (source, None)
+    run_dir, step = locate(source)
     config = load_config(run_dir)
     if format is not None and format not in formats:
         raise RunError(f"format is {format!r}; it must be one of {', '.join(formats)}")

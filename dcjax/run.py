@@ -57,6 +57,14 @@ def load_config(directory: Path) -> Config:
     return _parse(directory, _read(directory))
 
 
+def locate(source: Path) -> tuple[Path, int | None]:
+    """The run directory of a source, and the step of RUN/checkpoints/STEP; None where the run itself is given."""
+    source = source.resolve()
+    if source.name.isdecimal() and source.parent.name == "checkpoints":
+        return source.parent.parent, int(source.name)
+    return source, None
+
+
 def _read(directory: Path) -> dict:
     path = directory / "config.json"
     try:

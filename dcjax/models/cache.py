@@ -112,7 +112,8 @@ def forward_cached(
             written = write(cache, k, v, positions)
             return attend(written, q, positions), written
 
-        x, cache, routing = block(config, layer, x, rope, attend_cached, products, choose and partial(choose, number))
+        experts = None if choose is None else partial(choose, number)
+        x, cache, routing = block(config, layer, x, rope, attend_cached, products, experts)
         filled.append(cache)
         residuals.append(x)
         chosen += [] if routing is None else [routing.experts]

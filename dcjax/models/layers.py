@@ -86,8 +86,8 @@ def attend_grouped(
 ) -> Float[Array, "B S H D"]:
     """softmax(q kᵀ / √D) v, the H / K query heads of a key-value head merged into the rows of one product.
 
-    Scores and softmax are float32, products of q's dtype. An int8 or fp8 k or v comes with a scale per token, which multiplies
-    scores and weights, so that the integers are never widened to a second copy of a cache.
+    Scores and softmax are float32, products of q's dtype. An int8 or fp8 k or v comes with a scale per token, which
+    multiplies scores and weights, so that the integers are never widened to a second copy of a cache.
     """
     batch, length, _, head_dim = q.shape
     kv_heads, context = k.shape[1:3]

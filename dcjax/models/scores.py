@@ -38,10 +38,9 @@ def token_logps(
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
 
-    Both are of softmax(logits / temperature), the distribution that the sampler drew from, or where it was truncated, of
-    what is left of it. Only the T columns that
-    predict a response token go through the head, `config.head_chunk` at a time, and what one chunk computed is computed
-    again in the backward pass: logits never exist for more columns than that.
+    Both are of softmax(logits / temperature), the distribution that the sampler drew from, or where it was truncated,
+    of what is left of it. Only the T columns that predict a response token go through the head, `config.head_chunk` at
+    a time, and what one chunk computed is computed again in the backward pass: logits never exist for more columns.
 
     Args:
       config: the architecture.
@@ -53,8 +52,8 @@ def token_logps(
       segment_ids: packed sequences, as for `hidden_states`; the first token of each is predicted from nothing, so its
         score means nothing.
       experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
-      support: of each response token, the tokens that the sampler could draw, -1 behind them; a row of -1 stands for the
-        whole vocabulary, as its absence does.
+      support: of each response token, the tokens that the sampler could draw, -1 behind them; a row of -1 stands for
+        the whole vocabulary, as its absence does.
 
     Raises:
       ValueError: a response that leaves no column to predict its first token, or both a mask and segments.

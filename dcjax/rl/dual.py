@@ -10,6 +10,9 @@ import optax
 
 from dcjax.rl.signals import mean_of_last, median_of_last, on_last_update, remember
 
+CALIBRATION_FACTOR = 1.5
+"""Of a δ̄ that was measured is the budget that it makes."""
+
 ALARM_MEMORY = 10
 """Iterations whose mean δ̄ is watched once λ can rise no further."""
 
@@ -38,7 +41,7 @@ def dual_ascent(
     every: int = 1,
     window: int = 1,
     calibration_steps: int = 10,
-    calibration_factor: float = 1.5,
+    calibration_factor: float = CALIBRATION_FACTOR,
 ) -> optax.GradientTransformationExtraArgs:
     """λ ← clip(λ + η_λ (δ̄ − c), min, max) on the last of each iteration's updates; the updates pass through unchanged.
 

@@ -168,13 +168,16 @@ class Decoder:
             one = lax.dynamic_index_in_dim(new, row)[:, :, : self.capacity]
             return lax.dynamic_update_slice(held, one, (slot, *[0] * (held.ndim - 1)))
 
+        def put(held: Array, new: Array | int | bool) -> Array:
+            return jnp.asarray(held).at[slot].set(new)
+
         return DecodeState(
             caches=jax.tree.map(copy, state.caches, prefix.caches),
-            tokens=state.tokens.at[slot].set(prefix.tokens[row]),
-            positions=state.positions.at[slot].set(prefix.positions[row]),
-            generated=state.generated.at[slot].set(0),
-            active=state.active.at[slot].set(True),
-            requests=jax.tree.map(lambda held, new: held.at[slot].set(new), state.requests, request),
+            tokens=put(state.tokens, prefix.tokens[row]),
+            positions=put(state.positions, prefix.positions[row]),
+            generated=put(state.generated, 0),
+            active=put(state.active, True),
+            requests=jax.tree.map(put, state.requests, request),
         )
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:

@@ -19,7 +19,7 @@ from jetstream.engine import engine_api, tokenizer_pb2
 from dcjax.models import ModelConfig, abstract_params
 from dcjax.serving import quantize
 from dcjax.serving.decoder import Decoder, DecodeState, Prefix, Requests
-from dcjax.serving.mismatch import MismatchConfig
+from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams, make_sync
 from dcjax.types import Array
@@ -121,7 +121,7 @@ class Qwen3Engine(engine_api.Engine):
         max_support: int = 0,
         max_stop_tokens: int = 4,
         records_experts: bool = False,
-        mismatch: MismatchConfig = MismatchConfig(),
+        mismatch: MismatchConfig = NO_MISMATCH,
         mesh: jax.sharding.Mesh | None = None,
         memory: int | None = None,
     ):
@@ -134,6 +134,8 @@ class Qwen3Engine(engine_api.Engine):
                 f"mismatch.routing_flips is {mismatch.routing_flips}; it needs a model with experts that a token "
                 f"leaves out, and this one has {config.num_experts}"
             )
+        if records_experts and not config.num_experts:
+            raise ValueError("records_experts is True; it needs a model with experts, and this one has none")
         self.config, self.format = config, quantize.serving_format(format, kv_cache)
         self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))
         quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
@@ -254,8 +256,8 @@ class Qwen3Engine(engine_api.Engine):
     ) -> Requests:
         """Requests for N samples with keys [N, 2], on the host; one value counts for all.
 
-        `limits` are the longest possible and `stop_tokens` the engine's end token where None; rows of stop tokens may be
-        filled up with -1.
+        `limits` are the longest possible and `stop_tokens` the engine's end token where None; rows of stop tokens may
+        be filled up with -1.
         """
         keys = np.asarray(keys, np.uint32)
 
@@ -293,8 +295,8 @@ class Qwen3Engine(engine_api.Engine):
             capacity = f"{self.max_prompt_length} + {self.max_response_length} tokens"
             raise ValueError(
                 f"slots is {self.slots}: a KV cache in {self.format.kv_cache.name} for {capacity} each takes "
-                f"{self.slots * of_slot / 2**30:.2f} GiB, and {max(left, 0) / 2**30:.2f} of {available / 2**30:.2f} GiB "
-                f"are left beside the weights; {max(left // of_slot, 0)} slots would fit"
+                f"{self.slots * of_slot / 2**30:.2f} GiB, and {max(left, 0) / 2**30:.2f} of "
+                f"{available / 2**30:.2f} GiB are left beside the weights; {max(left // of_slot, 0)} slots would fit"
             )
 
 

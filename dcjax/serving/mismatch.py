@@ -15,12 +15,12 @@ class MismatchConfig:
     """
 
     weight_noise: float = 0.0
-    """Normal noise on each weight that is multiplied with, in units of its tensor's root mean square; drawn anew for each
-    version of the weights."""
+    """Normal noise on each weight that is multiplied with, in units of its tensor's root mean square; drawn anew for
+    each version of the weights."""
     logit_noise: float = 0.0
     """Standard deviation of normal noise on each logit, before the temperature; drawn anew for each token."""
     routing_flips: float = 0.0
-    """How often a sparse layer takes the next expert instead of the last of those it chose (share of decoded tokens)."""
+    """How often a sparse layer takes the next expert for the last of those it chose (share of decoded tokens)."""
     staleness: int = 0
     """RL iterations by which the serving weights lag behind; the gap then holds what those changed, too."""
 
@@ -30,3 +30,7 @@ class MismatchConfig:
                 raise ValueError(f"mismatch.{name} is {value}; it must be a finite number of at least 0")
         if not 0 <= self.routing_flips <= 1:
             raise ValueError(f"mismatch.routing_flips is {self.routing_flips}; it must lie within [0, 1]")
+
+
+NO_MISMATCH = MismatchConfig()
+"""Nothing is added."""

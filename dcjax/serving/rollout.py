@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -118,9 +119,8 @@ class Sampling:
     def rollout(self) -> Rollout:
         """All samples, on the host."""
         samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
-        prefix = dataclasses.replace(self._prefix, experts=experts)
         width = self._engine.max_prompt_length
-        return _assemble(self._prompts, self._requests, self._samples_per_prompt, samples, prefix, width)
+        return _assemble(self._prompts, self._requests, self._samples_per_prompt, samples, experts, width)
 
 
 @jax.jit
@@ -192,7 +192,7 @@ def _refill(
         return dataclasses.replace(
             state,
             decode=decoder.start(state.decode, slot, prefix, sample // samples_per_prompt, request),
-            running=state.running.at[slot].set(sample),
+            running=jnp.asarray(state.running).at[slot].set(sample),
             started=sample + 1,
         )
 
@@ -215,7 +215,8 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
         versions=put(samples.versions, jnp.broadcast_to(version, rows.shape)),
         log_mass=put(samples.log_mass, emitted.log_mass),
         support=put(samples.support, emitted.support),
-        experts=None if samples.experts is None else put(samples.experts, emitted.experts),
+        # None on both sides unless recorded
+        experts=jax.tree.map(put, samples.experts, emitted.experts),
         lengths=jnp.asarray(samples.lengths).at[running].add(jnp.sum(emitted.valid, axis=0), mode="drop"),
     )
 
@@ -225,7 +226,7 @@ def _assemble(
     requests: Requests,
     samples_per_prompt: int,
     samples: Samples,
-    prefix: Prefix,
+    prefix_experts: np.ndarray | None,
     width: int,
 ) -> Rollout:
     """The samples behind their prompts, which are padded on the left to `width`."""
@@ -245,11 +246,11 @@ def _assemble(
         finished=np.any(last[:, None] == requests.stop_tokens, axis=1),
         log_mass=samples.log_mass,
         support=samples.support if samples.support.shape[-1] else None,
-        experts=None if samples.experts is None else _joined_experts(samples.experts, prefix.experts, mask),
+        experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts, mask),
     )
 
 
-def _joined_experts(sampled: np.ndarray, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:
+def _joined_experts(sampled: Any, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:
     """[N, P + T - 1, M, k] from those of samples [N, T, M, k] and of prompts [rows, P, M, k]; 0 on padding.
 
     The first step of a sample feeds the last prompt token again, so its experts are those of column P - 1.

@@ -39,9 +39,9 @@ class Distribution:
 def distribution(logits: Float[Array, "B V"], params: SamplingParams, *, max_support: int = 0) -> Distribution:
     """The rows' distributions.
 
-    With `max_support` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k must
-    lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole rows are
-    sorted, though only if one of them is truncated.
+    With `max_support` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k
+    must lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole
+    rows are sorted, though only if one of them is truncated.
     """
     greedy = params.temperatures == 0
     scaled = logits / jnp.where(greedy, 1.0, params.temperatures)[:, None]

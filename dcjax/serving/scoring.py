@@ -71,9 +71,7 @@ def score_responses(
         prefix = engine.prefill_many(params, prompts)
         forced = tokens[:, mask.shape[1] :].T
         parts.append(jax.device_get(_score(engine.decoder, keeps_residuals, params, prefix, requests, forced)))
-    logps, residuals = (
-        None if part[0] is None else np.concatenate(part)[: len(keys)] for part in zip(*parts, strict=True)
-    )
+    logps, residuals = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(keys)], *parts)
     return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcjax.probe import Probe
+from dcjax.probe.probe import Probe
 from dcjax.record import write_atomically
 
 # Okabe and Ito's colours, told apart under the common colour-vision deficiencies.
@@ -45,7 +45,7 @@ def write_probe(probe: Probe, directory: Path) -> tuple[Path, Path]:
 
 
 def to_text(probe: Probe) -> str:
-    """Everything but the picture, for a terminal 110 columns wide."""
+    """Everything but the picture; lines are up to 150 columns wide."""
     at = "" if probe.step is None else f" at step {probe.step}"
     return "\n".join(
         [
@@ -56,8 +56,8 @@ def to_text(probe: Probe) -> str:
             *_beside_notes(probe),
             *_section("the whole gap in each format", _format_rows(probe), extra="bytes (of float32)"),
             *_not_served(probe),
-            *_profile("by position", probe.by_position, "from"),
-            *_profile("by the trainer's probability", probe.by_probability, "from"),
+            *_profile("by position", probe.by_position),
+            *_profile("by the trainer's probability", probe.by_probability),
             "",
             "relative error of the residual stream behind each layer",
             *(f"  layer {row['layer']:<6}{row['relative_error']:.3g}" for row in probe.by_layer),
@@ -70,7 +70,7 @@ def to_text(probe: Probe) -> str:
     )
 
 
-def _section(title: str, rows: Iterable[tuple[str, dict[str, Any], str]], extra: str = "") -> list[str]:
+def _section(title: str, rows: Iterable[Row], extra: str = "") -> list[str]:
     lines = [f"  {name:<26}{_figures(gap)}  {remark}".rstrip() for name, gap, remark in rows]
     header = "".join(f"{label:>10}" for label in _COLUMNS.values())
     return ["", f"{title:<28}{header}  {extra}".rstrip(), *lines] if lines else []
@@ -80,7 +80,11 @@ def _figures(gap: dict[str, Any]) -> str:
     return "".join(f"{gap[name]:>10.3g}" for name in _COLUMNS)
 
 
-def _stage_rows(probe: Probe):
+Row = tuple[str, dict[str, Any], str]
+"""A label, a gap, a remark behind it."""
+
+
+def _stage_rows(probe: Probe) -> Iterator[Row]:
     for stage in probe.stages:
         yield stage_label(stage.name, stage.detail), stage.own, f"in all {stage.cumulative['prob_diff_mean']:.3g}"
     yield "the gap that training sees", probe.total, ""
@@ -91,7 +95,7 @@ def stage_label(name: str, detail: str) -> str:
     return name.replace("_", " ") + (f" ({detail})" if detail else "")
 
 
-def _beside_rows(probe: Probe):
+def _beside_rows(probe: Probe) -> Iterator[Row]:
     if "mesh" in probe.sharding:
         sizes = ", ".join(f"{name} {size}" for name, size in probe.sharding["mesh"].items())
         yield f"sharding ({sizes})", probe.sharding, ""
@@ -115,7 +119,7 @@ def _beside_notes(probe: Probe) -> list[str]:
     return notes
 
 
-def _format_rows(probe: Probe):
+def _format_rows(probe: Probe) -> Iterator[Row]:
     for name, row in probe.formats.items():
         if "not_served" not in row:
             yield name, row, f"{row['bytes']:,} ({row['bytes'] / row['float32_bytes']:.3f})"
@@ -125,10 +129,10 @@ def _not_served(probe: Probe) -> list[str]:
     return [f"  {name}: {row['not_served']}" for name, row in probe.formats.items() if "not_served" in row]
 
 
-def _profile(title: str, rows: list[dict[str, float]], start: str) -> list[str]:
+def _profile(title: str, rows: list[dict[str, float]]) -> list[str]:
     header = ["", f"{title:<28}{'mean δ':>10}{'max δ':>10}{'tokens':>10}"]
     return header + [
-        f"  {row[start]:>8g} to {row['to']:<14g}{row['prob_diff_mean']:>10.3g}{row['prob_diff_max']:>10.3g}"
+        f"  {row['from']:>8g} to {row['to']:<14g}{row['prob_diff_mean']:>10.3g}{row['prob_diff_max']:>10.3g}"
         f"{row['tokens']:>10}"
         for row in rows
     ]
@@ -179,7 +183,7 @@ def _bars(axes, title: str, labels: list[str], gaps: list[dict[str, Any]], colou
     axes.set_xscale("symlog", linthresh=1e-7)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 1e-6, 1e-4, 1e-2, 1])
-    axes.set_xlabel(r"$|p_\mathrm{train} - p_\mathrm{infer}|$ of a token: mean, largest (mark)")
+    axes.set_xlabel(r"$|p_\mathrm{train} - p_\mathrm{infer}|$: mean, largest (mark)")
     axes.grid(axis="x", color="0.9", linewidth=0.8)
 
 
@@ -188,7 +192,7 @@ def _buckets(axes, title: str, quantity: str, rows: list[dict[str, float]]) -> N
     axes.bar([f"{row['from']:g}-{row['to']:g}" for row in rows], [row["prob_diff_mean"] for row in rows], color=_BLUE)
     axes.set_xlabel(f"{quantity}, from-to")
     axes.set_ylabel(r"mean $\delta$")
-    axes.tick_params(axis="x", labelsize=9)
+    axes.tick_params(axis="x", labelsize=9, rotation=25)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
 
 
@@ -197,6 +201,6 @@ def _layers(axes, rows: list[dict[str, float]]) -> None:
     axes.plot([row["layer"] for row in rows], [row["relative_error"] for row in rows], "o-", color=_BLUE)
     axes.set_xlabel("layer")
     axes.set_ylabel(r"$\|x - r\| / \|r\|$ against the first stage")
-    axes.set_ylim(0, axes.get_ylim()[1])
+    axes.set_ylim(0, 1.1 * max(row["relative_error"] for row in rows) or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.9", linewidth=0.8)
