@@ -20,7 +20,7 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
 
-CONFIG = model.config(microbatch_size=8, slots=work.ROWS, steps_per_call=work.RESPONSE_LENGTH)
+CONFIG = model.config(microbatch_size=8, slots=32, steps_per_call=work.RESPONSE_LENGTH)
 
 
 class Trainer:

@@ -18,8 +18,8 @@ import plain_jax  # pyrefly: ignore[missing-import]
 from dcjax.allocator import keep_freed_memory
 from dcjax.models import load_hf
 
-MICROBATCH_SIZE = 8
-CONFIG = model.config(microbatch_size=MICROBATCH_SIZE, slots=work.ROWS, steps_per_call=work.RESPONSE_LENGTH)
+MICROBATCH_SIZE, SLOTS = 8, 32
+CONFIG = model.config(microbatch_size=MICROBATCH_SIZE, slots=SLOTS, steps_per_call=work.RESPONSE_LENGTH)
 
 
 class Trainer:
@@ -30,7 +30,7 @@ class Trainer:
         self._rollout = plain_jax.make_rollout(
             CONFIG.model,
             group_size=work.GROUP_SIZE,
-            slots=work.ROWS,
+            slots=SLOTS,
             limit=work.RESPONSE_LENGTH,
             end_token=work.NO_TOKEN,
             noise_ahead=True,
