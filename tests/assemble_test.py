@@ -26,6 +26,7 @@ from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, Precision, load_hf, read_config
 from dcjax.optimizer import make_optimizer
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import make_mesh
 
 DATA = Path(__file__).parent / "data"
@@ -117,3 +118,61 @@ def test_a_step_whose_gradients_overflowed_has_no_gradient_norm():
     assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "overflow": 1.0}
     metrics |= {"grad_norm": np.float32(2), "overflow": np.float32(0)}
     assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "grad_norm": 2.0, "overflow": 0.0}
+
+
+def abstract(**changes):
+    config = Config(model=ModelConfig(vocab_size=19, hidden_size=16, intermediate_size=16, num_layers=1), **changes)
+    return assemble.abstract_state(config, make_mesh(config.mesh))
+
+
+def test_only_serving_weights_that_lag_keep_past_parameters():
+    plain, stale = abstract(), abstract(mismatch=MismatchConfig(staleness=3))
+    assert plain.history == ()
+    assert not any("history" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(plain))
+    assert stale.history == (plain.params,) * 3
+    assert dataclasses.replace(stale, history=()) == plain
+
+
+def test_the_training_engine_is_float32_with_nothing_added():
+    config = Config(
+        model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=32, num_layers=1),
+        serving=ServingConfig(format="int4", kv_cache="int8", keep=("embed_tokens",)),
+        mismatch=MismatchConfig(logit_noise=0.1, weight_noise=0.1),
+        rollout=RolloutConfig(top_k=4),
+    )
+    mesh = make_mesh(config.mesh)
+    deployed, training = assemble.make_engine(config, mesh, 3), assemble.make_training_engine(config, mesh, 3)
+    assert (deployed.format.name, deployed.format.kv_cache.name) == ("int4", "int8")
+    assert deployed.decoder.mismatch == config.mismatch
+    assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
+    assert training.decoder.mismatch == MismatchConfig()
+    assert training.decoder.max_support == deployed.decoder.max_support == 4
+    params = assemble.starting_params(config, mesh)
+    jax.tree.map(
+        np.testing.assert_array_equal, training.sync(params, 0).weights["embed_tokens"], params["embed_tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serving": ServingConfig(slots=10**9)}, "slots would fit"),
+        ({"serving": ServingConfig(keep=("nonesuch",))}, "nonesuch"),
+        (
+            {"mismatch": MismatchConfig(routing_flips=0.5)},
+            "mismatch.routing_flips is 0.5; it needs a model with experts",
+        ),
+        ({"rollout": RolloutConfig(replay_routing=True), "pretrained": DATA / "hf_tiny_qwen3"}, "model with experts"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(changes, message):
+    config = assemble.with_pretrained_model(Config(**changes))
+    with pytest.raises(RunError, match=message):
+        assemble.make_engine(config, make_mesh(config.mesh), 3)
+
+
+def test_routing_of_a_pretrained_model_can_be_replayed():
+    rollout = RolloutConfig(replay_routing=True, top_k=20)
+    config = assemble.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
+    engine = assemble.make_engine(config, make_mesh(config.mesh), 3)
+    assert engine.decoder.records_experts and engine.decoder.max_support == 20

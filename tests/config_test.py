@@ -22,6 +22,7 @@ from dcjax.config import (
 )
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models import ModelConfig, Precision, presets
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import MeshConfig
 
 SECTIONS = {
@@ -30,6 +31,7 @@ SECTIONS = {
     "warm_start": WarmStartConfig,
     "rollout": RolloutConfig,
     "serving": ServingConfig,
+    "mismatch": MismatchConfig,
     "objective": ObjectiveConfig,
     "optimizer": OptimizerConfig,
     "evaluation": EvaluationConfig,
@@ -62,10 +64,15 @@ LOWER_BOUNDS = {
     "rollout.prompts": (1, 0),
     "rollout.group_size": (2, 1),
     "rollout.temperature": (1e-3, 0.0),
+    "rollout.top_k": (0, -1),
     "rollout.max_prompt_length": (1, 0),
     "rollout.max_response_length": (1, 0),
     "serving.slots": (1, 0),
     "serving.steps_per_call": (1, 0),
+    "serving.prefill_tokens": (1, 0),
+    "mismatch.weight_noise": (0.0, -0.1),
+    "mismatch.logit_noise": (0.0, -0.1),
+    "mismatch.staleness": (0, -1),
     "objective.dual_lr": (0.0, -1.0),
     "objective.budget": (0.0, -0.0037),
     "objective.initial_multiplier": (0.0, -0.1),
@@ -105,6 +112,8 @@ LOWER_BOUNDS = {
 UPPER_BOUNDS = {
     "warm_start.early_scratchpads": (1.0, 1.5),
     "warm_start.late_scratchpads": (1.0, 1.5),
+    "rollout.top_p": (1.0, 1.1),
+    "mismatch.routing_flips": (1.0, 1.1),
     "optimizer.beta1": (0.999, 1.0),
     "optimizer.beta2": (0.999, 1.0),
     "optimizer.decay_floor": (1.0, 1.1),
@@ -185,6 +194,7 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
     "path",
     [
         "serving.format",
+        "serving.kv_cache",
         *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
         "optimizer.decay",
     ],
@@ -309,7 +319,8 @@ OTHERWISE = small(
         mlp_only_layers=(0,),
         precision=Precision(compute="bf16"),
     ),
-    serving=ServingConfig(format="bf16"),
+    serving=ServingConfig(format="bf16", kv_cache="fp8", keep=("lm_head", "experts_*")),
+    mismatch=MismatchConfig(logit_noise=0.1, staleness=2),
     objective=ObjectiveConfig(algorithm="grpo", budget=1 / 3),
     mesh=MeshConfig(fsdp=2),
 )
@@ -395,3 +406,38 @@ def test_a_decay_must_fit_the_gap_that_it_follows():
     no_floor = dataclasses.replace(dual, decay_floor=0.0)
     assert "optimizer.decay_floor is 0" in refusal(lambda: small(optimizer=no_floor))
     assert small(optimizer=dual).optimizer.decay == "dual"
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.5])
+def test_a_top_p_that_leaves_nothing_is_refused(top_p):
+    assert f"rollout.top_p is {top_p}; it must lie within (0, 1]" in refusal(
+        lambda: RolloutConfig(top_p=top_p, top_k=4)
+    )
+
+
+def test_a_top_p_that_the_trainer_could_not_replay_is_refused():
+    assert RolloutConfig(top_p=0.9, top_k=4).top_p == 0.9
+    message = refusal(lambda: RolloutConfig(top_p=0.9))
+    assert "rollout.top_p is 0.9 without rollout.top_k" in message and "set rollout.top_k too" in message
+
+
+def test_routing_flips_below_0_are_refused():
+    assert "mismatch.routing_flips is -0.1; it must lie" in refusal(lambda: MismatchConfig(routing_flips=-0.1))
+
+
+def test_more_tokens_to_sample_from_than_there_are_are_refused():
+    rollout = RolloutConfig(prompts=8, group_size=4, top_k=65)
+    message = refusal(lambda: small(rollout=rollout, model=ModelConfig(vocab_size=64)))
+    assert "rollout.top_k is 65; the vocabulary has 64 tokens" in message
+
+
+def test_routing_is_replayed_only_where_there_are_experts():
+    rollout = RolloutConfig(prompts=8, group_size=4, replay_routing=True)
+    message = refusal(lambda: small(rollout=rollout))
+    assert "rollout.replay_routing is True; it needs a model with experts" in message
+    assert small(rollout=rollout, model=presets["tiny-moe"]).rollout.replay_routing
+
+
+def test_sampling_is_not_held_against_a_model_that_a_folder_replaces():
+    rollout = RolloutConfig(prompts=8, group_size=4, replay_routing=True, top_k=1000)
+    assert small(rollout=rollout, pretrained=Path("some/where")).rollout == rollout

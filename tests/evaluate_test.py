@@ -231,6 +231,7 @@ def rollout():
             temperature=np.ones(4, np.float32),
             versions=np.where(mask, 0, -1).astype(np.int32),
             finished=finished,
+            log_mass=np.zeros(mask.shape, np.float32),
         ),
     )
 

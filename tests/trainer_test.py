@@ -1,4 +1,4 @@
-"""What one iteration does around the compiled step: groups sampled anew, averages evaluated, an alarm."""
+"""What one iteration does around the compiled step: groups sampled anew, averages, an alarm, replay, stale weights."""
 
 from dataclasses import replace
 
@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 
 from dcjax import trainer as module
-from dcjax.config import Config, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from dcjax.assemble import abstract_state
+from dcjax.checkpoint import Checkpoints
+from dcjax.config import (
+    Config,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ServingConfig,
+    WarmStartConfig,
+)
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
+from dcjax.models import ModelConfig, token_logps
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.trainer import SAMPLING_ROUNDS, Sampled, Trainer
 from dcjax.types import Rollout
 
@@ -36,6 +47,7 @@ def sampled(cursor, rewards):
         temperature=np.ones(rows, np.float32),
         versions=np.zeros((rows, T), np.int32),
         finished=np.ones(rows, bool),
+        log_mass=np.zeros((rows, T), np.float32),
     )
     problems = [CONFIG.task.problem("train", 0, int(number)) for number in numbers[::G]]
     return Sampled(problems, rollout, [str(n) for n in numbers], np.array(rewards, np.float32), rows // G)
@@ -133,3 +145,104 @@ def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch,
     assert ("step 5: λ has been at objective.max_multiplier, 0.75, for 10 iterations" in told) == is_told
     assert logged["dual/budget"] == 0.25
     assert logged["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / 2)
+
+
+# --- whole iterations ---
+
+SHORT = RolloutConfig(prompts=2, group_size=4, max_prompt_length=6, max_response_length=20)
+SMALL = Config(
+    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
+    model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=32, num_layers=1),
+    warm_start=WarmStartConfig(steps=0),
+    rollout=SHORT,
+    optimizer=OptimizerConfig(microbatch_size=8, learning_rate=3e-2),
+    evaluation=EvaluationConfig(prompts=4),
+    serving=ServingConfig(format="float32", slots=8),
+)
+EXPERTS = replace(SMALL.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    """Every group's rewards differ, so that each iteration changes the parameters."""
+    monkeypatch.setattr(module, "score", lambda texts, *_: np.arange(len(texts), dtype=np.float32) % 2)
+
+
+score_tokens = jax.jit(
+    token_logps,
+    static_argnums=0,
+    static_argnames="response_length",
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+def gaps(model, params, rollout):
+    """|log π − log μ| of each response token, with nothing replayed."""
+    real = rollout.response_mask
+    mask = np.concatenate([rollout.prompt_mask, real], axis=1)
+    arguments = {"response_length": real.shape[1], "temperature": rollout.temperature}
+    return np.abs(score_tokens(model, params, rollout.tokens, mask, **arguments).logps - rollout.rollout_logps)[real]
+
+
+def iterated(config):
+    """The largest gap of probabilities that one iteration logged, and that of log-probs where nothing is replayed."""
+    trainer = Trainer(config)
+    state, loop = trainer.begin()
+    masters = jax.device_get(state.params)
+    _, _, metrics, sampled = trainer.iterate(state, loop)
+    assert sampled.rollout.response_mask.sum() > 40
+    return metrics["mismatch/prob_diff_max"], gaps(config.model, masters, sampled.rollout).max()
+
+
+def test_routing_is_replayed_in_the_update(rewards):
+    """Every token's last expert is flipped: only with replay can the trainer know."""
+    rollout = replace(SHORT, replay_routing=True)
+    config = replace(SMALL, model=EXPERTS, rollout=rollout, mismatch=MismatchConfig(routing_flips=1.0))
+    replayed, plain = iterated(config)
+    assert replayed < 1e-5 < 1e-2 < plain
+
+
+def test_truncation_is_replayed_in_the_update(rewards):
+    config = replace(SMALL, rollout=replace(SHORT, top_k=5, top_p=0.9, temperature=0.8))
+    replayed, plain = iterated(config)
+    assert replayed < 1e-5 < 1e-1 < plain
+
+
+STALENESS = 2
+
+
+@pytest.fixture
+def stale(rewards):
+    return Trainer(replace(SMALL, mismatch=MismatchConfig(staleness=STALENESS)))
+
+
+def test_the_weights_that_sample_lag_by_exactly_so_many_iterations(stale):
+    state, loop = stale.begin()
+    masters = []
+    for step in range(STALENESS + 3):
+        masters.append(jax.device_get(state.params))
+        state, loop, metrics, sampled = stale.iterate(state, loop)
+        rollout, served = sampled.rollout, max(step - STALENESS, 0)
+        np.testing.assert_array_equal(rollout.versions, np.where(rollout.response_mask, served, -1))
+        of_each = [gaps(stale.config.model, params, rollout).max() for params in masters]
+        assert of_each[served] < 1e-4
+        assert all(gap > 1e-3 for number, gap in enumerate(of_each) if number != served)
+        # the trainer's own log-probs are of the newest
+        assert (metrics["mismatch/prob_diff_max"] > 1e-4) == (step > 0)
+    for kept, expected in zip(state.history, masters[-STALENESS:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(kept), expected)
+
+
+def test_past_parameters_survive_a_checkpoint(stale, tmp_path):
+    state, loop = stale.begin()
+    for _ in range(2):
+        state, loop, *_ = stale.iterate(state, loop)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state, loop)
+    state, _, metrics, sampled = stale.iterate(state, loop)
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed = checkpoints.restore(2, abstract_state(stale.config, stale.mesh))
+    again, _, metrics_again, sampled_again = stale.iterate(*resumed)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, sampled_again.rollout, sampled.rollout)
+    assert metrics["mismatch/prob_diff_max"] == metrics_again["mismatch/prob_diff_max"] > 1e-4

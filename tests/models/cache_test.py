@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from dcjax.models import ModelConfig, forward, init_params
 from dcjax.models.block import training_products
 from dcjax.models.cache import attend, forward_cached, init_cache, quantize_rows, write
+from dcjax.models.transformer import layer_params
 
 CONFIG = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
 PRODUCTS = training_products(CONFIG.precision)
@@ -72,6 +75,54 @@ def test_what_lies_beyond_a_position_is_not_seen(model):
     garbage = jax.tree.map(lambda leaf: leaf.at[:, :, 5:].set(1e4), caches)
     logits, _ = run(unstack(params), tokens[:, :5], np.tile(np.arange(5), (3, 1)), garbage)
     np.testing.assert_allclose(logits, full[:, :5], atol=1e-5)
+
+
+MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=(0,))
+
+
+def decoded_by(config, params, tokens, choose=None):
+    """All tokens at once through empty caches."""
+    layers = [layer_params(config.sparse_layers, params["layers"], number) for number in range(config.num_layers)]
+
+    @jax.jit
+    def run(params, tokens):
+        caches = tuple(init_cache(config, 3, CAPACITY, jnp.dtype("float32")) for _ in layers)
+        positions = jnp.tile(jnp.arange(CAPACITY), (3, 1))
+        return forward_cached(config, params, params["embed_tokens"][tokens], positions, caches, PRODUCTS, choose)
+
+    return run({**params, "layers": layers}, tokens)
+
+
+def test_what_each_layer_leaves_behind_is_returned(model):
+    params, tokens, _ = model
+    decoded = decoded_by(CONFIG, params, tokens)
+    assert decoded.experts is None and len(decoded.residuals) == CONFIG.num_layers
+    last = np.float64(decoded.residuals[-1])
+    normed = last / np.sqrt((last**2).mean(axis=-1, keepdims=True) + CONFIG.rms_norm_eps) * np.asarray(params["norm"])
+    np.testing.assert_allclose(decoded.hidden, normed, atol=1e-5)
+    # the first layer's is what a model of it alone ends with
+    shallow = dataclasses.replace(CONFIG, num_layers=1)
+    first = decoded_by(shallow, params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}, tokens)
+    np.testing.assert_allclose(first.residuals[0], decoded.residuals[0], atol=1e-6)
+
+
+def test_experts_come_back_and_are_chosen_by_whom_is_asked(model):
+    _, tokens, _ = model
+    params = jax.jit(init_params, static_argnums=0)(MOE, jax.random.key(0))
+    natural = decoded_by(MOE, params, tokens)
+    assert natural.experts.shape == (1, 3, CAPACITY, 2)
+    asked = []
+
+    def choose(number, probabilities):
+        asked.append((number, probabilities.shape))
+        return jnp.argsort(-probabilities, axis=-1)[..., 1:3]
+
+    other = decoded_by(MOE, params, tokens, choose)
+    # by the layer's number among all, of which the first has no router
+    assert asked == [(1, (3, CAPACITY, 4))]
+    np.testing.assert_array_equal(other.experts[..., 0], natural.experts[..., 1])
+    assert (np.asarray(other.experts[..., 1]) != np.asarray(natural.experts)[..., 0]).all()
+    assert np.abs(other.hidden - natural.hidden).max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *NARROW])

@@ -428,3 +428,15 @@ def test_router_metrics_of_a_row_without_tokens_are_zero():
     for value in metrics_of(routing, np.zeros((2, 3), bool)).values():
         assert value.dtype == jnp.float32
         np.testing.assert_array_equal(value, [0, 0])
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_choice_may_be_made_from_the_routers_probabilities(norm):
+    config, params, x = architecture(2, norm), parameters(4), normal(12, 2, 7, HIDDEN)
+    least = jax.jit(lambda x: moe.moe(config, params, x, training_dot, lambda p: jnp.argsort(p, axis=-1)[..., :2]))
+    out, routing = least(x)
+    p = np.apply_along_axis(softmax, -1, np.float64(x) @ np.float64(params["router"]))
+    experts = np.argsort(p, axis=-1, kind="stable")[..., :2]
+    np.testing.assert_array_equal(routing.experts, experts)
+    close(routing.probabilities, p)
+    close(out, loop_forward(config, params, x, experts))

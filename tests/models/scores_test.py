@@ -145,3 +145,66 @@ def test_entropy_of_a_flat_head_is_the_log_of_the_vocabulary():
     scores = scores_of(config, params, random_tokens(2, 6), response_length=3, temperature=np.array([0.5, 1], "f"))
     np.testing.assert_allclose(scores.entropy, np.full((2, 3), np.log(config.vocab_size)), rtol=1e-6)
     np.testing.assert_allclose(scores.logps, np.full((2, 3), -np.log(config.vocab_size)), rtol=1e-6)
+
+
+SUPPORT = 5
+
+
+def random_support():
+    """Of each response token some of the vocabulary with the token itself, or nothing, which is all of it."""
+    rng, targets = np.random.default_rng(3), random_tokens(B, S)[:, -T:]
+    support = np.full((B, T, SUPPORT), -1, np.int32)
+    for row, column in np.ndindex(B, T):
+        others = rng.permutation(np.setdiff1d(np.arange(SMALL.vocab_size), targets[row, column]))
+        count = rng.integers(0, SUPPORT)
+        chosen = np.append(others[:count], targets[row, column]) if rng.random() < 0.8 else []
+        support[row, column, : len(chosen)] = rng.permutation(chosen)
+    return support
+
+
+@pytest.mark.parametrize("chunk", [2, 7])
+def test_what_the_sampler_could_draw_is_all_that_is_scored(chunk):
+    tokens, mask, params, support = random_tokens(B, S), ragged_mask(), perturbed(SMALL), random_support()
+    config, arguments = dataclasses.replace(SMALL, head_chunk=chunk), {"response_length": T, "temperature": TEMPERATURE}
+    scores = scores_of(config, params, tokens, mask, support=support, **arguments)
+    logits = np.asarray(logits_of(SMALL, params, tokens, mask), np.float64)[:, -T - 1 : -1] / TEMPERATURE[:, None, None]
+    sizes = set()
+    for row, column in np.argwhere(mask[:, -T:]):
+        kept = support[row, column][support[row, column] >= 0]
+        sizes.add(len(kept))
+        kept = kept if len(kept) else np.arange(SMALL.vocab_size)
+        left = log_softmax(logits[row, column, kept])
+        np.testing.assert_allclose(scores.logps[row, column], left[kept == tokens[row, S - T + column]][0], atol=2e-5)
+        np.testing.assert_allclose(scores.entropy[row, column], -(np.exp(left) * left).sum(), atol=2e-5)
+    # one token is certain, and none stands for all
+    assert {0, 1, SUPPORT} <= sizes
+
+
+def test_without_a_row_that_was_truncated_a_support_changes_nothing():
+    tokens, params = random_tokens(B, S), perturbed(SMALL)
+    arguments = {"response_length": T, "temperature": TEMPERATURE}
+    whole = scores_of(SMALL, params, tokens, **arguments)
+    empty = scores_of(SMALL, params, tokens, support=np.full((B, T, SUPPORT), -1, np.int32), **arguments)
+    np.testing.assert_allclose(empty.logps, whole.logps, rtol=1e-6)
+    np.testing.assert_allclose(empty.entropy, whole.entropy, rtol=1e-6)
+
+
+def test_gradients_through_a_support_are_those_of_the_logits_that_are_left():
+    """A token outside has no gradient, one that could not be drawn at all a finite log-prob and finite gradients."""
+    config = dataclasses.replace(SMALL, tie_embeddings=False)
+    tokens, params, support = random_tokens(B, S), perturbed(config), random_support()
+    support[0, 0] = [(tokens[0, S - T] + 1) % SMALL.vocab_size, -1, -1, -1, -1]
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params, counted):
+        scores = token_logps(config, params, tokens, response_length=T, temperature=TEMPERATURE, support=support)
+        return jnp.sum(jnp.where(counted, scores.logps + scores.entropy, 0)), scores.logps
+
+    grads, logps = gradient(params, np.arange(B * T).reshape(B, T) == 1)
+    kept = support[0, 1][support[0, 1] >= 0]
+    assert 1 < len(kept) < SMALL.vocab_size
+    assert np.flatnonzero(np.abs(grads["lm_head"]).max(axis=1)).tolist() == sorted(kept)
+    assert np.isfinite(logps).all() and logps[0, 0] < -1e30
+    grads, _ = gradient(params, np.ones((B, T), bool))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

@@ -525,3 +525,18 @@ def test_a_penalty_without_dual_ascent_is_refused_while_tracing(pairs):
     )
     with pytest.raises(ValueError, match="dual_ascent"):
         jax.eval_shape(step, fresh_state(jnp.array(TABLE), optax.sgd(1.0)), pairs)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_past_parameters_move_up_by_one_an_iteration(pairs, updates):
+    step, state = bigram_step(penalty, updates=updates)
+    first = jnp.copy(state.params)
+    state = dataclasses.replace(state, history=(first + 2, first + 1))
+    after, _ = step(state, pairs)
+    for kept, expected in zip(after.history, (first + 1, first), strict=True):
+        np.testing.assert_array_equal(kept, expected)
+    assert np.abs(after.params - first).max() > 1e-3
+    # they are kept, and otherwise not looked at
+    plain, _ = step(dataclasses.replace(state, history=()), pairs)
+    assert plain.history == ()
+    np.testing.assert_array_equal(plain.params, after.params)
