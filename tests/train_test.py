@@ -1,3 +1,4 @@
+import dataclasses
 import base64
 import contextlib
 import gc
@@ -622,6 +623,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(train, finishe
 
     def broken(*args, **kwargs):
         rollout = sample(*args, **kwargs)
+        rollout = dataclasses.replace(rollout, rollout_logps=rollout.rollout_logps.copy())
         rollouts.append(rollout)
         if len(rollouts) == 2:
             rollout.rollout_logps[row, rollout.response_mask[row].sum() - 1] = np.nan

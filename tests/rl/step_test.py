@@ -387,7 +387,7 @@ def test_old_log_probs_cost_a_second_pass_only_with_several_updates(pairs, updat
 def test_the_order_of_groups_and_of_rows_in_them_does_not_matter(pairs):
     step, state = bigram_step(penalty)
     (expected, plain), order = step(state, pairs), np.random.default_rng(0).permutation(ROWS)
-    shuffled, metrics = step(state, Batch(**{name: x[order] for name, x in vars(pairs).items()}))
+    shuffled, metrics = step(state, jax.tree.map(lambda x: x[order], pairs))
     np.testing.assert_allclose(shuffled.params, expected.params, atol=1e-6)
     for name, value in plain.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
