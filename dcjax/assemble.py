@@ -25,13 +25,14 @@ from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName
+from dcjax.sharding.layout import mesh_layout
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
 
 
-def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
     """The training policy's log-probs and entropies of a batch's responses, at the sampler's temperature.
 
     And, where the model has experts, what its routers did, by row.
@@ -43,6 +44,7 @@ def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, A
         batch.attention_mask,
         response_length=batch.response_mask.shape[1],
         temperature=batch.temperature,
+        layout=mesh_layout(mesh),
     )
     return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
 
@@ -144,7 +146,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     """The RL step."""
     objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
     step = make_train_step(
-        partial(apply_policy, config),
+        partial(apply_policy, config, mesh),
         tx,
         make_surrogate(objective),
         make_objective(objective),

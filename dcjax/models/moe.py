@@ -30,9 +30,6 @@ result. Kernels are an array, or what an engine's product reads.
 SwiGLU = Callable[[Array, Array], Array]
 """(rows [N, D] sorted by expert, int32 [E] rows of each) -> [N, D]: every row through its expert."""
 
-Mixture = Callable[[Array, Array, Array, tuple[Any, Any, Any], GroupedDot], Array]
-"""`mix` or what computes the same: (x, experts, weights, the kernels gate, up and down, product) -> [B, S, D]."""
-
 
 @flax.struct.dataclass
 class Routing:
@@ -44,6 +41,10 @@ class Routing:
     probabilities: Float[Array, "B S E"]
     # float32 log of the softmax's denominator, which the z metric squares
     logsumexp: Float[Array, "B S"]
+
+
+Mixture = Callable[[Array, Routing, Array, tuple[Any, Any, Any], GroupedDot], Array]
+"""`mix`, or what computes the same."""
 
 
 def route(
@@ -71,40 +72,13 @@ def route(
     return Routing(experts=experts, probabilities=probabilities, logsumexp=logsumexp), weights.astype(x.dtype)
 
 
-def moe(
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    x: Float[Array, "B S D"],
-    grouped_dot: GroupedDot,
-    experts: Int[Array, "B S k"] | None = None,
-    mixture: Mixture | None = None,
-) -> tuple[Float[Array, "B S D"], Routing]:
-    """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
-
-    Args:
-      config: whose `num_experts_per_tok` and `norm_topk_prob` are read.
-      params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
-      x: hidden states, normalised.
-      grouped_dot: the three products.
-      experts: imposed choices, as `route` takes them.
-      mixture: how the chosen experts are computed: by `mix`, unless devices share them.
-    """
-    routing, weights = route(config, params["router"], x, experts)
-    kernels = tuple(params[f"experts_{name}_proj"] for name in ("gate", "up", "down"))
-    out = (mix if mixture is None else mixture)(x, routing.experts, weights, kernels, grouped_dot)
-    return out.astype(x.dtype), routing
-
-
-def mix(
-    x: Float[Array, "B S D"],
-    experts: Int[Array, "B S k"],
-    weights: Float[Array, "B S k"],
-    kernels: tuple[Any, Any, Any],
-    grouped_dot: GroupedDot,
-) -> Float[Array, "B S D"]:
-    """Σ_k weight · expert(x), in float32, of experts that are all here."""
-    num_experts = jax.tree.leaves(kernels)[0].shape[0]
-    return mix_rows(x, experts, weights, num_experts, partial(swiglu, kernels, grouped_dot))
+def swiglu(
+    kernels: tuple[Any, Any, Any], grouped_dot: GroupedDot, rows: Float[Array, "N D"], sizes: Int[Array, "E"]
+) -> Float[Array, "N D"]:
+    """down(silu(gate row) · up row) with the three kernels of each row's expert."""
+    gate, up, down = kernels
+    gated = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
+    return grouped_dot(gated, down, sizes)
 
 
 def mix_rows(
@@ -124,13 +98,39 @@ def mix_rows(
     return jnp.einsum("bsk,bskd->bsd", weights, outputs, preferred_element_type=jnp.float32)
 
 
-def swiglu(
-    kernels: tuple[Any, Any, Any], grouped_dot: GroupedDot, rows: Float[Array, "N D"], sizes: Int[Array, "E"]
-) -> Float[Array, "N D"]:
-    """down(silu(gate row) · up row) with the three kernels of each row's expert."""
-    gate, up, down = kernels
-    gated = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
-    return grouped_dot(gated, down, sizes)
+def mix(
+    x: Float[Array, "B S D"],
+    routing: Routing,
+    weights: Float[Array, "B S k"],
+    kernels: tuple[Any, Any, Any],
+    grouped_dot: GroupedDot,
+) -> Float[Array, "B S D"]:
+    """Σ_k weight · expert(x), in float32, of experts that are all here."""
+    num_experts = routing.probabilities.shape[-1]
+    return mix_rows(x, routing.experts, weights, num_experts, partial(swiglu, kernels, grouped_dot))
+
+
+def moe(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    x: Float[Array, "B S D"],
+    grouped_dot: GroupedDot,
+    experts: Int[Array, "B S k"] | None = None,
+    mixture: Mixture = mix,
+) -> tuple[Float[Array, "B S D"], Routing]:
+    """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
+
+    Args:
+      config: whose `num_experts_per_tok` and `norm_topk_prob` are read.
+      params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
+      x: hidden states, normalised.
+      grouped_dot: the three products.
+      experts: imposed choices, as `route` takes them.
+      mixture: how the chosen experts are computed: by `mix`, unless devices share them.
+    """
+    routing, weights = route(config, params["router"], x, experts)
+    kernels = tuple(params[f"experts_{name}_proj"] for name in ("gate", "up", "down"))
+    return mixture(x, routing, weights, kernels, grouped_dot).astype(x.dtype), routing
 
 
 @jax.custom_vjp

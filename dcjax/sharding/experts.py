@@ -79,7 +79,11 @@ def mix_sharded(
         are; the rest is gathered in x's dtype.
     """
     gate, up, down = kernels
-    whole = gather(gate, x.dtype, axes.embed, 1), gather(up, x.dtype, axes.embed, 1), gather(down, x.dtype, axes.embed, 2)
+    whole = (
+        gather(gate, x.dtype, axes.embed, 1),
+        gather(up, x.dtype, axes.embed, 1),
+        gather(down, x.dtype, axes.embed, 2),
+    )
     through = partial(swiglu, whole, grouped_dot)
     if lax.axis_size(axes.expert) > 1:
         through = partial(_through_owners, axes.expert, through)

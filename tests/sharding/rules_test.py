@@ -10,7 +10,7 @@ from dcjax.sharding.rules import RULES, batch_sharding, partition_spec, replicat
 
 def test_logical_axes_become_mesh_axes():
     assert partition_spec(PartitionSpec("layers", "embed", "heads")) == PartitionSpec(None, "fsdp", "tensor")
-    assert partition_spec(PartitionSpec("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(PartitionSpec("batch", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
     assert partition_spec(PartitionSpec()) == PartitionSpec()
 
 

@@ -1,0 +1,92 @@
+"""How the devices of a mesh share a model's forward and backward pass."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from dcjax.models.attention import causal_attention
+from dcjax.models.config import AttentionKernel
+from dcjax.models.layout import ONE_DEVICE, Layout
+from dcjax.models.moe import GroupedDot, Routing
+from dcjax.sharding.experts import Axes, mix_sharded
+from dcjax.sharding.rules import partition_spec, split
+from dcjax.types import Array
+
+
+def mesh_layout(mesh: Mesh) -> Layout:
+    """The layout of `sharding.rules` on a mesh, for training and for scoring.
+
+    XLA divides products and what is between them, told where activations live. Attention and experts run per device
+    (shard_map), since XLA divides neither Pallas calls nor loops over experts.
+    """
+    if mesh.size == 1:
+        return ONE_DEVICE
+
+    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(PartitionSpec(*axes))))
+
+    return Layout(
+        constrain=constrain,
+        attention=partial(_attention, mesh),
+        mixture=partial(_mixture, mesh),
+        column_multiple=split(mesh, "sequence"),
+    )
+
+
+def _attention(
+    mesh: Mesh,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    kernel: AttentionKernel,
+    segment_ids: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B S H D"]:
+    """`causal_attention`, each device with whole sequences of its rows and heads.
+
+    Where sequences are split, an all-to-all trades columns for heads, there and back (DeepSpeed-Ulysses,
+    arXiv:2309.14509). Key-value heads that are too few to be split are repeated.
+    """
+    shards = split(mesh, "attention_heads")
+    if q.shape[2] % shards:
+        raise ValueError(f"{q.shape[2]} query heads do not divide over mesh.tensor × mesh.context, {shards}")
+    repeats = shards // math.gcd(shards, k.shape[2])
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    heads = partition_spec(PartitionSpec("batch", None, "attention_heads", None))
+    attend = jax.shard_map(
+        lambda q, k, v, ids: causal_attention(q, k, v, kernel=kernel, segment_ids=ids),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, partition_spec(PartitionSpec("batch", None))),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return attend(q, k, v, segment_ids)
+
+
+def _mixture(
+    mesh: Mesh,
+    x: Float[Array, "B S D"],
+    routing: Routing,
+    weights: Float[Array, "B S k"],
+    kernels: tuple[Array, Array, Array],
+    grouped_dot: GroupedDot,
+) -> Float[Array, "B S D"]:
+    """`moe.mix`, each device with its tokens and its part of the kernels."""
+    into = partition_spec(PartitionSpec("experts", "embed", "mlp"))
+    out = partition_spec(PartitionSpec("experts", "mlp", "embed"))
+    tokens = partition_spec(PartitionSpec("batch", "sequence", None))
+    mix = jax.shard_map(
+        partial(mix_sharded, Axes(*into), routing.probabilities.shape[-1], grouped_dot),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, (into, into, out)),
+        out_specs=partition_spec(PartitionSpec("batch", "sequence", "mlp")),
+        check_vma=False,
+    )
+    return mix(x, routing.experts, weights, kernels)
