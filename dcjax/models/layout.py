@@ -14,9 +14,13 @@ from dcjax.types import Array
 
 RESIDUAL = ("batch", "sequence", None)
 """Axes of hidden states, [B, S, E]."""
+SAVED = ("batch", "saved_sequence", None)
+"""Axes of hidden states between layers, which the backward pass finds kept."""
 HIDDEN = ("batch", "sequence", "mlp")
 """Axes of what is between an MLP's products, [B, S, F]."""
 LOGITS = ("batch", "sequence", "vocab")
+TABLE = ("vocab", "embed")
+"""Axes of the embedding and of the head."""
 
 
 class Layout(NamedTuple):

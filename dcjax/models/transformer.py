@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from dcjax.models import layers
 from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
-from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, Layout
+from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
 from dcjax.models.moe import router_metrics
 from dcjax.types import Array, Params
 
@@ -265,8 +265,9 @@ def _run_columns(
         return layout.attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
 
     def layer(x, weights, imposed):
-        x, _, routing = block(config, weights, x, rope, attend, products, imposed, layout)
-        return x, None if routing is None else (routing.experts, router_metrics(routing, real))
+        whole = layout.constrain(x, RESIDUAL)
+        x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
+        return layout.constrain(x, SAVED), None if routing is None else (routing.experts, router_metrics(routing, real))
 
     if config.remat != "none":
         kept = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
@@ -281,7 +282,7 @@ def _run_columns(
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
-    x = layout.constrain(params["embed_tokens"][tokens].astype(DTYPES[config.precision.compute]), RESIDUAL)
+    x = layout.constrain(params["embed_tokens"][tokens].astype(DTYPES[config.precision.compute]), SAVED)
     turns = config.num_layers // period
     dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], experts))
     x, routed = jax.lax.scan(turn, x, dealt, unroll=config.remat == "none")
@@ -315,6 +316,8 @@ def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "... E"], layout: Layout = ONE_DEVICE
 ) -> Float[Array, "... V"]:
     """The head on hidden states: both sides in `precision.head`, summed in `precision.accumulation`, float32 out."""
-    rows, table = hidden.astype(DTYPES[config.precision.head]), head_kernel(config, params)
+    rows = hidden.astype(DTYPES[config.precision.head])
+    # constrained where it is used, and so its gradient is divided too, chunk by chunk
+    table = layout.constrain(head_kernel(config, params), TABLE)
     out = layers.product(rows, table.T, DTYPES[config.precision.accumulation], jnp.dtype(jnp.float32))
     return layout.constrain(out, LOGITS)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
-from dcjax.models.moe import GroupedDot, mix_rows, swiglu
+from dcjax.models.moe import GroupedDot, SwiGLU, mix_rows, swiglu
 from dcjax.types import Array
 
 
@@ -91,7 +91,10 @@ def mix_sharded(
     return lax.psum_scatter(partial_sums, axes.width, scatter_dimension=2, tiled=True)
 
 
-def _through_owners(axis: str, through, rows: Float[Array, "N D"], counts: Int[Array, "E"]) -> Float[Array, "N D"]:
+def _through_owners(
+    axis: str, through: SwiGLU, rows: Float[Array, "N D"], counts: Int[Array, "E"]
+) -> Float[Array, "N D"]:
+    """The rows' outputs, computed where their experts are; counts are of this device's rows."""
     everyone = lax.all_gather(counts, axis)
     devices, experts = everyone.shape
     slices = outward(everyone)
@@ -116,7 +119,7 @@ gather.defvjp(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange(rows: Float[Array, "N D"], slices: Slices, room: int, axis: str) -> Float[Array, "room D"]:
+def exchange(rows: Shaped[Array, "N D"], slices: Slices, room: int, axis: str) -> Shaped[Array, "room D"]:
     """What a device has after all sent their slices of rows along a mesh axis; 0 where nothing arrived.
 
     A ragged all-to-all where the platform has one. CPUs do not, and there everybody gathers all rows.

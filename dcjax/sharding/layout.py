@@ -36,7 +36,7 @@ def mesh_layout(mesh: Mesh) -> Layout:
         constrain=constrain,
         attention=partial(_attention, mesh),
         mixture=partial(_mixture, mesh),
-        column_multiple=split(mesh, "sequence"),
+        column_multiple=split(mesh, "saved_sequence"),
     )
 
 

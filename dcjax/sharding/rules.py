@@ -12,6 +12,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations: outside of experts, the devices that split them are replicas that split the batch
     "batch": ("data", "fsdp", "expert"),
     "sequence": "context",
+    # between layers, where they are only kept
+    "saved_sequence": ("context", "tensor"),
     # inside attention, where sequences are whole
     "attention_heads": ("tensor", "context"),
     # parameters, and the activations that they make
