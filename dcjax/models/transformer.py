@@ -265,7 +265,8 @@ def _run_columns(
         return layout.attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
 
     def layer(x, weights, imposed):
-        whole = layout.constrain(x, RESIDUAL)
+        # XLA gives a value the first constraint on it, and what comes in is what is kept
+        whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
         x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
         return layout.constrain(x, SAVED), None if routing is None else (routing.experts, router_metrics(routing, real))
 
@@ -290,7 +291,7 @@ def _run_columns(
     if routed is not None:
         chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)
         record = RouterRecord(chosen, {name: jnp.mean(rows, axis=0) for name, rows in metrics.items()})
-    return layers.rms_norm(x, params["norm"], config.rms_norm_eps), record
+    return layers.rms_norm(layout.constrain(x, RESIDUAL), params["norm"], config.rms_norm_eps), record
 
 
 def _period(kinds: Sequence[bool]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -12,12 +13,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dcjax.models.attention import causal_attention
-from dcjax.models.config import AttentionKernel
+from dcjax.models.config import AttentionKernel, ModelConfig
 from dcjax.models.layout import ONE_DEVICE, Layout
 from dcjax.models.moe import GroupedDot, Routing
+from dcjax.models.transformer import abstract_params, logical_axes
 from dcjax.sharding.experts import Axes, mix_sharded
-from dcjax.sharding.rules import partition_spec, split
+from dcjax.sharding.rules import mesh_axes, partition_spec, split
 from dcjax.types import Array
+
+
+def check_model(config: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """That a mesh of these sizes divides a model.
+
+    Raises:
+      ValueError: query heads, the residual stream of a model with experts, or a parameter that it does not divide.
+    """
+    _check_divides("query heads", config.num_heads, sizes, "attention_heads")
+    if config.num_experts:
+        # what a device's part of the experts' widths adds to the residual stream is summed by columns
+        _check_divides("columns of the residual stream", config.hidden_size, sizes, "mlp")
+    params = jax.tree.leaves_with_path(abstract_params(config))
+    axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    for (path, leaf), names in zip(params, axes, strict=True):
+        for size, name in zip(leaf.shape, names, strict=True):
+            _check_divides(
+                f"{name} of params {jax.tree_util.keystr(path, simple=True, separator='.')}", size, sizes, name
+            )
+
+
+def _check_divides(what: str, size: int, sizes: Mapping[str, int], name: str) -> None:
+    if size % (parts := split(sizes, name)):
+        asked = " × ".join(f"mesh.{axis}" for axis in mesh_axes(name))
+        raise ValueError(f"{asked} is {parts}, which does not divide the {size} {what}; choose one that does")
 
 
 def mesh_layout(mesh: Mesh) -> Layout:
@@ -36,7 +63,7 @@ def mesh_layout(mesh: Mesh) -> Layout:
         constrain=constrain,
         attention=partial(_attention, mesh),
         mixture=partial(_mixture, mesh),
-        column_multiple=split(mesh, "saved_sequence"),
+        column_multiple=split(mesh.shape, "saved_sequence"),
     )
 
 
@@ -54,9 +81,7 @@ def _attention(
     Where sequences are split, an all-to-all trades columns for heads, there and back (DeepSpeed-Ulysses,
     arXiv:2309.14509). Key-value heads that are too few to be split are repeated.
     """
-    shards = split(mesh, "attention_heads")
-    if q.shape[2] % shards:
-        raise ValueError(f"{q.shape[2]} query heads do not divide over mesh.tensor × mesh.context, {shards}")
+    shards = split(mesh.shape, "attention_heads")
     repeats = shards // math.gcd(shards, k.shape[2])
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     heads = partition_spec(PartitionSpec("batch", None, "attention_heads", None))

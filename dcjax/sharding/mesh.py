@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
@@ -51,3 +51,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # an axis of 8 on a torus of 4 × 4 × 4 takes one of the torus's axes and half of another
     arranged = create_device_mesh(sizes, devices[:needed], allow_split_physical_axes=True)
     return Mesh(arranged, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+PAPER_A_TRAINING = {"qwen3-8b": MeshConfig(), "qwen3-30b-a3b": MeshConfig(tensor=2, expert=8)}
+"""How paper A (arXiv:2606.08779) divides presets in training; `over` gives fsdp the devices that remain."""
+
+PAPER_A_ROLLOUT = {"qwen3-30b-a3b": MeshConfig(tensor=4)}
+"""How it divides them in rollouts."""
+
+
+def over(config: MeshConfig, devices: int) -> MeshConfig:
+    """The mesh on that many devices: fsdp takes those that its other axes leave.
+
+    Raises:
+      ValueError: devices that the other axes do not divide.
+    """
+    others = math.prod(astuple(config)) // config.fsdp
+    if devices % others:
+        raise ValueError(f"{devices} devices do not divide by mesh axes other than fsdp, whose product is {others}")
+    return replace(config, fsdp=devices // others)

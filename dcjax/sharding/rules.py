@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,15 +48,23 @@ def partition_spec(logical: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*mapped)
 
 
-def split(mesh: Mesh, name: str) -> int:
-    """Into how many parts a mesh cuts a logical axis.
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis.
 
     Raises:
       ValueError: a logical axis without a rule.
     """
     (axes,) = partition_spec(PartitionSpec(name))
-    named = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[axis] for axis in named)
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def split(sizes: Mapping[str, int], name: str) -> int:
+    """Into how many parts a mesh of these sizes cuts a logical axis.
+
+    Raises:
+      ValueError: a logical axis without a rule.
+    """
+    return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
 def shardings(mesh: Mesh, logical: Any) -> Any:
