@@ -1,5 +1,6 @@
 """One train step on meshes of eight devices against one device, and how its activations are cut."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -12,11 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dcjax import assemble
 from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
-from dcjax.models import ModelConfig, init_params
+from dcjax.models import ModelConfig, init_params, presets
 from dcjax.models.attention import causal_attention
 from dcjax.optimizer import make_optimizer
-from dcjax.sharding.layout import mesh_layout
-from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.layout import check_model, mesh_layout
+from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
 from dcjax.types import Batch
 
 # a dense layer, then one with experts
@@ -130,24 +131,36 @@ def test_attention_on_a_mesh_is_that_of_one_device(kernel, mesh):
     q, k, v = (np.random.default_rng(heads).normal(size=(4, 16, heads, 8)).astype(np.float32) for heads in (8, 2, 2))
     ids = np.repeat([[1, 2, 0], [1, 2, 0], [1, 1, 1], [1, 2, 3]], [5, 8, 3], axis=1).astype(np.int32)
 
-    def with_gradients(attend, *arrays):
+    def with_gradients(attend, kernel, *arrays):
         out, back = jax.vjp(lambda *qkv: attend(*qkv, kernel=kernel, segment_ids=ids), *arrays)
         return out, *back(jnp.cos(out))
 
     with pltpu.force_tpu_interpret_mode(True):
-        shared = jax.jit(partial(with_gradients, mesh_layout(make_mesh(mesh)).attention))(q, k, v)
-    expected = jax.jit(partial(with_gradients, partial(causal_attention)))(q, k, v) if kernel == "xla" else None
-    if expected is None:
-        xla = partial(
-            with_gradients, lambda *qkv, kernel, segment_ids: causal_attention(*qkv, kernel="xla", segment_ids=ids)
-        )
-        expected = jax.jit(xla)(q, k, v)
+        shared = jax.jit(partial(with_gradients, mesh_layout(make_mesh(mesh)).attention, kernel))(q, k, v)
+    expected = jax.jit(partial(with_gradients, causal_attention, "xla"))(q, k, v)
     for ours, theirs in zip(shared, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_heads_that_the_mesh_does_not_divide_are_refused():
-    layout = mesh_layout(make_mesh(MeshConfig(tensor=2, context=4)))
-    arrays = [np.zeros((1, 8, heads, 4), np.float32) for heads in (12, 4, 4)]
-    with pytest.raises(ValueError, match=r"12 query heads .* mesh\.tensor × mesh\.context, 8"):
-        layout.attention(*arrays, kernel="xla")
+@pytest.mark.parametrize(
+    ("model", "mesh", "message"),
+    [
+        ({}, {"tensor": 2, "context": 8}, r"mesh\.tensor × mesh\.context is 16, which .* the 8 query heads"),
+        ({"hidden_size": 30}, {"fsdp": 4}, r"mesh\.fsdp is 4, which does not divide the 30 embed of params"),
+        ({"num_experts": 6}, {"expert": 4}, r"mesh\.expert is 4, .* the 6 experts of params layers\.experts_down_proj"),
+        ({"vocab_size": 45}, {"tensor": 2}, r"mesh\.tensor is 2, .* the 45 vocab of params embed_tokens"),
+        ({"hidden_size": 31, "num_experts": 8}, {"tensor": 2}, r"mesh\.tensor is 2, .* the 31 columns of the residual"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_model_is_refused_with_both_numbers(model, mesh, message):
+    sizes = dataclasses.asdict(MeshConfig(**mesh))
+    check_model(MODEL, dataclasses.asdict(MeshConfig()))
+    with pytest.raises(ValueError, match=message):
+        check_model(dataclasses.replace(MODEL, **model), sizes)
+
+
+@pytest.mark.parametrize("preset", ["qwen3-8b", "qwen3-30b-a3b"])
+def test_paper_a_layouts_divide_their_models(preset):
+    check_model(presets[preset], dataclasses.asdict(over(PAPER_A_TRAINING[preset], 64)))
+    if preset in PAPER_A_ROLLOUT:
+        check_model(presets[preset], dataclasses.asdict(PAPER_A_ROLLOUT[preset]))
