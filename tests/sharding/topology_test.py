@@ -120,7 +120,10 @@ def test_the_30b_step_of_paper_a_on_64_chips():
     assert mesh == MeshConfig(fsdp=4, tensor=2, expert=8)
     step = compiled_step("qwen3-30b-a3b", mesh, rows=rows)
     text, found = step.as_text(), collectives(step.as_text())
-    assert step.memory_analysis().argument_size_in_bytes < 6 * GIB
+    memory = step.memory_analysis()
+    assert memory.argument_size_in_bytes < 7.3 * GIB
+    # of which room for every choice of eight chips, 2 GiB a copy, is most
+    assert memory.temp_size_in_bytes < 24 * GIB
     # a chip gathers kernels of its own 16 experts, and of half their width
     gathered = {shape for kind, _, shapes in found if kind == "all-gather" for shape in shapes}
     assert not any(128 in shape and shape[-1] in (768, 384, 2048) and len(shape) > 2 for shape in gathered)
