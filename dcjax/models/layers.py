@@ -53,6 +53,11 @@ def dense(
     return product(x, kernel, accumulate, x.dtype)
 
 
+def lookup(table: Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S E"]:
+    """The tokens' rows of a table."""
+    return table[tokens].astype(dtype)
+
+
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean x² + eps) · scale; statistics in float32, result in x's dtype."""
     wide = x.astype(jnp.float32)

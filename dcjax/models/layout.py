@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from dcjax.models.attention import causal_attention
+from dcjax.models.layers import lookup
 from dcjax.models.moe import Mixture, mix
 from dcjax.types import Array
 
@@ -30,6 +33,8 @@ class Layout(NamedTuple):
     """(x, logical axis of each dimension) -> x, split as they say."""
     attention: Callable[..., Array] = causal_attention
     """`causal_attention`, or what computes the same."""
+    lookup: Callable[[Array, Array, jnp.dtype], Array] = lookup
+    """`layers.lookup`, or what computes the same."""
     mixture: Mixture = mix
     """`moe.mix`, or what computes the same."""
     column_multiple: int = 1

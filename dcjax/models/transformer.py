@@ -283,7 +283,7 @@ def _run_columns(
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
-    x = layout.constrain(params["embed_tokens"][tokens].astype(DTYPES[config.precision.compute]), SAVED)
+    x = layout.constrain(layout.lookup(params["embed_tokens"], tokens, DTYPES[config.precision.compute]), SAVED)
     turns = config.num_layers // period
     dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], experts))
     x, routed = jax.lax.scan(turn, x, dealt, unroll=config.remat == "none")

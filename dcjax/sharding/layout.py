@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from dcjax.models.attention import causal_attention
 from dcjax.models.config import AttentionKernel, ModelConfig
-from dcjax.models.layout import ONE_DEVICE, Layout
+from dcjax.models.layout import ONE_DEVICE, SAVED, Layout
 from dcjax.models.moe import GroupedDot, Routing
 from dcjax.models.transformer import abstract_params, logical_axes
 from dcjax.sharding.experts import Axes, mix_sharded
@@ -62,6 +62,7 @@ def mesh_layout(mesh: Mesh) -> Layout:
     return Layout(
         constrain=constrain,
         attention=partial(_attention, mesh),
+        lookup=partial(_lookup, mesh),
         mixture=partial(_mixture, mesh),
         column_multiple=split(mesh.shape, "saved_sequence"),
     )
@@ -93,6 +94,29 @@ def _attention(
         check_vma=False,
     )
     return attend(q, k, v, segment_ids)
+
+
+def _lookup(
+    mesh: Mesh, table: Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype
+) -> Float[Array, "B S E"]:
+    """`layers.lookup` where the table stays: tokens travel to its parts, and what they find there comes back."""
+    vocab, embed = parts = partition_spec(PartitionSpec("vocab", "embed"))
+
+    def find(table: Array, tokens: Array) -> Array:
+        everyone = lax.all_gather(tokens, embed, tiled=True) - lax.axis_index(vocab) * len(table)
+        here = (everyone >= 0) & (everyone < len(table))
+        found = jnp.where(here[..., None], table[jnp.where(here, everyone, 0)], 0).astype(dtype)
+        # one part of the vocabulary has each token; each device keeps its share of the columns, and all of the width
+        kept = lax.psum_scatter(found, vocab, scatter_dimension=1, tiled=True)
+        return lax.all_to_all(kept, embed, split_axis=0, concat_axis=2, tiled=True)
+
+    return jax.shard_map(
+        find,
+        mesh=mesh,
+        in_specs=(parts, partition_spec(PartitionSpec("batch", "sequence"))),
+        out_specs=partition_spec(PartitionSpec(*SAVED)),
+        check_vma=False,
+    )(table, tokens)
 
 
 def _mixture(
