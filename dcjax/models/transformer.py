@@ -238,9 +238,9 @@ def _run(
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """`_run_columns` of columns whose number the layout divides, those at the end being padding."""
     pad, length = partial(layers.pad_columns, multiple=layout.column_multiple), tokens.shape[1]
-    of_columns = jax.tree.map(pad, (tokens, positions, real, segment_ids))
-    imposed = None if experts is None else jax.vmap(pad)(experts)
-    hidden, record = _run_columns(config, params, *of_columns, imposed, layout)
+    tokens, positions, real, segment_ids = jax.tree.map(pad, (tokens, positions, real, segment_ids))
+    experts = None if experts is None else jax.vmap(pad)(experts)
+    hidden, record = _run_columns(config, params, tokens, positions, real, segment_ids, experts, layout)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, :, :length])
     return hidden[:, :length], record
