@@ -24,11 +24,13 @@ def slice_devices(name: str) -> list[jax.Device]:
     Libtpu reads its environment when it is loaded first, so what it needs is set here where it is not set already.
 
     Raises:
-      ValueError: no libtpu (`pip install libtpu`), or a slice that it does not know.
+      ValueError: no libtpu (which jax[tpu] brings), or a slice that it does not know.
     """
     for variable, value in _NOT_ON_A_TPU_HOST.items():
         os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (jax.errors.JaxRuntimeError, ModuleNotFoundError, RuntimeError) as error:
-        raise ValueError(f"TPU slice {name!r}: {error}; names are like v5p:4x4x4 and v5e:4x4") from None
+        raise ValueError(
+            f"TPU slice {name!r}: {error}; names are like v5p:4x4x4 and v5e:4x4, and libtpu is needed"
+        ) from None

@@ -2,10 +2,7 @@
 
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import jax
@@ -39,17 +36,10 @@ def test_a_slice_that_there_is_not_is_refused_with_examples(name):
         slice_devices(name)
 
 
-def test_without_libtpu_its_package_is_named():
-    hidden = "import sys; sys.modules['libtpu'] = None; from dcjax.sharding.topology import slice_devices; "
-    done = subprocess.run(
-        [sys.executable, "-c", hidden + "slice_devices('v5p:4x4x4')"],
-        env=os.environ | {"TPU_LIBRARY_PATH": "/nowhere/libtpu.so"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "ValueError: TPU slice 'v5p:4x4x4'" in done.stderr
-    assert "pip install libtpu" in done.stderr
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is there")
+def test_without_libtpu_its_name_is_said():
+    with pytest.raises(ValueError, match=r"TPU slice 'v5p:4x4x4'.*libtpu is needed"):
+        slice_devices("v5p:4x4x4")
 
 
 def compiled_step(preset, mesh_config, *, rows, tokens=8192):
