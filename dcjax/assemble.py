@@ -26,13 +26,14 @@ from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
+from dcjax.sharding.layout import check_model, mesh_layout
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
 
 
-def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
     """The training policy's log-probs and entropies of a batch's responses, under the sampler's transform of logits.
 
     And, where the model has experts, what its routers did, by row.
@@ -46,6 +47,7 @@ def apply_policy(config: Config, params: Params, batch: Batch) -> tuple[Array, A
         temperature=batch.temperature,
         experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
         support=batch.support,
+        layout=mesh_layout(mesh),
     )
     return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
 
@@ -59,14 +61,16 @@ def with_pretrained_model(config: Config) -> Config:
     """The config with the architecture that `pretrained` has, if it names a folder.
 
     Raises:
-      RunError: the folder holds no model that is supported.
+      RunError: the folder holds no model that is supported, or one that the mesh does not divide.
     """
     if config.pretrained is None:
         return config
     model = config.model
     computed = {name: getattr(model, name) for name in ("remat", "attention", "head_chunk", "precision")}
     try:
-        return dataclasses.replace(config, model=dataclasses.replace(read_config(config.pretrained), **computed))
+        model = dataclasses.replace(read_config(config.pretrained), **computed)
+        check_model(model, dataclasses.asdict(config.mesh))
+        return dataclasses.replace(config, model=model)
     except ValueError as error:
         raise RunError(str(error)) from None
 
@@ -167,7 +171,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     """The RL step."""
     objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
     step = make_train_step(
-        partial(apply_policy, config),
+        partial(apply_policy, config, mesh),
         tx,
         make_surrogate(objective),
         make_objective(objective),

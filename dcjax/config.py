@@ -13,7 +13,9 @@ from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models.config import ModelConfig, presets
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import FormatName, KVCacheName
+from dcjax.sharding.layout import check_model
 from dcjax.sharding.mesh import MeshConfig
+from dcjax.sharding.rules import split
 
 
 def _require(section: str, config: Any, at_least: dict[str, float]) -> None:
@@ -369,17 +371,14 @@ class Config:
             raise ValueError(
                 f"a minibatch of {minibatch} sequences does not divide into optimizer.microbatch_size {micro}"
             )
-        devices = math.prod(dataclasses.astuple(self.mesh))
-        if self.model.num_experts and devices > 1:
-            raise ValueError(
-                f"model.num_experts is {self.model.num_experts} on a mesh of {devices} devices; "
-                "experts are not split over devices yet, so every axis of the mesh must be 1"
-            )
-        shards = self.mesh.data * self.mesh.fsdp
+        sizes = dataclasses.asdict(self.mesh)
+        if math.prod(sizes.values()) > 1 and self.pretrained is None:
+            check_model(self.model, sizes)
+        shards = split(sizes, "batch")
         if micro % shards or self.warm_start.batch_size % shards:
             raise ValueError(
                 f"optimizer.microbatch_size {micro} and warm_start.batch_size {self.warm_start.batch_size} "
-                f"must be multiples of mesh.data × mesh.fsdp, {shards}"
+                f"must be multiples of mesh.data × mesh.fsdp × mesh.expert, {shards}"
             )
 
     def _check_decay(self):

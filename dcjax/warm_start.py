@@ -37,7 +37,7 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     settings, tx = config.warm_start, _optimizer(config)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
     step = make_train_step(
-        partial(apply_policy, config),
+        partial(apply_policy, config, mesh),
         tx,
         negative_log_likelihood,
         chain(),

@@ -380,11 +380,14 @@ def test_a_field_that_one_side_lacks_is_a_difference():
     assert differences(theirs, to_dict(small())) == {"objective.eps_low": (None, 0.2)}
 
 
-def test_experts_on_several_devices_are_refused():
-    """Partitioned by XLA they would be gathered in every loop, in an order that may differ between devices."""
-    message = refusal(lambda: Config(model=presets["tiny-moe"], mesh=MeshConfig(fsdp=2)))
-    assert "model.num_experts is 8 on a mesh of 2 devices" in message
-    assert Config(model=presets["tiny-moe"]).model.num_experts == 8
+def test_a_mesh_that_does_not_divide_the_model_or_the_batch_is_refused():
+    assert Config(model=presets["tiny-moe"], mesh=MeshConfig(expert=8, tensor=2)).mesh.expert == 8
+    experts = refusal(lambda: Config(model=presets["tiny-moe"], mesh=MeshConfig(expert=16)))
+    assert "mesh.expert is 16, which does not divide the 8 experts" in experts
+    heads = refusal(lambda: Config(mesh=MeshConfig(tensor=3)))
+    assert "is 3, which does not divide the 4 query heads" in heads
+    rows = refusal(lambda: Config(mesh=MeshConfig(data=3)))
+    assert "must be multiples of mesh.data × mesh.fsdp × mesh.expert, 3" in rows
 
 
 def test_a_budget_may_be_measured_where_a_multiplier_follows_it():

@@ -1,6 +1,6 @@
-import dataclasses
 import base64
 import contextlib
+import dataclasses
 import gc
 import json
 import math

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from dcjax.models.config import AttentionKernel
-from dcjax.models.layers import attend_grouped
+from dcjax.models.layers import attend_grouped, pad_columns, round_up
 from dcjax.types import Array
 
 Kernel = Literal["xla", "cudnn", "splash"]
@@ -97,7 +97,7 @@ def _cudnn(
     length, mask = q.shape[1], None
     if segment_ids is not None:
         # cuDNN refuses a mask of odd length in training
-        q, k, v, segment_ids = (_pad_columns(x, 2) for x in (q, k, v, segment_ids))
+        q, k, v, segment_ids = (pad_columns(x, 2) for x in (q, k, v, segment_ids))
         mask = _same_segment(segment_ids)
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
     return out[:, :length]
@@ -112,14 +112,14 @@ def _splash(
     # A Pallas call is not partitioned by jit: this computes on one device's arrays, and sharded ones need shard_map
     # around it, over batch and heads.
     length = q.shape[1]
-    block = min(_BLOCK, _round_up(length, _LANES))
+    block = min(_BLOCK, round_up(length, _LANES))
     # the kernel does not scale; the factor is scarcely a power of two, so q is scaled in float32 and rounded once
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     # columns added at the end are the future of all others
-    q_heads, k_heads, v_heads = (_pad_columns(x, block).swapaxes(1, 2) for x in (scaled, k, v))
+    q_heads, k_heads, v_heads = (pad_columns(x, block).swapaxes(1, 2) for x in (scaled, k, v))
     ids = None
     if segment_ids is not None:
-        padded = _pad_columns(segment_ids, block)
+        padded = pad_columns(segment_ids, block)
         ids = splash_attention.SegmentIds(q=padded, kv=padded)
     attend = _splash_kernel(q.shape[2], q_heads.shape[2], block)
     return jax.vmap(attend)(q_heads, k_heads, v_heads, ids).swapaxes(1, 2)[:, :length]
@@ -142,13 +142,3 @@ def _splash_kernel(heads: int, length: int, block: int) -> Callable[..., Any]:
 
 def _same_segment(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-
-
-def _pad_columns(x: Shaped[Array, "B S ..."], multiple: int) -> Shaped[jax.Array, "B padded ..."]:
-    """Zeros after the last column, up to a multiple."""
-    extra = _round_up(x.shape[1], multiple) - x.shape[1]
-    return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from dcjax.models.config import DTYPES, ModelConfig, Precision
 from dcjax.models.layers import Rope, apply_rope, dense, rms_norm
+from dcjax.models.layout import HIDDEN, ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.moe import Choice, GroupedDot, Routing, grouped_dot, moe
 from dcjax.types import Array
 
@@ -56,21 +57,23 @@ def block(
     attend: Attend,
     products: Products,
     experts: Choice | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S E"], Any, Routing | None]:
     """x + attention(norm x), then + SwiGLU or experts of (norm x); `attend`'s cache; the routing of a sparse layer.
 
-    `params` are one layer's, with experts where they hold a router. `experts` imposes another choice of
-    experts.
+    `params` are one layer's, with experts where they hold a router. `experts` imposes another choice of experts,
+    `layout` says how devices share the layer.
     """
     normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
     context, cache = attend(*_heads(config, params, normed, rope, products.dot))
-    x = x + products.dot(context.reshape(*x.shape[:2], -1), params["o_proj"])
+    x = layout.constrain(x + products.dot(context.reshape(*x.shape[:2], -1), params["o_proj"]), RESIDUAL)
     normed = rms_norm(x, params["post_attention_layernorm"], config.rms_norm_eps)
     if "router" in params:
-        mixed, routing = moe(config, params, normed, products.grouped_dot, experts)
-        return x + mixed, cache, routing
+        mixed, routing = moe(config, params, normed, products.grouped_dot, experts, layout.mixture)
+        return layout.constrain(x + mixed, RESIDUAL), cache, routing
     gated = jax.nn.silu(products.dot(normed, params["gate_proj"])) * products.dot(normed, params["up_proj"])
-    return x + products.dot(gated, params["down_proj"]), cache, None
+    down = products.dot(layout.constrain(gated, HIDDEN), params["down_proj"])
+    return layout.constrain(x + down, RESIDUAL), cache, None
 
 
 def _heads(config: ModelConfig, params: Mapping[str, Any], normed: Array, rope: Rope, dot: Dot):

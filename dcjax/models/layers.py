@@ -19,8 +19,8 @@ FLOAT32 = jnp.dtype(jnp.float32)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
-    rows: Float[Array, "N K"], kernel: Float[Array, "K M"], accumulate: jnp.dtype, out: jnp.dtype
-) -> Float[Array, "N M"]:
+    rows: Float[Array, "*N K"], kernel: Float[Array, "K M"], accumulate: jnp.dtype, out: jnp.dtype
+) -> Float[Array, "*N M"]:
     """rows @ kernel, both in the rows' dtype, summed in `accumulate`, returned in `out`.
 
     Its gradients are products of the same kind: both sides in the rows' dtype, sums in `accumulate`. What reaches a
@@ -37,7 +37,9 @@ def _product_backward(accumulate, out, saved, gradient):
     rows, kernel = saved
     gradient = gradient.astype(rows.dtype)
     to_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T, preferred_element_type=accumulate)
-    to_kernel = jnp.matmul(rows.T, gradient, preferred_element_type=accumulate)
+    # not of rows merged into one axis: where a mesh splits two of the merged, it could not split the merged one
+    merged = tuple(range(rows.ndim - 1))
+    to_kernel = jnp.tensordot(rows, gradient, (merged, merged), preferred_element_type=accumulate)
     return to_rows.astype(rows.dtype), to_kernel.astype(kernel.dtype)
 
 
@@ -47,9 +49,13 @@ product.defvjp(_product_forward, _product_backward)
 def dense(
     x: Float[Array, "... K"], kernel: Float[Array, "K N"], accumulate: jnp.dtype = FLOAT32
 ) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype, as one product of two matrices, summed in `accumulate`."""
-    rows = product(x.reshape(-1, x.shape[-1]), kernel, accumulate, x.dtype)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    """x @ kernel in x's dtype, summed in `accumulate`."""
+    return product(x, kernel, accumulate, x.dtype)
+
+
+def lookup(table: Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S E"]:
+    """The tokens' rows of a table."""
+    return table[tokens].astype(dtype)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -103,3 +109,14 @@ def attend_grouped(
         weights *= v_scale[:, :, None]
     attended = jnp.einsum("bkrc,bkcd->bkrd", weights.astype(q.dtype), v.astype(q.dtype))
     return attended.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def pad_columns(x: Shaped[Array, "B S ..."], multiple: int) -> Shaped[jax.Array, "B padded ..."]:
+    """Zeros after the last column, up to a multiple."""
+    extra = round_up(x.shape[1], multiple) - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below a number."""
+    return -(-number // multiple) * multiple

@@ -21,13 +21,17 @@ from dcjax.models.config import ModelConfig
 from dcjax.types import Array
 
 GroupedDot = Callable[[Array, Any, Array], Array]
-"""(rows [N, K] sorted by group, kernels of E × K × M, int32 sizes [E], summing to N) -> [N, M] in the rows' dtype.
+"""(rows [N, K] sorted by group, kernels of E × K × M, int32 sizes [E]) -> [N, M] in the rows' dtype.
 
-Row n is multiplied by the kernel of its group. Kernels are an array, or what an engine's product reads.
+Row n is multiplied by the kernel of its group; rows behind the last group belong to none, and mean nothing in the
+result. Kernels are an array, or what an engine's product reads.
 """
 
 Choice = Array | Callable[[Array], Array]
 """Experts [B, S, k] themselves (routing replay), or how they are chosen from the router's probabilities [B, S, E]."""
+
+SwiGLU = Callable[[Array, Array], Array]
+"""(rows [N, D] sorted by expert, int32 [E] rows of each) -> [N, D]: every row through its expert."""
 
 
 @flax.struct.dataclass
@@ -40,6 +44,10 @@ class Routing:
     probabilities: Float[Array, "B S E"]
     # float32 log of the softmax's denominator, which the z metric squares
     logsumexp: Float[Array, "B S"]
+
+
+Mixture = Callable[[Array, Routing, Array, tuple[Any, Any, Any], GroupedDot], Array]
+"""`mix`, or what computes the same."""
 
 
 def route(
@@ -69,34 +77,65 @@ def route(
     return Routing(experts=experts, probabilities=probabilities, logsumexp=logsumexp), weights.astype(x.dtype)
 
 
+def swiglu(
+    kernels: tuple[Any, Any, Any], grouped_dot: GroupedDot, rows: Float[Array, "N D"], sizes: Int[Array, "E"]
+) -> Float[Array, "N D"]:
+    """down(silu(gate row) · up row) with the three kernels of each row's expert."""
+    gate, up, down = kernels
+    gated = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
+    return grouped_dot(gated, down, sizes)
+
+
+def mix_rows(
+    x: Float[Array, "B S D"],
+    experts: Int[Array, "B S k"],
+    weights: Float[Array, "B S k"],
+    num_experts: int,
+    through: SwiGLU,
+) -> Float[Array, "B S D"]:
+    """Σ_k weight · expert(x), in float32, where `through` takes rows sorted by expert to their outputs."""
+    choices = experts.reshape(-1)
+    order = jnp.argsort(choices, stable=True)
+    inverse = jnp.argsort(order)
+    sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
+    rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0), order, inverse)
+    outputs = _permute(through(rows, sizes), inverse, order).reshape(*weights.shape, -1)
+    return jnp.einsum("bsk,bskd->bsd", weights, outputs, preferred_element_type=jnp.float32)
+
+
+def mix(
+    x: Float[Array, "B S D"],
+    routing: Routing,
+    weights: Float[Array, "B S k"],
+    kernels: tuple[Any, Any, Any],
+    grouped_dot: GroupedDot,
+) -> Float[Array, "B S D"]:
+    """Σ_k weight · expert(x), in float32, of experts that are all here."""
+    num_experts = routing.probabilities.shape[-1]
+    return mix_rows(x, routing.experts, weights, num_experts, partial(swiglu, kernels, grouped_dot))
+
+
 def moe(
     config: ModelConfig,
     params: Mapping[str, Any],
     x: Float[Array, "B S D"],
     grouped_dot: GroupedDot,
     experts: Choice | None = None,
+    mixture: Mixture = mix,
 ) -> tuple[Float[Array, "B S D"], Routing]:
     """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
 
     Args:
-      config: whose `num_experts`, `num_experts_per_tok` and `norm_topk_prob` are read.
+      config: whose `num_experts_per_tok` and `norm_topk_prob` are read.
       params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
       x: hidden states, normalised.
       grouped_dot: the three products.
       experts: another choice, as `route` takes it.
+      mixture: how the chosen experts are computed: by `mix`, unless devices share them.
     """
     routing, weights = route(config, params["router"], x, experts)
-    choices = routing.experts.reshape(-1)
-    order = jnp.argsort(choices, stable=True)
-    inverse = jnp.argsort(order)
-    group_sizes = jnp.bincount(choices, length=config.num_experts).astype(jnp.int32)
-
-    rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0), order, inverse)
-    gate = grouped_dot(rows, params["experts_gate_proj"], group_sizes)
-    up = grouped_dot(rows, params["experts_up_proj"], group_sizes)
-    down = grouped_dot(jax.nn.silu(gate) * up, params["experts_down_proj"], group_sizes)
-    outputs = _permute(down, inverse, order).reshape(*weights.shape, -1)
-    return jnp.einsum("bsk,bskd->bsd", weights, outputs, preferred_element_type=jnp.float32).astype(x.dtype), routing
+    kernels = tuple(params[f"experts_{name}_proj"] for name in ("gate", "up", "down"))
+    return mixture(x, routing, weights, kernels, grouped_dot).astype(x.dtype), routing
 
 
 @jax.custom_vjp

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dcjax.models.config import ModelConfig
+from dcjax.models.layers import round_up
+from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.transformer import RouterRecord, hidden_states, logits
 from dcjax.types import Array, Params
 
@@ -35,6 +37,7 @@ def token_logps(
     segment_ids: Int[Array, "B S"] | None = None,
     experts: Int[Array, "M B S-1 k"] | None = None,
     support: Int[Array, "B T K"] | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
 
@@ -54,6 +57,7 @@ def token_logps(
       experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
       support: of each response token, the tokens that the sampler could draw, -1 behind them; a row of -1 stands for
         the whole vocabulary, as its absence does.
+      layout: how devices share the work.
 
     Raises:
       ValueError: a response that leaves no column to predict its first token, or both a mask and segments.
@@ -64,17 +68,20 @@ def token_logps(
         )
     # the last token predicts nothing
     mask, segments = (None if x is None else x[:, :-1] for x in (attention_mask, segment_ids))
-    hidden, router = hidden_states(config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts)
+    hidden, router = hidden_states(
+        config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts, layout=layout
+    )
     hidden, targets = hidden[:, -response_length:], tokens[:, -response_length:]
 
     def score(hidden, targets, support):
-        scaled = logits(config, params, hidden) / temperature[:, None, None]
+        hidden = layout.constrain(hidden, RESIDUAL)
+        scaled = logits(config, params, hidden, layout) / temperature[:, None, None]
         return _score(scaled if support is None else _restrict(scaled, support), targets)
 
     chunks = -(-response_length // config.head_chunk)
-    if chunks == 1:
+    columns = round_up(-(-response_length // chunks), layout.column_multiple)
+    if columns == response_length:
         return TokenScores(*score(hidden, targets, support), router)
-    columns = -(-response_length // chunks)
     parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, support))
     scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), parts)
     logps, entropy = (x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length] for x in scored)

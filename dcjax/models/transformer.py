@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dcjax.models import layers
-from dcjax.models.attention import causal_attention
 from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
+from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
 from dcjax.models.moe import router_metrics
 from dcjax.types import Array, Params
 
@@ -81,7 +82,7 @@ class Layers(nn.Module):
         widen = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
         narrow = (c.num_experts, c.moe_intermediate_size, c.hidden_size)
         return {
-            "router": self._kernel(count, (c.hidden_size, c.num_experts), ("embed", "experts")),
+            "router": self._kernel(count, (c.hidden_size, c.num_experts), ("embed", "choices")),
             "experts_gate_proj": self._kernel(count, widen, into),
             "experts_up_proj": self._kernel(count, widen, into),
             "experts_down_proj": self._kernel(count, narrow, out, self._narrow),
@@ -172,6 +173,7 @@ def hidden_states(
     *,
     segment_ids: Int[Array, "B S"] | None = None,
     experts: Int[Array, "M B S k"] | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Normed hidden states in `precision.compute`, and what the routers did where the model has experts.
 
@@ -184,6 +186,7 @@ def hidden_states(
         padding. Positions start again in each. In place of `attention_mask`.
       experts: the choice of experts to impose on each sparse layer instead of its router's own (routing replay);
         weights are still the router's.
+      layout: how devices share the work.
 
     Raises:
       ValueError: both a mask and segments.
@@ -193,10 +196,11 @@ def hidden_states(
             raise ValueError(
                 "attention_mask and segment_ids were both given; padding is segment 0, so leave out the mask"
             )
-        return _run(config, params, tokens, _segment_positions(segment_ids), segment_ids > 0, segment_ids, experts)
+        positions = _segment_positions(segment_ids)
+        return _run(config, params, tokens, positions, segment_ids > 0, segment_ids, experts, layout)
     columns = jnp.arange(tokens.shape[1])[None]
     if attention_mask is None:
-        return _run(config, params, tokens, columns, jnp.ones(tokens.shape, bool), None, experts)
+        return _run(config, params, tokens, columns, jnp.ones(tokens.shape, bool), None, experts, layout)
     # causal order alone hides padding that stands behind all real tokens, whatever kernel computes it
     to = _compact_columns(attention_mask)
     rows = jnp.arange(len(to))[:, None]
@@ -204,7 +208,7 @@ def hidden_states(
     if experts is not None:
         experts = jnp.zeros_like(experts).at[:, rows, to].set(experts)
     real = columns < jnp.sum(attention_mask, axis=1, keepdims=True)
-    hidden, record = _run(config, params, tokens, columns, real, None, experts)
+    hidden, record = _run(config, params, tokens, columns, real, None, experts, layout)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, rows, to])
     return jnp.take_along_axis(hidden, to[..., None], axis=1), record
@@ -230,6 +234,27 @@ def _run(
     real: Bool[Array, "B S"],
     segment_ids: Int[Array, "B S"] | None,
     experts: Int[Array, "M B S k"] | None,
+    layout: Layout,
+) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
+    """`_run_columns` of columns whose number the layout divides, those at the end being padding."""
+    pad, length = partial(layers.pad_columns, multiple=layout.column_multiple), tokens.shape[1]
+    tokens, positions, real, segment_ids = jax.tree.map(pad, (tokens, positions, real, segment_ids))
+    experts = None if experts is None else jax.vmap(pad)(experts)
+    hidden, record = _run_columns(config, params, tokens, positions, real, segment_ids, experts, layout)
+    if record is not None:
+        record = dataclasses.replace(record, experts=record.experts[:, :, :length])
+    return hidden[:, :length], record
+
+
+def _run_columns(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "#B S"],
+    real: Bool[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None,
+    experts: Int[Array, "M B S k"] | None,
+    layout: Layout,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Embedding, the scanned layers, the last norm. A turn of the scan is the shortest repeating run of layer kinds."""
     kinds, products = config.sparse_layers, training_products(config.precision)
@@ -237,11 +262,13 @@ def _run(
     rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
+        return layout.attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
 
     def layer(x, weights, imposed):
-        x, _, routing = block(config, weights, x, rope, attend, products, imposed)
-        return x, None if routing is None else (routing.experts, router_metrics(routing, real))
+        # XLA gives a value the first constraint on it, and what comes in is what is kept
+        whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
+        x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
+        return layout.constrain(x, SAVED), None if routing is None else (routing.experts, router_metrics(routing, real))
 
     if config.remat != "none":
         kept = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
@@ -256,7 +283,7 @@ def _run(
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
-    x = params["embed_tokens"][tokens].astype(DTYPES[config.precision.compute])
+    x = layout.constrain(layout.lookup(params["embed_tokens"], tokens, DTYPES[config.precision.compute]), SAVED)
     turns = config.num_layers // period
     dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], experts))
     x, routed = jax.lax.scan(turn, x, dealt, unroll=config.remat == "none")
@@ -264,7 +291,7 @@ def _run(
     if routed is not None:
         chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)
         record = RouterRecord(chosen, {name: jnp.mean(rows, axis=0) for name, rows in metrics.items()})
-    return layers.rms_norm(x, params["norm"], config.rms_norm_eps), record
+    return layers.rms_norm(layout.constrain(x, RESIDUAL), params["norm"], config.rms_norm_eps), record
 
 
 def _period(kinds: Sequence[bool]) -> int:
@@ -286,9 +313,12 @@ def forward(
     return logits(config, params, hidden)
 
 
-def logits(config: ModelConfig, params: Params, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "... E"], layout: Layout = ONE_DEVICE
+) -> Float[Array, "... V"]:
     """The head on hidden states: both sides in `precision.head`, summed in `precision.accumulation`, float32 out."""
-    rows = hidden.reshape(-1, hidden.shape[-1]).astype(DTYPES[config.precision.head])
-    table = head_kernel(config, params)
+    rows = hidden.astype(DTYPES[config.precision.head])
+    # constrained where it is used, and so its gradient is divided too, chunk by chunk
+    table = layout.constrain(head_kernel(config, params), TABLE)
     out = layers.product(rows, table.T, DTYPES[config.precision.accumulation], jnp.dtype(jnp.float32))
-    return out.reshape(*hidden.shape[:-1], -1)
+    return layout.constrain(out, LOGITS)

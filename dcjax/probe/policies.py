@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from dcjax.assemble import make_engine
@@ -22,6 +23,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import DecodeScores, score_responses
 from dcjax.serving.sync import ServingParams
+from dcjax.sharding.layout import mesh_layout
 from dcjax.sharding.mesh import make_mesh
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Array, Params, Rollout
@@ -91,6 +93,7 @@ class Policies:
     ) -> Scored:
         """Of the training forward, over the whole softmax; with `replays` over its support and with its experts."""
         config, width = self.config, rollout.response_mask.shape[1]
+        mesh = self._mesh if mesh is None else mesh
         mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.support)
         parts = []
@@ -98,8 +101,8 @@ class Policies:
             # the last batch is filled up, so that one program serves all
             rows = np.resize(np.arange(start, len(mask))[: (size := config.optimizer.microbatch_size)], size)
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
-            batch = jax.device_put(batch, batch_sharding(self._mesh if mesh is None else mesh))
-            parts.append(jax.device_get(_train(config.model, width, params, *batch)))
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            parts.append(jax.device_get(_train(config.model, width, mesh, params, *batch)))
         logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
         logps = np.where(rollout.response_mask, logps, 0.0)
         _require_finite("the trainer", logps)
@@ -125,8 +128,8 @@ def _require_finite(what: str, logps: Logps) -> None:
         raise RunError(f"{what} gives log-prob {logps[tuple(bad[0])]} at response, token {tuple(bad[0].tolist())}")
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _train(model: ModelConfig, width: int, params: Params, tokens, mask, temperature, experts, support):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, support):
     imposed = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
     scores = token_logps(
         model,
@@ -137,5 +140,6 @@ def _train(model: ModelConfig, width: int, params: Params, tokens, mask, tempera
         temperature=temperature,
         experts=imposed,
         support=support,
+        layout=mesh_layout(mesh),
     )
     return scores.logps, None if scores.router is None else jnp.moveaxis(scores.router.experts, 0, 2)

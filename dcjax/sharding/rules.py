@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    # activations: outside of experts, the devices that split them are replicas that split the batch
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": "context",
+    # between layers, where they are only kept
+    "saved_sequence": ("context", "tensor"),
+    # inside attention, where sequences are whole
+    "attention_heads": ("tensor", "context"),
+    # parameters, and the activations that they make
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -17,6 +26,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    # what a router scores, on every device
+    "choices": None,
 }
 """Logical axis -> mesh axes; None is not split."""
 
@@ -35,6 +46,25 @@ def partition_spec(logical: PartitionSpec) -> PartitionSpec:
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(logical)} put one array twice on a mesh axis: {tuple(mapped)}")
     return PartitionSpec(*mapped)
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis.
+
+    Raises:
+      ValueError: a logical axis without a rule.
+    """
+    (axes,) = partition_spec(PartitionSpec(name))
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def split(sizes: Mapping[str, int], name: str) -> int:
+    """Into how many parts a mesh of these sizes cuts a logical axis.
+
+    Raises:
+      ValueError: a logical axis without a rule.
+    """
+    return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
 def shardings(mesh: Mesh, logical: Any) -> Any:

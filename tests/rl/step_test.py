@@ -27,6 +27,7 @@ from dcjax.rl import (
     probability_difference,
 )
 from dcjax.rl.masked import LossSum
+from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch, TrainState
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
@@ -161,7 +162,7 @@ def batch(params):
 def run(params, batch, *, microbatch_size, updates=1, learning_rate=0.1, drop=False):
     tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates))
     transforms = [group_relative_advantages(), *([drop_equal] if drop else []), penalty]
-    policy = partial(assemble.apply_policy, Config(model=MODEL))
+    policy = partial(assemble.apply_policy, Config(model=MODEL), make_mesh(MeshConfig()))
     step = make_train_step(
         policy, tx, surrogate, chain(*transforms), group_size=G, microbatch_size=microbatch_size, updates=updates
     )

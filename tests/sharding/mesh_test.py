@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.mesh import MeshConfig, make_mesh, over
 
 AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -34,3 +34,17 @@ def test_more_devices_than_there_are_is_refused_with_both_numbers():
 def test_an_axis_below_one_is_refused_by_name_and_value(axis, size):
     with pytest.raises(ValueError, match=rf"mesh\.{axis} is {size}; it must be at least 1"):
         MeshConfig(**{axis: size})
+
+
+def test_given_devices_are_used():
+    chosen = jax.devices()[4:]
+    assert set(make_mesh(MeshConfig(tensor=4), chosen).devices.flat) == set(chosen)
+    with pytest.raises(ValueError, match="needs 8 devices; 4 found"):
+        make_mesh(MeshConfig(tensor=8), chosen)
+
+
+def test_fsdp_takes_the_devices_that_remain():
+    assert over(MeshConfig(tensor=2, expert=8), 64) == MeshConfig(fsdp=4, tensor=2, expert=8)
+    assert over(MeshConfig(fsdp=3), 8) == MeshConfig(fsdp=8)
+    with pytest.raises(ValueError, match=r"24 devices .* product is 16"):
+        over(MeshConfig(tensor=2, expert=8), 24)

@@ -5,12 +5,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.sharding.rules import RULES, batch_sharding, partition_spec, replicated, shardings
+from dcjax.sharding.rules import RULES, batch_sharding, mesh_axes, partition_spec, replicated, shardings, split
 
 
 def test_logical_axes_become_mesh_axes():
     assert partition_spec(PartitionSpec("layers", "embed", "heads")) == PartitionSpec(None, "fsdp", "tensor")
-    assert partition_spec(PartitionSpec("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(PartitionSpec("batch", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
     assert partition_spec(PartitionSpec()) == PartitionSpec()
 
 
@@ -56,3 +56,11 @@ def test_a_batch_is_split_over_replicas_and_fsdp_and_scalars_are_everywhere():
     x = jnp.arange(3)
     held = [np.asarray(shard.data).tolist() for shard in jax.device_put(x, replicated(mesh)).addressable_shards]
     assert held == [[0, 1, 2]] * 8
+
+
+def test_parts_of_a_logical_axis():
+    sizes = {"data": 2, "fsdp": 3, "tensor": 5, "expert": 7, "context": 11}
+    assert [split(sizes, name) for name in ("batch", "sequence", "heads", "layers")] == [42, 11, 5, 1]
+    assert mesh_axes("saved_sequence") == ("context", "tensor")
+    with pytest.raises(ValueError, match="'time' has no rule"):
+        split(sizes, "time")
