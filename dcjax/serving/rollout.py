@@ -20,11 +20,13 @@ def sample_responses(
     samples_per_prompt: int,
     temperature: float,
     key: jax.Array,
+    first_sample: int = 0,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
     A slot is refilled as soon as a `generate` call returns with its sample ended; no sample waits for the longest.
-    Sample i is drawn with fold_in(key, i), so the tokens depend neither on the slots nor on the steps a call.
+    Sample i is drawn with fold_in(key, first_sample + i), so the tokens depend neither on the slots, nor on the steps
+    a call, nor on how many hosts share the prompts.
 
     Args:
       engine: decodes; its limits set the widths P and T of what is returned.
@@ -33,11 +35,14 @@ def sample_responses(
       samples_per_prompt: G.
       temperature: of every sample; 0 is greedy.
       key: a typed PRNG key.
+      first_sample: number of the first sample among those of all hosts.
 
     Raises:
       ValueError: a prompt that the engine does not take.
     """
-    queue = _Queue(engine, engine.prefill_many(params, prompts), samples_per_prompt, temperature, key)
+    prefix = engine.prefill_many(params, prompts)
+    keys = _sample_keys(key, first_sample + np.arange(len(prompts) * samples_per_prompt))
+    queue = _Queue(engine, prefix, samples_per_prompt, temperature, np.asarray(keys))
     responses = _Responses(queue.total, engine.max_response_length)
     state = engine.init_decode_state()
     # the sample in each slot; -1 is none
@@ -61,12 +66,12 @@ class _Queue:
     """Samples not started yet, in order."""
 
     def __init__(
-        self, engine: Qwen3Engine, prefix: Prefix, samples_per_prompt: int, temperature: float, key: jax.Array
+        self, engine: Qwen3Engine, prefix: Prefix, samples_per_prompt: int, temperature: float, keys: np.ndarray
     ):
-        self.total = len(prefix.tokens) * samples_per_prompt
+        self.total = len(keys)
         self._engine, self._prefix, self._started = engine, prefix, 0
         self._samples_per_prompt, self._temperature = samples_per_prompt, temperature
-        self._keys = np.asarray(_sample_keys(key, np.arange(self.total)))
+        self._keys = keys
 
     def refill(self, state: DecodeState, running: np.ndarray) -> DecodeState:
         """Starts samples in the free slots and notes them in `running`."""
