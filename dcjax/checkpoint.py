@@ -105,12 +105,15 @@ class Checkpoints:
         """
         damaged = []
         for step in reversed(self.steps()):
+            restored = None
             try:
                 restored = self.restore(step, like)
             except Interrupted:
                 raise
             except RunError as error:
                 print(f"dcjax: {error}; trying the one before it", file=sys.stderr)
+            # what one process cannot read, all pass over
+            if total(restored is None):
                 damaged.append(step)
                 continue
             for bad in damaged:

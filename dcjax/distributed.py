@@ -185,7 +185,7 @@ def local_copy(params: Params, mesh: Mesh) -> Params:
 
 def as_loss(error: Exception) -> Interrupted | None:
     """What to raise for an error that says that another process is gone; None for other errors."""
-    if jax.process_count() == 1 or not LOST.search(str(error)):
+    if isinstance(error, RunError) or jax.process_count() == 1 or not LOST.search(str(error)):
         return None
     line = str(error).strip().splitlines()[0]
     return Interrupted(

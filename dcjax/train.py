@@ -40,7 +40,9 @@ def train(config: Config) -> tuple[Path, Path] | None:
                 _save_tokenizer(trainer, directory / "tokenizer")
             _loop(trainer, directory, checkpoints)
         except Exception as error:
-            raise as_loss(error) or error from None
+            if (loss := as_loss(error)) is None:
+                raise
+            raise loss from error
     return write_report(directory) if is_main() else None
 
 
