@@ -19,7 +19,7 @@ import pytest
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
 from dcjax.cli import main
-from dcjax.distributed import DistributedConfig, local_copy, place, share
+from dcjax.distributed import DistributedConfig, _find, local_copy, place, share
 from dcjax.record import read_metrics
 from dcjax.run import load_config
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -322,6 +322,20 @@ def test_two_processes_learn_the_quickstart(tmp_path):
 def test_fields_that_name_no_process_are_refused(fields, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         DistributedConfig(**fields)
+
+
+def test_slurms_variables_are_enough(monkeypatch):
+    variables = {"JOB_ID": "4097", "STEP_NODELIST": "node[003-006]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # JAX takes a port from the number of the job
+    assert _find(DistributedConfig()) == ("node003:61441", 4, 2)
+    given = DistributedConfig(coordinator="head:1", num_processes=2, process_id=1)
+    assert _find(given) == ("head:1", 2, 1)
+
+
+def test_without_a_launcher_a_process_is_alone():
+    assert _find(DistributedConfig())[0] is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 512])
