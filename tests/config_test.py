@@ -21,6 +21,7 @@ from dcjax.config import (
     to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.distributed import DistributedConfig
 from dcjax.models import ModelConfig, Precision, presets
 from dcjax.sharding.mesh import MeshConfig
 
@@ -35,6 +36,7 @@ SECTIONS = {
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
+    "distributed": DistributedConfig,
 }
 
 # The smallest value that is right and a value that is not, of each field with a lower bound.
