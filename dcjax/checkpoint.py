@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dcjax.errors import RunError
+from dcjax.distributed import as_loss, is_main, total
+from dcjax.errors import Interrupted, RunError
 from dcjax.types import TrainState
 
 
@@ -73,7 +74,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(loop.step, args=items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, LoopState]:
-        """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings).
+        """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings), whatever mesh it was saved from.
 
         Raises:
           RunError: there is none, or it is damaged.
@@ -89,7 +90,9 @@ class Checkpoints:
                 raise ValueError("its arrays are not the ones that were saved")
             return state, LoopState(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
-            raise RunError(f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}") from error
+            raise as_loss(error) or RunError(
+                f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}"
+            ) from error
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, LoopState] | None:
         """The newest checkpoint that can be read, or None in a run without any.
@@ -102,10 +105,15 @@ class Checkpoints:
         """
         damaged = []
         for step in reversed(self.steps()):
+            restored = None
             try:
                 restored = self.restore(step, like)
+            except Interrupted:
+                raise
             except RunError as error:
                 print(f"dcjax: {error}; trying the one before it", file=sys.stderr)
+            # what one process cannot read, all pass over
+            if total(restored is None):
                 damaged.append(step)
                 continue
             for bad in damaged:
@@ -121,6 +129,9 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Interrupted):
+            # saved already where it could be; a save that is under way waits for a host that is gone
+            return
         try:
             self.close()
         except RunError:
@@ -128,27 +139,38 @@ class Checkpoints:
             if error is None:
                 raise
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for the last save.
 
         Raises:
           RunError: it failed.
         """
         self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the last save, and ends the threads behind it.
+
+        Raises:
+          RunError: it failed.
+        """
+        self.wait()
         self._manager.close()
 
     def _set_aside(self, step: int) -> None:
         damaged = self.directory / str(step)
         aside = damaged.with_name(f"{step}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        damaged.rename(aside)
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+        # the others must not look before it is gone
+        total(0)
         self._manager.reload()
 
     def _guard(self, write: Any) -> None:
         try:
             write()
         except Exception as error:  # background threads hand on OSError, ValueError or XlaRuntimeError for a full disk
-            raise RunError(f"cannot write to {self.directory}: {_first_line(error)}") from error
+            raise as_loss(error) or RunError(f"cannot write to {self.directory}: {_first_line(error)}") from error
 
 
 @jax.jit

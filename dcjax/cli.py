@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +31,11 @@ OVERRIDE = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Runs one command; returns the exit status.
+
+    0; 2 for an error that the user can mend; 75 where the run goes on when the same command is started again; 130 when
+    interrupted at the keyboard.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -42,19 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
-    except RunError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        print(f"dcjax: interrupted{INTERRUPTED.get(' '.join(arguments[:1]), '')}", file=sys.stderr)
-        return 130
+    except (RunError, OSError, KeyboardInterrupt) as error:
+        return _tell(error, " ".join(arguments[:1]))
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"dcjax: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _tell(error: BaseException, command: str) -> int:
+    """Prints why a command ended, in one line where it is not a bug; returns the exit status."""
+    match error:
+        case RunError():
+            told, status = f"error: {error}", error.status
+        case OSError():
+            told, status = f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}", 2
+        case KeyboardInterrupt():
+            told, status = f"interrupted{INTERRUPTED.get(command, '')}", 130
+        case _:
+            traceback.print_exception(error)
+            return 1
+    print(f"dcjax: {' '.join(told.split())}", file=sys.stderr)
+    return status
 
 
 def _prepare() -> None:
@@ -193,10 +204,17 @@ def _train(arguments: list[str]) -> None:
         recipe, *arguments = arguments
     config = _override(_load_recipe(recipe), recipe, arguments)
     _prepare()
+    from dcjax.distributed import has_joined, leave
     from dcjax.train import train
 
-    picture, page = train(config)
-    print(f"plot:   {picture}\nreport: {page}")
+    try:
+        drawn = train(config)
+    except BaseException as error:
+        if has_joined():
+            leave(_tell(error, "train"))
+        raise
+    if drawn is not None:
+        print(f"plot:   {drawn[0]}\nreport: {drawn[1]}")
 
 
 def _load_recipe(recipe: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.distributed import DistributedConfig
 from dcjax.models.config import ModelConfig, presets
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import FormatName, KVCacheName
@@ -327,6 +328,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         _require("", self, {"steps": 0, "seed": 0})
@@ -399,7 +401,7 @@ class Config:
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
 
 
-WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh")
+WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed")
 """Fields that do not change what a run computes: it may be resumed under others."""
 
 

@@ -15,6 +15,7 @@ from dcjax.assemble import abstract_state, make_engine, make_training_engine
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, encode_prompts
+from dcjax.distributed import share, total
 from dcjax.errors import RunError
 from dcjax.rewards.boxed import integer_reward
 from dcjax.rl.averaging import averaged_params
@@ -55,14 +56,15 @@ class Evaluation:
 
 
 def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[Policy, Qwen3Engine]:
-    """`deployed` in the run's serving format, `training` in the trainer's float32.
+    """`deployed` in the run's serving format, `training` in the trainer's float32; both on this host's devices.
 
     Raises:
       RunError: they cannot be served.
     """
+    here = mesh.local_mesh
     return {
-        "deployed": make_engine(config, mesh, tokenizer.eos_token_id),
-        "training": make_training_engine(config, mesh, tokenizer.eos_token_id),
+        "deployed": make_engine(config, here, tokenizer.eos_token_id),
+        "training": make_training_engine(config, here, tokenizer.eos_token_id),
     }
 
 
@@ -84,9 +86,10 @@ def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.nda
 def evaluate(
     config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[Policy, Qwen3Engine], params: Params, version: int
 ) -> list[Accuracy]:
-    """One sample of each held-out prompt by each engine, from the same float32 masters."""
+    """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the prompts."""
     settings = config.evaluation
-    problems = config.task.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
+    mine = share(settings.prompts)
+    problems = config.task.problems("heldout", HELDOUT_SEED, mine.start, mine.stop - mine.start)
     prompts = encode_prompts(tokenizer, problems)
     rows = []
     for policy, engine in engines.items():
@@ -97,10 +100,12 @@ def evaluate(
             samples_per_prompt=1,
             temperature=settings.temperature,
             key=jax.random.key(HELDOUT_SEED),
+            first_sample=mine.start,
         )
-        correct = int(score(responses(tokenizer, rollout), problems, rollout).sum())
-        interval = wilson_interval(correct, len(problems))
-        rows.append(Accuracy(policy, engine.format.name, correct, len(problems), correct / len(problems), interval))
+        correct = total(int(score(responses(tokenizer, rollout), problems, rollout).sum()))
+        interval = wilson_interval(correct, settings.prompts)
+        accuracy = correct / settings.prompts
+        rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
     return rows
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from dcjax.config import Config, differences, from_dict, to_dict
+import numpy as np
+
+from dcjax.config import Config, differences, flatten, from_dict, to_dict
+from dcjax.distributed import gather, is_main
 from dcjax.errors import RunError
 from dcjax.record import write_atomically
 
@@ -28,12 +31,15 @@ VERSIONED = (
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[Path]:
-    """Makes or re-enters `config.directory`, and holds it against other processes meanwhile.
+    """Makes or re-enters `config.directory`, and holds it against other runs meanwhile; process 0 does it for all.
 
     Raises:
       RunError: the directory belongs to another configuration, or to another process.
     """
     directory = config.directory
+    if not is_main():
+        yield directory
+        return
     if (directory / "config.json").exists():
         _check_same(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -42,10 +48,41 @@ def open_run(config: Config) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}; choose another --run-dir") from None
-        versions = {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
-        recorded = to_dict(config) | {"versions": versions, "platform": platform.platform()}
+        recorded = to_dict(config) | {"versions": _versions(), "platform": platform.platform()}
         write_atomically(directory / "config.json", json.dumps(recorded, indent=2).encode())
         yield directory
+
+
+def check_processes_agree(config: Config) -> None:
+    """That all processes run one config on the same versions; each tells what differs.
+
+    Raises:
+      RunError: they do not.
+    """
+    described = flatten(to_dict(config) | {"versions": _versions()})
+    # how each finds the others may differ
+    described = {name: value for name, value in described.items() if not name.startswith("distributed.")}
+    ours, *others = _of_all_processes(described)
+    for number, theirs in enumerate(others, start=1):
+        changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if changed:
+            listed = ", ".join(f"{name} {ours.get(name)!r} and {theirs.get(name)!r}" for name in sorted(changed))
+            raise RunError(
+                f"processes 0 and {number} differ in {listed}; "
+                "start the same command with the same versions on every host"
+            )
+
+
+def _of_all_processes(described: dict) -> list[dict]:
+    """One JSON object of each process, in order."""
+    written = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    lengths = gather(np.array([len(written)], np.int32))
+    padded = gather(np.pad(written, (0, lengths.max() - len(written)))[None])
+    return [json.loads(row[:length].tobytes()) for row, length in zip(padded, lengths, strict=True)]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
 
 
 def load_config(directory: Path) -> Config:

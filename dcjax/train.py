@@ -2,59 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dcjax.assemble import abstract_state, with_pretrained_model
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
-from dcjax.errors import RunError
+from dcjax.distributed import Preemption, as_loss, is_main, join
+from dcjax.errors import Interrupted, RunError
 from dcjax.progress import Progress
 from dcjax.record import MetricsLog, Transcripts
 from dcjax.report import write_report
-from dcjax.run import open_run
-from dcjax.trainer import Trainer
+from dcjax.run import check_processes_agree, open_run
+from dcjax.trainer import Sampled, Trainer
 
 
-def train(config: Config) -> tuple[Path, Path]:
+def train(config: Config) -> tuple[Path, Path] | None:
     """Runs, or resumes from the last checkpoint in the run directory; returns the report's picture and page.
 
+    With several processes, the first draws the report, and the others return None.
+
     Raises:
+      Interrupted: the launcher stops a process, or another one has gone; what was checkpointed stays.
       RunError: the run cannot start or go on; what was checkpointed stays.
     """
+    join(config.distributed)
+    check_processes_agree(config)
     config = with_pretrained_model(config)
     trainer = Trainer(config)
     with (
         open_run(config) as directory,
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
-        _save_tokenizer(trainer, directory / "tokenizer")
-        _loop(trainer, directory, checkpoints)
-    return write_report(directory)
+        try:
+            if is_main():
+                _save_tokenizer(trainer, directory / "tokenizer")
+            _loop(trainer, directory, checkpoints)
+        except Exception as error:
+            if (loss := as_loss(error)) is None:
+                raise
+            raise loss from error
+    return write_report(directory) if is_main() else None
 
 
 def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
     config = trainer.config
     restored = checkpoints.restore_latest(abstract_state(config, trainer.mesh))
-    last_step = restored[1].step if restored else None
-    log, transcripts = _open_logs(directory, last_step)
-    with log, transcripts:
-        if restored:
-            state, loop = restored
-        else:
-            state, loop = trainer.begin()
-            log.write(0, trainer.evaluate(state))
+    state, loop = restored or trainer.begin()
+    with _told(trainer, directory, restored[1].step if restored else None) as tell, Preemption() as preemption:
+        if not restored:
+            tell(0, trainer.evaluate(state), None)
             checkpoints.save(state, loop)
-        with Progress(config.steps, initial=loop.step, description="step") as progress:
-            while loop.step < config.steps:
-                state, loop, metrics, sampled = trainer.iterate(state, loop)
-                if _due(loop.step, config.evaluation.every, config.steps):
-                    metrics |= trainer.evaluate(state)
-                    sampled.write(transcripts, loop.step)
-                # logged before it is saved, so that a resumed run finds every line up to its checkpoint
-                log.write(loop.step, metrics)
-                progress.update(loop.step, **_shown(metrics, trainer.deployed_accuracy))
-                if _due(loop.step, config.checkpoint.every, config.steps):
-                    checkpoints.save(state, loop)
+        while loop.step < config.steps:
+            state, loop, metrics, sampled = trainer.iterate(state, loop)
+            if _due(loop.step, config.evaluation.every, config.steps):
+                metrics |= trainer.evaluate(state)
+            # logged before it is saved, so that a resumed run finds every line up to its checkpoint
+            tell(loop.step, metrics, sampled)
+            stopped = preemption.announced()
+            if stopped or _due(loop.step, config.checkpoint.every, config.steps):
+                checkpoints.save(state, loop)
+            if stopped:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped by SIGTERM; step {loop.step} is saved, and the same command goes on from it"
+                )
+
+
+@contextlib.contextmanager
+def _told(
+    trainer: Trainer, directory: Path, last_step: int | None
+) -> Iterator[Callable[[int, dict[str, float], Sampled | None], None]]:
+    """What logs a step's metrics and samples and shows them; on process 0 only."""
+    if not is_main():
+        yield lambda step, metrics, sampled: None
+        return
+    config = trainer.config
+    log, transcripts = _open_logs(directory, last_step)
+    with log, transcripts, Progress(config.steps, initial=last_step or 0, description="step") as progress:
+
+        def tell(step: int, metrics: dict[str, float], sampled: Sampled | None) -> None:
+            if sampled is not None and _due(step, config.evaluation.every, config.steps):
+                sampled.write(transcripts, trainer.tokenizer, step)
+            log.write(step, metrics)
+            if sampled is not None:
+                progress.update(step, **_shown(metrics, trainer.deployed_accuracy))
+
+        yield tell
 
 
 def _save_tokenizer(trainer: Trainer, directory: Path) -> None:

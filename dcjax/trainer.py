@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from dcjax import assemble
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
+from dcjax.distributed import check_divides, gather, is_main, local_copy, place, share
 from dcjax.errors import RunError
 from dcjax.evaluate import Policy, evaluate, make_engines, responses, score
 from dcjax.optimizer import make_optimizer, make_schedule
@@ -25,6 +27,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.mesh import make_mesh
+from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Rollout, TrainState
 from dcjax.warm_start import warm_start
 
@@ -44,7 +47,6 @@ class Sampled:
 
     problems: list[Problem]
     rollout: Rollout
-    texts: list[str]
     rewards: np.ndarray
     # prompts that the task gave for them, those of groups that were left out included
     prompts_taken: int
@@ -52,7 +54,7 @@ class Sampled:
     @property
     def group_size(self) -> int:
         """Responses a problem."""
-        return len(self.texts) // len(self.problems)
+        return len(self.rewards) // len(self.problems)
 
     def of_groups(self, groups: np.ndarray) -> Sampled:
         """The same of some problems, by their numbers."""
@@ -61,7 +63,6 @@ class Sampled:
             self,
             problems=[self.problems[group] for group in groups],
             rollout=jax.tree.map(lambda leaf: leaf[rows], self.rollout),
-            texts=[self.texts[row] for row in rows],
             rewards=self.rewards[rows],
         )
 
@@ -71,19 +72,19 @@ class Sampled:
         return cls(
             problems=[problem for part in parts for problem in part.problems],
             rollout=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.rollout for part in parts)),
-            texts=[text for part in parts for text in part.texts],
             rewards=np.concatenate([part.rewards for part in parts]),
             prompts_taken=sum(part.prompts_taken for part in parts),
         )
 
-    def write(self, transcripts: Transcripts, step: int) -> None:
+    def write(self, transcripts: Transcripts, tokenizer: PreTrainedTokenizerFast, step: int) -> None:
         """Records the first response of some prompts."""
-        for prompt, problem in enumerate(self.problems[:TRANSCRIPTS]):
-            row = prompt * self.group_size
+        rows = np.arange(len(self.problems))[:TRANSCRIPTS] * self.group_size
+        texts = responses(tokenizer, jax.tree.map(lambda leaf: leaf[rows], self.rollout))
+        for row, text in zip(rows, texts, strict=True):
             transcripts.write(
                 step,
-                prompt=problem.prompt,
-                response=self.texts[row],
+                prompt=self.problems[row // self.group_size].prompt,
+                response=text,
                 reward=float(self.rewards[row]),
                 finished=bool(self.rollout.finished[row]),
                 policy_version=int(self.rollout.versions[row, 0]),
@@ -108,6 +109,7 @@ class Trainer:
             raise RunError(str(error)) from None
         if len(self.tokenizer) > config.model.vocab_size:
             raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
+        check_divides(self.mesh, prompts=config.rollout.prompts, heldout=config.evaluation.prompts)
         self.engines = make_engines(config, self.mesh, self.tokenizer)
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
@@ -123,10 +125,10 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
-        rows = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
+        rows = evaluate(self.config, self.tokenizer, self.engines, local_copy(state.params, self.mesh), int(state.step))
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
         if self.config.optimizer.ema_decay:
-            average = averaged_params(state.opt_state, state.params)
+            average = local_copy(averaged_params(state.opt_state, state.params), self.mesh)
             deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": self.engines["deployed"]}
             (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
             measured["eval/deployed_accuracy_ema"] = row.accuracy
@@ -162,7 +164,8 @@ class Trainer:
 
     def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
         params = state.history[0] if state.history else state.params
-        serving = self.engines["deployed"].sync(params, max(loop.step - len(state.history), 0))
+        version = max(loop.step - len(state.history), 0)
+        serving = self.engines["deployed"].sync(local_copy(params, self.mesh), version)
         sampled = self._sample_once(serving, loop.data_cursor, key)
         if self.config.objective.zero_variance != "resample":
             return sampled
@@ -188,18 +191,20 @@ class Trainer:
     def _sample_once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         config, engine = self.config, self.engines["deployed"]
         problems = config.task.problems("train", config.seed, cursor, config.rollout.prompts)
+        mine = share(len(problems))
         rollout = sample_responses(
             engine,
             serving,
-            encode_prompts(self.tokenizer, problems),
+            encode_prompts(self.tokenizer, problems[mine]),
             samples_per_prompt=config.rollout.group_size,
             temperature=config.rollout.temperature,
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
             key=key,
+            first_sample=mine.start * config.rollout.group_size,
         )
-        texts = responses(self.tokenizer, rollout)
-        return Sampled(problems, rollout, texts, score(texts, problems, rollout), len(problems))
+        rewards = score(responses(self.tokenizer, rollout), problems[mine], rollout)
+        return Sampled(problems, *gather((rollout, rewards)), len(problems))
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         config, rollout, rewards = self.config, sampled.rollout, sampled.rewards
@@ -217,11 +222,11 @@ class Trainer:
         bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
         if len(bad):
             self._stop(loop, batch, f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite")
-        state, metrics = self._step(state, batch)
+        state, metrics = self._step(state, place(batch, batch_sharding(self.mesh)))
         metrics = assemble.metrics_to_host(metrics)
         if (at := int(metrics.pop("nonfinite_at"))) >= 0:
-            place = divmod(at, batch.response_mask.shape[1])
-            self._stop(loop, batch, f"the trainer's log-prob at response, token {place} is not finite")
+            where = divmod(at, batch.response_mask.shape[1])
+            self._stop(loop, batch, f"the trainer's log-prob at response, token {where} is not finite")
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self._stop(loop, batch, f"{', '.join(broken)} not finite")
@@ -245,7 +250,8 @@ class Trainer:
 
     def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
         path = self.config.directory / "bad_batch.npz"
-        np.savez(path, **{name: value for name, value in vars(batch).items() if value is not None})
+        if is_main():
+            np.savez(path, **{name: value for name, value in vars(batch).items() if value is not None})
         raise RunError(
             f"step {loop.step + 1}: {why}; the batch is in {path}, the last good checkpoint stays; "
             "lower optimizer.learning_rate or look at the batch"

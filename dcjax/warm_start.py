@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
 from dcjax.config import Config
 from dcjax.data.arithmetic import supervised_batch
+from dcjax.distributed import is_main, place
 from dcjax.errors import RunError
 from dcjax.optimizer import scale_loss
 from dcjax.progress import Progress
@@ -20,6 +23,7 @@ from dcjax.record import MetricsLog
 from dcjax.rl.losses import negative_log_likelihood
 from dcjax.rl.objective import chain
 from dcjax.rl.step import make_train_step
+from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params
 
 EARLY_SHARE = 0.8
@@ -45,20 +49,34 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
         microbatch_size=math.gcd(settings.batch_size, config.optimizer.microbatch_size),
     )
     update = compile_step(config, mesh, tx, step)
-    with (
-        MetricsLog(config.directory, "warm_start", last_step=None) as log,
-        Progress(settings.steps, initial=0, description="warm start") as progress,
-    ):
+    with _told(config) as tell:
         for count in range(1, settings.steps + 1):
-            state, metrics = update(state, _batch(config, tokenizer, count))
+            state, metrics = update(state, place(_batch(config, tokenizer, count), batch_sharding(mesh)))
             if count % LOG_EVERY == 0 or count == settings.steps:
                 values = metrics_to_host(metrics)
                 shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
                 if not all(map(math.isfinite, shown.values())):
                     raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
-                log.write(count, shown)
-                progress.update(count, loss=f"{shown['loss']:.3f}")
+                tell(count, shown)
     return state.params
+
+
+@contextlib.contextmanager
+def _told(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What writes and shows an update's values; on process 0 only."""
+    if not is_main():
+        yield lambda count, shown: None
+        return
+    with (
+        MetricsLog(config.directory, "warm_start", last_step=None) as log,
+        Progress(config.warm_start.steps, initial=0, description="warm start") as progress,
+    ):
+
+        def tell(count: int, shown: dict[str, float]) -> None:
+            log.write(count, shown)
+            progress.update(count, loss=f"{shown['loss']:.3f}")
+
+        yield tell
 
 
 def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:

@@ -21,6 +21,7 @@ from dcjax.config import (
     to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.distributed import DistributedConfig
 from dcjax.models import ModelConfig, Precision, presets
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import MeshConfig
@@ -37,10 +38,12 @@ SECTIONS = {
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
+    "distributed": DistributedConfig,
 }
 
 # The smallest value that is right and a value that is not, of each field with a lower bound.
 LOWER_BOUNDS = {
+    "distributed.timeout": (1, 0),
     "task.min_operations": (1, 0),
     "task.max_operand": (1, 0),
     "task.max_value": (1, 0),

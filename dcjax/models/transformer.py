@@ -128,12 +128,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map."""
-    return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
+    return nn.get_partition_spec(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and dtypes; nothing is allocated."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device looked for."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def count_params(config: ModelConfig) -> int:

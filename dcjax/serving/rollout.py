@@ -60,10 +60,12 @@ def sample_responses(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
+    first_sample: int = 0,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
-    Sample i is drawn with fold_in(key, i), so the tokens depend neither on the slots nor on the steps a call.
+    Sample i is drawn with fold_in(key, first_sample + i), so the tokens depend neither on the slots, nor on the steps
+    a call, nor on how many hosts share the prompts.
 
     Args:
       engine: decodes; its limits set the widths P and T of what is returned.
@@ -75,12 +77,14 @@ def sample_responses(
       top_k: how many tokens can be drawn; 0 is all.
       top_p: the most probable tokens can be drawn, until they hold so much.
       stop_tokens: ids that end a response; the engine's end token where None.
+      first_sample: number of the first sample among those of all hosts.
 
     Raises:
       ValueError: a prompt or a setting that the engine does not take.
     """
     settings = {"temperatures": temperature, "top_ks": top_k, "top_ps": top_p, "stop_tokens": stop_tokens}
-    sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
+    samples = {"samples_per_prompt": samples_per_prompt, "key": key, "first_sample": first_sample}
+    sampling = Sampling(engine, params, prompts, **samples, **settings)
     while not sampling.advance(params):
         pass
     return sampling.rollout()
@@ -101,13 +105,14 @@ class Sampling:
         *,
         samples_per_prompt: int,
         key: jax.Array,
+        first_sample: int = 0,
         **settings,
     ):
         self._engine, self._prompts, self._samples_per_prompt = engine, prompts, samples_per_prompt
         self._prefix = engine.prefill_many(params, prompts)
-        total = len(prompts) * samples_per_prompt
-        self._requests = engine.make_requests(sample_keys(key, np.arange(total)), **settings)
-        self._state = _begin(engine.decoder, engine.slots, total, engine.replicated)
+        keys = sample_keys(key, first_sample + np.arange(len(prompts) * samples_per_prompt))
+        self._requests = engine.make_requests(keys, **settings)
+        self._state = _begin(engine.decoder, engine.slots, len(keys), engine.replicated)
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""

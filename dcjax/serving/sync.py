@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from dcjax.models import ModelConfig, abstract_params
+from dcjax.models import ModelConfig, abstract_params, logical_axes
 from dcjax.models.transformer import layer_params
 from dcjax.serving.quantize import (
     Format,
@@ -37,7 +39,7 @@ class ServingParams:
 def make_sync(
     config: ModelConfig,
     format: Format,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Any = None,
     *,
     keep: Sequence[str] = (),
     weight_noise: float = 0.0,
@@ -50,7 +52,8 @@ def make_sync(
     Args:
       config: the architecture.
       format: the serving format.
-      sharding: where the serving params go; the masters' default device where None.
+      sharding: where the serving params go, one sharding for all or a tree of them (`served_axes`); the masters'
+        default device where None.
       keep: patterns (`fnmatch`) of names of kernels and tables that stay in the activations' dtype.
       weight_noise: a controlled mismatch: normal noise added to kernels and tables before anything else, its standard
         deviation in units of each one's root mean square; other noise in each version.
@@ -94,6 +97,30 @@ def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer: int) ->
         key = jax.random.fold_in(key, part)
     size = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))
     return size * jax.random.normal(key, leaf.shape, jnp.float32)
+
+
+def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> ServingParams:
+    """The logical axes of each array of `ServingParams`, for `sharding.rules.shardings`: those of the master it is of.
+
+    A scale lacks the contracted axis, or in int4 has it in groups. Errors as of `make_sync`.
+    """
+    named = logical_axes(config)
+    served: Any = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+
+    def axes(path, leaf: Any) -> Any:
+        name = path[-1].key
+        logical = named[name] if name in named else PartitionSpec(*named["layers"][name][1:])
+        if not isinstance(leaf, QuantizedMatrix | PackedMatrix):
+            return logical
+        contracted = len(logical) - (1 if role_of(name) == "table" else 2)
+        per_channel = PartitionSpec(*(axis for place, axis in enumerate(logical) if place != contracted))
+        scale = logical if isinstance(leaf, PackedMatrix) else per_channel
+        return jax.tree.unflatten(jax.tree.structure(leaf), [logical, scale])
+
+    weights = jax.tree_util.tree_map_with_path(
+        axes, served.weights, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix | PackedMatrix)
+    )
+    return dataclasses.replace(served, weights=weights, version=PartitionSpec())
 
 
 class StoredParameter(NamedTuple):

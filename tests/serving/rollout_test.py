@@ -366,6 +366,21 @@ def test_fewer_samples_than_slots_are_enough():
     np.testing.assert_allclose(one.rollout_logps, full.rollout_logps[:1], atol=1e-5)
 
 
+def test_hosts_that_share_the_prompts_sample_what_one_host_would():
+    engine = make_engine("float32")
+    params = engine.sync(masters_of(CONFIG), 7)
+    rest = sample_responses(
+        engine,
+        params,
+        PROMPTS[1:],
+        samples_per_prompt=G,
+        temperature=TEMPERATURE,
+        key=jax.random.key(1),
+        first_sample=G,
+    )
+    np.testing.assert_array_equal(rest.tokens, rollout_of("float32").tokens[G:])
+
+
 def test_a_prompt_that_does_not_fit_is_refused():
     engine = make_engine("float32")
     params = engine.sync(masters_of(CONFIG), 0)

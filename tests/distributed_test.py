@@ -1,0 +1,359 @@
+"""Several real processes on loopback, against one process on the same mesh."""
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dcjax.assemble import abstract_state
+from dcjax.checkpoint import Checkpoints
+from dcjax.cli import main
+from dcjax.distributed import DistributedConfig, _find, local_copy, place, share
+from dcjax.record import read_metrics
+from dcjax.run import load_config
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.rules import batch_sharding
+from dcjax.trainer import Trainer
+
+STEPS, EVERY = 10, 4
+BOUND = 60
+"""Seconds in which processes have to end that have lost another one."""
+
+RECIPE = f"""
+from dcjax.config import *
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.models import ModelConfig
+
+def config():
+    return Config(
+        name="tiny",
+        steps={STEPS},
+        task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
+        model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64),
+        warm_start=WarmStartConfig(steps=25, batch_size=32, warmup_steps=5, learning_rate=2e-2),
+        rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=20),
+        objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
+        optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
+        evaluation=EvaluationConfig(every=1, prompts=18),
+        checkpoint=CheckpointConfig(every={EVERY}, keep=9),
+        serving=ServingConfig(slots=8),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """The run by one process with two devices."""
+    directory = tmp_path_factory.mktemp("runs") / "alone"
+    assert main(["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]) == 0
+    return directory
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def processes(recipe, directory, *options, count=2, devices=1, only=None, each=lambda number: ()):
+    """Real `dcjax train` processes that find each other on loopback; those that still run at the end are killed."""
+    one_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {one_order}"}
+    coordinator, started = f"127.0.0.1:{free_port()}", []
+    for number in range(count) if only is None else only:
+        joined = {"coordinator": coordinator, "num_processes": count, "process_id": number}
+        flags = [f"distributed.{name}={value}" for name, value in joined.items()]
+        command = [sys.executable, "-m", "dcjax", "train", str(recipe), "--run-dir", str(directory)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*command, *flags, *options, *each(number)], env=env, **streams))
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def ended(process, within=None):
+    """Status, and what was told on stderr beside progress and what Gloo says of its connections."""
+    _, errors = process.communicate(timeout=within)
+    quiet = ("warm start ", "step ", "[Gloo]")
+    return process.returncode, [line for line in errors.splitlines() if not line.startswith(quiet)]
+
+
+def wait_for_step(started, directory, step):
+    """Until a run has logged a step; fails if a process ends before."""
+    path = directory / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") <= step:
+        for process in started:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def checkpointed(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def measured(directory):
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/") and name != "tokens_per_second"}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def restored(directory, step, mesh):
+    config = load_config(directory)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        state, loop = checkpoints.restore(step, abstract_state(config, make_mesh(mesh)))
+    return jax.device_get(state), loop
+
+
+def assert_same_run(ours, theirs, *, rel):
+    """Sampled texts identical, and every metric within `rel`, as is every leaf of the final state."""
+    assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    ours_metrics, theirs_metrics = measured(ours), measured(theirs)
+    assert [record["step"] for record in ours_metrics] == list(range(len(theirs_metrics)))
+    for one, other in zip(ours_metrics, theirs_metrics, strict=True):
+        assert one == pytest.approx(other, rel=rel, abs=1e-9)
+    last = checkpointed(theirs)[-1]
+    (our_state, our_loop), (their_state, their_loop) = (restored(run, last, MeshConfig()) for run in (ours, theirs))
+    assert our_loop == their_loop
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rel, atol=1e-7), our_state, their_state)
+
+
+# --- two processes, in one story, since what takes time is to start and to compile ---
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory):
+    """A run of two processes of which one was sent SIGTERM: its directory, and how the two ended."""
+    directory = tmp_path_factory.mktemp("runs") / "two"
+    with processes(recipe, directory, "--mesh.fsdp", "2") as started:
+        wait_for_step(started, directory, 1)
+        started[1].send_signal(signal.SIGTERM)
+        told = [ended(process, BOUND) for process in started]
+    return shutil.copytree(directory, directory.with_name("stopped")), told
+
+
+@pytest.fixture(scope="module")
+def killed(recipe, stopped, tmp_path_factory):
+    """The same, gone on with until one was killed."""
+    directory = shutil.copytree(stopped[0], tmp_path_factory.mktemp("runs") / "killed")
+    with processes(recipe, directory, "--mesh.fsdp", "2") as started:
+        wait_for_step(started, directory, EVERY + 1)
+        started[1].kill()
+        return directory, ended(started[0], BOUND)
+
+
+def test_sigterm_to_one_process_saves_and_stops_all_with_a_status_to_restart_on(stopped):
+    directory, told = stopped
+    step = checkpointed(directory)[-1]
+    assert 1 <= step < STEPS
+    assert measured(directory)[-1]["step"] == step
+    for status, lines in told:
+        assert status == 75
+        assert lines == [
+            f"dcjax: error: stopped by SIGTERM; step {step} is saved, and the same command goes on from it"
+        ]
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
+    directory, (status, lines) = killed
+    assert status == 75
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("dcjax: error: another of the 2 processes has stopped")
+    assert checkpointed(directory)[-1] >= EVERY
+
+
+def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(recipe, alone, monkeypatch, capfd, tmp_path):
+    iterate, directory = Trainer.iterate, tmp_path / "run"
+
+    def told_to_stop(self, state, loop):
+        if loop.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return iterate(self, state, loop)
+
+    command = ["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "iterate", told_to_stop)
+        assert main(command) == 75
+    assert "dcjax: error: stopped by SIGTERM; step 3 is saved" in capfd.readouterr().err
+    assert checkpointed(directory) == [0, 3]
+    assert main(command) == 0
+    assert_same_run(directory, alone, rel=0)
+
+
+def test_only_the_first_process_writes(stopped):
+    """One line a step, and one sample of each prompt."""
+    directory, _ = stopped
+    steps = [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+    assert load_config(directory).distributed.process_id == 0
+
+
+def test_what_two_processes_began_one_ends_as_if_it_had_been_alone(recipe, killed, alone, tmp_path):
+    """Tokens, metrics, λ, data cursor and key of a run that was stopped, killed and moved to one process."""
+    directory = shutil.copytree(killed[0], tmp_path / "run")
+    assert main(["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]) == 0
+    assert_same_run(directory, alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2)], ids=str)
+def test_what_two_processes_saved_is_restored_bit_for_bit_on_other_meshes(stopped, mesh):
+    directory, _ = stopped
+    step = checkpointed(directory)[-1]
+    (here, loop), (there, same_loop) = restored(directory, step, mesh), restored(directory, step, MeshConfig(fsdp=2))
+    assert loop == same_loop and (loop.step, loop.data_cursor) == (step, 4 * step)
+    # that these are the bits that were saved, `restore` checks by their fingerprint
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def test_processes_with_different_configs_are_told_apart(recipe, tmp_path):
+    rates = lambda number: ["--optimizer.learning_rate", f"0.{number + 1}"]  # noqa: E731
+    with processes(recipe, tmp_path / "run", "--mesh.fsdp", "2", each=rates) as started:
+        told = [ended(process) for process in started]
+    for status, lines in told:
+        assert status == 2
+        assert len(lines) == 1, lines
+        assert "processes 0 and 1 differ in optimizer.learning_rate 0.1 and 0.2;" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("present", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, tmp_path, present):
+    with processes(recipe, tmp_path / "run", "--distributed.timeout", "3", only=[present]) as (started,):
+        status, lines = ended(started)
+    assert status == 75
+    assert len(lines) == 1, lines
+    assert re.fullmatch(
+        rf"dcjax: error: process {present} of 2 waited 3 s for the others at 127\.0\.0\.1:\d+; not all have joined.*",
+        lines[0],
+    )
+
+
+# --- slow: more processes, more ways to go ---
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(recipe, tmp_path):
+    options = ["--mesh.data", "2", "--mesh.fsdp", "2", "--steps", "3"]
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
+    with processes(recipe, tmp_path / "four", *options, count=4) as started:
+        assert [ended(process) for process in started] == [(0, [])] * 4
+    assert_same_run(tmp_path / "four", tmp_path / "one", rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_hold_the_same_rows_train_as_one_does(recipe, tmp_path):
+    """Where a mesh axis that splits no rows runs across hosts, their shares of prompts are not the rows they feed."""
+    options = ["--mesh.tensor", "2", "--mesh.data", "2", "--steps", "3"]
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
+    with processes(recipe, tmp_path / "four", *options, count=4) as started:
+        assert [ended(process) for process in started] == [(0, [])] * 4
+    assert_same_run(tmp_path / "four", tmp_path / "one", rel=1e-5)
+
+
+@pytest.mark.slow
+def test_groups_that_are_sampled_anew_are_chosen_alike_by_all_processes(recipe, tmp_path):
+    options = ["--mesh.fsdp", "4", "--steps", "3", "--objective.zero_variance", "resample", "optimizer.ema_decay=0.5"]
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
+    with processes(recipe, tmp_path / "two", *options, devices=2) as started:
+        assert [ended(process) for process in started] == [(0, [])] * 2
+    assert max(record["prompts_taken"] for record in measured(tmp_path / "one")[1:]) > 4
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_the_first_process_or_one_that_answers_the_others_stop_too(recipe, tmp_path, how):
+    """Here JAX's own watch ends them."""
+    gone = 0 if how == signal.SIGKILL else 1
+    with processes(recipe, tmp_path / "run", "--mesh.fsdp", "2", "--steps", "1000") as started:
+        wait_for_step(started, tmp_path / "run", 1)
+        started[gone].send_signal(how)
+        status, lines = ended(started[1 - gone], BOUND)
+    assert status != 0
+    assert any("has stopped" in line or "another task died" in line for line in lines), lines
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_quickstart(tmp_path):
+    recipe = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+    with processes(recipe, tmp_path / "run", "--mesh.fsdp", "2") as started:
+        assert [ended(process) for process in started] == [(0, [])] * 2
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["eval/deployed_accuracy"] <= 0.25
+    assert metrics[-1]["eval/deployed_accuracy"] >= 0.85
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"coordinator": "host:1"}, "distributed.num_processes is not given"),
+        ({"num_processes": 2}, "distributed.coordinator is not given"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator is 'host'; it must be HOST:PORT"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id is 2; it must lie within 0 and"),
+        ({"timeout": 0}, "distributed.timeout is 0; it must be at least 1"),
+    ],
+)
+def test_fields_that_name_no_process_are_refused(fields, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        DistributedConfig(**fields)
+
+
+def test_slurms_variables_are_enough(monkeypatch):
+    variables = {"JOB_ID": "4097", "STEP_NODELIST": "node[003-006]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # JAX takes a port from the number of the job
+    assert _find(DistributedConfig()) == ("node003:61441", 4, 2)
+    given = DistributedConfig(coordinator="head:1", num_processes=2, process_id=1)
+    assert _find(given) == ("head:1", 2, 1)
+
+
+def test_without_a_launcher_a_process_is_alone():
+    assert _find(DistributedConfig())[0] is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 512])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_shares_are_all_of_it_in_order_and_differ_by_one_at_most(monkeypatch, count, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    shares = []
+    for number in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        shares.append(list(range(count))[share(count)])
+    assert list(itertools.chain(*shares)) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_batch_is_placed_by_rows_and_params_of_one_host_stay_where_they_are():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    rows = np.arange(24).reshape(8, 3)
+    placed = place({"rows": rows}, batch_sharding(mesh))["rows"]
+    np.testing.assert_array_equal(placed, rows)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    assert local_copy(placed, mesh) is placed
