@@ -3,12 +3,16 @@
     python benchmarks/serving.py decode qwen3-0.6b --batches 1 32 256 --bandwidth 4800
     python benchmarks/serving.py prefill qwen3-0.6b --prompts 16 --length 1024 --peak 989
     python benchmarks/serving.py layout [--json PATH]
+    python benchmarks/serving.py sync qwen3-8b --slice v5e:4x4 --tensor 8 --link 200
 
 - decode: tokens a second with random weights in each format, every slot half full, and the share of BANDWIDTH (GB/s of
   the device) at which weights and keys and values were read.
 - prefill: prompt tokens a second, and the share of PEAK (TFLOP/s of the device in bf16).
 - layout: one layer's decode attention, written and read, on a contiguous cache, on one of pages behind a table, and on
   prompts' keys and values shared by the samples of a prompt; and what inserting a copy of a prompt costs instead.
+- sync: from masters split over a TPU slice (fsdp) to serving params split over `tensor` of its chips, compiled for the
+  slice (with libtpu, on any Linux): memory, what a chip receives in collectives, and how long that takes at LINK (GB/s
+  that a chip's links carry together; a v5e's: 200).
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,11 +34,14 @@ import numpy as np
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
 from dcjax.allocator import keep_freed_memory
-from dcjax.models import ModelConfig, init_params, presets
+from dcjax.models import ModelConfig, abstract_params, init_params, logical_axes, presets
 from dcjax.models.cache import LayerCache, attend, init_cache, write
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.quantize import FormatName, formats
-from dcjax.serving.sync import ServingParams
+from dcjax.serving.quantize import FormatName, formats, serving_format
+from dcjax.serving.sync import ServingParams, make_sync, served_axes
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.rules import shardings
+from dcjax.sharding.topology import slice_devices
 
 PROMPT, PAGE, GROUP_SIZE = 512, 128, 8
 """Tokens of a prompt and of a page, and samples of a prompt, in the comparison of layouts."""
@@ -216,6 +225,51 @@ def compare_layouts(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"title": "layout of the KV cache", "unit": "CPU-ms", "rows": rows, "notes": notes}]
 
 
+# --- sync ---
+
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def received(program: str) -> dict[str, int]:
+    """Bytes that a chip has from each kind of collective; no loop repeats any of them."""
+    found: dict[str, int] = {}
+    for result, kind in re.findall(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(", program):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        size = sum(BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
+def sync(args: argparse.Namespace) -> list[str]:
+    """A line for each format."""
+    config, chips = presets[args.preset], slice_devices(args.slice)
+    training = make_mesh(MeshConfig(fsdp=len(chips)), chips)
+    # the same chips in the same order, as one program has them
+    split = training.devices.reshape(-1, 1, args.tensor, 1, 1)
+    serving = jax.sharding.Mesh(split, training.axis_names, axis_types=training.axis_types)
+    masters = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract_params(config),
+        shardings(training, logical_axes(config)),
+    )
+    lines = []
+    for format in map(serving_format, args.formats):
+        to: Any = make_sync(config, format, shardings(serving, served_axes(config, format)))
+        compiled = to.lower(masters, 0).compile()
+        memory: Any = compiled.memory_analysis()
+        sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+        moved = received(compiled.as_text())
+        total = sum(moved.values())
+        lines.append(
+            f"{format.name}: masters {sizes[0] / 2**30:.2f}, served {sizes[1] / 2**30:.2f}, temporaries "
+            f"{sizes[2] / 2**30:.2f} GiB a chip; received {total / 2**30:.2f} GiB ("
+            + ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in moved.items())
+            + f"): at least {total / args.link / 1e6:.1f} ms at {args.link:g} GB/s"
+        )
+    return lines
+
+
 # --- command line ---
 
 
@@ -245,16 +299,23 @@ def parse() -> argparse.Namespace:
     layouts.add_argument("--slots", type=int, default=16, help="sequences at once (default: 16)")
     layouts.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
     layouts.add_argument("--cores", type=int, default=1, help="cores to stay on (default: 1, the least noisy)")
+    syncing = commands.add_parser("sync", help="what it moves on a TPU slice")
+    syncing.add_argument("preset", nargs="?", default="qwen3-8b", choices=sorted(presets))
+    syncing.add_argument("--formats", nargs="+", choices=formats, default=["bf16", "int8"])
+    syncing.add_argument("--slice", default="v5e:4x4", help="its kind and shape (default: v5e:4x4)")
+    syncing.add_argument("--tensor", type=int, default=8, help="chips that share a serving copy (default: 8)")
+    syncing.add_argument("--link", type=float, default=200, help="GB/s into a chip (default: 200, a v5e's)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Runs one of the three and prints it."""
+    """Runs one of the four and prints it."""
     args = parse()
     keep_freed_memory()
     if args.what != "layout":
-        print(f"{args.preset} on {jax.devices()[0].device_kind}")
-        print("\n".join({"decode": decode, "prefill": prefill}[args.what](args)))
+        where = args.slice if args.what == "sync" else jax.devices()[0].device_kind
+        print(f"{args.preset} on {where}")
+        print("\n".join({"decode": decode, "prefill": prefill, "sync": sync}[args.what](args)))
         return
     pin(args.cores)
     comparisons = compare_layouts(args)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dcjax.models import ModelConfig, abstract_params, presets
+from dcjax.models import ModelConfig, abstract_params, logical_axes, presets
 from dcjax.models.cache import forward_cached, init_cache
 from dcjax.serving import quantize
 from dcjax.serving.quantize import PackedMatrix, QuantizedMatrix, formats
-from dcjax.serving.sync import make_sync, stored_parameters
+from dcjax.serving.sync import make_sync, served_axes, stored_parameters
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.rules import shardings
 
 CONFIG = ModelConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, head_dim=8)
 ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
@@ -323,3 +325,28 @@ def test_the_report_shows_what_is_kept():
     assert rows["router"].stored == "float32"
     # 2 layers of 32 × 32 nibbles, and a bfloat16 scale for 32 of them
     assert rows["q_proj"].bytes == 2 * (32 * 32 // 2 + 32 * 2)
+
+
+# --- from the trainer's mesh to a serving one ---
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("model", ["tiny", "moe"])
+def test_served_parameters_are_split_as_their_masters_axes_say(name, model):
+    config, format = dataclasses.replace(MODELS[model], hidden_size=64, intermediate_size=128), formats[name]
+    training, serving = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(data=2, tensor=4))
+    config = dataclasses.replace(config, num_heads=8, num_kv_heads=4, head_dim=16, moe_intermediate_size=128)
+    masters = jax.device_put(draw(config), shardings(training, logical_axes(config)))
+    whole = make_sync(config, format)(jax.device_get(masters), 3)
+    split = make_sync(config, format, shardings(serving, served_axes(config, format)))(masters, 3)
+    assert jax.tree.structure(split) == jax.tree.structure(whole)
+    for ours, expected in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        # a scale's last bit may depend on how its maximum was found
+        np.testing.assert_allclose(ours.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1)
+    layer = split.weights["layers"][0]
+    for weight, axis in (("q_proj", -1), ("o_proj", -2), ("k_proj", -1)):
+        for leaf in jax.tree.leaves(layer[weight]):
+            cut = [n // m for n, m in zip(leaf.shape, leaf.sharding.shard_shape(leaf.shape), strict=True)]
+            # the scale of an output channel has no contracted axis to cut
+            expected = [4 if place == leaf.ndim + axis else 1 for place in range(leaf.ndim)]
+            assert cut == (expected if leaf.ndim == 2 else [4 if axis == -1 else 1]), weight
