@@ -18,6 +18,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "dcjax-test-compilation-cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import jax
+import pytest
 from beartype import beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -37,3 +39,16 @@ install_import_hook(checked, f"{checker.__name__}.check_functions")
 
 settings.register_profile("dcjax", deadline=None)
 settings.load_profile("dcjax")
+
+
+MAPPINGS = Path("/proc/self/maps")
+MANY = 20_000
+"""Of the 65,530 memory mappings that Linux lets a process have; every compiled program takes some for good."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_forgotten_in_time():
+    """A process that runs out of mappings crashes in whatever it compiles next."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
