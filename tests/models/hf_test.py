@@ -297,7 +297,7 @@ def test_a_mesh_reads_each_part_once(monkeypatch):
     [
         ("qwen3", {"tensor": 7}, r"params embed_tokens of shape (96, 64): mesh.tensor 7 does not divide dimension 0"),
         ("qwen3", {"fsdp": 5}, r"params embed_tokens of shape (96, 64): mesh.fsdp 5 does not divide dimension 1"),
-        ("qwen3_moe", {"expert": 3}, "layers.router of shape (2, 64, 8): mesh.expert 3 does not divide dimension 2"),
+        ("qwen3_moe", {"expert": 3}, "gate_proj of shape (2, 8, 64, 48): mesh.expert 3 does not divide dimension 1"),
     ],
 )
 def test_a_mesh_that_divides_no_dimension_is_refused_by_leaf_and_axis(kind, axes, expected):
