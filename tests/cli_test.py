@@ -328,7 +328,6 @@ def test_an_unknown_field_of_a_section_brings_the_nearest_to_mind(refusal):
         ("mesh.fsdp=3", ["mesh.fsdp is 3", "does not divide the 64 embed"]),
         ("mesh.data=3", ["mesh.data × mesh.fsdp × mesh.expert, 3"]),
         ("mesh.tensor=16", ["mesh.tensor × mesh.context is 16", "4 query heads"]),
-        ("mesh.fsdp=16", ["mesh.fsdp 16", "8 found"]),
         ("model.vocab_size=18", ["model.vocab_size is 18", "needs 19"]),
         ("model.num_heads=3", ["model.num_heads 3", "model.num_kv_heads 2"]),
         ("seed=-1", ["seed is -1", "at least 0"]),
