@@ -40,7 +40,7 @@ def config():
         name="tiny",
         steps={STEPS},
         task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-        model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64),
+        model=ModelConfig(vocab_size=20, hidden_size=32, intermediate_size=64),
         warm_start=WarmStartConfig(steps=25, batch_size=32, warmup_steps=5, learning_rate=2e-2),
         rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=20),
         objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
@@ -133,7 +133,8 @@ def assert_same_run(ours, theirs, *, rel):
     ours_metrics, theirs_metrics = measured(ours), measured(theirs)
     assert [record["step"] for record in ours_metrics] == list(range(len(theirs_metrics)))
     for one, other in zip(ours_metrics, theirs_metrics, strict=True):
-        assert one == pytest.approx(other, rel=rel, abs=1e-9)
+        # some are small differences of numbers around 1
+        assert one == pytest.approx(other, rel=rel, abs=rel)
     last = checkpointed(theirs)[-1]
     (our_state, our_loop), (their_state, their_loop) = (restored(run, last, MeshConfig()) for run in (ours, theirs))
     assert our_loop == their_loop
@@ -176,6 +177,7 @@ def test_sigterm_to_one_process_saves_and_stops_all_with_a_status_to_restart_on(
         ]
 
 
+@pytest.mark.slow
 def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
     directory, (status, lines) = killed
     assert status == 75
@@ -210,6 +212,7 @@ def test_only_the_first_process_writes(stopped):
     assert load_config(directory).distributed.process_id == 0
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_ends_as_if_it_had_been_alone(recipe, killed, alone, tmp_path):
     """Tokens, metrics, λ, data cursor and key of a run that was stopped, killed and moved to one process."""
     directory = shutil.copytree(killed[0], tmp_path / "run")

@@ -84,7 +84,7 @@ def test_a_rate_out_of_range_is_refused(rate):
 # --- noise ---
 
 
-@pytest.mark.parametrize("size", [0.05, 0.2])
+@pytest.mark.parametrize("size", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_noise_on_logits_moves_log_probs_by_as_much_as_it_should(size):
     # drawn without noise: with it, the tokens would be those that it favours
     rollout = rollout_of()
@@ -118,7 +118,7 @@ def test_noise_on_weights_is_of_the_version():
 # --- flips ---
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rate", [0.3, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (0.0, 1.0))])
 def test_experts_are_flipped_as_often_as_asked_and_the_last_choice_alone(rate):
     rollout = rollout_of(MOE, routing_flips=rate)
     # what the first layer's router thinks does not depend on what was flipped, so one expert more can be asked of it

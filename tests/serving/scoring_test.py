@@ -62,7 +62,12 @@ def assert_scored_as_sampled(format, config=DENSE, **changes):
     assert np.abs(shifted - rollout.rollout_logps)[real].max() > 10 * tolerance
 
 
-@pytest.mark.parametrize("name", formats)
+SELDOM = ("fp16", "int8_weight_only", "fp8_weight_only")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in formats]
+)
 def test_in_every_format_log_probs_are_those_of_its_own_decode_path(name):
     assert_scored_as_sampled(name)
 
@@ -76,7 +81,7 @@ def test_so_are_other_architectures():
     assert_scored_as_sampled("fp8", UNTIED)
 
 
-@pytest.mark.parametrize("kv_cache", ["fp16", "int8", "fp8"])
+@pytest.mark.parametrize("kv_cache", [pytest.param("fp16", marks=pytest.mark.slow), "int8", "fp8"])
 def test_and_other_caches(kv_cache):
     assert_scored_as_sampled("float32", kv_cache=kv_cache)
     # the cache alone makes a gap

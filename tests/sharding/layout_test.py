@@ -95,7 +95,12 @@ def alone():
     return train_one_step(MeshConfig())
 
 
-@pytest.mark.parametrize("name", MESHES)
+EVERYDAY = ("fsdp 8", "tensor 2 × expert 4", "tensor 2 × context 2", "data 2 × expert 2 × context 2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
 def test_a_step_is_that_of_one_device_and_its_activations_are_cut(alone, name):
     state, metrics, _ = alone
     ours, measured, text = train_one_step(MESHES[name])
