@@ -23,6 +23,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,9 @@ from dcjax.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, abstract_params, init_params, logical_axes, presets
 from dcjax.models.cache import LayerCache, attend, init_cache, write
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.layout import serving_mesh
 from dcjax.serving.quantize import FormatName, formats, serving_format
-from dcjax.serving.sync import ServingParams, make_sync, served_axes
+from dcjax.serving.sync import ServingParams, make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
 from dcjax.sharding.topology import slice_devices
@@ -245,9 +247,7 @@ def sync(args: argparse.Namespace) -> list[str]:
     """A line for each format."""
     config, chips = presets[args.preset], slice_devices(args.slice)
     training = make_mesh(MeshConfig(fsdp=len(chips)), chips)
-    # the same chips in the same order, as one program has them
-    split = training.devices.reshape(-1, 1, args.tensor, 1, 1)
-    serving = jax.sharding.Mesh(split, training.axis_names, axis_types=training.axis_types)
+    serving = serving_mesh(training, args.tensor)
     masters = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_params(config),
@@ -255,17 +255,23 @@ def sync(args: argparse.Namespace) -> list[str]:
     )
     lines = []
     for format in map(serving_format, args.formats):
-        to: Any = make_sync(config, format, shardings(serving, served_axes(config, format)))
-        compiled = to.lower(masters, 0).compile()
-        memory: Any = compiled.memory_analysis()
-        sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-        moved = received(compiled.as_text())
-        total = sum(moved.values())
+        sync: Any = make_sync(config, format, serving, training)
+        outer, layers = ({name: leaf for name, leaf in masters.items() if name != "layers"}), masters["layers"]
+        # each program with how often it runs
+        programs = [(sync.outer.lower(outer, 0).compile(), 1)]
+        programs += [(run.lower(layers, 0, 0, 0).compile(), sync.kinds.count(kind)) for kind, run in sync.layer.items()]
+        moved: Counter[str] = Counter()
+        served, temporary = 0, 0
+        for program, times in programs:
+            memory: Any = program.memory_analysis()
+            served += times * memory.output_size_in_bytes
+            temporary = max(temporary, memory.temp_size_in_bytes)
+            moved.update({kind: times * size for kind, size in received(program.as_text()).items()})
         lines.append(
-            f"{format.name}: masters {sizes[0] / 2**30:.2f}, served {sizes[1] / 2**30:.2f}, temporaries "
-            f"{sizes[2] / 2**30:.2f} GiB a chip; received {total / 2**30:.2f} GiB ("
+            f"{format.name}: served {served / 2**30:.2f} GiB a chip, temporaries {temporary / 2**30:.2f} GiB at most; "
+            f"received {moved.total() / 2**30:.2f} GiB ("
             + ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in moved.items())
-            + f"): at least {total / args.link / 1e6:.1f} ms at {args.link:g} GB/s"
+            + f"): at least {moved.total() / args.link / 1e6:.1f} ms at {args.link:g} GB/s"
         )
     return lines
 

@@ -25,6 +25,7 @@ from dcjax.objective import (
 from dcjax.optimizer import make_optimizer
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.layout import serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.layout import check_model, mesh_layout
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
@@ -215,7 +216,8 @@ def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
             max_support=rollout.top_k,
             records_experts=rollout.replay_routing,
             mismatch=config.mismatch,
-            mesh=mesh,
+            mesh=serving_mesh(mesh, serving.tensor),
+            training_mesh=mesh,
         )
     except ValueError as error:
         raise RunError(str(error)) from None

@@ -118,10 +118,12 @@ class ServingConfig:
     steps_per_call: int = 8
     """Tokens that are decoded in each slot before ended samples are replaced."""
     prefill_tokens: int = 4096
-    """Tokens in one pass of the prefill, of several prompts or of a piece of a long one."""
+    """Tokens in one pass of the prefill on each copy of the model, of several prompts or of a piece of a long one."""
+    tensor: int = 1
+    """Devices that share one copy of the model; there are as many copies as the mesh's devices make."""
 
     def __post_init__(self):
-        _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1})
+        _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1, "tensor": 1})
         _require_choice("serving.", self, "format")
         _require_choice("serving.", self, "kv_cache")
 
@@ -399,6 +401,11 @@ class Config:
     def directory(self) -> Path:
         """`run_dir`, or runs/NAME."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+
+def on_one_device(config: Config) -> Config:
+    """The same run where nothing is shared."""
+    return dataclasses.replace(config, mesh=MeshConfig(), serving=dataclasses.replace(config.serving, tensor=1))
 
 
 WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed")

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcjax.errors import RunError
@@ -86,16 +86,17 @@ def export_run(
 
     from dcjax.assemble import abstract_state
     from dcjax.checkpoint import Checkpoints
+    from dcjax.config import on_one_device
     from dcjax.rl.averaging import averaged_params
     from dcjax.run import load_config, locate
-    from dcjax.sharding.mesh import MeshConfig, make_mesh
+    from dcjax.sharding.mesh import make_mesh
 
     run_dir, step = locate(source)
     with _errors_told():
         check_vacant(out)
         if (source / WEIGHTS).exists() or (source / INDEX).exists():
             raise RunError(f"{source} is a Hugging Face folder and not a run; dcjax convert import reads it")
-        config = replace(load_config(run_dir), mesh=MeshConfig())
+        config = on_one_device(load_config(run_dir))
         if not (run_dir / "tokenizer").is_dir():
             raise RunError(f"no tokenizer in {run_dir}; dcjax train writes it when it starts")
         checkpoints = Checkpoints(run_dir / "checkpoints")

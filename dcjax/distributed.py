@@ -23,8 +23,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from dcjax.errors import Interrupted, RunError
-from dcjax.sharding.rules import replicated
-from dcjax.types import Params
 
 # not public: without it, whether there is a cluster shows only in how `initialize` fails
 from jax._src.clusters import ClusterEnv  # isort: skip
@@ -167,19 +165,6 @@ def place(tree: Any, sharding: Sharding) -> Any:
     """Host arrays that every process has whole, as global arrays: each process feeds its own devices."""
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]), tree
-    )
-
-
-def local_copy(params: Params, mesh: Mesh) -> Params:
-    """Parameters of all hosts' mesh, whole on each device of this host; unchanged where there is one host."""
-    if not mesh.is_multi_process:
-        return params
-    here = replicated(mesh.local_mesh)
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_single_device_arrays(
-            leaf.shape, here, [shard.data for shard in leaf.addressable_shards]
-        ),
-        jax.device_put(params, replicated(mesh)),
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.assemble import abstract_state, make_engine, make_training_engine
 from dcjax.checkpoint import Checkpoints
-from dcjax.config import Config
+from dcjax.config import Config, on_one_device
 from dcjax.data.arithmetic import Problem, encode_prompts
 from dcjax.distributed import share, total
 from dcjax.errors import RunError
@@ -23,7 +23,7 @@ from dcjax.run import load_config, locate
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName, formats
 from dcjax.serving.rollout import sample_responses
-from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.mesh import make_mesh
 from dcjax.statistics import wilson_interval
 from dcjax.types import Params, Rollout
 
@@ -56,15 +56,14 @@ class Evaluation:
 
 
 def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[Policy, Qwen3Engine]:
-    """`deployed` in the run's serving format, `training` in the trainer's float32; both on this host's devices.
+    """`deployed` in the run's serving format, `training` in the trainer's float32, for masters on this mesh.
 
     Raises:
       RunError: they cannot be served.
     """
-    here = mesh.local_mesh
     return {
-        "deployed": make_engine(config, here, tokenizer.eos_token_id),
-        "training": make_training_engine(config, here, tokenizer.eos_token_id),
+        "deployed": make_engine(config, mesh, tokenizer.eos_token_id),
+        "training": make_training_engine(config, mesh, tokenizer.eos_token_id),
     }
 
 
@@ -86,10 +85,10 @@ def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.nda
 def evaluate(
     config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[Policy, Qwen3Engine], params: Params, version: int
 ) -> list[Accuracy]:
-    """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the prompts."""
+    """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring."""
     settings = config.evaluation
     mine = share(settings.prompts)
-    problems = config.task.problems("heldout", HELDOUT_SEED, mine.start, mine.stop - mine.start)
+    problems = config.task.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
     prompts = encode_prompts(tokenizer, problems)
     rows = []
     for policy, engine in engines.items():
@@ -100,9 +99,9 @@ def evaluate(
             samples_per_prompt=1,
             temperature=settings.temperature,
             key=jax.random.key(HELDOUT_SEED),
-            first_sample=mine.start,
         )
-        correct = total(int(score(responses(tokenizer, rollout), problems, rollout).sum()))
+        part = jax.tree.map(lambda leaf: leaf[mine], rollout)
+        correct = total(int(score(responses(tokenizer, part), problems[mine], part).sum()))
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
@@ -129,7 +128,7 @@ def evaluate_source(
             temperature=settings.temperature if temperature is None else temperature,
         )
         serving = replace(config.serving, format=format or config.serving.format)
-        config = replace(config, mesh=MeshConfig(), evaluation=settings, serving=serving)
+        config = on_one_device(replace(config, evaluation=settings, serving=serving))
     except ValueError as error:
         raise RunError(str(error)) from None
     mesh = make_mesh(config.mesh)

@@ -16,7 +16,7 @@ from dcjax import assemble
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
-from dcjax.distributed import check_divides, gather, is_main, local_copy, place, share
+from dcjax.distributed import check_divides, gather, is_main, place, share
 from dcjax.errors import RunError
 from dcjax.evaluate import Policy, evaluate, make_engines, responses, score
 from dcjax.optimizer import make_optimizer, make_schedule
@@ -125,10 +125,10 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
-        rows = evaluate(self.config, self.tokenizer, self.engines, local_copy(state.params, self.mesh), int(state.step))
+        rows = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
         if self.config.optimizer.ema_decay:
-            average = local_copy(averaged_params(state.opt_state, state.params), self.mesh)
+            average = averaged_params(state.opt_state, state.params)
             deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": self.engines["deployed"]}
             (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
             measured["eval/deployed_accuracy_ema"] = row.accuracy
@@ -165,7 +165,7 @@ class Trainer:
     def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
         params = state.history[0] if state.history else state.params
         version = max(loop.step - len(state.history), 0)
-        serving = self.engines["deployed"].sync(local_copy(params, self.mesh), version)
+        serving = self.engines["deployed"].sync(params, version)
         sampled = self._sample_once(serving, loop.data_cursor, key)
         if self.config.objective.zero_variance != "resample":
             return sampled
@@ -191,20 +191,21 @@ class Trainer:
     def _sample_once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         config, engine = self.config, self.engines["deployed"]
         problems = config.task.problems("train", config.seed, cursor, config.rollout.prompts)
-        mine = share(len(problems))
         rollout = sample_responses(
             engine,
             serving,
-            encode_prompts(self.tokenizer, problems[mine]),
+            encode_prompts(self.tokenizer, problems),
             samples_per_prompt=config.rollout.group_size,
             temperature=config.rollout.temperature,
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
             key=key,
-            first_sample=mine.start * config.rollout.group_size,
         )
-        rewards = score(responses(self.tokenizer, rollout), problems[mine], rollout)
-        return Sampled(problems, *gather((rollout, rewards)), len(problems))
+        groups = share(len(problems))
+        rows = slice(*(bound * config.rollout.group_size for bound in (groups.start, groups.stop)))
+        mine = jax.tree.map(lambda leaf: leaf[rows], rollout)
+        rewards = score(responses(self.tokenizer, mine), problems[groups], mine)
+        return Sampled(problems, rollout, gather(rewards), len(problems))
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         config, rollout, rewards = self.config, sampled.rollout, sampled.rewards

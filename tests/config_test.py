@@ -73,6 +73,7 @@ LOWER_BOUNDS = {
     "serving.slots": (1, 0),
     "serving.steps_per_call": (1, 0),
     "serving.prefill_tokens": (1, 0),
+    "serving.tensor": (1, 0),
     "mismatch.weight_noise": (0.0, -0.1),
     "mismatch.logit_noise": (0.0, -0.1),
     "mismatch.staleness": (0, -1),

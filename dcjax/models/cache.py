@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from dcjax.models import layers
 from dcjax.models.block import Products, block
 from dcjax.models.config import ModelConfig
+from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
 from dcjax.types import Array
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
@@ -78,6 +79,22 @@ def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, 
     return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
 
 
+CachedAttention = Callable[[LayerCache, Array, Array, Array, Array], tuple[Array, LayerCache]]
+"""`attend_cached`, or what computes the same."""
+
+
+def attend_cached(
+    cache: LayerCache,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    positions: Int[Array, "B S"],
+) -> tuple[Float[Array, "B S H D"], LayerCache]:
+    """`attend` after `write`, and what was written to."""
+    written = write(cache, k, v, positions)
+    return attend(written, q, positions), written
+
+
 class Decoded(NamedTuple):
     """What tokens leave behind on their way through the layers."""
 
@@ -98,22 +115,25 @@ def forward_cached(
     caches: tuple[LayerCache, ...],
     products: Products,
     choose: Callable[[int, Float[Array, "B S N"]], Int[Array, "B S k"]] | None = None,
+    layout: Layout = ONE_DEVICE,
+    attention: CachedAttention = attend_cached,
 ) -> Decoded:
     """Embedded tokens through all layers against their caches: prefill with S tokens, decode with one.
 
     `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. `choose` takes a layer's number and
-    its router's probabilities, and returns the experts; the most probable ones where absent.
+    its router's probabilities, and returns the experts; the most probable ones where absent. `layout` and `attention`
+    say how devices share the work.
     """
+    x = layout.constrain(x, RESIDUAL)
     rope = layers.rope_table(positions, caches[0].k.shape[2], config.head_dim, config.rope_theta)
     filled, chosen, residuals = [], [], []
     for number, (layer, cache) in enumerate(zip(params["layers"], caches, strict=True)):
 
-        def attend_cached(q, k, v, cache=cache):
-            written = write(cache, k, v, positions)
-            return attend(written, q, positions), written
+        def attend_here(q, k, v, cache=cache):
+            return attention(cache, q, k, v, positions)
 
         experts = None if choose is None else partial(choose, number)
-        x, cache, routing = block(config, layer, x, rope, attend_cached, products, experts)
+        x, cache, routing = block(config, layer, x, rope, attend_here, products, experts, layout)
         filled.append(cache)
         residuals.append(x)
         chosen += [] if routing is None else [routing.experts]

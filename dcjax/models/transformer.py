@@ -78,7 +78,7 @@ class Layers(nn.Module):
         }
 
     def _experts(self, count: int) -> dict:
-        c, into, out = self.config, ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        c, into, out = self.config, ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
         widen = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
         narrow = (c.num_experts, c.moe_intermediate_size, c.hidden_size)
         return {
@@ -143,8 +143,14 @@ def count_params(config: ModelConfig) -> int:
 
 def layer_params(kinds: Sequence[bool], stacked: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """One layer's parameters out of the stacked ones of layers of these kinds (True has experts)."""
-    others = DENSE if kinds[layer] else SPARSE
-    rank = sum(kind == kinds[layer] for kind in kinds[:layer])
+    return take_layer(stacked, kinds[layer], layer, sum(kind == kinds[layer] for kind in kinds[:layer]))
+
+
+def take_layer(
+    stacked: Mapping[str, Any], sparse: bool, layer: int | Int[Array, ""], rank: int | Int[Array, ""]
+) -> dict[str, Any]:
+    """The same by numbers that may be traced: of the layer, and of it among those of its kind."""
+    others = DENSE if sparse else SPARSE
     return {
         name: leaf[rank if name in DENSE + SPARSE else layer] for name, leaf in stacked.items() if name not in others
     }

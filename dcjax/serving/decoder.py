@@ -6,16 +6,20 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.models import ModelConfig
 from dcjax.models.cache import Decoded, LayerCache, forward_cached, init_cache
-from dcjax.serving import quantize, sampling
+from dcjax.models.layers import round_up
+from dcjax.serving import layout, quantize, sampling
+from dcjax.serving.layout import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams
@@ -23,6 +27,9 @@ from dcjax.types import Array
 
 NOISE_AHEAD = 2**22
 """Random numbers that are drawn at once, before the steps that use them."""
+
+AS_WRITTEN = {"xla_allow_excess_precision": False}
+"""Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and divides them."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
 """Folded into a token's key, for random numbers beside those that it is drawn with."""
@@ -88,7 +95,8 @@ class Emitted:
 class Decoder:
     """How one model is served; hashable, so that programs are compiled once for equal ones.
 
-    `prefill_tokens` bounds what one pass of the prefill takes (tokens), whatever the prompts' number and length.
+    `prefill_tokens` bounds what one pass of the prefill takes of each copy of the model (tokens), whatever the prompts'
+    number and length.
     """
 
     config: ModelConfig
@@ -101,6 +109,8 @@ class Decoder:
     records_experts: bool
     prefill_tokens: int
     mismatch: MismatchConfig
+    # of `serving_mesh`
+    mesh: Mesh
 
     @property
     def capacity(self) -> int:
@@ -111,7 +121,7 @@ class Decoder:
         """No slot active."""
         zeros = jnp.zeros(slots, jnp.int32)
         ones = jnp.ones(slots, jnp.float32)
-        return DecodeState(
+        state = DecodeState(
             caches=self._caches(slots, self.capacity),
             tokens=zeros,
             positions=zeros,
@@ -124,14 +134,16 @@ class Decoder:
                 keys=jnp.zeros((slots, 2), jnp.uint32),
             ),
         )
+        return self._placed(state)
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
         """Prompts, padded on the right, into caches: as many at once as `prefill_tokens` allows, or one in pieces."""
         rows, width = tokens.shape
         columns = min(width, self.prefill_tokens)
-        at_once = max(self.prefill_tokens // width, 1)
+        copies = self.mesh.shape[COPIES]
+        at_once = max(self.prefill_tokens // width, 1) * copies
         passes, pieces = -(-rows // at_once), -(-width // columns)
-        at_once = -(-rows // passes)
+        at_once = round_up(-(-rows // passes), copies)
         padded = jnp.pad(tokens, ((0, passes * at_once - rows), (0, pieces * columns - width)))
 
         def prompts(tokens: Array) -> tuple[tuple[LayerCache, ...], Array | None]:
@@ -139,10 +151,10 @@ class Decoder:
                 start = number * columns
                 positions = jnp.broadcast_to(start + jnp.arange(columns), (at_once, columns))
                 part = lax.dynamic_slice_in_dim(tokens, start, columns, axis=1)
-                decoded = self._run(params, part, positions, caches, None)
+                decoded = self._run(params, part, positions, caches, self._most_probable)
                 return decoded.caches, self._recorded(decoded)
 
-            caches = self._caches(at_once, pieces * columns)
+            caches = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
             if pieces == 1:
                 return piece(caches, 0)
             caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
@@ -156,36 +168,45 @@ class Decoder:
             filled = lax.map(prompts, padded.reshape(passes, at_once, -1))
             filled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), filled)
         caches, experts = jax.tree.map(lambda leaf: leaf[:rows], filled)
+        caches, experts = pinned(self.mesh, caches, SHARED_CACHE), pinned(self.mesh, experts, EVERYWHERE)
         last = lengths - 1
         return Prefix(caches, jnp.take_along_axis(tokens, last[:, None], 1)[:, 0], last, experts)
 
     def start(
-        self, state: DecodeState, slot: Int[Array, ""], prefix: Prefix, row: Int[Array, ""], request: Requests
+        self,
+        state: DecodeState,
+        starting: Bool[Array, "slots"],
+        prefix: Prefix,
+        rows: Int[Array, "slots"],
+        requests: Requests,
     ) -> DecodeState:
-        """Begins the sample that `request` (without its first axis) asks for, of the prompt in `row`, in a slot."""
+        """Begins samples in the slots that are `starting`: of each one the prompt's row, and what it asks for."""
+
+        def chosen(new: Array, held: Array) -> Array:
+            return jnp.where(starting.reshape(-1, *[1] * (held.ndim - 1)), new, held)
 
         def copy(held: Array, new: Array) -> Array:
-            one = lax.dynamic_index_in_dim(new, row)[:, :, : self.capacity]
-            return lax.dynamic_update_slice(held, one, (slot, *[0] * (held.ndim - 1)))
+            columns = min(new.shape[2], self.capacity)
+            front = chosen(new[rows, :, :columns], held[:, :, :columns])
+            return lax.dynamic_update_slice_in_dim(held, front, 0, axis=2)
 
-        def put(held: Array, new: Array | int | bool) -> Array:
-            return jnp.asarray(held).at[slot].set(new)
-
-        return DecodeState(
+        started = DecodeState(
             caches=jax.tree.map(copy, state.caches, prefix.caches),
-            tokens=put(state.tokens, prefix.tokens[row]),
-            positions=put(state.positions, prefix.positions[row]),
-            generated=put(state.generated, 0),
-            active=put(state.active, True),
-            requests=jax.tree.map(put, state.requests, request),
+            tokens=chosen(prefix.tokens[rows], state.tokens),
+            positions=chosen(prefix.positions[rows], state.positions),
+            generated=chosen(jnp.zeros_like(state.generated), state.generated),
+            active=state.active | starting,
+            requests=jax.tree.map(chosen, requests, state.requests),
         )
+        return self._placed(started)
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
         """`count` tokens in every active slot, each leaf of `Emitted` with them in front."""
         counts = state.generated + jnp.arange(count)[:, None]
 
         def noise(counts: Array) -> Array:
-            return sampling.gumbel_noise(state.requests.keys, counts, self.config.vocab_size)
+            drawn = sampling.gumbel_noise(state.requests.keys, counts, self.config.vocab_size)
+            return pinned(self.mesh, drawn, SCORES)
 
         def step(state: DecodeState, drawn: Array) -> tuple[DecodeState, Emitted]:
             return self.step(params, state, partial(sampling.draw, noise=drawn if ahead else noise(drawn)))
@@ -204,7 +225,8 @@ class Decoder:
     ) -> tuple[DecodeState, Emitted]:
         """Feeds each slot's last token, and picks the next from the distribution that results."""
         requests = state.requests
-        decoded = self._run(params, state.tokens[:, None], state.positions[:, None], state.caches, self._flips(state))
+        choose = self._flips(state) if self.mismatch.routing_flips else self._most_probable
+        decoded = self._run(params, state.tokens[:, None], state.positions[:, None], state.caches, choose)
         drawn_from = self._distribution(params, decoded, state)
         tokens = jnp.where(state.active, pick(drawn_from), state.tokens)
         generated = state.generated + state.active
@@ -226,7 +248,15 @@ class Decoder:
             generated=generated,
             active=state.active & ~stopped & (generated < requests.limits),
         )
-        return following, emitted
+        return self._placed(following), emitted
+
+    def state_shardings(self, state: Any) -> Any:
+        """Where slots live: with the copy of the model that decodes them, and heads where they are attended with."""
+        places = jax.tree.map(lambda _: named(self.mesh, ROWS), state)
+        return dataclasses.replace(places, caches=jax.tree.map(lambda _: named(self.mesh, CACHE), state.caches))
+
+    def _placed(self, state: DecodeState) -> DecodeState:
+        return state if self.mesh.size == 1 else lax.with_sharding_constraint(state, self.state_shardings(state))
 
     def _caches(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
         return tuple(
@@ -235,15 +265,16 @@ class Decoder:
 
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
         x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
-        return forward_cached(self.config, params.weights, x, positions, caches, quantize.PRODUCTS, choose)
+        shared = serving_layout(self.mesh)
+        return forward_cached(self.config, params.weights, x, positions, caches, quantize.PRODUCTS, choose, *shared)
 
     def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:
         head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
-        logits = quantize.logits(decoded.hidden[:, 0], head)
+        logits = pinned(self.mesh, quantize.logits(decoded.hidden[:, 0], head), SCORES)
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise
-        return sampling.distribution(logits, state.requests.sampling, max_support=self.max_support)
+        return layout.distribution(self.mesh, logits, state.requests.sampling, self.max_support)
 
     def _recorded(self, decoded: Decoded) -> Array | None:
         """Experts [B, S, M, k], if they are recorded at all; 16 bits count all that there are."""
@@ -251,15 +282,16 @@ class Decoder:
             return None
         return jnp.moveaxis(decoded.experts, 0, 2).astype(jnp.int16)
 
-    def _flips(self, state: DecodeState) -> Callable[[int, Array], Array] | None:
+    def _most_probable(self, layer: int, probabilities: Array) -> Array:
+        return layout.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok)
+
+    def _flips(self, state: DecodeState) -> Callable[[int, Array], Array]:
         """A choice of experts of which some are wrong: the first that was not chosen, for the last that was."""
-        if not self.mismatch.routing_flips:
-            return None
 
         def choose(layer: int, probabilities: Array) -> Array:
             draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, layer)))
             flipped = draws(_keys(state, ROUTING_FLIPS)) < self.mismatch.routing_flips
-            _, ranked = lax.top_k(probabilities, self.config.num_experts_per_tok + 1)
+            ranked = layout.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok + 1)
             last = jnp.where(flipped[:, None], ranked[..., -1], ranked[..., -2])
             return jnp.concatenate([ranked[..., :-2], last[..., None]], axis=-1)
 

@@ -18,14 +18,22 @@ from jetstream.engine import engine_api, tokenizer_pb2
 
 from dcjax.models import ModelConfig, abstract_params
 from dcjax.serving import quantize
-from dcjax.serving.decoder import Decoder, DecodeState, Prefix, Requests
+from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Prefix, Requests
+from dcjax.serving.layout import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.sampling import SamplingParams
-from dcjax.serving.sync import ServingParams, make_sync
+from dcjax.serving.sync import ServingParams, make_sync, served_shardings
+from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Array
 
-_prefill = jax.jit(Decoder.prefill, static_argnums=0)
-_start = jax.jit(Decoder.start, static_argnums=0, donate_argnums=1)
+_prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _start(decoder: Decoder, state: DecodeState, slot, prefix: Prefix, row, request: Requests) -> DecodeState:
+    slots = jnp.arange(len(state.active))
+    requests = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(slots), *leaf.shape[1:])), request)
+    return decoder.start(state, slots == slot, prefix, jnp.full(len(slots), row), requests)
 
 
 @flax.struct.dataclass
@@ -58,7 +66,7 @@ class SampledTokens(engine_api.ResultTokens):
         return self.data[:, slice(*self.valid_idx)]
 
 
-@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2, compiler_options=AS_WRITTEN)
 def _generate(
     decoder: Decoder, params: ServingParams, state: DecodeState, steps: int
 ) -> tuple[DecodeState, SampledTokens]:
@@ -97,7 +105,8 @@ class Qwen3Engine(engine_api.Engine):
       max_stop_tokens: how many ids a request may name.
       records_experts: the choices of an MoE's routers are recorded.
       mismatch: what is added to the engine's own numerics; its staleness is the trainer's affair.
-      mesh: devices that the engine runs on; one device where None. Params and state are replicated over it.
+      mesh: of `layout.serving_mesh`; the first device where None.
+      training_mesh: where the masters are that `sync` takes; the first device where None.
       memory: bytes a device has for weights and cache; asked of the device, or on CPU of the machine, where None.
 
     Raises:
@@ -123,6 +132,7 @@ class Qwen3Engine(engine_api.Engine):
         records_experts: bool = False,
         mismatch: MismatchConfig = NO_MISMATCH,
         mesh: jax.sharding.Mesh | None = None,
+        training_mesh: jax.sharding.Mesh | None = None,
         memory: int | None = None,
     ):
         sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens}
@@ -137,7 +147,7 @@ class Qwen3Engine(engine_api.Engine):
         if records_experts and not config.num_experts:
             raise ValueError("records_experts is True; it needs a model with experts, and this one has none")
         self.config, self.format = config, quantize.serving_format(format, kv_cache)
-        self._mesh = mesh if mesh is not None else jax.sharding.Mesh(jax.devices()[:1], ("data",))
+        self._mesh = serving_mesh(make_mesh(MeshConfig())) if mesh is None else mesh
         quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
         self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
         self.decoder = Decoder(
@@ -150,14 +160,18 @@ class Qwen3Engine(engine_api.Engine):
             records_experts=records_experts,
             prefill_tokens=prefill_tokens,
             mismatch=mismatch,
+            mesh=self._mesh,
         )
-        self.replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        if slots % (copies := self._mesh.shape[COPIES]):
+            raise ValueError(f"slots is {slots}; it must be a multiple of the {copies} copies of the model")
         # samples started without a key, which is then their number
         self._unkeyed = 0
-        self.sync = make_sync(config, self.format, self.replicated, keep=keep, weight_noise=mismatch.weight_noise)
+        self.sync = make_sync(
+            config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
+        )
         # compiled, so that each leaf is a buffer of its own and the state can be donated
-        self._empty = jax.jit(partial(self.decoder.empty, slots), out_shardings=self.replicated)
-        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory)
+        self._empty = jax.jit(partial(self.decoder.empty, slots))
+        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, keep)
 
     # --- JetStream's interface ---
 
@@ -183,7 +197,7 @@ class Qwen3Engine(engine_api.Engine):
         if request is None:
             request = self.make_requests([[0, self._unkeyed]])
             self._unkeyed += 1
-        return _start(self.decoder, decode_state, slot, prefix, row, jax.tree.map(lambda leaf: leaf[0], request))
+        return _start(self.decoder, decode_state, slot, prefix, row, request)
 
     def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
         """Decodes `steps_per_call` tokens in every slot that is active; `decode_state` is donated."""
@@ -193,9 +207,11 @@ class Qwen3Engine(engine_api.Engine):
         """All slots empty."""
         return self._empty()
 
-    def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
-        """Replicated over the engine's mesh."""
-        return self.replicated
+    def get_prefix_destination_sharding(self) -> Prefix:
+        """Heads of caches with the devices that attend with them, on every copy of the model."""
+        caches: Any = named(self._mesh, SHARED_CACHE)
+        everywhere: Any = named(self._mesh, EVERYWHERE)
+        return Prefix(caches, everywhere, everywhere, everywhere)
 
     def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:  # pyrefly: ignore[missing-attribute]
         """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
@@ -287,27 +303,35 @@ class Qwen3Engine(engine_api.Engine):
             keys=keys,
         )
 
-    def _require_memory(self, available: int) -> None:
-        weights = jax.eval_shape(self.sync, abstract_params(self.config), 0)
-        left = available - _bytes(weights)
-        of_slot = _bytes(jax.eval_shape(partial(self.decoder.empty, 1)))
-        if self.slots * of_slot > left:
+    def _require_memory(self, available: int, keep: Sequence[str]) -> None:
+        weights = jax.eval_shape(make_sync(self.config, self.format, keep=keep), abstract_params(self.config), 0)
+        placed = served_shardings(self.config, self.format, self._mesh, keep)
+        copies, within = self._mesh.devices.shape
+        left = available - _bytes(weights, placed)
+        one_each = jax.eval_shape(partial(self.decoder.empty, copies))
+        of_slot = _bytes(one_each, self.decoder.state_shardings(one_each))
+        slots = self.slots // copies
+        if slots * of_slot > left:
             capacity = f"{self.max_prompt_length} + {self.max_response_length} tokens"
+            where = f" on each of {copies * within} devices" if copies * within > 1 else ""
             raise ValueError(
                 f"slots is {self.slots}: a KV cache in {self.format.kv_cache.name} for {capacity} each takes "
-                f"{self.slots * of_slot / 2**30:.2f} GiB, and {max(left, 0) / 2**30:.2f} of "
-                f"{available / 2**30:.2f} GiB are left beside the weights; {max(left // of_slot, 0)} slots would fit"
+                f"{slots * of_slot / 2**30:.2f} GiB{where}, and {max(left, 0) / 2**30:.2f} of "
+                f"{available / 2**30:.2f} GiB are left beside the weights; "
+                f"{max(left // of_slot, 0) * copies} slots would fit"
             )
 
 
-def _bytes(tree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _bytes(tree, placed) -> int:
+    """Of a tree of arrays, on one of the devices that share it."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
 def _memory_of(device: jax.Device) -> int:
-    """Bytes that a process may use on a device."""
+    """Bytes that a process may use on a device; those of a CPU share the machine's."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     return device.memory_stats()["bytes_limit"]
 
 

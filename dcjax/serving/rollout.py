@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from dcjax.serving.decoder import Decoder, DecodeState, Emitted, Prefix, Requests
+from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Emitted, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.layout import EVERYWHERE, pinned
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Rollout
 
@@ -60,12 +61,11 @@ def sample_responses(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
-    first_sample: int = 0,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
-    Sample i is drawn with fold_in(key, first_sample + i), so the tokens depend neither on the slots, nor on the steps
-    a call, nor on how many hosts share the prompts.
+    Sample i is drawn with fold_in(key, i), so the tokens depend neither on the slots, nor on the steps a call, nor on
+    the devices. Where several processes share the engine's mesh, all call this with the same, and get the same.
 
     Args:
       engine: decodes; its limits set the widths P and T of what is returned.
@@ -77,14 +77,12 @@ def sample_responses(
       top_k: how many tokens can be drawn; 0 is all.
       top_p: the most probable tokens can be drawn, until they hold so much.
       stop_tokens: ids that end a response; the engine's end token where None.
-      first_sample: number of the first sample among those of all hosts.
 
     Raises:
       ValueError: a prompt or a setting that the engine does not take.
     """
     settings = {"temperatures": temperature, "top_ks": top_k, "top_ps": top_p, "stop_tokens": stop_tokens}
-    samples = {"samples_per_prompt": samples_per_prompt, "key": key, "first_sample": first_sample}
-    sampling = Sampling(engine, params, prompts, **samples, **settings)
+    sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
     while not sampling.advance(params):
         pass
     return sampling.rollout()
@@ -105,14 +103,13 @@ class Sampling:
         *,
         samples_per_prompt: int,
         key: jax.Array,
-        first_sample: int = 0,
         **settings,
     ):
         self._engine, self._prompts, self._samples_per_prompt = engine, prompts, samples_per_prompt
         self._prefix = engine.prefill_many(params, prompts)
-        keys = sample_keys(key, first_sample + np.arange(len(prompts) * samples_per_prompt))
+        keys = sample_keys(key, np.arange(len(prompts) * samples_per_prompt))
         self._requests = engine.make_requests(keys, **settings)
-        self._state = _begin(engine.decoder, engine.slots, len(keys), engine.replicated)
+        self._state = _begin(engine.decoder, engine.slots, len(keys))
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
@@ -134,29 +131,36 @@ def sample_keys(key: jax.Array, samples: Array) -> Array:
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _begin(decoder: Decoder, slots: int, total: int, sharding: jax.sharding.Sharding) -> RolloutState:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
     shape = (total, decoder.max_response_length)
     config = decoder.config
     chosen = (sum(config.sparse_layers), config.num_experts_per_tok)
-    state = RolloutState(
+    return RolloutState(
         decode=decoder.empty(slots),
-        samples=Samples(
-            tokens=jnp.zeros(shape, jnp.int32),
-            logps=jnp.zeros(shape, jnp.float32),
-            versions=jnp.full(shape, -1, jnp.int32),
-            log_mass=jnp.zeros(shape, jnp.float32),
-            support=jnp.full((*shape, decoder.max_support), -1, jnp.int32),
-            experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
-            lengths=jnp.zeros(total, jnp.int32),
+        samples=_everywhere(
+            decoder,
+            Samples(
+                tokens=jnp.zeros(shape, jnp.int32),
+                logps=jnp.zeros(shape, jnp.float32),
+                versions=jnp.full(shape, -1, jnp.int32),
+                log_mass=jnp.zeros(shape, jnp.float32),
+                support=jnp.full((*shape, decoder.max_support), -1, jnp.int32),
+                experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
+                lengths=jnp.zeros(total, jnp.int32),
+            ),
         ),
-        running=jnp.full(slots, total, jnp.int32),
-        started=jnp.int32(0),
+        running=_everywhere(decoder, jnp.full(slots, total, jnp.int32)),
+        started=_everywhere(decoder, jnp.int32(0)),
     )
-    return lax.with_sharding_constraint(state, sharding)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def _everywhere(decoder: Decoder, tree: Any) -> Any:
+    """On all devices alike: what has come out of the slots, and who is in them."""
+    return pinned(decoder.mesh, tree, EVERYWHERE)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6, compiler_options=AS_WRITTEN)
 def _advance(
     decoder: Decoder,
     steps_per_call: int,
@@ -169,13 +173,14 @@ def _advance(
     total = requests.limits.shape[0]
 
     def ended(state: RolloutState) -> Array:
-        return (state.started == total) & ~jnp.any(state.decode.active)
+        return _everywhere(decoder, (state.started == total) & ~jnp.any(state.decode.active))
 
     def turn(carry):
         count, state = carry
         state = _refill(decoder, samples_per_prompt, prefix, requests, state)
         before = state.decode.generated
         decode, emitted = decoder.steps(params, state.decode, steps_per_call)
+        before, emitted = _everywhere(decoder, (before, emitted))
         samples = _record(state.samples, state.running, before, emitted, params.version)
         return count + 1, dataclasses.replace(state, decode=decode, samples=samples)
 
@@ -186,21 +191,27 @@ def _advance(
 def _refill(
     decoder: Decoder, samples_per_prompt: int, prefix: Prefix, requests: Requests, state: RolloutState
 ) -> RolloutState:
-    """The next samples into the slots that are free, one after the other."""
+    """The next samples into the slots that are free."""
+
+    total = requests.limits.shape[0]
 
     def has_room(state: RolloutState) -> Array:
-        return (state.started < requests.limits.shape[0]) & ~jnp.all(state.decode.active)
+        return (state.started < total) & ~jnp.all(state.decode.active)
 
     def start(state: RolloutState) -> RolloutState:
-        slot, sample = jnp.argmin(state.decode.active), state.started
-        request = jax.tree.map(lambda leaf: jnp.asarray(leaf)[sample], requests)
+        free = ~_everywhere(decoder, state.decode.active)
+        sample = state.started + jnp.cumsum(free) - 1
+        starting = free & (sample < total)
+        sample = jnp.minimum(sample, total - 1)
+        asked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[sample], requests)
         return dataclasses.replace(
             state,
-            decode=decoder.start(state.decode, slot, prefix, sample // samples_per_prompt, request),
-            running=jnp.asarray(state.running).at[slot].set(sample),
-            started=sample + 1,
+            decode=decoder.start(state.decode, starting, prefix, sample // samples_per_prompt, asked),
+            running=jnp.where(starting, sample, state.running),
+            started=state.started + jnp.sum(starting),
         )
 
+    # at most once: a branch would copy the caches
     return lax.while_loop(has_room, start, state)
 
 

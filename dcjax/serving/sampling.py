@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -36,27 +38,38 @@ class Distribution:
     greedy: Bool[Array, "B"]
 
 
-def distribution(logits: Float[Array, "B V"], params: SamplingParams, *, max_support: int = 0) -> Distribution:
+def distribution(
+    logits: Float[Array, "B V"],
+    params: SamplingParams,
+    *,
+    max_support: int = 0,
+    gather: Callable[[Array], Array] = lambda share: share,
+    own: Callable[[Array], Array] = lambda whole: whole,
+) -> Distribution:
     """The rows' distributions.
 
     With `max_support` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k
     must lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole
-    rows are sorted, though only if one of them is truncated.
+    rows are sorted, though only if one of them is truncated. Where devices share the vocabulary, `gather` makes whole
+    rows of this device's share of them, and `own` takes that share of whole ones.
     """
     greedy = params.temperatures == 0
     scaled = logits / jnp.where(greedy, 1.0, params.temperatures)[:, None]
     truncated = ~greedy & ((params.top_ks > 0) | (params.top_ps < 1))
 
-    def cut(scaled: Array) -> Distribution:
+    def cut(share: Array) -> Distribution:
+        scaled = gather(share)
         width = max_support or scaled.shape[1]
         values, ids = jax.lax.top_k(scaled, width)
         kept = truncated[:, None] & _kept(values, params.top_ks, params.top_ps)
-        rows = jnp.arange(len(scaled))[:, None]
-        chosen = jnp.zeros(scaled.shape, bool).at[rows, jnp.where(kept, ids, scaled.shape[1])].set(True, mode="drop")
+        # row by row, so that devices that share the rows need not look for them
+        chosen = jax.vmap(lambda ids: jnp.zeros(scaled.shape[1], bool).at[ids].set(True, mode="drop"))(
+            jnp.where(kept, ids, scaled.shape[1])
+        )
         inside = jnp.where(chosen | ~truncated[:, None], scaled, -jnp.inf)
         mass = jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
         support = jnp.where(kept, ids, -1)[:, :max_support].astype(jnp.int32)
-        return Distribution(inside, jnp.where(truncated, mass, 0.0), support, greedy)
+        return Distribution(own(inside), jnp.where(truncated, mass, 0.0), support, greedy)
 
     def whole(scaled: Array) -> Distribution:
         nothing = jnp.full((len(scaled), max_support), -1, jnp.int32)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
-from dcjax.serving.decoder import Decoder, Prefix, Requests
+from dcjax.serving.decoder import AS_WRITTEN, Decoder, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_keys
 from dcjax.serving.sync import ServingParams
@@ -75,7 +75,7 @@ def score_responses(
     return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=AS_WRITTEN)
 def _score(
     decoder: Decoder,
     keeps_residuals: bool,
@@ -84,11 +84,8 @@ def _score(
     requests: Requests,
     forced: Array,
 ) -> tuple[Array, Array | None]:
-    def start(slot, state):
-        return decoder.start(state, slot, prefix, slot, jax.tree.map(lambda leaf: jnp.asarray(leaf)[slot], requests))
-
-    slots = forced.shape[1]
-    state = lax.fori_loop(0, slots, start, decoder.empty(slots))
+    slots = jnp.arange(forced.shape[1])
+    state = decoder.start(decoder.empty(len(slots)), slots >= 0, prefix, slots, requests)
 
     def step(state, tokens):
         return decoder.step(params, state, lambda _: tokens, keeps_residuals=keeps_residuals)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dcjax.models import ModelConfig, abstract_params, logical_axes
-from dcjax.models.transformer import layer_params
+from dcjax.models.transformer import take_layer
+from dcjax.serving.layout import COPIES, named
 from dcjax.serving.quantize import (
     Format,
     PackedMatrix,
@@ -25,6 +30,7 @@ from dcjax.serving.quantize import (
     quantize_table,
     role_of,
 )
+from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, shardings
 from dcjax.types import Array, Params
 
 
@@ -36,38 +42,63 @@ class ServingParams:
     version: Int[Array, ""]
 
 
+@dataclass(frozen=True)
+class Sync:
+    """(masters, version) -> ServingParams: one compiled program for a layer of each kind, and one for the rest.
+
+    Layers go one after another, so that what is under way at a time is one layer's.
+    """
+
+    # whether each layer has experts
+    kinds: tuple[bool, ...]
+    # (masters without layers, version) -> ServingParams without layers
+    outer: Callable[..., ServingParams]
+    # of each kind: (stacked masters, number of the layer, its number among those of its kind, version) -> its weights
+    layer: Mapping[bool, Callable[..., Params]]
+
+    def __call__(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
+        outer = self.outer({name: leaf for name, leaf in params.items() if name != "layers"}, version)
+        layers = tuple(
+            self.layer[kind](params["layers"], number, self.kinds[:number].count(kind), version)
+            for number, kind in enumerate(self.kinds)
+        )
+        return dataclasses.replace(outer, weights={**outer.weights, "layers": layers})
+
+
 def make_sync(
     config: ModelConfig,
     format: Format,
-    sharding: Any = None,
+    serving: Mesh | None = None,
+    training: Mesh | None = None,
     *,
     keep: Sequence[str] = (),
     weight_noise: float = 0.0,
-) -> Callable[[Params, int], ServingParams]:
-    """A jitted (masters, version) -> ServingParams.
+) -> Sync:
+    """What casts, quantises and moves the trainer's masters to where they are served.
 
-    Everything is quantised from the float32 masters, never from a rounded copy. Nothing is donated and no output shares
-    a buffer with the masters, so the train step may donate them afterwards.
+    Everything is quantised from the float32 masters, never from a rounded copy, where they are, and what travels is the
+    result. Nothing is donated and no output shares a buffer with the masters, so the train step may donate them
+    afterwards.
 
     Args:
       config: the architecture.
       format: the serving format.
-      sharding: where the serving params go, one sharding for all or a tree of them (`served_axes`); the masters'
-        default device where None.
+      serving: where the serving params go; the masters' default device where None.
+      training: where the masters are, if that is a mesh too. Where its devices are not the serving mesh's, in the same
+        order, a transfer follows each program.
       keep: patterns (`fnmatch`) of names of kernels and tables that stay in the activations' dtype.
       weight_noise: a controlled mismatch: normal noise added to kernels and tables before anything else, its standard
         deviation in units of each one's root mean square; other noise in each version.
 
     Raises:
-      ValueError: a pattern that matches nothing, a noise that is not a size, or, from the function returned, a
-        parameter that no rule knows.
+      ValueError: a pattern that matches nothing, a noise that is not a size, a serving mesh that does not divide the
+        model, or, from what is returned, a parameter that no rule knows.
     """
     if not 0 <= weight_noise < math.inf:
         raise ValueError(f"weight_noise is {weight_noise}; it must be a finite number of at least 0")
-    kept = kept_wide(config, keep)
+    kept, kinds = kept_wide(config, keep), config.sparse_layers
 
-    def convert(path, leaf, version):
-        name, layer = path[-1].key, path[1].idx if len(path) > 1 else 0
+    def convert(name: str, layer: Any, leaf: Array, version: Array) -> Any:
         role = role_of(name)
         if role == "router":
             # the choice of experts is float32 in every format
@@ -79,18 +110,62 @@ def make_sync(
             return jnp.array(leaf, format.activations, copy=True)
         return (quantize_table if role == "table" else quantize_kernel)(leaf, format)
 
-    def sync(params: Params, version) -> ServingParams:
-        kinds = config.sparse_layers
-        unstacked = tuple(layer_params(kinds, params["layers"], layer) for layer in range(config.num_layers))
-        weights = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: convert(path, leaf, version), {**params, "layers": unstacked}
-        )
-        return ServingParams(weights=weights, version=jnp.asarray(version, jnp.int32))
+    def outer(params: Params, version: Array) -> ServingParams:
+        weights = {name: convert(name, 0, leaf, version) for name, leaf in params.items()}
+        return ServingParams(weights, jnp.asarray(version, jnp.int32))
 
-    return jax.jit(sync, out_shardings=sharding)
+    def layer(kind: bool, stacked: Params, number: Array, rank: Array, version: Array) -> Params:
+        masters = take_layer(stacked, kind, number, rank)
+        return {name: convert(name, number, leaf, version) for name, leaf in masters.items()}
+
+    def outside(served: ServingParams) -> ServingParams:
+        return dataclasses.replace(served, weights={n: leaf for n, leaf in served.weights.items() if n != "layers"})
+
+    def of_kind(kind: bool) -> Callable[[ServingParams], Params]:
+        return lambda served: served.weights["layers"][kinds.index(kind)]
+
+    compiled = _compiler(config, format, serving, training, keep)
+    return Sync(
+        kinds=kinds,
+        outer=compiled(outer, outside),
+        layer={kind: compiled(partial(layer, kind), of_kind(kind)) for kind in set(kinds)},
+    )
 
 
-def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer: int) -> Float[Array, "*shape"]:
+def _compiler(
+    config: ModelConfig, format: Format, serving: Mesh | None, training: Mesh | None, keep: Sequence[str]
+) -> Callable[[Callable[..., Any], Callable[[ServingParams], Any]], Callable[..., Any]]:
+    """(what converts masters, its part of ServingParams) -> the same, compiled, with results where they go."""
+    if serving is None:
+        return lambda convert, part: jax.jit(convert)
+    goes = served_shardings(config, format, serving, keep)
+    if training is None:
+        return lambda convert, part: jax.jit(convert, out_shardings=part(goes))
+    stays = _fitting_shardings(config, format, training, RULES, keep)
+    if list(training.devices.flat) != list(serving.devices.flat):
+
+        def transferred(convert, part):
+            quantized = jax.jit(convert, out_shardings=part(stays))
+            return lambda *arguments: jax.device_put(quantized(*arguments), part(goes))
+
+        return transferred
+    # every device first gets its share of what its copy of the model needs, and copies then gather the rest: left to
+    # itself, XLA gathers everything everywhere
+    shared = _fitting_shardings(config, format, serving, {**SERVING_RULES, "embed": COPIES}, keep)
+
+    def resharded(convert, part):
+        def run(*arguments):
+            converted = convert(*arguments)
+            for places in (stays, shared):
+                converted = lax.with_sharding_constraint(converted, part(places))
+            return converted
+
+        return jax.jit(run, out_shardings=part(goes))
+
+    return resharded
+
+
+def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer) -> Float[Array, "*shape"]:
     """Normal noise of the leaf's own root mean square, the same whenever version, name and layer are."""
     key = jax.random.key(0)
     for part in (version, zlib.crc32(name.encode()), layer):
@@ -121,6 +196,41 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
         axes, served.weights, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix | PackedMatrix)
     )
     return dataclasses.replace(served, weights=weights, version=PartitionSpec())
+
+
+def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequence[str] = ()) -> ServingParams:
+    """Where each array of `ServingParams` lives on a serving mesh.
+
+    Raises:
+      ValueError: an array, or the heads of the cache, that the mesh does not divide; or as `make_sync`.
+    """
+    shapes: Any = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+    placed = shardings(mesh, served_axes(config, format, keep), SERVING_RULES)
+    sizes = {"key-value heads": ((config.num_kv_heads,), named(mesh, PartitionSpec("kv_heads")))}
+    for (path, leaf), place in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
+        sizes[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf.shape, place
+    for what, (shape, place) in sizes.items():
+        for size, axis in zip(shape, place.spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"serving.{axis} is {mesh.shape[axis]}, which does not divide the {size} of {what} {shape}; "
+                    "choose one that does"
+                )
+    return placed
+
+
+def _fitting_shardings(
+    config: ModelConfig, format: Format, mesh: Mesh, rules: Rules, keep: Sequence[str]
+) -> ServingParams:
+    """Where rules put each array; everywhere whole where the mesh does not divide it."""
+    shapes = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+
+    def fitting(leaf: Any, place: NamedSharding) -> NamedSharding:
+        parts = (math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1 for axes in place.spec)
+        divides = all(size % count == 0 for size, count in zip(leaf.shape, parts, strict=False))
+        return place if divides else NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(fitting, shapes, shardings(mesh, served_axes(config, format, keep), rules))
 
 
 class StoredParameter(NamedTuple):

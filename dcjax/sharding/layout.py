@@ -31,7 +31,7 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int]) -> None:
     _check_divides("query heads", config.num_heads, sizes, "attention_heads")
     if config.num_experts:
         # what a device's part of the experts' widths adds to the residual stream is summed by columns
-        _check_divides("columns of the residual stream", config.hidden_size, sizes, "mlp")
+        _check_divides("columns of the residual stream", config.hidden_size, sizes, "expert_mlp")
     params = jax.tree.leaves_with_path(abstract_params(config))
     axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     for (path, leaf), names in zip(params, axes, strict=True):
@@ -128,14 +128,14 @@ def _mixture(
     grouped_dot: GroupedDot,
 ) -> Float[Array, "B S D"]:
     """`moe.mix`, each device with its tokens and its part of the kernels."""
-    into = partition_spec(PartitionSpec("experts", "embed", "mlp"))
-    out = partition_spec(PartitionSpec("experts", "mlp", "embed"))
+    into = partition_spec(PartitionSpec("experts", "embed", "expert_mlp"))
+    out = partition_spec(PartitionSpec("experts", "expert_mlp", "embed"))
     tokens = partition_spec(PartitionSpec("batch", "sequence", None))
     mix = jax.shard_map(
         partial(mix_sharded, Axes(*into), routing.probabilities.shape[-1], grouped_dot),
         mesh=mesh,
         in_specs=(tokens, tokens, tokens, (into, into, out)),
-        out_specs=partition_spec(PartitionSpec("batch", "sequence", "mlp")),
+        out_specs=partition_spec(PartitionSpec("batch", "sequence", "expert_mlp")),
         check_vma=False,
     )
     return mix(x, routing.experts, weights, kernels)

@@ -9,7 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""Logical axis -> mesh axes; None is not split."""
+
+RULES: Rules = {
     # activations: outside of experts, the devices that split them are replicas that split the batch
     "batch": ("data", "fsdp", "expert"),
     "sequence": "context",
@@ -26,22 +29,32 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "expert_mlp": "tensor",
     # what a router scores, on every device
     "choices": None,
 }
-"""Logical axis -> mesh axes; None is not split."""
+"""In training."""
+
+SERVING_RULES: Rules = dict.fromkeys(RULES) | {
+    "batch": "data",
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "experts"), "tensor"),
+}
+"""In serving: sequences over copies of the model, and one copy's heads, widths, tokens and whole experts over devices.
+
+With so few tokens at a time, weights stay where they are, and what is reduced is a few rows of activations.
+"""
 
 
-def partition_spec(logical: PartitionSpec) -> PartitionSpec:
+def partition_spec(logical: PartitionSpec, rules: Rules = RULES) -> PartitionSpec:
     """The mesh axes of an array's logical axes.
 
     Raises:
       ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
     """
-    unknown = [name for name in logical if name is not None and name not in RULES]
+    unknown = [name for name in logical if name is not None and name not in rules]
     if unknown:
-        raise ValueError(f"logical axis {unknown[0]!r} has no rule; known are {', '.join(RULES)}")
-    mapped = [None if name is None else RULES[name] for name in logical]
+        raise ValueError(f"logical axis {unknown[0]!r} has no rule; known are {', '.join(rules)}")
+    mapped = [None if name is None else rules[name] for name in logical]
     used = [axis for axes in mapped if axes is not None for axis in ((axes,) if isinstance(axes, str) else axes)]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(logical)} put one array twice on a mesh axis: {tuple(mapped)}")
@@ -67,14 +80,14 @@ def split(sizes: Mapping[str, int], name: str) -> int:
     return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
-def shardings(mesh: Mesh, logical: Any) -> Any:
+def shardings(mesh: Mesh, logical: Any, rules: Rules = RULES) -> Any:
     """A NamedSharding for each PartitionSpec of logical axes in a tree.
 
     Raises:
       ValueError: as `partition_spec`.
     """
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)),
+        lambda axes: NamedSharding(mesh, partition_spec(axes, rules)),
         logical,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dcjax.models import ModelConfig, abstract_params, logical_axes, presets
 from dcjax.models.cache import forward_cached, init_cache
 from dcjax.serving import quantize
+from dcjax.serving.layout import serving_mesh
 from dcjax.serving.quantize import PackedMatrix, QuantizedMatrix, formats
-from dcjax.serving.sync import make_sync, served_axes, stored_parameters
+from dcjax.serving.sync import make_sync, stored_parameters
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
 
@@ -190,10 +191,11 @@ def test_every_format_computes_about_what_float32_does():
 
 
 def test_serving_params_go_where_they_are_asked_to(masters):
-    everywhere = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
-    sharded = jax.device_put(masters["embed_tokens"], NamedSharding(everywhere.mesh, PartitionSpec(None, "data")))
+    mesh = serving_mesh(make_mesh(MeshConfig(data=8)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    sharded = jax.device_put(masters["embed_tokens"], NamedSharding(mesh, PartitionSpec(None, "data")))
     rest = jax.device_put({k: v for k, v in masters.items() if k != "embed_tokens"}, everywhere)
-    served = make_sync(CONFIG, formats["float32"], everywhere)(rest | {"embed_tokens": sharded}, 1)
+    served = make_sync(CONFIG, formats["float32"], mesh)(rest | {"embed_tokens": sharded}, 1)
     assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(served))
     np.testing.assert_array_equal(served.weights["embed_tokens"], masters["embed_tokens"])
 
@@ -280,7 +282,7 @@ def test_noise_comes_before_quantisation(noisy):
 
 
 def test_without_noise_the_program_draws_nothing(masters):
-    programs = [str(make_sync(CONFIG, formats["int8"], weight_noise=x).trace(masters, 0).jaxpr) for x in (0.0, 0.1)]
+    programs = [str(jax.make_jaxpr(make_sync(CONFIG, formats["int8"], weight_noise=x))(masters, 0)) for x in (0.0, 0.1)]
     assert ["random" in program for program in programs] == [False, True]
 
 
@@ -334,11 +336,11 @@ def test_the_report_shows_what_is_kept():
 @pytest.mark.parametrize("model", ["tiny", "moe"])
 def test_served_parameters_are_split_as_their_masters_axes_say(name, model):
     config, format = dataclasses.replace(MODELS[model], hidden_size=64, intermediate_size=128), formats[name]
-    training, serving = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(data=2, tensor=4))
+    training, serving = make_mesh(MeshConfig(fsdp=8)), serving_mesh(make_mesh(MeshConfig(fsdp=8)), 4)
     config = dataclasses.replace(config, num_heads=8, num_kv_heads=4, head_dim=16, moe_intermediate_size=128)
     masters = jax.device_put(draw(config), shardings(training, logical_axes(config)))
     whole = make_sync(config, format)(jax.device_get(masters), 3)
-    split = make_sync(config, format, shardings(serving, served_axes(config, format)))(masters, 3)
+    split = make_sync(config, format, serving, training)(masters, 3)
     assert jax.tree.structure(split) == jax.tree.structure(whole)
     for ours, expected in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
         # a scale's last bit may depend on how its maximum was found

@@ -1,0 +1,166 @@
+"""How the devices of a serving mesh share the engine's work: copies of the model, each of some devices."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from dcjax.models.cache import CachedAttention, LayerCache, attend_cached
+from dcjax.models.layout import ONE_DEVICE, Layout
+from dcjax.models.moe import GroupedDot, Routing, mix_rows, swiglu
+from dcjax.serving import sampling
+from dcjax.serving.sampling import SamplingParams
+from dcjax.sharding.rules import SERVING_RULES, partition_spec
+from dcjax.types import Array
+
+COPIES, WITHIN = "data", "tensor"
+"""The axes of a serving mesh: copies of the model, and devices that share one."""
+
+CACHE = PartitionSpec("batch", "kv_heads")
+"""Axes of a layer's cache, [B, K, C, ...]."""
+
+SHARED_CACHE = PartitionSpec(None, "kv_heads")
+"""The same where every copy has all sequences, as it has the prompts'."""
+
+ROWS = PartitionSpec("batch")
+"""Axes of what there is one of for each sequence, [B, ...]."""
+
+SCORES = PartitionSpec("batch", "vocab")
+"""Axes of logits, [B, V]."""
+
+EVERYWHERE = PartitionSpec()
+"""Axes of what every device has whole."""
+
+
+def serving_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
+    """The devices of a mesh, in their order, as copies of the model of `tensor` neighbouring devices each.
+
+    Raises:
+      ValueError: a number of devices that `tensor` does not divide.
+    """
+    if tensor < 1 or mesh.size % tensor:
+        raise ValueError(f"serving.tensor is {tensor}; it must divide the number of devices, {mesh.size}")
+    return Mesh(mesh.devices.reshape(-1, tensor), (COPIES, WITHIN), axis_types=(AxisType.Auto,) * 2)
+
+
+def named(mesh: Mesh, axes: PartitionSpec) -> NamedSharding:
+    """Where an array of these logical axes lives on a serving mesh."""
+    return NamedSharding(mesh, partition_spec(axes, SERVING_RULES))
+
+
+def pinned(mesh: Mesh, tree: Any, axes: PartitionSpec) -> Any:
+    """Arrays of these logical axes, told to live there."""
+    return tree if mesh.size == 1 else lax.with_sharding_constraint(tree, named(mesh, axes))
+
+
+def serving_layout(mesh: Mesh) -> tuple[Layout, CachedAttention]:
+    """How a layer's parts run on a serving mesh, and its attention on the cache.
+
+    XLA divides products and what is between them, told where activations live. Attention and experts run per device
+    (shard_map): a cache is written where it is, and XLA does not divide loops over experts.
+    """
+    if mesh.size == 1:
+        return ONE_DEVICE, attend_cached
+
+    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+        return pinned(mesh, x, PartitionSpec(*axes))
+
+    return Layout(constrain=constrain, mixture=partial(_mixture, mesh)), partial(_attend, mesh)
+
+
+def _attend(
+    mesh: Mesh,
+    cache: LayerCache,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    positions: Int[Array, "B S"],
+) -> tuple[Float[Array, "B S H D"], LayerCache]:
+    """`attend_cached`, each device with the sequences of its copy and its share of the heads."""
+    held, rows = partition_spec(CACHE, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
+    heads = partition_spec(PartitionSpec("batch", None, "heads"), SERVING_RULES)
+    return jax.shard_map(
+        attend_cached,
+        mesh=mesh,
+        in_specs=(held, heads, heads, heads, rows),
+        out_specs=(heads, held),
+        check_vma=False,
+    )(cache, q, k, v, positions)
+
+
+def _mixture(
+    mesh: Mesh,
+    x: Float[Array, "B S D"],
+    routing: Routing,
+    weights: Float[Array, "B S k"],
+    kernels: tuple[Any, Any, Any],
+    grouped_dot: GroupedDot,
+) -> Float[Array, "B S D"]:
+    """`moe.mix`: a copy's devices all have its tokens, and each adds what its own experts make of them."""
+    rows = partition_spec(ROWS, SERVING_RULES)
+    of_experts = partition_spec(PartitionSpec("experts"), SERVING_RULES)
+    return jax.shard_map(
+        partial(_own_experts, grouped_dot, routing.probabilities.shape[-1] // mesh.shape[WITHIN]),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, of_experts),
+        out_specs=rows,
+        check_vma=False,
+    )(x, routing.experts, weights, kernels)
+
+
+def most_probable(mesh: Mesh, probabilities: Float[Array, "B S E"], count: int) -> Int[Array, "B S k"]:
+    """A router's choice, each copy's for its own rows; XLA would gather them all."""
+
+    def choose(probabilities: Array) -> Array:
+        return lax.top_k(probabilities, count)[1]
+
+    if mesh.size == 1:
+        return choose(probabilities)
+    rows = partition_spec(ROWS, SERVING_RULES)
+    return jax.shard_map(choose, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(probabilities)
+
+
+def distribution(
+    mesh: Mesh, logits: Float[Array, "B V"], params: SamplingParams, max_support: int
+) -> sampling.Distribution:
+    """`sampling.distribution`, each copy's of its own rows; whole rows are gathered only where they are truncated."""
+    if mesh.size == 1:
+        return sampling.distribution(logits, params, max_support=max_support)
+    shares: Any = partition_spec(SCORES, SERVING_RULES)
+    rows: Any = partition_spec(ROWS, SERVING_RULES)
+    width = logits.shape[1] // mesh.shape[WITHIN]
+    divided = partial(
+        sampling.distribution,
+        max_support=max_support,
+        gather=lambda share: lax.all_gather(share, WITHIN, axis=1, tiled=True),
+        own=lambda whole: lax.dynamic_slice_in_dim(whole, lax.axis_index(WITHIN) * width, width, axis=1),
+    )
+    placed = sampling.Distribution(shares, rows, rows, rows)
+    return jax.shard_map(divided, mesh=mesh, in_specs=(shares, rows), out_specs=placed, check_vma=False)(logits, params)
+
+
+def _own_experts(
+    grouped_dot: GroupedDot,
+    count: int,
+    x: Float[Array, "b S D"],
+    experts: Int[Array, "b S k"],
+    weights: Float[Array, "b S k"],
+    kernels: tuple[Any, Any, Any],
+) -> Float[Array, "b S D"]:
+    """Choices of other devices' experts are sorted behind those of the `count` that are here, and weigh nothing."""
+    chosen = experts - lax.axis_index(WITHIN) * count
+    here = (chosen >= 0) & (chosen < count)
+
+    def through(rows: Array, sizes: Array) -> Array:
+        # what a product says of rows behind the last group means nothing, and could be no number
+        computed = (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None]
+        return jnp.where(computed, swiglu(kernels, grouped_dot, rows, sizes), 0)
+
+    mixed = mix_rows(x, jnp.where(here, chosen, count), jnp.where(here, weights, 0), count, through)
+    return lax.psum(mixed, WITHIN)
