@@ -9,14 +9,17 @@ import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dcjax.data.task import Split, encode, encode_prompts
+from dcjax.rewards.boxed import integer_reward
+from dcjax.rewards.processes import Reward
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Split = Literal["train", "heldout"]
 
 _BOX = r"\boxed{"  # one token
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
@@ -126,6 +129,19 @@ class ArithmeticTask:
         """Problems start, start + 1, ..., start + count - 1 of a split; raises what `problem` raises."""
         return [self.problem(split, seed, index) for index in range(start, start + count)]
 
+    @property
+    def reward(self) -> Reward:
+        """A box that holds the integer."""
+        return integer_reward
+
+    def build_tokenizer(self, pretrained: Path | None) -> "PreTrainedTokenizerFast":
+        """The task's own, whatever the model starts from."""
+        return build_tokenizer()
+
+    def open(self, tokenizer: "PreTrainedTokenizerFast") -> "ArithmeticTask":
+        """Itself: nothing is stored."""
+        return self
+
     @functools.cached_property
     def max_prompt_length(self) -> int:
         """Tokens of the longest prompt, including the equals sign."""
@@ -230,11 +246,6 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerFast", problems: Sequence[Problem]) -> list[list[int]]:
-    """The token ids of each problem's prompt, unpadded, without a beginning-of-sequence token."""
-    return _encode(tokenizer, [problem.prompt for problem in problems])
-
-
 def supervised_batch(
     task: ArithmeticTask,
     tokenizer: "PreTrainedTokenizerFast",
@@ -271,7 +282,7 @@ def supervised_batch(
     thinks = (generator.random(batch_size) < scratchpad_fraction).tolist()
     problems = [_draw(task, "train", generator) for _ in range(batch_size)]
     prompts = encode_prompts(tokenizer, problems)
-    responses = _encode(
+    responses = encode(
         tokenizer,
         [problem.response(scratchpad) for problem, scratchpad in zip(problems, thinks, strict=True)],
     )
@@ -288,10 +299,6 @@ def supervised_batch(
         prompt_mask[row, first:] = True
         response_mask[row, : len(response)] = True
     return {"tokens": tokens, "prompt_mask": prompt_mask, "response_mask": response_mask}
-
-
-def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def _check_fits(name: str, tokens: list[int], length: int) -> None:

@@ -1,0 +1,87 @@
+"""Sanity checks: evaluation questions that training has seen, and gold answers that their verifier refuses."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dcjax.data.datasets import Example
+from dcjax.rewards.processes import Reward
+
+NGRAM = 13
+"""Words in a row whose like in a training question counts as overlap (as in GPT-3, arXiv 2005.14165, appendix C)."""
+
+# a Chinese character is a word of its own: there are no spaces between them
+_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What an evaluation set shares with a training set: pairs of ids (training, evaluation), sorted."""
+
+    dataset: str
+    examples: int
+    exact: tuple[tuple[str, str], ...]
+    """The questions have the same words."""
+    ngram: tuple[tuple[str, str], ...]
+    """They share at least one n-gram of words, and are not the same."""
+
+    @property
+    def share(self) -> float:
+        """Of the evaluation examples, those in any pair."""
+        return len({evaluation for _, evaluation in self.exact + self.ngram}) / self.examples
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case, punctuation and LaTeX's signs; compatibility characters are as their like."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def find_overlap(train: Sequence[Example], evaluation: Sequence[Example], *, n: int = NGRAM) -> Overlap:
+    """The questions of an evaluation set that a training set holds, whole or in n words in a row.
+
+    Args:
+      train, evaluation: the latter of one data set, and not empty.
+      n: words; questions with fewer can only be the same.
+    """
+    whole, parts = defaultdict(set), defaultdict(set)
+    for example in evaluation:
+        question = words(example.question)
+        whole[tuple(question)].add(example.id)
+        for gram in _ngrams(question, n):
+            parts[gram].add(example.id)
+    exact, ngram = set(), set()
+    for example in train:
+        question = words(example.question)
+        exact |= {(example.id, other) for other in whole.get(tuple(question), ())}
+        ngram |= {(example.id, other) for gram in _ngrams(question, n) for other in parts.get(gram, ())}
+    return Overlap(evaluation[0].dataset, len(evaluation), tuple(sorted(exact)), tuple(sorted(ngram - exact)))
+
+
+def _ngrams(question: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(question[start : start + n]) for start in range(len(question) - n + 1))
+
+
+def refused_golds(examples: Sequence[Example], verify: Callable[[str, str], bool]) -> list[Example]:
+    """The examples whose answer is not right by itself: nobody can earn their reward.
+
+    Args:
+      examples: any.
+      verify: whether an answer is equal to a gold one; may raise ValueError for a gold one that it cannot read.
+    """
+
+    def is_refused(answer: str) -> bool:
+        try:
+            return not verify(answer, answer)
+        except ValueError:
+            return True
+
+    return [example for example in examples if is_refused(example.answer)]
+
+
+def boxed_verifier(reward: Reward) -> Callable[[str, str], bool]:
+    r"""What `refused_golds` takes, of a reward that looks for answers in `\boxed{}`."""
+    return lambda answer, gold: reward(rf"\boxed{{{answer}}}", gold, finished=True) == 1.0

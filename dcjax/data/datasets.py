@@ -1,0 +1,244 @@
+r"""The data sets of both papers as declarations: what is published, under which columns, and what is stored of it.
+
+Of each row the bare question and its answer as text are stored: instructions that a publisher put round the question
+are cut off, for the template to choose (`dcjax.data.templates`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcjax.rewards.boxed import boxed_answer
+
+SAMPLES = Path(__file__).parent / "samples"
+"""Hand-written problems in each data set's schema: a `data_dir` for tests and first steps, no benchmark."""
+
+_INTEGER = re.compile(r"([+-]?[0-9]{1,300})(\.0*)?")
+
+DAPO_INSTRUCTIONS = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n",
+    '\n\nRemember to put your answer on its own line after "Answer:".',
+)
+"""Before and after each question as DAPO-Math-17K was published."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem with its right answer."""
+
+    id: str
+    """Of the question's text, so the same in every mirror: the first 12 hex digits of its SHA-256."""
+    question: str
+    """Bare, without instructions."""
+    answer: str
+    """As `normalize_answer` leaves it."""
+    dataset: str
+    """A name in `datasets`."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a data set looks like where it is published.
+
+    Columns are tried in order, whatever their case; a dot leads into a struct. The first one present counts.
+    """
+
+    name: str
+    split: str
+    counts: tuple[int, ...]
+    """Examples without duplicates; several where publishers differ."""
+    questions: tuple[str, ...]
+    """Columns of the question: text, or a chat whose last message is it."""
+    answers: tuple[str, ...]
+    """Columns of the answer: text, a number, or a list."""
+    hub: str
+    """Repository on the Hugging Face Hub."""
+    licence: str
+    citation: str
+    files: tuple[str, ...] = ("*.parquet", "*.jsonl")
+    """Patterns of its files there."""
+    solutions: tuple[str, ...] = ()
+    r"""Columns whose last `\boxed{...}` is the answer, where no column of answers is present."""
+    context: str | None = None
+    """Column of what stands before the question; it may be empty."""
+    around: tuple[str, str] = ("", "")
+    """Instructions before and after the question, which are cut off."""
+
+    def example(self, row: Mapping[str, Any]) -> Example | None:
+        """The example of one row; None where its question or its answer is empty.
+
+        Raises:
+          ValueError: the row has no column for one of them.
+        """
+        columns = {name.lower(): value for name, value in row.items()}
+        question = _text(_value(columns, self.column(row, "question")))
+        question = question.removeprefix(self.around[0]).removesuffix(self.around[1]).strip()
+        column = self.column(row, "answer")
+        answer = _value(columns, column)
+        if column in self.solutions:
+            answer = boxed_answer(answer or "")
+        answer = normalize_answer(answer)
+        if not question or not answer:
+            return None
+        if self.context is not None and (context := columns.get(self.context)):
+            question = f"{context}\n\n{question}".strip()
+        return Example(example_id(question), question, answer, self.name)
+
+    def column(self, row: Mapping[str, Any], kind: str) -> str:
+        """The column of a row, or of a schema, that holds its "question" or its "answer".
+
+        Raises:
+          ValueError: there is none; the columns found and those wanted are named.
+        """
+        wanted = self.questions if kind == "question" else self.answers + self.solutions
+        present = {name.lower() for name in row}
+        for name in wanted:
+            if name.partition(".")[0] in present:
+                return name
+        raise ValueError(
+            f"{self.name}: no column of the {kind} among {', '.join(map(repr, row)) or 'none'}; "
+            f"it must be one of {', '.join(map(repr, wanted))}"
+        )
+
+
+def example_id(question: str) -> str:
+    """The id of a question, by its text."""
+    return hashlib.sha256(question.encode()).hexdigest()[:12]
+
+
+def normalize_answer(answer: Any) -> str:
+    r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none."""
+    match answer:
+        case None:
+            return ""
+        case str():
+            text = answer.strip()
+            if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+                text = text[1:-1].strip()
+            whole = _INTEGER.fullmatch(text)
+            return str(int(whole[1])) if whole else text
+        case Sequence():
+            return ", ".join(filter(None, map(normalize_answer, answer)))
+        case _:
+            return normalize_answer(str(answer))
+
+
+def _value(columns: Mapping[str, Any], path: str) -> Any:
+    """What lies at `path` in a row; None where what is on the way is no struct, or has no such field."""
+    value: Any = columns
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(question: str | Sequence[Mapping[str, str]] | None) -> str:
+    """The question's text, of a chat that of its last message."""
+    if question is None or isinstance(question, str):
+        return (question or "").strip()
+    return (question[-1].get("content") or "").strip() if question else ""
+
+
+_AIME = "American Invitational Mathematics Examination, Mathematical Association of America, {}"
+
+datasets: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="dapo-math-17k",
+            split="train",
+            counts=(17_398,),
+            questions=("prompt",),
+            # those of the published schema, and of the flat one
+            answers=("reward_model.ground_truth", "solution", "answer"),
+            around=DAPO_INSTRUCTIONS,
+            hub="BytedTsinghua-SIA/DAPO-Math-17k",
+            licence="Apache-2.0",
+            citation="Yu et al., DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv 2503.14476",
+        ),
+        Dataset(
+            name="aime24",
+            split="test",
+            counts=(30,),
+            questions=("problem", "question"),
+            answers=("answer",),
+            solutions=("solution",),
+            hub="HuggingFaceH4/aime_2024",
+            licence="the problems are of the Mathematical Association of America",
+            citation=_AIME.format(2024),
+        ),
+        Dataset(
+            name="aime25",
+            split="test",
+            counts=(30,),
+            questions=("problem", "question"),
+            answers=("answer",),
+            solutions=("solution",),
+            hub="math-ai/aime25",
+            licence="the problems are of the Mathematical Association of America",
+            citation=_AIME.format(2025),
+        ),
+        Dataset(
+            name="amc23",
+            split="test",
+            counts=(40,),
+            questions=("question", "problem"),
+            answers=("answer",),
+            hub="math-ai/amc23",
+            licence="the problems are of the Mathematical Association of America",
+            citation="American Mathematics Competitions 12, Mathematical Association of America, 2022 and 2023",
+        ),
+        Dataset(
+            name="math500",
+            split="test",
+            counts=(500,),
+            questions=("problem", "question"),
+            answers=("answer",),
+            solutions=("solution",),
+            hub="HuggingFaceH4/MATH-500",
+            licence="MIT",
+            citation="Lightman et al., Let's Verify Step by Step, arXiv 2305.20050; of Hendrycks et al.'s MATH, "
+            "arXiv 2103.03874",
+        ),
+        Dataset(
+            name="minerva",
+            split="test",
+            counts=(272,),
+            questions=("question", "problem"),
+            answers=("answer",),
+            solutions=("solution",),
+            hub="math-ai/minervamath",
+            licence="the problems are of MIT OpenCourseWare, CC BY-NC-SA 4.0",
+            citation="Lewkowycz et al., Solving Quantitative Reasoning Problems with Language Models, arXiv 2206.14858",
+        ),
+        Dataset(
+            name="olympiadbench",
+            split="test",
+            counts=(674, 675),
+            questions=("question", "problem"),
+            answers=("final_answer", "answer"),
+            context="context",
+            hub="Hothan/OlympiadBench",
+            # open-ended, text only, competition mathematics in English
+            files=("*OE_TO_maths_en_COMP*.parquet",),
+            licence="Apache-2.0",
+            citation="He et al., OlympiadBench, arXiv 2402.14008",
+        ),
+    )
+}
+
+
+def find_dataset(name: str) -> Dataset:
+    """The declaration of a data set.
+
+    Raises:
+      ValueError: no such data set.
+    """
+    if name not in datasets:
+        raise ValueError(f"dataset is {name!r}; it must be one of {', '.join(datasets)}")
+    return datasets[name]

@@ -1,0 +1,143 @@
+"""The task of the papers: published problems in mathematics, answered in words, and judged by their last answer."""
+
+from __future__ import annotations
+
+import logging
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcjax.data.datasets import Example, find_dataset
+from dcjax.data.select import PAPER_B_EXAMPLES, Questions, select, share_of
+from dcjax.data.stream import draw
+from dcjax.data.task import Split, encode_prompts
+from dcjax.data.templates import TemplateName, templates
+from dcjax.data.tokenizers import byte_tokenizer, load_tokenizer
+from dcjax.rewards.processes import Reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MathProblem:
+    """An example as it is put to the policy."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class MathProblems:
+    """Training problems, drawn epoch by epoch in shuffled orders, and held-out ones, which come round in their own."""
+
+    train: list[MathProblem]
+    heldout: list[MathProblem]
+
+    def problems(self, split: Split, seed: int, start: int, count: int) -> list[MathProblem]:
+        """Problems start, ..., start + count - 1 of a split: a pure function of the arguments.
+
+        Of n held-out problems, number i is the (i mod n)-th, whatever the seed: k · n of them are k samples of each.
+        """
+        if split == "train":
+            return [self.train[number] for number in draw(len(self.train), seed=seed, start=start, count=count)]
+        return [self.heldout[number % len(self.heldout)] for number in range(start, start + count)]
+
+
+@dataclass(frozen=True)
+class MathTask:
+    """Problems of one data set for training, and of another to be measured by.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    dataset: str = "dapo-math-17k"
+    """What is trained on."""
+    heldout: str = "aime24"
+    """The evaluation set of the held-out accuracy."""
+    data_dir: Path = Path("data")
+    """Where the copies of both lie."""
+    subset: str = "all"
+    """Share of the training problems: all, 25%, 2.5%; smaller ones lie within larger ones."""
+    questions: Questions = "all"
+    """All, or those in English with an integer answer: with prompts of at most 1,024 tokens, our reading of paper B's
+    filter."""
+    index_file: Path | None = None
+    """Lists the ids of the training problems, one a line, in place of `questions`."""
+    max_prompt_tokens: int = 1024
+    """Longer training problems are left out (tokens, with the template's)."""
+    template: TemplateName = "boxed"
+    """What the policy is asked for, and where its answer is looked for."""
+
+    def __post_init__(self) -> None:
+        find_dataset(self.dataset)
+        find_dataset(self.heldout)
+        share_of((), self.subset)
+        for name, kind in (("questions", Questions), ("template", TemplateName)):
+            if (value := getattr(self, name)) not in typing.get_args(kind):
+                raise ValueError(f"task.{name} is {value!r}; it must be one of {', '.join(typing.get_args(kind))}")
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"task.max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1")
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.max_prompt_tokens
+
+    @property
+    def max_response_length(self) -> int:
+        """0: how long a right response is, nobody knows."""
+        return 0
+
+    @property
+    def reward(self) -> Reward:
+        """The template's."""
+        return templates[self.template].reward
+
+    def build_tokenizer(self, pretrained: Path | None) -> PreTrainedTokenizerFast:
+        """The tokenizer of the folder, or one of bytes.
+
+        Raises:
+          ValueError: as `load_tokenizer`.
+        """
+        return byte_tokenizer() if pretrained is None else load_tokenizer(pretrained)
+
+    def open(self, tokenizer: PreTrainedTokenizerFast) -> MathProblems:
+        """Reads both data sets, and prepares them where that is still to be done; logs how many problems are left.
+
+        Raises:
+          FileNotFoundError: there is no copy of one of them; says what to put where.
+          ValueError: a copy of another schema, nothing left to train on, or a held-out prompt that is too long.
+        """
+        from dcjax.data.store import load_examples
+
+        def prompt_lengths(examples: Sequence[Example]) -> list[int]:
+            return [len(ids) for ids in encode_prompts(tokenizer, self._problems(tokenizer, examples))]
+
+        train, counts = select(
+            load_examples(self.dataset, self.data_dir),
+            questions=self.questions,
+            index_file=self.index_file,
+            lengths=prompt_lengths,
+            max_length=self.max_prompt_tokens,
+            subset=self.subset,
+        )
+        steps = ", ".join(f"{name} {left:,}" for name, left in counts.items())
+        _log.info("%s: %s (paper B's filter left about %d)", self.dataset, steps, PAPER_B_EXAMPLES)
+        if not train:
+            raise ValueError(f"{self.dataset} has nothing left to train on: {steps}")
+        heldout = load_examples(self.heldout, self.data_dir)
+        if (longest := max(prompt_lengths(heldout))) > self.max_prompt_tokens:
+            raise ValueError(
+                f"task.max_prompt_tokens is {self.max_prompt_tokens}; {self.heldout} has a prompt of {longest}"
+            )
+        return MathProblems(self._problems(tokenizer, train), self._problems(tokenizer, heldout))
+
+    def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[MathProblem]:
+        prompt = templates[self.template].prompt
+        return [MathProblem(prompt(tokenizer, example.question), example.answer) for example in examples]

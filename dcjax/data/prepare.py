@@ -1,0 +1,116 @@
+"""Prepares every data set that is there, and reports what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcjax.data.contamination import Overlap, find_overlap, refused_golds
+from dcjax.data.datasets import Example, datasets, find_dataset
+from dcjax.data.sources import find_files, instructions
+from dcjax.data.store import load_examples, prepare, read_metadata
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One data set."""
+
+    name: str
+    sha256: dict[str, str]
+    """Of each source file."""
+    counts: dict[str, int]
+    """As `read_examples` counts."""
+    published: tuple[int, ...]
+    """How many examples there should be."""
+    refused: tuple[Example, ...]
+    """Those whose answer does not verify against itself."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prepare_data` did."""
+
+    prepared: list[Prepared]
+    missing: dict[str, str]
+    """Data sets without a copy: what to put where."""
+    overlaps: list[Overlap]
+    """Of each evaluation set with the training set."""
+
+    def __str__(self) -> str:
+        lines = [f"{'data set':15}{'rows':>10}{'kept':>8}{'published':>11}  dropped"]
+        for each in self.prepared:
+            counts = each.counts
+            dropped = [f"{counts[why]:,} {why}" for why in ("empty", "duplicate", "conflicting") if counts[why]]
+            published = " or ".join(map(str, each.published))
+            lines.append(
+                f"{each.name:15}{counts['rows']:>10,}{counts['kept']:>8,}{published:>11}  {', '.join(dropped) or '-'}"
+            )
+        for each in self.overlaps:
+            lines.append(
+                f"{each.dataset}: {len(each.exact)} questions as in training, {len(each.ngram)} alike "
+                f"({each.share:.1%} of {each.examples})"
+            )
+            lines += [f"  same   {train} {other}" for train, other in each.exact]
+            lines += [f"  alike  {train} {other}" for train, other in each.ngram]
+        for each in self.prepared:
+            lines += [f"{each.name}: gold {gold.answer!r} of {gold.id} is refused" for gold in each.refused]
+        return "\n".join(lines + [f"{name}: not there; {told}" for name, told in self.missing.items()])
+
+
+def prepare_data(
+    data_dir: Path,
+    names: Sequence[str] = tuple(datasets),
+    *,
+    download: bool = False,
+    verify: Callable[[str, str], bool] | None = None,
+    cache_dir: Path | None = None,
+) -> Report:
+    """Prepares the data sets that have a copy in `data_dir`, and checks them.
+
+    Args:
+      data_dir: holds the copies, as `dcjax.data.sources.instructions` says.
+      names: which; in `datasets`.
+      download: whether to fetch those without a copy from the Hugging Face Hub first.
+      verify: as `refused_golds` takes; gold answers are not checked where None.
+      cache_dir: as in `prepare`.
+
+    Raises:
+      OSError: a download failed.
+      ValueError: no such data set, several copies, or files of another schema.
+    """
+    missing, prepared, examples = {}, [], {}
+    for name in names:
+        dataset = find_dataset(name)
+        try:
+            find_files(dataset, data_dir)
+        except FileNotFoundError:
+            if not download:
+                missing[name] = instructions(dataset, data_dir)
+                continue
+            download_dataset(name, data_dir)
+        metadata = read_metadata(prepare(name, data_dir, cache_dir=cache_dir))
+        examples[name] = load_examples(name, data_dir, cache_dir=cache_dir)
+        refused = refused_golds(examples[name], verify) if verify is not None else []
+        prepared.append(Prepared(name, metadata["sha256"], metadata["counts"], dataset.counts, tuple(refused)))
+    train = [example for name in examples if datasets[name].split == "train" for example in examples[name]]
+    held = [examples[name] for name in examples if datasets[name].split == "test"]
+    return Report(prepared, missing, [find_overlap(train, evaluation) for evaluation in held] if train else [])
+
+
+def download_dataset(name: str, data_dir: Path) -> None:
+    """Fetches a data set's files from the Hugging Face Hub into `data_dir`/NAME.
+
+    Raises:
+      OSError: no network, or no such file there; says what to put where by hand.
+    """
+    from huggingface_hub import snapshot_download
+
+    dataset = find_dataset(name)
+    try:
+        snapshot_download(
+            dataset.hub, repo_type="dataset", allow_patterns=[*dataset.files], local_dir=data_dir / dataset.name
+        )
+    except OSError as error:
+        told = str(error).splitlines()[0]
+        raise OSError(f"{name} was not downloaded ({told}); {instructions(dataset, data_dir)}") from None

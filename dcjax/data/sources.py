@@ -1,0 +1,114 @@
+"""Local copies of published files, parquet or JSONL: where they lie, their checksums, and the examples in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dcjax.data.datasets import Dataset, Example
+
+_KINDS = (".parquet", ".jsonl")
+
+
+def instructions(dataset: Dataset, data_dir: Path | str) -> str:
+    """What to put where, so that `find_files` finds it."""
+    name = dataset.name
+    return (
+        f"put it at {data_dir}/{name}.parquet or {data_dir}/{name}.jsonl, or its files of either kind into "
+        f"{data_dir}/{name}/ (those of {dataset.hub} on the Hugging Face Hub: {' '.join(dataset.files)})"
+    )
+
+
+def find_files(dataset: Dataset, data_dir: Path) -> list[Path]:
+    """The files of a local copy: NAME.parquet, NAME.jsonl, or whatever of these kinds lies anywhere in NAME/; sorted.
+
+    Raises:
+      FileNotFoundError: there is none; says what to put where.
+      ValueError: there are several copies.
+    """
+    folder = data_dir / dataset.name
+    inside = sorted(path for path in folder.rglob("*") if path.suffix in _KINDS and path.is_file())
+    copies = [[path] for kind in _KINDS if (path := data_dir / f"{dataset.name}{kind}").is_file()]
+    copies += [inside] if inside else []
+    if not copies:
+        raise FileNotFoundError(f"no copy of {dataset.name} in {data_dir}; {instructions(dataset, data_dir)}")
+    if len(copies) > 1:
+        found = ", ".join(copy[0].relative_to(data_dir).as_posix() for copy in copies)
+        raise ValueError(f"{data_dir} holds several copies of {dataset.name}: {found}; leave one")
+    return copies[0]
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of one file, of a parquet file the columns that `dataset` needs.
+
+    Raises:
+      ValueError: no column of the question or of the answer, or no file of its kind.
+    """
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    return _read_parquet(dataset, path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is no JSON object")
+            yield row
+
+
+def _read_parquet(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        schema = dict.fromkeys(names)
+        wanted = {dataset.column(schema, kind).partition(".")[0] for kind in ("question", "answer")} | {dataset.context}
+        for batch in file.iter_batches(columns=[name for name in names if name.lower() in wanted]):
+            yield from batch.to_pylist()
+
+
+def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example], dict[str, int]]:
+    """The examples of a copy in the order of its rows, each question once, and what became of the rows.
+
+    Returns:
+      The examples, and the counts `rows`, `kept`, and of the dropped `empty` (no question or no answer), `duplicate`
+      and `conflicting` (the question came before, with another answer).
+
+    Raises:
+      ValueError: as `read_rows`, a row without its columns, or no example at all.
+    """
+    kept: dict[str, Example] = {}
+    counts = Counter(rows=0, kept=0, empty=0, duplicate=0, conflicting=0)
+    for path in files:
+        for row in read_rows(dataset, path):
+            counts["rows"] += 1
+            try:
+                example = dataset.example(row)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {counts['rows']}: {error}") from None
+            if example is None:
+                counts["empty"] += 1
+            elif (first := kept.setdefault(example.question, example)) is example:
+                counts["kept"] += 1
+            else:
+                counts["duplicate" if first.answer == example.answer else "conflicting"] += 1
+    if not kept:
+        raise ValueError(f"{files[0]} has no example of {dataset.name}")
+    return list(kept.values()), dict(counts)

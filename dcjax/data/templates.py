@@ -1,0 +1,68 @@
+r"""How a question is put to a model, and how its answer is found again: one named pair each, never mixed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from dcjax.data.datasets import DAPO_INSTRUCTIONS
+from dcjax.rewards.boxed import boxed_answer
+from dcjax.rewards.math import ANSWER_LINE_WINDOW, answer_line_reward, math_reward
+from dcjax.rewards.processes import Reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TemplateName = Literal["boxed", "dapo"]
+
+_ANSWER_LINE = re.compile(r"(?i)answer[ \t]*:([^\n]+)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands round a question, and what reads the answer in a response."""
+
+    before: str
+    after: str
+    extract: Callable[[str], str | None]
+    """The answer in a response, as written; None where there is none."""
+    reward: Reward
+    """Judges what `extract` finds."""
+
+    def message(self, question: str) -> str:
+        """The question with its instructions."""
+        return f"{self.before}{question}{self.after}"
+
+    def prompt(self, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+        """The text that the model goes on from: the message as a user's turn, of a tokenizer without chats bare."""
+        message = self.message(question)
+        if tokenizer.chat_template is None:
+            return message
+        turn = [{"role": "user", "content": message}]
+        return cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+
+
+def answer_line(text: str) -> str | None:
+    """What follows the last `Answer:` within the last `ANSWER_LINE_WINDOW` characters, to the end of its line."""
+    lines = _ANSWER_LINE.findall(text[-ANSWER_LINE_WINDOW:])
+    return lines[-1].strip() if lines else None
+
+
+templates: dict[TemplateName, Template] = {
+    # the instruction that the Qwen models' cards recommend
+    "boxed": Template(
+        before="",
+        after="\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        extract=boxed_answer,
+        reward=math_reward,
+    ),
+    # as published in DAPO-Math-17k
+    "dapo": Template(
+        before=DAPO_INSTRUCTIONS[0],
+        after=DAPO_INSTRUCTIONS[1],
+        extract=answer_line,
+        reward=answer_line_reward,
+    ),
+}

@@ -1,0 +1,60 @@
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+
+from dcjax.data.contamination import boxed_verifier
+from dcjax.data.datasets import SAMPLES, datasets
+from dcjax.data.prepare import prepare_data
+from dcjax.rewards.math import math_reward
+
+
+def test_the_report_of_the_samples(tmp_path):
+    report = prepare_data(SAMPLES, verify=boxed_verifier(math_reward), cache_dir=tmp_path)
+    assert [each.name for each in report.prepared] == list(datasets)
+    assert sum(each.counts["kept"] for each in report.prepared) == 29 + 6 + 6 + 7 + 7 + 6 + 7
+    assert not report.missing and not any(each.refused for each in report.prepared)
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["dapo-math-17k", "33", "29", "17398", "3", "duplicate,", "1", "conflicting"]
+    assert lines[7].split() == ["olympiadbench", "7", "7", "674", "or", "675", "-"]
+    assert "amc23: 1 questions as in training, 0 alike (14.3% of 7)" in lines
+    assert "aime24: 0 questions as in training, 1 alike (16.7% of 6)" in lines
+
+
+def test_what_is_there_is_prepared_and_what_is_not_is_told(tmp_path):
+    shutil.copy(SAMPLES / "aime24.jsonl", tmp_path)
+    report = prepare_data(tmp_path, ["aime24", "math500"], cache_dir=tmp_path / "cache")
+    assert [each.name for each in report.prepared] == ["aime24"]
+    assert report.missing.keys() == {"math500"} and report.overlaps == []
+    assert f"math500: not there; put it at {tmp_path}/math500.parquet" in str(report)
+
+
+def test_refused_golds_are_in_the_report(tmp_path):
+    report = prepare_data(SAMPLES, ["aime24"], verify=lambda answer, gold: gold != "82", cache_dir=tmp_path)
+    (refused,) = report.prepared[0].refused
+    assert f"aime24: gold '82' of {refused.id} is refused" in str(report)
+
+
+def test_a_download_is_asked_for_by_repository_and_pattern(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, *, repo_type, allow_patterns, local_dir):
+        asked.append((repository, repo_type, allow_patterns))
+        local_dir.mkdir()
+        (local_dir / "test.jsonl").write_text(json.dumps({"problem": "x", "answer": "1"}), encoding="utf-8")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for _ in range(2):
+        report = prepare_data(tmp_path, ["math500"], download=True, cache_dir=tmp_path / "cache")
+        assert report.prepared[0].sha256.keys() == {"math500/test.jsonl"}
+    assert asked == [("HuggingFaceH4/MATH-500", "dataset", ["*.parquet", "*.jsonl"])]
+
+
+def test_a_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
+    def snapshot_download(*arguments, **options):
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match=r"math500 was not downloaded \(no route\); put it at .*math500\.parquet"):
+        prepare_data(tmp_path, ["math500"], download=True)
