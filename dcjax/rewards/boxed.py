@@ -1,18 +1,13 @@
 r"""Rewards for answers given in a LaTeX box: the last `\boxed{...}` of a response against a gold answer."""
 
-import functools
-import logging
 import re
-from collections.abc import Callable
 
-# Any function (text, gold, *, finished) -> float; picklable, so that worker processes can run it too.
-# text: the response, without special tokens; gold: the right answer; finished: the end token was generated.
-Reward = Callable[..., float]
+from dcjax.rewards.verify import equal
 
 MAX_ANSWER_LENGTH = 300  # characters; the cost of an honest answer is bounded, and so is a hostile one's
 
 _BOX = r"\boxed{"
-_INTEGER = re.compile(r"[+-]?[0-9]+")  # [0-9] and not \d, which also matches the digits of other scripts
+INTEGER = re.compile(r"[+-]?[0-9]+")  # [0-9] and not \d, which also matches the digits of other scripts
 
 
 def boxed_answer(text: str) -> str | None:
@@ -69,34 +64,6 @@ def integer_reward(text: str, gold: str, *, finished: bool) -> float:
     if not finished:
         return 0.0
     answer = boxed_answer(text)
-    if answer is None or _INTEGER.fullmatch(answer) is None:
+    if answer is None or INTEGER.fullmatch(answer) is None:
         return 0.0
-    return float(_equal(answer, gold))
-
-
-@functools.lru_cache(maxsize=4096)
-def _equal(answer: str, gold: str) -> bool:
-    """Whether math-verify judges the answer equal to gold; remembered, because a policy's answers are few."""
-    import math_verify
-
-    # Without its timeouts math-verify warns that nobody keeps time. The literal's length bounds the work.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    parsed_gold = _parse(gold)
-    if not parsed_gold:
-        raise ValueError(f"gold is {gold!r}, which math-verify cannot read; give a number such as '7' or '-12'")
-    # The comparison is asymmetric: the gold answer comes first.
-    return math_verify.verify(parsed_gold, _parse(answer), timeout_seconds=None)
-
-
-def _parse(content: str) -> list:
-    """The SymPy expressions math-verify reads in a box around `content`; empty if it cannot."""
-    import math_verify
-
-    boxes_only = math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    return math_verify.parse(
-        _BOX + content + "}",
-        extraction_config=[boxes_only],
-        fallback_mode="no_fallback",
-        # its own timeouts are SIGALRM, which only the main thread may set; its annotation forgets that None is allowed
-        parsing_timeout=None,  # pyrefly: ignore[bad-argument-type]
-    )
+    return float(equal(answer, gold))

@@ -1,0 +1,139 @@
+"""The processes that run a reward function: a server that imports it once, and the workers it forks.
+
+`RewardPool` starts the server as `python -m dcjax.rewards.processes FD`, where FD is its end of a pipe. The server
+scores no answer, so it always responds. Its workers are its children: it alone kills and reaps them, so that no process
+id is used twice meanwhile, and it takes them along when the pipe closes, as it does however the pool's process ends.
+
+Each worker has a pipe of its own to the pool. What runs next to hostile text is not trusted: replies are not pickled.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from pathlib import Path
+
+Reward = Callable[..., float]
+"""Any picklable function (text, gold, *, finished) -> float.
+
+text: the response, without special tokens; gold: the right answer; finished: whether the end token was generated.
+"""
+
+RETIRED = 0
+"""Exit status of a worker that has grown, after its reply: what SymPy keeps must not fail the next answer."""
+OUT_OF_MEMORY = 3
+"""Exit status of a worker whose answer needs more memory than it may have."""
+
+FORK = "fork"
+SCORE, RAISED = b"=", b"!"
+"""The first byte of a reply; a float64 follows, or a traceback."""
+FLOAT64 = struct.Struct("d")
+
+
+def serve(control: Connection) -> None:
+    """Answers the pool's requests until its end of the pipe closes.
+
+    First come the pickled reward and the memory that an answer may take (`work`); the reply is empty, or the
+    traceback of what failed. Then `FORK`, followed by the worker's end of its pipe, is answered by a process id; a
+    process id ends that worker if it still runs, and is answered by its exit status (negative for a signal).
+    """
+    pickled, memory = control.recv()
+    try:
+        reward = pickle.loads(pickled)
+        if verifier := sys.modules.get("dcjax.rewards.verify"):
+            verifier.warm_up()
+    except Exception:
+        control.send(traceback.format_exc())
+        return
+    control.send("")
+    gc.freeze()  # a worker's collections would copy every page that holds an object
+    children: set[int] = set()
+    try:
+        while True:
+            request = control.recv()
+            if request == FORK:
+                child = _fork(control, reward, memory)
+                children.add(child)
+                control.send(child)
+            else:
+                children.remove(request)
+                control.send(_end(request))
+    except (EOFError, OSError):
+        for child in children:
+            _end(child)
+
+
+def _fork(control: Connection, reward: Reward, memory: int) -> int:
+    """The process id of a new worker."""
+    handle = recv_handle(control)
+    child = os.fork()
+    if child:
+        os.close(handle)
+        return child
+    status, pool = 1, Connection(handle)  # held until the process ends: once it closes, the pool asks for the status
+    try:
+        control.close()
+        status = work(pool, reward, memory)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def _end(child: int) -> int:
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def work(pool: Connection, reward: Reward, memory: int) -> int:
+    """Scores answers until the pool's end of the pipe closes or memory grows short; returns the exit status.
+
+    Args:
+      pool: gives (text, gold, finished), and takes replies.
+      reward: the function.
+      memory: bytes of address space that may be added to those which the reward's imports take.
+    """
+    _limit(resource.RLIMIT_CORE, 0)
+    own = _address_space()
+    _limit(resource.RLIMIT_AS, own + memory)
+    try:
+        while _address_space() - own <= memory // 2:
+            text, gold, finished = pool.recv()
+            pool.send_bytes(_reply(reward, text, gold, finished))
+    except MemoryError:
+        return OUT_OF_MEMORY
+    except (EOFError, OSError):
+        pass
+    return RETIRED
+
+
+def _limit(which: int, value: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _reply(reward: Reward, text: str, gold: str, finished: bool) -> bytes:
+    try:
+        return SCORE + FLOAT64.pack(reward(text, gold, finished=finished))
+    except MemoryError:
+        raise
+    except BaseException:
+        return RAISED + traceback.format_exc().encode(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole job, where the pool's process saves and ends
+    serve(Connection(int(sys.argv[1])))
