@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dcjax.allocator import keep_freed_memory
 from dcjax.errors import RunError
@@ -27,6 +27,8 @@ INTERRUPTED = {
     "train": "; the same command goes on from the last checkpoint",
     "convert": "; nothing is left half-written",
 }
+SUITE_OPTIONS = ("data_dir", "samples", "problems", "max_response_length", "template", "seed", "slots", "devices")
+SUITE_OPTIONS += ("against", "out", "coordinator", "num_processes", "process_id")
 OVERRIDE = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 
 
@@ -115,14 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="run a recipe, or resume it: dcjax train [RECIPE] [--section.field VALUE ...]", add_help=False
     )
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of both policies on held-out prompts")
-    evaluate.add_argument("source", type=Path, help="a run directory, or one checkpoint in it (RUN/checkpoints/STEP)")
-    evaluate.add_argument("--prompts", type=int, help="held-out prompts, one sample each (default: the run's)")
-    evaluate.add_argument("--temperature", type=float, help="0 is greedy (default: the run's)")
-    evaluate.add_argument("--format", help="serving format of the deployed policy (default: the run's)")
-    evaluate.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
-    evaluate.set_defaults(run=_evaluate)
-
+    _add_evaluate(commands)
     _add_probe(commands)
 
     report = commands.add_parser("report", help="draw report.png and report.html from a run's metrics")
@@ -131,6 +126,41 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_convert(commands)
     return parser
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of both policies on held-out prompts, or on the papers' benchmarks",
+        description="Samples once from each of a run's held-out prompts; with --suite, many times from each problem of "
+        "benchmarks, of a Hugging Face folder too. docs/evaluation.md tells how to read the result.",
+    )
+    evaluate.add_argument(
+        "source", type=Path, help="a run, one checkpoint in it (RUN/checkpoints/STEP), or an HF folder"
+    )
+    evaluate.add_argument("--prompts", type=int, help="held-out prompts, one sample each (default: the run's)")
+    evaluate.add_argument("--temperature", type=float, help="0 is greedy (default: the run's; of a suite, 0.7)")
+    evaluate.add_argument("--format", help="serving format of the deployed policy (default: the run's)")
+    evaluate.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    evaluate.set_defaults(run=_evaluate)
+
+    suite = evaluate.add_argument_group("suite", "goes on where it was stopped, when the same command is started again")
+    suite.add_argument("--suite", metavar="NAME", help="paper: AIME24, AIME25, AMC23, MATH-500, Minerva, OlympiadBench")
+    suite.add_argument("--data-dir", type=Path, metavar="DIR", help="the benchmarks' local copies (default: data)")
+    suite.add_argument("--samples", type=int, metavar="K", help="a problem (default: 32 or 4, as the papers)")
+    suite.add_argument("--problems", type=int, metavar="N", help="the first N of each benchmark (default: all)")
+    suite.add_argument("--max-response-length", type=int, metavar="TOKENS", help="default: 32768")
+    suite.add_argument("--template", help="how to ask: boxed or dapo (default: as the run was trained, or boxed)")
+    suite.add_argument("--seed", type=int, help="of the samples (default: 0)")
+    suite.add_argument("--slots", type=int, help="samples decoded at once (default: the run's)")
+    suite.add_argument("--devices", type=int, metavar="N", help="that share the model and the samples (default: 1)")
+    suite.add_argument("--against", type=Path, metavar="RESULT", help="a result, or its directory, to compare with")
+    suite.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the files (default: RUN/suite/STEP, or ./suite/NAME)"
+    )
+    suite.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where hosts do not find each other")
+    suite.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    suite.add_argument("--process-id", type=int, metavar="N", help="number of this one, from 0")
 
 
 def _add_probe(commands) -> None:
@@ -204,17 +234,25 @@ def _train(arguments: list[str]) -> None:
         recipe, *arguments = arguments
     config = _override(_load_recipe(recipe), recipe, arguments)
     _prepare()
-    from dcjax.distributed import has_joined, leave
     from dcjax.train import train
 
-    try:
+    with _leaving("train"):
         drawn = train(config)
-    except BaseException as error:
-        if has_joined():
-            leave(_tell(error, "train"))
-        raise
     if drawn is not None:
         print(f"plot:   {drawn[0]}\nreport: {drawn[1]}")
+
+
+@contextlib.contextmanager
+def _leaving(command: str):
+    """Ends a process of several that fails, which would wait for the others otherwise."""
+    from dcjax.distributed import has_joined, leave
+
+    try:
+        yield
+    except BaseException as error:
+        if has_joined():
+            leave(_tell(error, command))
+        raise
 
 
 def _load_recipe(recipe: str):
@@ -279,6 +317,10 @@ def _one_line(message: str, recipe: str) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.suite is not None:
+        _evaluate_suite(options)
+        return
+    _refuse(options, SUITE_OPTIONS, "needs --suite")
     _prepare()
     from dcjax.evaluate import evaluate_source
 
@@ -293,6 +335,48 @@ def _evaluate(options: argparse.Namespace) -> None:
     for row in results.rows:
         interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
         print(f"{row.policy:<14}{row.format:<10}{f'{row.correct}/{row.total}':<12}{row.accuracy:<10.3f}{interval}")
+
+
+def _evaluate_suite(options: argparse.Namespace) -> None:
+    _refuse(options, ("prompts",), "is of held-out prompts, which --suite replaces; --problems limits its benchmarks")
+    _prepare()
+    from dcjax.distributed import DistributedConfig
+    from dcjax.suite.benchmarks import SuiteConfig
+    from dcjax.suite.report import to_markdown, write_result
+    from dcjax.suite.result import read_result, to_json
+    from dcjax.suite.suite import evaluate_suite
+
+    against = None if options.against is None else read_result(options.against)
+    try:
+        distributed = DistributedConfig(**_given(options, "coordinator", "num_processes", "process_id"))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    names = ("suite", "temperature", "samples", "problems", "max_response_length", "template", "seed")
+    with _leaving("evaluate"):
+        found = evaluate_suite(
+            options.source,
+            SuiteConfig(**_given(options, *names)),
+            data_dir=options.data_dir or Path("data"),
+            distributed=distributed,
+            **_given(options, "out", "devices", "format", "slots"),
+        )
+    if found is None:
+        return
+    result, directory = found
+    files = write_result(result, directory, against)
+    print(to_json(result) if options.json else to_markdown(result, against))
+    if not options.json:
+        print("\n".join(f"{kind + ':':<7}{path}" for kind, path in files.items()))
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name, value in _given(options, *names).items():
+        raise RunError(f"--{name.replace('_', '-')} is {value}; it {why}")
 
 
 def _probe(options: argparse.Namespace) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.assemble import abstract_state, starting_params, with_pretrained_model
+from dcjax.assemble import abstract_state, starting_params
 from dcjax.checkpoint import Checkpoints
-from dcjax.config import Config, RolloutConfig, ServingConfig
+from dcjax.config import Config, ServingConfig
 from dcjax.data.arithmetic import encode_prompts
+from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.evaluate import HELDOUT_SEED
-from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.probe.policies import Weights
 from dcjax.run import load_config, locate
 from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.source import folder_config, is_folder
 
 PROMPTS = 128
 """Sampled from, one response each, where nothing else is asked for."""
@@ -73,7 +74,7 @@ def load_source(
         raise RunError(f"prompts is {count}; it must be at least 1")
     serving = {name: value for name, value in (("format", format), ("kv_cache", kv_cache)) if value is not None}
     try:
-        if (path / WEIGHTS).exists() or (path / INDEX).exists():
+        if is_folder(path):
             if stale_step is not None:
                 raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
             return _load_folder(path, serving, prompts_file, count)
@@ -97,7 +98,7 @@ def _load_run(path: Path, serving: dict[str, Any], stale_step: int | None, count
             (state.history[0], max(loop.step - len(state.history), 0)) if state.history else (None, None)
         )
     version = loop.step if stale_step is None else stale_step
-    tokenizer = _tokenizer(run_dir / "tokenizer")
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
     problems = config.task.problems("heldout", HELDOUT_SEED, 0, count)
     return Source(
         name=run_dir.name,
@@ -115,19 +116,9 @@ def _load_run(path: Path, serving: dict[str, Any], stale_step: int | None, count
 def _load_folder(path: Path, serving: dict[str, Any], prompts_file: Path | None, count: int) -> Source:
     if prompts_file is None:
         raise RunError(f"{path} is a Hugging Face folder, which has no prompts; give some with --prompts-file")
-    tokenizer = _tokenizer(path)
-    if tokenizer.eos_token_id is None:
-        raise RunError(f"the tokenizer in {path} has no end token; a response could not end")
+    tokenizer = load_tokenizer(path)
     prompts = [tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
-    rollout = RolloutConfig()
-    longest = max(rollout.max_prompt_length, *map(len, prompts))
-    config = with_pretrained_model(
-        Config(
-            pretrained=path,
-            rollout=replace(rollout, max_prompt_length=longest),
-            serving=ServingConfig(**serving),
-        )
-    )
+    config = folder_config(path, ServingConfig(**serving), max_prompt_length=max(map(len, prompts)))
     return Source(
         name=path.name,
         step=None,
@@ -139,15 +130,6 @@ def _load_folder(path: Path, serving: dict[str, Any], prompts_file: Path | None,
         stale_step=None,
         out=Path("probe"),
     )
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    if not path.is_dir():
-        raise RunError(f"no tokenizer in {path}; dcjax train writes it when it starts")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    except Exception as error:  # the library's own, in Rust, is no ValueError
-        raise RunError(f"no tokenizer can be read in {path}: {str(error).splitlines()[0]}") from None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -1,0 +1,87 @@
+"""Which benchmarks a suite has, and how they are sampled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dcjax.data.datasets import datasets
+from dcjax.data.templates import TemplateName, templates
+from dcjax.errors import RunError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set that is sampled so often a problem."""
+
+    dataset: str
+    title: str
+    samples: int
+
+
+SUITES: dict[str, tuple[Benchmark, ...]] = {
+    # paper A's, in the order of its tables
+    "paper": (
+        Benchmark("aime24", "AIME24", 32),
+        Benchmark("aime25", "AIME25", 32),
+        Benchmark("amc23", "AMC23", 32),
+        Benchmark("math500", "MATH-500", 4),
+        Benchmark("minerva", "Minerva", 4),
+        Benchmark("olympiadbench", "Olympiad", 4),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """How a suite is sampled; the defaults are paper A's.
+
+    Raises:
+      RunError: a field out of range.
+    """
+
+    suite: str = "paper"
+    """A name in `SUITES`."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float = 1.0
+    """The most probable tokens can be drawn, until they hold so much."""
+    max_response_length: int = 32_768
+    """Longest response (tokens), where the model has as many positions."""
+    samples: int | None = None
+    """A problem; each benchmark's own number where None."""
+    problems: int | None = None
+    """The first ones of each benchmark; all where None."""
+    template: TemplateName | None = None
+    """What is put round questions, and reads answers; the one that the run was trained with, or boxed, where None."""
+    seed: int = 0
+    """Of the samples."""
+
+    def __post_init__(self):
+        if self.suite not in SUITES:
+            raise RunError(f"suite is {self.suite!r}; it must be one of {', '.join(SUITES)}")
+        if self.template is not None and self.template not in templates:
+            raise RunError(f"template is {self.template!r}; it must be one of {', '.join(templates)}")
+        for name in ("samples", "problems", "max_response_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RunError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise RunError(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise RunError(f"top-p is {self.top_p}; it must lie within (0, 1]")
+        if not 0 <= self.seed < 2**63:
+            raise RunError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """The suite's."""
+        return SUITES[self.suite]
+
+    def samples_of(self, benchmark: Benchmark) -> int:
+        """Samples a problem."""
+        return self.samples or benchmark.samples
+
+
+def published_counts(benchmark: Benchmark) -> tuple[int, ...]:
+    """How many problems a benchmark has; several where publishers differ."""
+    return datasets[benchmark.dataset].counts
