@@ -34,8 +34,9 @@ from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
-from dcjax.evaluate import responses, score
+from dcjax.evaluate import open_problems, responses
 from dcjax.optimizer import make_optimizer
+from dcjax.rewards.scorer import InProcess
 from dcjax.rl.advantages import group_rewards
 from dcjax.run import load_config
 from dcjax.serving.quantize import FormatName
@@ -200,8 +201,11 @@ class Stepper:
 def sampled_batch(setup: Setup, params) -> Batch:
     """An iteration's batch from the deployed engine."""
     rollout = engine_loop(setup, params, setup.config.serving.format)(0)
-    rewards = score(responses(setup.tokenizer, rollout), setup.problems, rollout)
-    groups = np.asarray(group_rewards(rewards, group_size=setup.config.rollout.group_size))
+    group_size = setup.config.rollout.group_size
+    golds = [problem.answer for problem in setup.problems for _ in range(group_size)]
+    scorer = InProcess(setup.config.task.reward)
+    rewards = scorer.submit(responses(setup.tokenizer, rollout), golds, rollout.finished.tolist()).result()
+    groups = np.asarray(group_rewards(rewards, group_size=group_size))
     shared = {name: value for name, value in vars(rollout).items() if name in Batch.__dataclass_fields__}
     return Batch(**shared, rewards=rewards, group_rewards=groups)
 
@@ -319,8 +323,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
       ValueError: a size that does not fit the recipe.
     """
     config = load_config(args.run_dir) if args.run_dir else runpy.run_path(str(QUICKSTART))["config"]()
-    problems = config.task.problems("train", config.seed, 0, config.rollout.prompts)
-    setup = Setup(config, make_mesh(config.mesh), build_tokenizer(), problems, args.rounds)
+    tokenizer = build_tokenizer()
+    problems = list(open_problems(config, tokenizer).problems("train", config.seed, 0, config.rollout.prompts))
+    setup = Setup(config, make_mesh(config.mesh), tokenizer, problems, args.rounds)
     weights = load_weights(setup, args)
     comparisons = [compare_rollouts(setup, label, params) for label, params in weights.items()]
     params = list(weights.values())[-1]

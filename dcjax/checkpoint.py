@@ -69,7 +69,7 @@ class Checkpoints:
         Raises:
           RunError: this or an earlier save failed, for want of space say.
         """
-        described = asdict(loop) | {"fingerprint": int(_fingerprint(state))}
+        described = asdict(loop) | {"fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
         self._guard(lambda: self._manager.save(loop.step, args=items))
 
@@ -86,7 +86,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
             state, described = restored["state"], restored["loop"]
-            if int(_fingerprint(state)) != described.pop("fingerprint"):
+            if int(fingerprint(state)) != described.pop("fingerprint"):
                 raise ValueError("its arrays are not the ones that were saved")
             return state, LoopState(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
@@ -174,10 +174,10 @@ class Checkpoints:
 
 
 @jax.jit
-def _fingerprint(state: TrainState) -> jax.Array:
-    """uint32 [] of every bit of the state: a sum without rounding, and so the same on every mesh."""
+def fingerprint(tree: Any) -> jax.Array:
+    """uint32 [] of every bit of a tree's arrays: a sum without rounding, and so the same on every mesh."""
     total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(state):
+    for leaf in jax.tree.leaves(tree):
         narrow = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
         # the odd factor keeps arrays that changed places apart
         total = total * 31 + jnp.sum(narrow.astype(jnp.uint32), dtype=jnp.uint32)

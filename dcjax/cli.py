@@ -125,7 +125,22 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     _add_convert(commands)
+    _add_data(commands)
     return parser
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="prepare and check local copies of DAPO-Math-17K and the benchmarks",
+        description="Prepares the data sets that have a copy in DATA_DIR, and prints what was kept and dropped, "
+        "evaluation questions that are in the training set, and answers that do not verify against themselves.",
+    )
+    data.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="holds the copies; docs/data.md tells how")
+    data.add_argument("--names", nargs="+", metavar="NAME", help="which data sets (default: all)")
+    data.add_argument("--download", action="store_true", help="fetch what has no copy from the Hugging Face Hub")
+    data.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    data.set_defaults(run=_data)
 
 
 def _add_evaluate(commands) -> None:
@@ -236,10 +251,31 @@ def _train(arguments: list[str]) -> None:
     _prepare()
     from dcjax.train import train
 
-    with _leaving("train"):
+    with _leaving("train"), _told():
         drawn = train(config)
     if drawn is not None:
         print(f"plot:   {drawn[0]}\nreport: {drawn[1]}")
+
+
+@contextlib.contextmanager
+def _told():
+    """Shows on standard error what the package logs, of the first process of several."""
+    from dcjax.distributed import is_main
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("dcjax: %(message)s"))
+    handler.addFilter(lambda record: is_main())
+    logger = logging.getLogger("dcjax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # a library that gives the root a handler would tell everything again
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 @contextlib.contextmanager
@@ -295,7 +331,13 @@ def _override(config, recipe: str, arguments: list[str]):
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
-                type(config), default=config, args=spelled, use_underscores=True, prog=f"dcjax train {recipe}"
+                type(config),
+                default=config,
+                # a section that may be of several kinds is of the recipe's
+                config=(tyro.conf.AvoidSubcommands,),
+                args=spelled,
+                use_underscores=True,
+                prog=f"dcjax train {recipe}",
             )
     except SystemExit as stop:
         if stop.code == 0:
@@ -377,6 +419,23 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
     for name, value in _given(options, *names).items():
         raise RunError(f"--{name.replace('_', '-')} is {value}; it {why}")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from dcjax.data.contamination import boxed_verifier
+    from dcjax.data.prepare import prepare_data
+    from dcjax.rewards.math import math_reward
+
+    try:
+        report = prepare_data(
+            options.data_dir,
+            **_given(options, "names"),
+            download=options.download,
+            verify=boxed_verifier(math_reward),
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    print(json.dumps(dataclasses.asdict(report)) if options.json else report)
 
 
 def _probe(options: argparse.Namespace) -> None:

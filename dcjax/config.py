@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.data.mathematics import MathTask
 from dcjax.distributed import DistributedConfig
 from dcjax.models.config import ModelConfig, presets
 from dcjax.serving.mismatch import MismatchConfig
@@ -100,6 +101,30 @@ class RolloutConfig:
     def sequences(self) -> int:
         """Responses an iteration."""
         return self.prompts * self.group_size
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What judges responses, where, and within which limits."""
+
+    function: str | None = None
+    """MODULE:FUNCTION in place of the task's reward; docs/rewards.md says what it takes."""
+    workers: int = 0
+    """Processes of each host that judge; 0 judges in the trainer's own, without limits."""
+    timeout: float = 2.0
+    """Seconds that one answer may take in a worker; one that takes more scores 0."""
+    memory: int = 1024
+    """MiB that answers may add to a worker; one that takes more scores 0."""
+    overlong_buffer: int = 0
+    """The last tokens before rollout.max_response_length that cost a response reward, all of them overlong_factor
+    (DAPO's overlong shaping); 0 is none. Accuracies are without it."""
+    overlong_factor: float = 1.0
+    """The most that a response's length can cost."""
+
+    def __post_init__(self):
+        _require("reward.", self, {"workers": 0, "memory": 1, "overlong_buffer": 0, "overlong_factor": 0})
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"reward.timeout is {self.timeout}; it must be above 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -319,10 +344,11 @@ class Config:
     pretrained: Path | None = None
     """Hugging Face folder whose architecture and weights training starts from; of the model's fields only remat,
     attention, head_chunk and precision then count."""
-    task: ArithmeticTask = field(default_factory=ArithmeticTask)
+    task: ArithmeticTask | MathTask = field(default_factory=ArithmeticTask)
     model: ModelConfig = presets["tiny"]
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -339,6 +365,7 @@ class Config:
         if not self.name or set(self.name) & set("/\\\0") or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}; it names a folder under runs/")
         self._check_lengths()
+        self._check_reward()
         self._check_sampling()
         self._check_divisions()
         self._check_decay()
@@ -353,6 +380,18 @@ class Config:
                 raise ValueError(
                     f"rollout.max_{which}_length is {limit}; this task's longest {which} needs {needed} tokens"
                 )
+
+    def _check_reward(self):
+        if isinstance(self.task, MathTask) and not (self.reward.workers or self.reward.function):
+            raise ValueError(
+                "reward.workers is 0; this task's answers may take any time and memory, and need worker processes: "
+                "as many as there are cores to spare, 8 say"
+            )
+        if self.reward.overlong_buffer > (longest := self.rollout.max_response_length):
+            raise ValueError(
+                f"reward.overlong_buffer is {self.reward.overlong_buffer}; "
+                f"it must be at most rollout.max_response_length, {longest}"
+            )
 
     def _check_sampling(self):
         if self.pretrained is not None:
@@ -408,7 +447,7 @@ def on_one_device(config: Config) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig(), serving=dataclasses.replace(config.serving, tensor=1))
 
 
-WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed")
+WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed", "task.data_dir", "reward.workers")
 """Fields that do not change what a run computes: it may be resumed under others."""
 
 
@@ -438,9 +477,12 @@ def from_dict(nested: dict[str, Any], kind: type = Config) -> Any:
         raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
 
     def convert(name: str, value: Any) -> Any:
-        if dataclasses.is_dataclass(kinds[name]):
-            return from_dict(value, kinds[name])
-        if name in ("run_dir", "pretrained") and value is not None:
+        choices = typing.get_args(kinds[name]) or (kinds[name],)
+        if dataclasses.is_dataclass(choices[0]):
+            # of several sections the one that has all these fields; the first where none has
+            fits = [choice for choice in choices if set(value) <= set(typing.get_type_hints(choice))]
+            return from_dict(value, (fits or choices)[0])
+        if Path in choices and value is not None:
             return Path(value)
         return tuple(value) if isinstance(value, list) else value
 
@@ -458,6 +500,6 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which two `to_dict`s describe different runs: name -> (ours, theirs)."""
     ours, theirs = flatten(ours), flatten(theirs)
-    names = [name for name in ours | theirs if name.split(".")[0] not in WHERE_NOT_WHAT]
+    names = [name for name in ours | theirs if not {name, name.split(".")[0]} & set(WHERE_NOT_WHAT)]
     pairs = {name: (ours.get(name), theirs.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

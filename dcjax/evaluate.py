@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.assemble import abstract_state, make_engine, make_training_engine
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config, on_one_device
-from dcjax.data.arithmetic import Problem, encode_prompts
-from dcjax.distributed import share, total
+from dcjax.data.task import Problems, encode_prompts
+from dcjax.distributed import total
 from dcjax.errors import RunError
-from dcjax.rewards.boxed import integer_reward
+from dcjax.judging import Judging, open_scorer
+from dcjax.rewards.scorer import Scorer
 from dcjax.rl.averaging import averaged_params
 from dcjax.run import load_config, locate
 from dcjax.serving.engine import Qwen3Engine
@@ -67,6 +68,18 @@ def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast)
     }
 
 
+def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:
+    """The task's problems.
+
+    Raises:
+      RunError: their files are missing or cannot be used.
+    """
+    try:
+        return config.task.open(tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(str(error)) from None
+
+
 def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]:
     """The text of each response, without special tokens."""
     width = rollout.response_mask.shape[1]
@@ -74,34 +87,35 @@ def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]
     return tokenizer.batch_decode([row[mask] for row, mask in rows], skip_special_tokens=True)
 
 
-def score(texts: list[str], problems: list[Problem], rollout: Rollout) -> np.ndarray:
-    """Rewards, float32 [B], of G neighbouring responses for each problem."""
-    group_size = len(texts) // len(problems)
-    golds = [problem.answer for problem in problems for _ in range(group_size)]
-    graded = zip(texts, golds, rollout.finished, strict=True)
-    return np.array([integer_reward(text, gold, finished=bool(done)) for text, gold, done in graded], np.float32)
-
-
 def evaluate(
-    config: Config, tokenizer: PreTrainedTokenizerFast, engines: dict[Policy, Qwen3Engine], params: Params, version: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Problems,
+    scorer: Scorer,
+    engines: dict[Policy, Qwen3Engine],
+    params: Params,
+    version: int,
 ) -> list[Accuracy]:
-    """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring."""
+    """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring.
+
+    A response is right that earns at least 1.
+    """
     settings = config.evaluation
-    mine = share(settings.prompts)
-    problems = config.task.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
+    problems = source.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
     prompts = encode_prompts(tokenizer, problems)
     rows = []
     for policy, engine in engines.items():
-        rollout = sample_responses(
+        judging = Judging(scorer, tokenizer, problems, samples_per_prompt=1)
+        sample_responses(
             engine,
             engine.sync(params, version),
             prompts,
             samples_per_prompt=1,
             temperature=settings.temperature,
             key=jax.random.key(HELDOUT_SEED),
+            on_ended=judging.begin,
         )
-        part = jax.tree.map(lambda leaf: leaf[mine], rollout)
-        correct = total(int(score(responses(tokenizer, part), problems[mine], part).sum()))
+        correct = total(int(np.sum(judging.result() >= 1)))
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
@@ -138,8 +152,11 @@ def evaluate_source(
     state, loop = checkpoints.restore(step, abstract_state(config, mesh))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
     engines = make_engines(config, mesh, tokenizer)
-    rows = evaluate(config, tokenizer, engines, state.params, loop.step)
-    if config.optimizer.ema_decay:
-        averaged = averaged_params(state.opt_state, state.params)
-        rows += evaluate(config, tokenizer, {"deployed_ema": engines["deployed"]}, averaged, loop.step)
+    problems = open_problems(config, tokenizer)
+    with open_scorer(config) as scorer:
+        rows = evaluate(config, tokenizer, problems, scorer, engines, state.params, loop.step)
+        if config.optimizer.ema_decay:
+            averaged = averaged_params(state.opt_state, state.params)
+            deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": engines["deployed"]}
+            rows += evaluate(config, tokenizer, problems, scorer, deployed, averaged, loop.step)
     return Evaluation(loop.step, config.evaluation.temperature, rows)

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,26 +30,35 @@ VERSIONED = (
 )
 
 
+BESIDE_CONFIG = ("versions", "platform", "data")
+"""What config.json holds beside the config."""
+
+
 @contextlib.contextmanager
-def open_run(config: Config) -> Iterator[Path]:
+def open_run(config: Config, *, data: dict[str, str] | None = None) -> Iterator[Path]:
     """Makes or re-enters `config.directory`, and holds it against other runs meanwhile; process 0 does it for all.
 
+    Args:
+      config: of the run.
+      data: the `Problems.fingerprint` of what it trains on; None where nothing is read.
+
     Raises:
-      RunError: the directory belongs to another configuration, or to another process.
+      RunError: the directory belongs to another configuration, to a run on other data, or to another process.
     """
-    directory = config.directory
+    directory, data = config.directory, data or {}
     if not is_main():
         yield directory
         return
     if (directory / "config.json").exists():
         _check_same(config, directory)
+        _check_same_data(data, directory)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}; choose another --run-dir") from None
-        recorded = to_dict(config) | {"versions": _versions(), "platform": platform.platform()}
+        recorded = to_dict(config) | {"versions": _versions(), "platform": platform.platform(), "data": data}
         write_atomically(directory / "config.json", json.dumps(recorded, indent=2).encode())
         yield directory
 
@@ -62,15 +72,25 @@ def check_processes_agree(config: Config) -> None:
     described = flatten(to_dict(config) | {"versions": _versions()})
     # how each finds the others may differ
     described = {name: value for name, value in described.items() if not name.startswith("distributed.")}
+    _check_agree(described, "start the same command with the same versions on every host")
+
+
+def check_data_agree(data: dict[str, str]) -> None:
+    """That all processes have read the same files (`Problems.fingerprint`).
+
+    Raises:
+      RunError: they have not.
+    """
+    _check_agree(data, "give every host the same files in task.data_dir")
+
+
+def _check_agree(described: dict[str, Any], advice: str) -> None:
     ours, *others = _of_all_processes(described)
     for number, theirs in enumerate(others, start=1):
         changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if changed:
             listed = ", ".join(f"{name} {ours.get(name)!r} and {theirs.get(name)!r}" for name in sorted(changed))
-            raise RunError(
-                f"processes 0 and {number} differ in {listed}; "
-                "start the same command with the same versions on every host"
-            )
+            raise RunError(f"processes 0 and {number} differ in {listed}; {advice}")
 
 
 def _of_all_processes(described: dict) -> list[dict]:
@@ -103,10 +123,14 @@ def locate(source: Path) -> tuple[Path, int | None]:
 
 
 def _read(directory: Path) -> dict:
+    """The config in config.json, with what is recorded beside it taken out."""
+    return {name: value for name, value in _read_all(directory).items() if name not in BESIDE_CONFIG}
+
+
+def _read_all(directory: Path) -> dict:
     path = directory / "config.json"
     try:
-        recorded = json.loads(path.read_text())
-        return {name: value for name, value in recorded.items() if name not in ("versions", "platform")}
+        return dict(json.loads(path.read_text()).items())
     except FileNotFoundError:
         raise RunError(
             f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
@@ -127,3 +151,14 @@ def _check_same(config: Config, directory: Path) -> None:
     if changed:
         listed = ", ".join(f"{name} {ours!r} (there {theirs!r})" for name, (ours, theirs) in sorted(changed.items()))
         raise RunError(f"{directory} holds a run of another config: {listed}; choose another --run-dir or remove it")
+
+
+def _check_same_data(data: dict[str, str], directory: Path) -> None:
+    recorded = _read_all(directory).get("data", {})
+    changed = [name for name in data | recorded if data.get(name) != recorded.get(name)]
+    if changed:
+        listed = ", ".join(f"{name}: {data.get(name)}, there {recorded.get(name)}" for name in sorted(changed))
+        raise RunError(
+            f"{directory} holds a run on other data: {listed}; "
+            "put the files that it began with back into task.data_dir, or choose another --run-dir"
+        )

@@ -11,10 +11,11 @@ from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.distributed import Preemption, as_loss, is_main, join
 from dcjax.errors import Interrupted, RunError
+from dcjax.judging import open_scorer
 from dcjax.progress import Progress
 from dcjax.record import MetricsLog, Transcripts
 from dcjax.report import write_report
-from dcjax.run import check_processes_agree, open_run
+from dcjax.run import check_data_agree, check_processes_agree, open_run
 from dcjax.trainer import Sampled, Trainer
 
 
@@ -30,9 +31,15 @@ def train(config: Config) -> tuple[Path, Path] | None:
     join(config.distributed)
     check_processes_agree(config)
     config = with_pretrained_model(config)
-    trainer = Trainer(config)
+    with open_scorer(config) as scorer:
+        return _train(Trainer(config, scorer))
+
+
+def _train(trainer: Trainer) -> tuple[Path, Path] | None:
+    config = trainer.config
+    check_data_agree(trainer.problems.fingerprint)
     with (
-        open_run(config) as directory,
+        open_run(config, data=trainer.problems.fingerprint) as directory,
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from dcjax import assemble
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
-from dcjax.data.arithmetic import Problem, build_tokenizer, encode_prompts
-from dcjax.distributed import check_divides, gather, is_main, place, share
+from dcjax.data.task import Problem, encode_prompts
+from dcjax.distributed import check_divides, gather, is_main, place
 from dcjax.errors import RunError
-from dcjax.evaluate import Policy, evaluate, make_engines, responses, score
+from dcjax.evaluate import Accuracy, Policy, evaluate, make_engines, open_problems, responses
+from dcjax.judging import Judging
 from dcjax.optimizer import make_optimizer, make_schedule
 from dcjax.record import Transcripts
+from dcjax.rewards.scorer import Scorer
+from dcjax.rewards.shaping import soft_overlong_punishment
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
@@ -28,7 +32,7 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.mesh import make_mesh
 from dcjax.sharding.rules import batch_sharding
-from dcjax.types import Batch, Rollout, TrainState
+from dcjax.types import Batch, Params, Rollout, TrainState
 from dcjax.warm_start import warm_start
 
 TRANSCRIPTS = 4
@@ -45,7 +49,7 @@ ALARM = 10
 class Sampled:
     """An iteration's responses, G neighbouring ones a problem."""
 
-    problems: list[Problem]
+    problems: Sequence[Problem]
     rollout: Rollout
     rewards: np.ndarray
     # prompts that the task gave for them, those of groups that were left out included
@@ -94,16 +98,21 @@ class Sampled:
 class Trainer:
     """The run's machinery: mesh, tokenizer, engines and the compiled step.
 
+    Args:
+      config: of the run.
+      scorer: judges responses, as `open_scorer` gives it.
+
     Raises:
       RunError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.tokenizer = build_tokenizer()
+    def __init__(self, config: Config, scorer: Scorer):
+        self.config, self._scorer = config, scorer
         try:
+            self.tokenizer = config.task.build_tokenizer(config.pretrained)
+            self.problems = open_problems(config, self.tokenizer)
             for split in ("train", "heldout"):
-                config.task.problem(split, config.seed, 0)
+                self.problems.problems(split, config.seed, 0, 1)
             self.mesh = make_mesh(config.mesh)
         except ValueError as error:
             raise RunError(str(error)) from None
@@ -125,15 +134,18 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out accuracies of both policies, by the names of metrics.jsonl."""
-        rows = evaluate(self.config, self.tokenizer, self.engines, state.params, int(state.step))
+        rows = self._accuracies(self.engines, state.params, int(state.step))
         measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
         if self.config.optimizer.ema_decay:
             average = averaged_params(state.opt_state, state.params)
             deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": self.engines["deployed"]}
-            (row,) = evaluate(self.config, self.tokenizer, deployed, average, int(state.step))
+            (row,) = self._accuracies(deployed, average, int(state.step))
             measured["eval/deployed_accuracy_ema"] = row.accuracy
         self.deployed_accuracy = measured["eval/deployed_accuracy"]
         return measured | {"eval/prompts": self.config.evaluation.prompts}
+
+    def _accuracies(self, engines: dict[Policy, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
+        return evaluate(self.config, self.tokenizer, self.problems, self._scorer, engines, params, version)
 
     def iterate(self, state: TrainState, loop: LoopState) -> tuple[TrainState, LoopState, dict[str, float], Sampled]:
         """One RL iteration; `state` is donated.
@@ -142,6 +154,7 @@ class Trainer:
           RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
         """
         started = time.perf_counter()
+        stopped = self._stopped_answers()
         key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(loop.rollout_key, jnp.uint32)))
         sampled = self._sample(state, loop, rollout_key)
         rolled_out = time.perf_counter()
@@ -154,6 +167,7 @@ class Trainer:
             "time/update": ended - rolled_out,
             "tokens_per_second": tokens / (ended - started),
         }
+        metrics |= {name: count - stopped[name] for name, count in self._stopped_answers().items()}
         loop = replace(
             loop,
             step=loop.step + 1,
@@ -190,7 +204,8 @@ class Trainer:
 
     def _sample_once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         config, engine = self.config, self.engines["deployed"]
-        problems = config.task.problems("train", config.seed, cursor, config.rollout.prompts)
+        problems = self.problems.problems("train", config.seed, cursor, config.rollout.prompts)
+        judging = Judging(self._scorer, self.tokenizer, problems, samples_per_prompt=config.rollout.group_size)
         rollout = sample_responses(
             engine,
             serving,
@@ -200,12 +215,29 @@ class Trainer:
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
             key=key,
+            on_ended=judging.begin,
         )
-        groups = share(len(problems))
-        rows = slice(*(bound * config.rollout.group_size for bound in (groups.start, groups.stop)))
-        mine = jax.tree.map(lambda leaf: leaf[rows], rollout)
-        rewards = score(responses(self.tokenizer, mine), problems[groups], mine)
-        return Sampled(problems, rollout, gather(rewards), len(problems))
+        return Sampled(problems, rollout, gather(judging.result()) + self._length_rewards(rollout), len(problems))
+
+    def _length_rewards(self, rollout: Rollout) -> np.ndarray | float:
+        """What responses earn for their length (DAPO's overlong shaping), at most 0."""
+        settings = self.config.reward
+        if not settings.overlong_buffer:
+            return 0.0
+        return soft_overlong_punishment(
+            np.asarray(rollout.response_mask).sum(axis=1),
+            max_length=self.config.rollout.max_response_length,
+            buffer=settings.overlong_buffer,
+            factor=settings.overlong_factor,
+        )
+
+    def _stopped_answers(self) -> dict[str, int]:
+        """How many answers the scorers of all processes have stopped so far, by the names of metrics.jsonl."""
+        if self._scorer.counters is None:
+            return {}
+        counters = asdict(self._scorer.counters)
+        totals = gather(np.array([[*counters.values()]], np.int32)).sum(axis=0)
+        return {f"reward/{name}": int(count) for name, count in zip(counters, totals, strict=True)}
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         config, rollout, rewards = self.config, sampled.rollout, sampled.rewards

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
 from dcjax.config import Config
-from dcjax.data.arithmetic import supervised_batch
+from dcjax.data.arithmetic import ArithmeticTask, supervised_batch
 from dcjax.distributed import is_main, place
 from dcjax.errors import RunError
 from dcjax.optimizer import scale_loss
@@ -36,7 +36,7 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     """Starting parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
 
     Raises:
-      RunError: the loss is not finite, or the pretrained weights cannot be loaded.
+      RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate.
     """
     settings, tx = config.warm_start, _optimizer(config)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
@@ -94,6 +94,8 @@ def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
     settings, rollout = config.warm_start, config.rollout
+    if not isinstance(config.task, ArithmeticTask):
+        raise RunError(f"warm_start.steps is {settings.steps}; this task has no solutions to imitate, so it must be 0")
     early = step <= EARLY_SHARE * settings.steps
     examples = supervised_batch(
         config.task,

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import runpy
 import typing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dcjax.config import (
     EvaluationConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RewardConfig,
     RolloutConfig,
     ServingConfig,
     WarmStartConfig,
@@ -21,6 +23,7 @@ from dcjax.config import (
     to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.data.mathematics import MathTask
 from dcjax.distributed import DistributedConfig
 from dcjax.models import ModelConfig, Precision, presets
 from dcjax.serving.mismatch import MismatchConfig
@@ -31,6 +34,7 @@ SECTIONS = {
     "model": ModelConfig,
     "warm_start": WarmStartConfig,
     "rollout": RolloutConfig,
+    "reward": RewardConfig,
     "serving": ServingConfig,
     "mismatch": MismatchConfig,
     "objective": ObjectiveConfig,
@@ -40,6 +44,9 @@ SECTIONS = {
     "mesh": MeshConfig,
     "distributed": DistributedConfig,
 }
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+LONG = RolloutConfig(max_prompt_length=1024)
 
 # The smallest value that is right and a value that is not, of each field with a lower bound.
 LOWER_BOUNDS = {
@@ -70,6 +77,11 @@ LOWER_BOUNDS = {
     "rollout.top_k": (0, -1),
     "rollout.max_prompt_length": (1, 0),
     "rollout.max_response_length": (1, 0),
+    "reward.workers": (0, -1),
+    "reward.timeout": (1e-3, 0.0),
+    "reward.memory": (1, 0),
+    "reward.overlong_buffer": (0, -1),
+    "reward.overlong_factor": (0.0, -1.0),
     "serving.slots": (1, 0),
     "serving.steps_per_call": (1, 0),
     "serving.prefill_tokens": (1, 0),
@@ -448,3 +460,44 @@ def test_routing_is_replayed_only_where_there_are_experts():
 def test_sampling_is_not_held_against_a_model_that_a_folder_replaces():
     rollout = RolloutConfig(prompts=8, group_size=4, replay_routing=True, top_k=1000)
     assert small(rollout=rollout, pretrained=Path("some/where")).rollout == rollout
+
+
+def test_a_section_that_may_be_of_two_kinds_comes_back_as_it_was(tmp_path):
+    task = MathTask(data_dir=tmp_path, subset="25%", index_file=tmp_path / "ids")
+    config = Config(task=task, rollout=LONG, reward=RewardConfig(workers=1))
+    restored = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert restored == config
+    assert from_dict(to_dict(Config())).task == ArithmeticTask()
+
+
+def test_where_data_lie_does_not_change_what_a_run_computes():
+    one, other = (
+        to_dict(
+            Config(
+                task=MathTask(data_dir=Path(place), subset=share), rollout=LONG, reward=RewardConfig(workers=workers)
+            )
+        )
+        for place, share, workers in (("a", "all", 1), ("b", "25%", 2))
+    )
+    assert differences(one, other) == {"task.subset": ("all", "25%")}
+
+
+def test_answers_in_mathematics_need_workers_unless_the_user_judges_them():
+    told = refusal(lambda: Config(task=MathTask(), rollout=LONG))
+    assert told.startswith("reward.workers is 0; this task's answers may take any time and memory")
+    assert Config(task=MathTask(), rollout=LONG, reward=RewardConfig(function="my:reward"))
+    assert Config().reward.workers == 0
+
+
+def test_no_more_tokens_are_overlong_than_there_are():
+    longest = RolloutConfig().max_response_length
+    assert Config(reward=RewardConfig(overlong_buffer=longest))
+    told = refusal(lambda: Config(reward=RewardConfig(overlong_buffer=longest + 1)))
+    assert f"reward.overlong_buffer is {longest + 1}; it must be at most rollout.max_response_length" in told
+
+
+def test_every_recipe_is_one():
+    recipes = [path for path in EXPERIMENTS.glob("*.py") if "def config(" in path.read_text()]
+    assert {path.stem for path in recipes} >= {"quickstart", "dapo_math"}
+    for path in recipes:
+        assert runpy.run_path(str(path))["config"]().name == path.stem

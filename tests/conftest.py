@@ -34,7 +34,7 @@ def check_functions(function):
 checker = types.ModuleType("dcjax_test_checker")
 checker.check_functions = check_functions
 sys.modules[checker.__name__] = checker
-checked = [f"dcjax.{room}" for room in ("models", "rl", "serving", "sharding", "types")]
+checked = [f"dcjax.{room}" for room in ("models", "rewards", "rl", "serving", "sharding", "types")]
 install_import_hook(checked, f"{checker.__name__}.check_functions")
 
 settings.register_profile("dcjax", deadline=None)

@@ -39,7 +39,7 @@ def test_a_run_directory_is_made_with_its_config(config):
     with open_run(config) as directory:
         assert directory == config.directory
         recorded = json.loads((directory / "config.json").read_text())
-    versions, _ = recorded.pop("versions"), recorded.pop("platform")
+    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data"))
     assert recorded == to_dict(config)
     assert load_config(config.directory) == config
     assert versions == {name: importlib.metadata.version(name) for name in VERSIONED} | {
@@ -158,3 +158,20 @@ def test_a_file_in_the_way_is_left_as_it_is(config):
     with pytest.raises(OSError, match="one"):
         enter(config)
     assert config.directory.read_text() == "mine"
+
+
+DATA = {"train dapo-math-17k": "29 problems (SHA-256 ab)", "heldout aime24": "6 problems (SHA-256 cd)"}
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(config):
+    with open_run(config, data=DATA):
+        pass
+    with open_run(config, data=DATA) as directory:
+        assert load_config(directory) == config
+    changed = DATA | {"heldout aime24": "5 problems (SHA-256 ef)"}
+    with pytest.raises(RunError) as caught, open_run(config, data=changed):
+        pass
+    told = "on other data: heldout aime24: 5 problems (SHA-256 ef), there 6 problems (SHA-256 cd); put the files"
+    assert told in str(caught.value) and "train" not in str(caught.value).split(";")[0]
+    with pytest.raises(RunError, match="train dapo-math-17k: None, there 29 problems"), open_run(config):
+        pass

@@ -25,6 +25,7 @@ import dcjax.trainer
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
 from dcjax.cli import main
+from dcjax.judging import Judging
 from dcjax.record import read_metrics, read_transcripts
 from dcjax.run import load_config
 from dcjax.sharding.mesh import make_mesh
@@ -651,15 +652,15 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(train, finishe
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(train, finished, monkeypatch, tmp_path):
     directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
-    score = dcjax.trainer.score
+    result = Judging.result
 
-    def infinite(*args):
-        rewards = score(*args)
+    def infinite(judging):
+        rewards = result(judging)
         rewards[3] = np.inf
         return rewards
 
     with monkeypatch.context() as patched:
-        patched.setattr(dcjax.trainer, "score", infinite)
+        patched.setattr(Judging, "result", infinite)
         status, told = train(directory, "--checkpoint.every", "1", "--checkpoint.keep", "1")
     assert status == 2
     assert len(told) == 1 and "loss" in told[0] and "not finite" in told[0], told

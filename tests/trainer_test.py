@@ -14,12 +14,16 @@ from dcjax.config import (
     EvaluationConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RewardConfig,
     RolloutConfig,
     ServingConfig,
     WarmStartConfig,
 )
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models import ModelConfig, token_logps
+from dcjax.rewards.pool import Counters, Pending
+from dcjax.rewards.scorer import InProcess
+from dcjax.serving import rollout
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.trainer import SAMPLING_ROUNDS, Sampled, Trainer
 from dcjax.types import Rollout
@@ -33,6 +37,8 @@ CONFIG = Config(
     evaluation=EvaluationConfig(prompts=4),
     task=ArithmeticTask(),
 )
+HERE = InProcess(CONFIG.task.reward)
+ALWAYS_RIGHT = InProcess(lambda text, gold, *, finished: 1.0)
 
 
 def sampled(cursor, rewards):
@@ -58,7 +64,7 @@ def rounds_of(monkeypatch):
     """A trainer whose rounds of sampling give these rewards, and the cursors and keys that it asked with."""
 
     def build(*rewards):
-        trainer, asked = Trainer(CONFIG), []
+        trainer, asked = Trainer(CONFIG, HERE), []
 
         def sample_once(serving, cursor, key):
             asked.append((cursor, jax.random.key_data(key).tolist()))
@@ -107,10 +113,10 @@ def test_what_no_round_could_fill_is_filled_with_groups_that_the_objective_drops
 
 
 def test_the_average_of_the_weights_is_evaluated_beside_the_last_ones(monkeypatch):
-    trainer = Trainer(CONFIG)
+    trainer = Trainer(CONFIG, HERE)
     seen = []
 
-    def evaluate(config, tokenizer, engines, params, version):
+    def evaluate(config, tokenizer, problems, scorer, engines, params, version):
         seen.append((tuple(engines), float(params["norm"][0])))
         return [module_row(policy) for policy in engines]
 
@@ -136,7 +142,7 @@ def module_row(policy):
 @pytest.mark.parametrize(("saturated", "is_told"), [(9.0, False), (10.0, True), (11.0, False)])
 def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch, capsys, saturated, is_told):
     config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75, budget=0.25))
-    trainer = Trainer(config)
+    trainer = Trainer(config, HERE)
     metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "nonfinite_at": -1}
     monkeypatch.setattr(trainer, "_step", lambda state, batch: (state, metrics))
     loop = module.LoopState(step=4, data_cursor=0, rollout_key=[0, 0])
@@ -162,10 +168,13 @@ SMALL = Config(
 EXPERTS = replace(SMALL.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
-@pytest.fixture
-def rewards(monkeypatch):
+class Alternating:
     """Every group's rewards differ, so that each iteration changes the parameters."""
-    monkeypatch.setattr(module, "score", lambda texts, *_: np.arange(len(texts), dtype=np.float32) % 2)
+
+    counters = None
+
+    def submit(self, texts, golds, finished):
+        return Pending.of([float(number % 2) for number in range(len(texts))])
 
 
 score_tokens = jax.jit(
@@ -186,7 +195,7 @@ def gaps(model, params, rollout):
 
 def iterated(config):
     """The largest gap of probabilities that one iteration logged, and that of log-probs where nothing is replayed."""
-    trainer = Trainer(config)
+    trainer = Trainer(config, Alternating())
     state, loop = trainer.begin()
     masters = jax.device_get(state.params)
     _, _, metrics, sampled = trainer.iterate(state, loop)
@@ -194,7 +203,7 @@ def iterated(config):
     return metrics["mismatch/prob_diff_max"], gaps(config.model, masters, sampled.rollout).max()
 
 
-def test_routing_is_replayed_in_the_update(rewards):
+def test_routing_is_replayed_in_the_update():
     """Every token's last expert is flipped: only with replay can the trainer know."""
     rollout = replace(SHORT, replay_routing=True)
     config = replace(SMALL, model=EXPERTS, rollout=rollout, mismatch=MismatchConfig(routing_flips=1.0))
@@ -202,7 +211,7 @@ def test_routing_is_replayed_in_the_update(rewards):
     assert replayed < 1e-5 < 1e-2 < plain
 
 
-def test_truncation_is_replayed_in_the_update(rewards):
+def test_truncation_is_replayed_in_the_update():
     config = replace(SMALL, rollout=replace(SHORT, top_k=5, top_p=0.9, temperature=0.8))
     replayed, plain = iterated(config)
     assert replayed < 1e-5 < 1e-1 < plain
@@ -212,8 +221,8 @@ STALENESS = 2
 
 
 @pytest.fixture
-def stale(rewards):
-    return Trainer(replace(SMALL, mismatch=MismatchConfig(staleness=STALENESS)))
+def stale():
+    return Trainer(replace(SMALL, mismatch=MismatchConfig(staleness=STALENESS)), Alternating())
 
 
 def test_the_weights_that_sample_lag_by_exactly_so_many_iterations(stale):
@@ -246,3 +255,55 @@ def test_past_parameters_survive_a_checkpoint(stale, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, sampled_again.rollout, sampled.rollout)
     assert metrics["mismatch/prob_diff_max"] == metrics_again["mismatch/prob_diff_max"] > 1e-4
+
+
+# --- rewards ---
+
+
+class Lengths:
+    """Scores 1 for texts of odd length; counts its calls as what its limits have stopped, after three of before."""
+
+    def __init__(self):
+        self.counters = Counters(timeouts=3)
+
+    def submit(self, texts, golds, finished):
+        self.counters.timeouts += 1
+        return Pending.of([float(len(text) % 2) for text in texts])
+
+
+def judged(config):
+    """What one iteration sampled and logged, and how often its scorer was asked."""
+    scorer = Lengths()
+    trainer = Trainer(config, scorer)
+    state, loop = trainer.begin()
+    _, _, metrics, sampled = trainer.iterate(state, loop)
+    assert len(set(sampled.rewards.tolist())) > 1
+    return sampled, metrics, scorer.counters.timeouts - 3
+
+
+def test_responses_are_judged_while_others_are_sampled_and_what_they_earn_does_not_depend_on_that(monkeypatch):
+    whole, metrics, asked = judged(SMALL)
+    assert asked == 1 == metrics["reward/timeouts"] and metrics["reward/restarts"] == 0
+    monkeypatch.setattr(rollout, "TURNS", 1)
+    # other slots and steps, so that a program is compiled with that
+    parts, metrics, asked = judged(replace(SMALL, serving=replace(SMALL.serving, slots=3, steps_per_call=4)))
+    assert asked > 3 and asked == metrics["reward/timeouts"]
+    np.testing.assert_array_equal(parts.rollout.tokens, whole.rollout.tokens)
+    np.testing.assert_array_equal(parts.rewards, whole.rewards)
+
+
+def test_long_responses_cost_reward_but_no_accuracy():
+    shaped, _, _ = judged(replace(SMALL, reward=RewardConfig(overlong_buffer=10, overlong_factor=0.5)))
+    plain, _, _ = judged(SMALL)
+    lengths = np.asarray(plain.rollout.response_mask).sum(axis=1)
+    costs = [0.5 * min(max(length - 10, 0), 10) / 10 for length in lengths]
+    assert len(set(costs)) > 1
+    np.testing.assert_allclose(shaped.rewards, plain.rewards - costs, atol=1e-6)
+    trainer = Trainer(replace(SMALL, reward=RewardConfig(overlong_buffer=20)), ALWAYS_RIGHT)
+    assert trainer.evaluate(trainer.begin()[0])["eval/deployed_accuracy"] == 1.0
+
+
+def test_without_limits_there_is_nothing_to_count():
+    trainer = Trainer(SMALL, ALWAYS_RIGHT)
+    _, _, metrics, _ = trainer.iterate(*trainer.begin())
+    assert not [name for name in metrics if name.startswith("reward/")]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dcjax.assemble import starting_params
-from dcjax.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
+from dcjax.config import Config, OptimizerConfig, RewardConfig, RolloutConfig, WarmStartConfig
 from dcjax.data.arithmetic import ArithmeticTask, build_tokenizer
+from dcjax.data.mathematics import MathTask
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig
 from dcjax.record import read_metrics
@@ -104,3 +105,12 @@ def test_a_loss_that_is_not_finite_stops_the_warm_start(tmp_path):
     with pytest.raises(RunError, match=r"warm start, step 10: .*lower warm_start.learning_rate"):
         warmed_up(tmp_path, learning_rate=3e38)
     assert read_metrics(tmp_path / "warm_start.jsonl") == []
+
+
+def test_a_task_without_solutions_cannot_be_imitated(tmp_path):
+    rollout = RolloutConfig(prompts=4, group_size=4, max_prompt_length=1024)
+    config = dataclasses.replace(CONFIG, task=MathTask(), rollout=rollout, reward=RewardConfig(workers=1))
+    with pytest.raises(
+        RunError, match=r"warm_start\.steps is 35; this task has no solutions to imitate, so it must be 0"
+    ):
+        warmed_up(tmp_path, config)

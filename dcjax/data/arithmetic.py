@@ -142,6 +142,11 @@ class ArithmeticTask:
         """Itself: nothing is stored."""
         return self
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Empty: the task itself says all."""
+        return {}
+
     @functools.cached_property
     def max_prompt_length(self) -> int:
         """Tokens of the longest prompt, including the equals sign."""

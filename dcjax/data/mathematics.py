@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import typing
 from collections.abc import Sequence
@@ -37,6 +39,8 @@ class MathProblems:
 
     train: list[MathProblem]
     heldout: list[MathProblem]
+    fingerprint: dict[str, str]
+    """How many problems of each data set are used, and a SHA-256 of them in their order."""
 
     def problems(self, split: Split, seed: int, start: int, count: int) -> list[MathProblem]:
         """Problems start, ..., start + count - 1 of a split: a pure function of the arguments.
@@ -136,8 +140,16 @@ class MathTask:
             raise ValueError(
                 f"task.max_prompt_tokens is {self.max_prompt_tokens}; {self.heldout} has a prompt of {longest}"
             )
-        return MathProblems(self._problems(tokenizer, train), self._problems(tokenizer, heldout))
+        used = {"train": self._problems(tokenizer, train), "heldout": self._problems(tokenizer, heldout)}
+        names = {"train": self.dataset, "heldout": self.heldout}
+        described = {f"{split} {names[split]}": _describe(problems) for split, problems in used.items()}
+        return MathProblems(**used, fingerprint=described)
 
     def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[MathProblem]:
         prompt = templates[self.template].prompt
         return [MathProblem(prompt(tokenizer, example.question), example.answer) for example in examples]
+
+
+def _describe(problems: Sequence[MathProblem]) -> str:
+    digest = hashlib.sha256(json.dumps([(each.prompt, each.answer) for each in problems]).encode()).hexdigest()
+    return f"{len(problems)} problems (SHA-256 {digest[:16]})"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,8 +61,8 @@ def _write(name: str, data_dir: Path, scratch: Path) -> Path:
     from dcjax.data.builders import Math
 
     tfds.disable_progress_bar()
-    # TFDS prints to standard output, where a command's results go
-    with contextlib.redirect_stdout(sys.stderr):
+    # TFDS prints to standard output, where a command's results go, that it downloads, which it does not
+    with contextlib.redirect_stdout(io.StringIO()):
         builder = Math(config=name, data_dir=scratch, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=data_dir))
     return Path(os.fspath(builder.data_path))

@@ -35,6 +35,11 @@ class Problems(Protocol):
         """Problems start, ..., start + count - 1 of a split: a pure function of the arguments."""
         ...
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What files they were read from held, by data set: a run goes on with the same. Empty without files."""
+        ...
+
 
 class Task(Protocol):
     """A section of a run's config, from which everything else about its problems follows."""

@@ -2,22 +2,19 @@ r"""How a question is put to a model, and how its answer is found again: one nam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from dcjax.data.datasets import DAPO_INSTRUCTIONS
 from dcjax.rewards.boxed import boxed_answer
-from dcjax.rewards.math import ANSWER_LINE_WINDOW, answer_line_reward, math_reward
+from dcjax.rewards.math import answer_line, answer_line_reward, math_reward
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TemplateName = Literal["boxed", "dapo"]
-
-_ANSWER_LINE = re.compile(r"(?i)answer[ \t]*:([^\n]+)")
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,6 @@ class Template:
             return message
         turn = [{"role": "user", "content": message}]
         return cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-
-
-def answer_line(text: str) -> str | None:
-    """What follows the last `Answer:` within the last `ANSWER_LINE_WINDOW` characters, to the end of its line."""
-    lines = _ANSWER_LINE.findall(text[-ANSWER_LINE_WINDOW:])
-    return lines[-1].strip() if lines else None
 
 
 templates: dict[TemplateName, Template] = {

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.assemble import abstract_state, starting_params
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config, ServingConfig
-from dcjax.data.arithmetic import encode_prompts
+from dcjax.data.task import encode_prompts
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
-from dcjax.evaluate import HELDOUT_SEED
+from dcjax.evaluate import HELDOUT_SEED, open_problems
 from dcjax.probe.policies import Weights
 from dcjax.run import load_config, locate
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -99,7 +99,7 @@ def _load_run(path: Path, serving: dict[str, Any], stale_step: int | None, count
         )
     version = loop.step if stale_step is None else stale_step
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    problems = config.task.problems("heldout", HELDOUT_SEED, 0, count)
+    problems = open_problems(config, tokenizer).problems("heldout", HELDOUT_SEED, 0, count)
     return Source(
         name=run_dir.name,
         step=loop.step,

@@ -41,17 +41,23 @@ def math_reward(text: str, gold: str, *, finished: bool) -> float:
 def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
     r"""1.0 for a finished response whose last line `Answer: X` holds an answer equal to `gold`, else 0.0.
 
-    The last such line in the last `ANSWER_LINE_WINDOW` characters counts, as in verl's DAPO recipe, whose template
-    asks for it. X may be in math mode or in a box, and may end in a full stop. Otherwise as `math_reward`.
+    X is what `answer_line` finds. Otherwise as `math_reward`.
 
     Raises:
       ValueError: math-verify cannot read `gold` (only noticed where an answer is compared with it).
     """
+    return _judge(answer_line(text), gold) if finished else 0.0
+
+
+def answer_line(text: str) -> str | None:
+    """The X of the last line `Answer: X` in the last `ANSWER_LINE_WINDOW` characters; None where there is none.
+
+    As in verl's DAPO recipe, whose template asks for it. X may be in math mode or in a box, and may end in a full stop.
+    """
     lines = _ANSWER_LINE.findall(text[-ANSWER_LINE_WINDOW:])
-    if not finished or not lines:
-        return 0.0
-    line = lines[-1]
-    return _judge(boxed_answer(line) if r"\boxed" in line else _bare(line), gold)
+    if not lines:
+        return None
+    return boxed_answer(lines[-1]) if r"\boxed" in lines[-1] else _bare(lines[-1])
 
 
 def _bare(line: str) -> str:

@@ -57,6 +57,14 @@ class Pending:
         if not size:
             self._over.set()
 
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> Pending:
+        """Scores that are there already."""
+        pending = cls(len(scores))
+        for index, score in enumerate(scores):
+            pending._set(index, score)
+        return pending
+
     def result(self) -> Float32[np.ndarray, "N"]:
         """Waits for the scores, in the order of the texts.
 

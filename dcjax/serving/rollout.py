@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,18 @@ class RolloutState:
     started: Int[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """Some samples that are whole, while others may still be decoded."""
+
+    # their numbers, in order
+    samples: np.ndarray
+    # the tokens of each, the end token included
+    responses: list[np.ndarray]
+    # whether an end token was generated
+    finished: np.ndarray
+
+
 def sample_responses(
     engine: Qwen3Engine,
     params: ServingParams,
@@ -61,6 +73,7 @@ def sample_responses(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
+    on_ended: Callable[[Ended], None] | None = None,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
@@ -77,14 +90,18 @@ def sample_responses(
       top_k: how many tokens can be drawn; 0 is all.
       top_p: the most probable tokens can be drawn, until they hold so much.
       stop_tokens: ids that end a response; the engine's end token where None.
+      on_ended: is given every sample once, soon after it has ended; the rollout does not depend on it.
 
     Raises:
       ValueError: a prompt or a setting that the engine does not take.
     """
     settings = {"temperatures": temperature, "top_ks": top_k, "top_ps": top_p, "stop_tokens": stop_tokens}
     sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
-    while not sampling.advance(params):
-        pass
+    over = False
+    while not over:
+        over = sampling.advance(params)
+        if on_ended is not None:
+            on_ended(sampling.take_ended())
     return sampling.rollout()
 
 
@@ -110,13 +127,25 @@ class Sampling:
         keys = sample_keys(key, np.arange(len(prompts) * samples_per_prompt))
         self._requests = engine.make_requests(keys, **settings)
         self._state = _begin(engine.decoder, engine.slots, len(keys))
+        self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
         engine, samples_per_prompt = self._engine, self._samples_per_prompt
         static = (engine.decoder, engine.steps_per_call, samples_per_prompt)
         self._state, ended = _advance(*static, params, self._prefix, self._requests, self._state)
-        return bool(ended)
+        self._ended = np.asarray(ended)
+        return bool(self._ended.all())
+
+    def take_ended(self) -> Ended:
+        """The samples that have ended and were not taken before."""
+        samples, self._taken = np.flatnonzero(self._ended & ~self._taken), self._ended
+        tokens, lengths = jax.device_get((self._state.samples.tokens, self._state.samples.lengths))
+        return Ended(
+            samples=samples,
+            responses=[tokens[sample, : lengths[sample]] for sample in samples],
+            finished=_finished(tokens, lengths, self._requests)[samples],
+        )
 
     def rollout(self) -> Rollout:
         """All samples, on the host."""
@@ -169,11 +198,14 @@ def _advance(
     prefix: Prefix,
     requests: Requests,
     state: RolloutState,
-) -> tuple[RolloutState, Bool[Array, ""]]:
+) -> tuple[RolloutState, Bool[Array, "N"]]:
+    """Also returns which samples have ended."""
     total = requests.limits.shape[0]
 
     def ended(state: RolloutState) -> Array:
-        return _everywhere(decoder, (state.started == total) & ~jnp.any(state.decode.active))
+        running = jnp.where(_everywhere(decoder, state.decode.active), state.running, total)
+        begun = jnp.arange(total) < state.started
+        return _everywhere(decoder, begun.at[running].set(False, mode="drop"))
 
     def turn(carry):
         count, state = carry
@@ -184,7 +216,11 @@ def _advance(
         samples = _record(state.samples, state.running, before, emitted, params.version)
         return count + 1, dataclasses.replace(state, decode=decode, samples=samples)
 
-    _, state = lax.while_loop(lambda carry: (carry[0] < TURNS) & ~ended(carry[1]), turn, (jnp.int32(0), state))
+    def goes_on(carry):
+        count, state = carry
+        return (count < TURNS) & ~jnp.all(ended(state))
+
+    _, state = lax.while_loop(goes_on, turn, (jnp.int32(0), state))
     return state, ended(state)
 
 
@@ -251,7 +287,6 @@ def _assemble(
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
     tokens, mask = (np.repeat(x, samples_per_prompt, axis=0) for x in (tokens, mask))
-    last = samples.tokens[np.arange(len(samples.lengths)), samples.lengths - 1]
     return Rollout(
         tokens=np.concatenate([tokens, samples.tokens], axis=1),
         prompt_mask=mask,
@@ -259,11 +294,17 @@ def _assemble(
         rollout_logps=samples.logps,
         temperature=requests.sampling.temperatures,
         versions=samples.versions,
-        finished=np.any(last[:, None] == requests.stop_tokens, axis=1),
+        finished=_finished(samples.tokens, samples.lengths, requests),
         log_mass=samples.log_mass,
         support=samples.support if samples.support.shape[-1] else None,
         experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts, mask),
     )
+
+
+def _finished(tokens: Any, lengths: Any, requests: Requests) -> np.ndarray:
+    """Whether each sample's last token ends a response."""
+    last = tokens[np.arange(len(lengths)), lengths - 1]
+    return np.any(last[:, None] == requests.stop_tokens, axis=1)
 
 
 def _joined_experts(sampled: Any, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:

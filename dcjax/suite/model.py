@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.assemble import abstract_state, make_engine, make_training_engine, starting_params
 from dcjax.checkpoint import Checkpoints
-from dcjax.config import Config, on_one_device
+from dcjax.config import Config, RewardConfig, on_one_device
 from dcjax.data.mathematics import MathTask
 from dcjax.data.templates import TemplateName
 from dcjax.data.tokenizers import load_tokenizer
@@ -68,6 +67,7 @@ class Model:
         config = replace(
             self.config,
             task=MathTask(max_prompt_tokens=max_prompt_length),
+            reward=RewardConfig(workers=1),
             rollout=replace(self.config.rollout, top_k=0, top_p=1.0, replay_routing=False, **lengths),
             # one prompt in each pass of the prefill: its cache's roundings then do not depend on which are beside it
             serving=replace(self.config.serving, prefill_tokens=max_prompt_length),
@@ -95,21 +95,6 @@ def load_model(path: Path, *, devices: int = 1, **serving: Any) -> Model:
         return (_load_folder if is_folder(path) else _load_run)(path, mesh, given)
     except ValueError as error:
         raise RunError(str(error)) from None
-
-
-def weights_fingerprint(params: Params) -> int:
-    """Of every bit of the params: a sum without rounding, and so the same on every mesh."""
-    return int(_sum_of_bits(params))
-
-
-@jax.jit
-def _sum_of_bits(params: Params) -> jax.Array:
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(params):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        # the odd factor keeps arrays that changed places apart
-        total = total * 31 + jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-    return total
 
 
 def _load_run(path: Path, mesh: Mesh, serving: dict[str, Any]) -> Model:

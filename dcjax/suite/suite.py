@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dcjax.checkpoint import fingerprint
 from dcjax.data.datasets import Example
 from dcjax.data.store import load_examples
 from dcjax.data.templates import TemplateName, templates
@@ -22,7 +23,7 @@ from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.serving.quantize import FormatName
 from dcjax.suite.benchmarks import Benchmark, SuiteConfig, published_counts
 from dcjax.suite.log import Conditions, Policy, Problem, SampleLog, read_samples
-from dcjax.suite.model import Model, load_model, weights_fingerprint
+from dcjax.suite.model import Model, load_model
 from dcjax.suite.result import SuiteResult, score_benchmark, score_policy
 from dcjax.suite.sampling import sample_problems, to_problems
 
@@ -149,7 +150,7 @@ def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
         problems=problems,
         max_prompt_length=longest,
         max_response_length=min(room, config.max_response_length),
-        weights=weights_fingerprint(model.params),
+        weights=int(fingerprint(model.params)),
         notes=notes,
     )
 

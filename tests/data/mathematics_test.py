@@ -1,6 +1,7 @@
 import logging
 import pickle
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -133,3 +134,18 @@ def test_both_tasks_say_what_a_run_needs_of_them(tokenizer):
             assert task.reward(rf"\boxed{{{drawn[0].answer}}}", drawn[0].answer, finished=True) == 1.0
     assert ArithmeticTask().reward is integer_reward
     assert MathTask(template="dapo").reward is templates["dapo"].reward
+
+
+def test_the_fingerprint_is_of_what_is_asked_and_in_which_order(tokenizer, tmp_path):
+    given = TASK.open(tokenizer).fingerprint
+    assert [told.split(" (")[0] for told in given.values()] == ["29 problems", "6 problems"]
+    assert TASK.open(tokenizer).fingerprint == given
+    names = ("train dapo-math-17k", "heldout aime24")
+    assert set(given) == set(names)
+    other = replace(TASK, template="dapo").open(tokenizer).fingerprint
+    assert all(other[name] != given[name] for name in names)
+    lines = (SAMPLES / "dapo-math-17k.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "dapo-math-17k.jsonl").write_text("\n".join(lines[::-1]), encoding="utf-8")
+    shutil.copy(SAMPLES / "aime24.jsonl", tmp_path)
+    turned = replace(TASK, data_dir=tmp_path).open(tokenizer).fingerprint
+    assert turned[names[0]] != given[names[0]] and turned[names[1]] == given[names[1]]

@@ -4,6 +4,8 @@ import shutil
 import huggingface_hub
 import pytest
 
+from dcjax.cli import main
+from dcjax.data import prepare
 from dcjax.data.contamination import boxed_verifier
 from dcjax.data.datasets import SAMPLES, datasets
 from dcjax.data.prepare import prepare_data
@@ -58,3 +60,44 @@ def test_a_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(OSError, match=r"math500 was not downloaded \(no route\); put it at .*math500\.parquet"):
         prepare_data(tmp_path, ["math500"], download=True)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch, capfd):
+    """Runs `dcjax data`; returns its status and what it printed on either stream."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        capfd.readouterr()
+        return main(["data", *map(str, arguments)]), *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_prints_the_report_or_its_json(told):
+    status, output, _ = told(SAMPLES, "--names", "dapo-math-17k", "amc23")
+    assert status == 0 and output.splitlines()[1].split()[:4] == ["dapo-math-17k", "33", "29", "17398"]
+    assert "amc23: 1 questions as in training, 0 alike (14.3% of 7)" in output
+    status, output, _ = told(SAMPLES, "--names", "dapo-math-17k", "amc23", "--json")
+    report = json.loads(output)
+    assert status == 0 and output.count("\n") == 1
+    assert [each["counts"]["kept"] for each in report["prepared"]] == [29, 7]
+    assert not any(each["refused"] for each in report["prepared"])
+
+
+def test_the_command_downloads_only_where_it_is_told_to(told, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "download_dataset", lambda name, data_dir: asked.append((name, data_dir)))
+    status, output, _ = told(tmp_path, "--names", "math500")
+    assert (status, asked) == (0, []) and "math500: not there; put it at" in output
+    assert told(tmp_path, "--names", "math500", "--download")[0] == 2
+    assert asked == [("math500", tmp_path)]
+
+
+def test_the_command_refuses_what_there_is_not_in_one_line(told):
+    status, output, errors = told(SAMPLES, "--names", "gsm8k")
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("dcjax: error: dataset is 'gsm8k'; it must be one of dapo-math-17k")

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcjax.data.datasets import datasets
-from dcjax.data.templates import answer_line, templates
+from dcjax.data.templates import templates
 from dcjax.data.tokenizers import byte_tokenizer
 
 # as Qwen's, reduced to one turn
@@ -73,8 +73,9 @@ def test_a_prompt_as_published_is_rebuilt_from_the_question_that_is_stored():
     [
         ("Answer: 34", "34"),
         ("Answer:34\n", "34"),
-        ("answer : 5\nAnswer: $\\frac12$ \nAs said.", "$\\frac12$"),
+        ("answer : 5\nAnswer: $\\frac12$ \nAs said.", "\\frac12"),
         ("Answer: 1\nAnswer: 2", "2"),
+        ("Answer: \\boxed{2}.", "2"),
         ("Answer: 1" + " " * 300, None),
         ("x" * 1000 + "Answer: 1", "1"),
         ("Answer:\n34", None),
@@ -83,4 +84,4 @@ def test_a_prompt_as_published_is_rebuilt_from_the_question_that_is_stored():
     ],
 )
 def test_the_last_answer_line_counts_near_the_end(text, answer):
-    assert answer_line(text) == answer
+    assert templates["dapo"].extract(text) == answer

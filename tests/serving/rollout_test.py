@@ -214,6 +214,21 @@ def test_neither_when_noise_is_drawn_nor_how_long_a_call_runs_changes_a_sample(m
     assert_same_samples(sampling.rollout(), rollout_of("float32"))
 
 
+def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
+    monkeypatch.setattr(module, "TURNS", 1)
+    # another engine, so that its programs are compiled with that
+    engine, parts = make_engine("float32", max_stop_tokens=5), []
+    rollout = sample(engine, on_ended=parts.append)
+    assert_same_samples(rollout, rollout_of("float32"))
+    assert sorted(np.concatenate([part.samples for part in parts])) == list(range(len(PROMPTS) * G))
+    assert sum(len(part.samples) > 0 for part in parts) > 2
+    for part in parts:
+        np.testing.assert_array_equal(part.finished, rollout.finished[part.samples])
+        for number, response in zip(part.samples, part.responses, strict=True):
+            np.testing.assert_array_equal(response, rollout.tokens[number, P:][rollout.response_mask[number]])
+    assert 0 < rollout.finished.sum() < len(rollout.finished)
+
+
 def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch):
     monkeypatch.setattr(module, "TURNS", 1)
     engine = make_engine("float32", slots=3 * G, max_stop_tokens=2)

@@ -1,0 +1,55 @@
+"""What rewards are asked of: a pool of worker processes, or this process itself."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+
+from dcjax.rewards.pool import Pending, RewardPool
+from dcjax.rewards.processes import Reward
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Scores answers here and at once, without limits: for rewards that are cheap whatever the text."""
+
+    reward: Reward
+    counters: None = None
+    """It has no limits whose effects could be counted."""
+
+    def submit(
+        self, texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool] | Bool[np.ndarray, "N"]
+    ) -> Pending:
+        """As `RewardPool.submit`, but exceptions of the reward are raised here."""
+        answers = zip(texts, golds, map(bool, finished), strict=True)
+        return Pending.of([float(self.reward(text, gold, finished=end)) for text, gold, end in answers])
+
+
+Scorer = RewardPool | InProcess
+"""Where a run's rewards come from."""
+
+
+def load_reward(name: str) -> Reward:
+    """The function MODULE:FUNCTION; a module may lie in the working directory.
+
+    Raises:
+      ValueError: there is none.
+    """
+    module, _, function = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward.function is {name!r}, which cannot be imported: {error}; give MODULE:FUNCTION"
+        ) from None
+    if not callable(reward):
+        raise ValueError(f"reward.function is {name!r}, a {type(reward).__name__}; it must be a function")
+    return reward

@@ -1,0 +1,79 @@
+"""What responses are judged by, in whatever order they end, on however many hosts."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcjax.config import Config, RewardConfig
+from dcjax.data.mathematics import MathProblem
+from dcjax.data.tokenizers import byte_tokenizer
+from dcjax.errors import RunError
+from dcjax.judging import Judging, open_scorer
+from dcjax.rewards.boxed import integer_reward
+from dcjax.rewards.pool import RewardPool
+from dcjax.rewards.scorer import InProcess
+from dcjax.serving.rollout import Ended
+
+TOKENIZER = byte_tokenizer()
+G, PROBLEMS = 3, [MathProblem("?", str(gold)) for gold in range(4)]
+# of each problem: right, wrong, right but cut
+ANSWERS = [(answer, ended) for gold in range(4) for answer, ended in ((gold, True), (gold + 1, True), (gold, False))]
+RIGHT = [1.0, 0.0, 0.0] * 4
+
+
+def ended(samples):
+    def tokens(answer, finished):
+        ids = TOKENIZER(rf"it is \boxed{{{answer}}}", add_special_tokens=False)["input_ids"]
+        return np.array(ids + [TOKENIZER.eos_token_id] * finished, np.int32)
+
+    return Ended(
+        samples=np.array(samples, int),
+        responses=[tokens(*ANSWERS[sample]) for sample in samples],
+        finished=np.array([ANSWERS[sample][1] for sample in samples], bool),
+    )
+
+
+def judged(*parts):
+    judging = Judging(InProcess(integer_reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    for part in parts:
+        judging.begin(ended(part))
+    return judging.result()
+
+
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(0, 12), max_size=4))
+def test_the_order_in_which_samples_end_does_not_matter(order, cuts):
+    bounds = [0, *sorted(cuts), 12]
+    parts = [sorted(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
+    scores = judged(*parts)
+    assert scores.dtype == np.float32 and scores.tolist() == RIGHT
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_hosts_judge_their_shares_which_are_all_of_it(monkeypatch, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    scores = []
+    for number in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        scores.append(judged([1, 4, 5, 9, 11], [0, 2, 3, 6, 7, 8, 10]))
+    assert np.concatenate(scores).tolist() == RIGHT
+    assert max(map(len, scores)) <= -(-4 // processes) * G
+
+
+def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
+    with open_scorer(Config()) as scorer:
+        assert scorer == InProcess(integer_reward)
+    function = "dcjax.rewards.math:math_reward"
+    with open_scorer(Config(reward=RewardConfig(function=function, workers=1))) as scorer:
+        assert isinstance(scorer, RewardPool)
+        # what the task's own reward would refuse
+        assert scorer.submit([r"\boxed{12-4}"], ["8"], [True]).result().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
+    with pytest.raises(RunError, match=r"reward\.function is 'my:own', which cannot be imported"):
+        open_scorer(Config(reward=RewardConfig(function="my:own", workers=workers)))
