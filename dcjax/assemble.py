@@ -28,6 +28,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.layout import serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.layout import check_model, mesh_layout
+from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -194,6 +195,27 @@ def metrics_to_host(metrics: Metrics) -> dict[str, float]:
     return values
 
 
+def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Where the engine runs: on the training mesh's devices, or on as many of the next ones as serve alone.
+
+    Raises:
+      ValueError: too few devices, devices that copies of the model cannot share, or serving apart with many processes.
+    """
+    count, first = config.serving.devices, mesh.size
+    if count:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"serving.devices is {count}; it must be 0 where there are {jax.process_count()} processes"
+            )
+        if first + count > jax.device_count():
+            raise ValueError(
+                f"serving.devices is {count}, behind {first} of the mesh; {jax.device_count()} were found, "
+                "so the sum must be at most that"
+            )
+        mesh = make_mesh(MeshConfig(data=count), jax.devices()[first:])
+    return serving_mesh(mesh, config.serving.tensor)
+
+
 def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
     """The engine that deploys the policy, for the run's prompts and responses.
 
@@ -216,7 +238,7 @@ def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
             max_support=rollout.top_k,
             records_experts=rollout.replay_routing,
             mismatch=config.mismatch,
-            mesh=serving_mesh(mesh, serving.tensor),
+            mesh=rollout_mesh(config, mesh),
             training_mesh=mesh,
         )
     except ValueError as error:

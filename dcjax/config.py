@@ -145,10 +145,12 @@ class ServingConfig:
     prefill_tokens: int = 4096
     """Tokens in one pass of the prefill on each copy of the model, of several prompts or of a piece of a long one."""
     tensor: int = 1
-    """Devices that share one copy of the model; there are as many copies as the mesh's devices make."""
+    """Devices that share one copy of the model; there are as many copies as the devices make."""
+    devices: int = 0
+    """Devices that only serve, behind those of the mesh; 0 serves on the mesh's own."""
 
     def __post_init__(self):
-        _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1, "tensor": 1})
+        _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1, "tensor": 1, "devices": 0})
         _require_choice("serving.", self, "format")
         _require_choice("serving.", self, "kv_cache")
 
@@ -444,7 +446,8 @@ class Config:
 
 def on_one_device(config: Config) -> Config:
     """The same run where nothing is shared."""
-    return dataclasses.replace(config, mesh=MeshConfig(), serving=dataclasses.replace(config.serving, tensor=1))
+    serving = dataclasses.replace(config.serving, tensor=1, devices=0)
+    return dataclasses.replace(config, mesh=MeshConfig(), serving=serving)
 
 
 WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed", "task.data_dir", "reward.workers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dcjax.assemble import abstract_state, with_pretrained_model
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config
 from dcjax.distributed import Preemption, as_loss, is_main, join
+from dcjax.environment import describe
 from dcjax.errors import Interrupted, RunError
 from dcjax.judging import open_scorer
 from dcjax.progress import Progress
@@ -56,6 +58,8 @@ def _train(trainer: Trainer) -> tuple[Path, Path] | None:
 def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
     config = trainer.config
     restored = checkpoints.restore_latest(abstract_state(config, trainer.mesh))
+    if is_main():
+        print("\n".join(describe(config, trainer.mesh, trainer.engines["deployed"])), file=sys.stderr)
     state, loop = restored or trainer.begin()
     with _told(trainer, directory, restored[1].step if restored else None) as tell, Preemption() as preemption:
         if not restored:

@@ -86,6 +86,7 @@ LOWER_BOUNDS = {
     "serving.steps_per_call": (1, 0),
     "serving.prefill_tokens": (1, 0),
     "serving.tensor": (1, 0),
+    "serving.devices": (0, -1),
     "mismatch.weight_noise": (0.0, -0.1),
     "mismatch.logit_noise": (0.0, -0.1),
     "mismatch.staleness": (0, -1),

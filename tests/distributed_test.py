@@ -96,7 +96,7 @@ def processes(recipe, directory, *options, count=2, devices=1, only=None, each=l
 def ended(process, within=None):
     """Status, and what was told on stderr beside progress and what Gloo says of its connections."""
     _, errors = process.communicate(timeout=within)
-    quiet = ("warm start ", "step ", "[Gloo]")
+    quiet = ("platform: ", "training: ", "serving: ", "warm start ", "step ", "[Gloo]")
     return process.returncode, [line for line in errors.splitlines() if not line.startswith(quiet)]
 
 

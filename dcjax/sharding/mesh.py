@@ -56,8 +56,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 PAPER_A_TRAINING = {"qwen3-8b": MeshConfig(), "qwen3-30b-a3b": MeshConfig(tensor=2, expert=8)}
 """How paper A (arXiv:2606.08779) divides presets in training; `over` gives fsdp the devices that remain."""
 
-PAPER_A_ROLLOUT = {"qwen3-30b-a3b": MeshConfig(tensor=4)}
-"""How it divides them in rollouts."""
+PAPER_A_ROLLOUT = {"qwen3-30b-a3b": 4}
+"""Devices that share a copy of the model in its rollouts, `serving.tensor`."""
 
 
 def over(config: MeshConfig, devices: int) -> MeshConfig:

@@ -17,6 +17,9 @@ from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.models import ModelConfig, init_params, presets
 from dcjax.models.attention import causal_attention
 from dcjax.optimizer import make_optimizer
+from dcjax.serving.layout import serving_mesh
+from dcjax.serving.quantize import formats
+from dcjax.serving.sync import served_shardings
 from dcjax.sharding.layout import check_model, mesh_layout
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
 from dcjax.types import Batch
@@ -170,4 +173,5 @@ def test_a_mesh_that_does_not_divide_a_model_is_refused_with_both_numbers(model,
 def test_paper_a_layouts_divide_their_models(preset):
     check_model(presets[preset], dataclasses.asdict(over(PAPER_A_TRAINING[preset], 64)))
     if preset in PAPER_A_ROLLOUT:
-        check_model(presets[preset], dataclasses.asdict(PAPER_A_ROLLOUT[preset]))
+        rollout = serving_mesh(make_mesh(MeshConfig(data=8)), PAPER_A_ROLLOUT[preset])
+        assert served_shardings(presets[preset], formats["int8"], rollout)

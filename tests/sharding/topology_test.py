@@ -1,8 +1,9 @@
-"""Train steps of full size, compiled for TPU slices that are not there: what they hold, and what they send."""
+"""Programs of full size, compiled for TPU slices that are not there: what they hold, and what they send."""
 
 import dataclasses
 import math
 import re
+from functools import partial
 from importlib.util import find_spec
 
 import jax
@@ -11,8 +12,13 @@ import pytest
 
 from dcjax import assemble
 from dcjax.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
-from dcjax.models import Precision, presets
-from dcjax.sharding.mesh import PAPER_A_TRAINING, MeshConfig, make_mesh, over
+from dcjax.models import Precision, abstract_params, logical_axes, presets
+from dcjax.serving.engine import Qwen3Engine, _generate
+from dcjax.serving.layout import serving_mesh
+from dcjax.serving.quantize import serving_format
+from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
+from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
+from dcjax.sharding.rules import shardings
 from dcjax.sharding.topology import slice_devices
 from dcjax.types import Batch
 
@@ -75,6 +81,17 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
     return assemble.compile_train_step(config, mesh).lower(assemble.abstract_state(config, mesh), batch).compile()
 
 
+def with_shardings(shapes, places):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def arrived(text):
+    """(dtype, elements) of every result of a collective."""
+    for found in re.finditer(rf"= (\(?\w+\[.*?) (?:{COLLECTIVES})(?:-start)?\(", text):
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
+            yield dtype, math.prod(map(int, filter(None, dims.split(","))))
+
+
 def collectives(text):
     """(kind, elements of its largest result, its shapes) of each collective in a program; loops' bodies once."""
     found = []
@@ -126,3 +143,67 @@ def test_the_30b_step_of_paper_a_on_64_chips():
     assert len(journeys) >= 4
     assert {math.prod(shape) // 2048 for shapes in journeys for shape in shapes} == {choices, 8 * choices}
     assert f"[{layers},{rows}," not in text
+
+
+V5E = "v5e:4x4"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
+    slots, capacity, devices = 128, 8192, 8
+    training = make_mesh(MeshConfig(fsdp=16), slice_devices(V5E))
+    model = presets["qwen3-8b"]
+    sizes = {"max_prompt_length": P, "max_response_length": capacity - P, "end_token": 1, "steps_per_call": 8}
+    # 16 GB a chip
+    engine = Qwen3Engine(
+        model, format="int8", slots=slots, mesh=serving_mesh(training, devices), memory=16 * 10**9, **sizes
+    )
+    params = with_shardings(
+        jax.eval_shape(make_sync(model, engine.format), abstract_params(model), 0),
+        served_shardings(model, engine.format, engine.mesh),
+    )
+    state = jax.eval_shape(partial(engine.decoder.empty, slots))
+    state = with_shardings(state, engine.decoder.state_shardings(state))
+    program = _generate.lower(engine.decoder, params, state, engine.steps_per_call).compile()
+    memory, text = program.memory_analysis(), program.as_text()
+    # int8 keys and values with a float32 scale a head, of which a chip has one of eight, for half of the slots
+    cache = model.num_layers * 2 * (slots // 2) * capacity * (model.head_dim + 4)
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.argument_size_in_bytes < cache + 1.0 * GIB
+    assert memory.temp_size_in_bytes < 0.25 * GIB
+    # what a step sends: its tokens' rows, never weights or a cache, and nothing between the two copies
+    sent = collectives(text)
+    assert len(sent) >= 4 * model.num_layers
+    assert max(elements for _, elements, _ in sent) <= 64 * 151_936
+    largest = sorted({elements for kind, elements, _ in sent if kind == "all-reduce"})[-1]
+    assert largest <= 64 * model.hidden_size
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    # served copies on as many chips; at most so many times what a chip then holds arrives at it
+    ("preset", "devices", "times"),
+    [("qwen3-8b", 8, 1.6), ("qwen3-30b-a3b", PAPER_A_ROLLOUT["qwen3-30b-a3b"], 2.5)],
+)
+def test_sync_between_two_meshes_moves_int8_a_layer_at_a_time(preset, devices, times):
+    chips, model, format = slice_devices(V5E), presets[preset], serving_format("int8")
+    asked = over(PAPER_A_TRAINING[preset], len(chips))
+    training = make_mesh(asked, chips)
+    serving = serving_mesh(training, devices)
+    masters = with_shardings(abstract_params(model), shardings(training, logical_axes(model)))
+    sync = make_sync(model, format, serving, training)
+    outer = {name: leaf for name, leaf in masters.items() if name != "layers"}
+    programs = [(sync.outer.lower(outer, 0), 1)]
+    programs += [(run.lower(masters["layers"], 0, 0, 0), sync.kinds.count(kind)) for kind, run in sync.layer.items()]
+    received = 0
+    for lowered, runs in programs:
+        program = lowered.compile()
+        assert program.memory_analysis().temp_size_in_bytes < 1.0 * GIB
+        text = program.as_text()
+        # values travel in 8 bits: what is wider are scales, norms and routers
+        assert not any(dtype != "s8" and elements > 2**21 for dtype, elements in arrived(text))
+        received += runs * sum(elements for dtype, elements in arrived(text) if dtype == "s8")
+    quantized = sum(row.bytes for row in stored_parameters(model, format) if row.quantized)
+    assert received < times * quantized / devices

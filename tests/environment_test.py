@@ -1,0 +1,74 @@
+"""What a run says of itself before it starts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dcjax.assemble import make_engine, rollout_mesh, starting_params
+from dcjax.config import Config, RolloutConfig, ServingConfig
+from dcjax.environment import describe
+from dcjax.errors import RunError
+from dcjax.models import presets
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+
+CONFIG = Config(mesh=MeshConfig(fsdp=2, tensor=2), serving=ServingConfig(format="int8", kv_cache="bf16", slots=4))
+
+
+def described(config):
+    mesh = make_mesh(config.mesh)
+    return describe(config, mesh, make_engine(config, mesh, 1))
+
+
+def test_platform_kernels_precision_and_serving_are_told():
+    platform, training, serving = described(CONFIG)
+    assert platform == f"platform: cpu (cpu), 8 devices, jax {jax.__version__}"
+    assert training.startswith("training: fsdp 2, tensor 2; attention xla; parameters float32, compute float32")
+    assert serving == "serving: int8, KV cache bfloat16, 4 slots; copies of the model: 4, on 1 devices each"
+
+
+def test_experts_and_devices_that_only_serve_are_told():
+    serving = dataclasses.replace(CONFIG.serving, tensor=2, devices=4)
+    _, training, serves = described(dataclasses.replace(CONFIG, model=presets["tiny-moe"], serving=serving))
+    assert "attention xla, experts by blocks of rows;" in training
+    assert serves.endswith("copies of the model: 2, on 2 devices of their own each")
+
+
+def test_a_kernel_that_the_platform_does_not_run_is_refused():
+    with pytest.raises(RunError, match=r"model.attention is 'splash', which does not run on cpu"):
+        described(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention="splash")))
+
+
+def test_devices_that_only_serve_come_behind_those_of_the_mesh():
+    config = dataclasses.replace(CONFIG, serving=ServingConfig(devices=4, tensor=4))
+    mesh = make_mesh(config.mesh)
+    assert [device.id for device in rollout_mesh(config, mesh).devices.flat] == [4, 5, 6, 7]
+    assert [device.id for device in rollout_mesh(CONFIG, mesh).devices.flat] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("serving", "processes", "message"),
+    [
+        ({"devices": 5}, 1, "serving.devices is 5, behind 4 of the mesh; 8 were found"),
+        ({"devices": 3, "tensor": 2}, 1, "serving.tensor is 2; it must divide the number of devices, 3"),
+        ({"devices": 2}, 2, "serving.devices is 2; it must be 0 where there are 2 processes"),
+    ],
+)
+def test_devices_that_there_are_not_are_refused(monkeypatch, serving, processes, message):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    config = dataclasses.replace(CONFIG, serving=ServingConfig(**serving))
+    with pytest.raises(ValueError, match=message):
+        rollout_mesh(config, make_mesh(config.mesh))
+
+
+def test_what_is_served_apart_is_what_is_served_together():
+    """Sync to other devices: the same bits, and none of the masters' devices."""
+    mesh = make_mesh(CONFIG.mesh)
+    config = dataclasses.replace(CONFIG, rollout=RolloutConfig())
+    apart = dataclasses.replace(config, serving=dataclasses.replace(config.serving, devices=4, tensor=2))
+    params = starting_params(config, mesh)
+    ours, theirs = (make_engine(each, mesh, 1).sync(params, 3) for each in (apart, config))
+    for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert {device.id for device in leaf.devices()} == {4, 5, 6, 7}
+        assert jnp.array_equal(jax.device_get(leaf), jax.device_get(other))
