@@ -104,7 +104,9 @@ class Kept:
     @classmethod
     def by(cls, config: Config) -> Kept:
         """What RL needs."""
-        return cls(reference=bool(config.objective.kl_coefficient), history=config.mismatch.staleness)
+        return cls(
+            reference=bool(config.objective.kl_coefficient), history=config.rollout.ahead or config.mismatch.staleness
+        )
 
 
 def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept = Kept()) -> Any:
@@ -183,6 +185,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         group_size=config.rollout.group_size,
         microbatch_size=optimizer.microbatch_size,
         updates=optimizer.updates,
+        ahead=config.rollout.ahead > 0,
     )
     return compile_step(config, mesh, tx, step, Kept.by(config))
 

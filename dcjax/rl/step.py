@@ -53,12 +53,14 @@ def make_train_step(
     group_size: int,
     microbatch_size: int,
     updates: int = 1,
+    ahead: bool = False,
 ) -> TrainStep:
     """Builds the step; jit it with donation of the state.
 
     With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once,
-    before the first. Gradients are summed over microbatches and divided once by the minibatch's denominator. Where `tx`
-    holds a `loss_scale` (`dynamic_loss_scale`), the loss is differentiated at that scale.
+    before the first. Where rollouts are ahead of the trainer, `old_logps` are of the parameters that sampled them, so
+    that mismatch and staleness stay apart. Gradients are summed over microbatches and divided once by the minibatch's
+    denominator. Where `tx` holds a `loss_scale` (`dynamic_loss_scale`), the loss is differentiated at that scale.
 
     Args:
       apply_fn: the training policy.
@@ -71,6 +73,7 @@ def make_train_step(
       group_size: responses a prompt; a minibatch is made of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
+      ahead: rollouts were sampled with the state's oldest history.
 
     Raises:
       ValueError: a size below 1; when the step is traced, a batch that does not divide into whole groups, updates and
@@ -80,6 +83,9 @@ def make_train_step(
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+
+    # from the pass that is differentiated
+    apart = updates > 1 or ahead
 
     def loss(params: Params, batch: Batch, old_logps, reference_logps, mean_reward, multiplier, scale):
         logps, entropy, observed = apply_fn(params, batch)
@@ -145,16 +151,16 @@ def make_train_step(
         minibatches = _deal(batch, updates, group_size)
         reference_logps = None if state.reference is None else recompute(state.reference, minibatches)
         old_logps = gap = None
-        if updates > 1:
-            old_logps = recompute(state.params, minibatches)
+        if apart:
+            old_logps = recompute(state.history[0] if ahead else state.params, minibatches)
             gap = mean_gap(_gather(old_logps, group_size), batch)
         trained, (losses, grad_norms, passed) = jax.lax.scan(
             lambda state, rows: update(state, rows, gap, batch), state, (minibatches, old_logps, reference_logps)
         )
         passed = _gather(passed, group_size)
-        old_logps = passed.logps if updates == 1 else _gather(old_logps, group_size)
+        old_logps = _gather(old_logps, group_size) if apart else passed.logps
         smoothed = _smooth(state, grad_norms)
-        metrics = _batch_metrics(batch, old_logps, passed, stale=updates > 1) | _state_metrics(state)
+        metrics = _batch_metrics(batch, old_logps, passed, stale=apart) | _state_metrics(state)
         metrics |= {
             "loss": jnp.mean(losses),
             "grad_norm": jnp.mean(grad_norms),

@@ -220,7 +220,7 @@ def pairs():
 
 
 @functools.cache
-def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, loss_scale=None):
+def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, loss_scale=None, ahead=False):
     descent = optax.sgd(learning_rate)
     if loss_scale is not None:
         descent = dynamic_loss_scale(descent, init_value=loss_scale, growth_interval=2)
@@ -233,6 +233,7 @@ def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learni
         group_size=G,
         microbatch_size=microbatch_size,
         updates=updates,
+        ahead=ahead,
     )
     return jax.jit(step, compiler_options=FAST_COMPILE), fresh_state(jnp.array(TABLE), tx)
 
@@ -541,3 +542,23 @@ def test_past_parameters_move_up_by_one_an_iteration(pairs, updates):
     plain, _ = step(dataclasses.replace(state, history=()), pairs)
     assert plain.history == ()
     np.testing.assert_array_equal(plain.params, after.params)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ahead_of_the_trainer_mismatch_is_of_the_policy_that_sampled_and_staleness_what_was_learnt_since(
+    pairs, updates
+):
+    step, state = bigram_step(penalty, updates=updates, ahead=True)
+    before = jnp.array(TABLE)
+    now = before + 0.1 * jax.random.normal(jax.random.key(1), before.shape)
+    (old, _, _), (logps, _, _) = (bigram(params, pairs) for params in (before, now))
+    # an engine without any mismatch, two iterations behind
+    exact = dataclasses.replace(pairs, rollout_logps=np.asarray(old))
+    _, metrics = step(dataclasses.replace(state, params=now, history=(before, now - 1)), exact)
+    assert float(metrics["mismatch/prob_diff_max"]) < 1e-6
+    assert float(metrics["dual/discrepancy"]) < 1e-6
+    moved = np.abs(np.exp(logps) - np.exp(old))[pairs.response_mask].mean()
+    assert moved > 1e-3
+    if updates == 1:
+        np.testing.assert_allclose(metrics["staleness/prob_diff_mean"], moved, rtol=1e-5)
+    assert float(metrics["staleness/prob_diff_mean"]) > 1e-3

@@ -1,0 +1,117 @@
+"""Which weights sample for which iteration, when, and what of it a run depends on."""
+
+import dataclasses
+import threading
+
+import pytest
+
+from dcjax.checkpoint import LoopState
+from dcjax.rollouts import Rollouts
+
+STEPS = 6
+
+
+@dataclasses.dataclass
+class State:
+    """The parameters of version n are n."""
+
+    params: int = 0
+    history: tuple = ()
+
+    def moved_on(self):
+        return State(self.params + 1, (*self.history, self.params)[1:] if self.history else ())
+
+
+def sample(serving, loop):
+    """What was sampled with, and for which; a batch takes as many prompts as its number says."""
+    following = dataclasses.replace(loop, step=loop.step + 1, data_cursor=loop.data_cursor + loop.step)
+    return (serving, loop.step, loop.data_cursor), following
+
+
+def run(ahead, state=None, loop=None, steps=STEPS, sample=sample):
+    """All samples, and state and loop behind each iteration."""
+    state = State(history=(0,) * ahead) if state is None else state
+    loop = LoopState(step=0, data_cursor=0, rollout_key=[0, 0]) if loop is None else loop
+    told = []
+    with Rollouts(sample, lambda params, version: (params, version), ahead=ahead, steps=steps) as rollouts:
+        while loop.step < steps:
+            sampled, loop = rollouts.take(state, loop)
+            state = state.moved_on()
+            told.append((sampled, state, loop))
+    return told
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_iteration_t_is_sampled_with_weights_that_are_k_updates_old(ahead):
+    cursors = [0, 0, 1, 3, 6, 10]
+    assert [sampled for sampled, *_ in run(ahead)] == [((max(t - ahead, 0),) * 2, t, cursors[t]) for t in range(STEPS)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_run_that_is_resumed_samples_what_it_would_have(ahead, at):
+    told = run(ahead)
+    _, state, loop = told[at - 1]
+    assert run(ahead, state, loop) == told[at:]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_nothing_is_sampled_for_iterations_that_the_run_does_not_have(ahead):
+    drawn = []
+
+    def counted(serving, loop):
+        drawn.append(loop.step)
+        return sample(serving, loop)
+
+    run(ahead, sample=counted)
+    assert drawn == list(range(STEPS))
+
+
+def test_samples_are_drawn_while_the_trainer_is_at_work_and_no_more_than_k_iterations_ahead():
+    reached = [threading.Event() for _ in range(STEPS)]
+
+    def watched(serving, loop):
+        reached[loop.step].set()
+        return sample(serving, loop)
+
+    state = State(history=(0, 0))
+    with Rollouts(watched, lambda params, version: (params, version), ahead=2, steps=STEPS) as rollouts:
+        _, loop = rollouts.take(state, LoopState(step=0, data_cursor=0, rollout_key=[0, 0]))
+        # meanwhile
+        assert reached[2].wait(10)
+        assert not reached[3].wait(0.2)
+        rollouts.take(state.moved_on(), loop)
+        assert reached[3].wait(10)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_what_sampling_raises_reaches_the_trainer_and_ends_it(ahead):
+    def failing(serving, loop):
+        if loop.step == 1:
+            raise ValueError("no prompts are left")
+        return sample(serving, loop)
+
+    with pytest.raises(ValueError, match="no prompts are left"):
+        run(ahead, sample=failing)
+
+
+def test_who_else_uses_the_devices_waits_until_a_batch_is_drawn():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(serving, loop):
+        begun.set()
+        assert go_on.wait(10)
+        return sample(serving, loop)
+
+    rollouts = Rollouts(slow, lambda params, version: (params, version), ahead=1, steps=STEPS)
+    taker = threading.Thread(
+        target=rollouts.take, args=(State(history=(0,)), LoopState(step=0, data_cursor=0, rollout_key=[0, 0]))
+    )
+    with rollouts:
+        taker.start()
+        assert begun.wait(10)
+        assert not rollouts.quiet.acquire(timeout=0.1)
+        go_on.set()
+        taker.join(10)
+        assert rollouts.quiet.acquire(timeout=10)
+        rollouts.quiet.release()
