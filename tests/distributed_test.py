@@ -127,22 +127,18 @@ def restored(directory, step, mesh):
     return jax.device_get(state), loop
 
 
-def near(value, name, rel):
-    """χ² is a mean of squares less 1, and of 1 it has the relative error."""
-    return pytest.approx(value, rel=rel, abs=rel if "chi2" in name else 1e-9)
-
-
 def assert_same_run(ours, theirs, *, rel):
     """Sampled texts identical, and every metric within `rel`, as is every leaf of the final state."""
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
     ours_metrics, theirs_metrics = measured(ours), measured(theirs)
     assert [record["step"] for record in ours_metrics] == list(range(len(theirs_metrics)))
     for one, other in zip(ours_metrics, theirs_metrics, strict=True):
-        assert one == {name: near(value, name, rel) for name, value in other.items()}
+        # a gap is a difference of log-probs, whose own error it has
+        assert one == pytest.approx(other, rel=rel, abs=0.1 * rel)
     last = checkpointed(theirs)[-1]
     (our_state, our_loop), (their_state, their_loop) = (restored(run, last, MeshConfig()) for run in (ours, theirs))
     assert our_loop == their_loop
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rel, atol=1e-7), our_state, their_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rel, atol=0.1 * rel), our_state, their_state)
 
 
 # --- two processes, in one story, since what takes time is to start and to compile ---
@@ -259,10 +255,14 @@ def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, t
 
 # --- slow: more processes, more ways to go ---
 
+# More than two addends are added up in other orders by other numbers of processes. What that changes, by 1e-7, moves
+# some of an int8 engine's roundings, and with them the gap by a percent; in float32 it stays what it is.
+FLOAT32 = ["--serving.format", "float32"]
+
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does(recipe, tmp_path):
-    options = ["--mesh.data", "2", "--mesh.fsdp", "2", "--steps", "3"]
+    options = ["--mesh.data", "2", "--mesh.fsdp", "2", "--steps", "3", *FLOAT32]
     assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
     with processes(recipe, tmp_path / "four", *options, count=4) as started:
         assert [ended(process) for process in started] == [(0, [])] * 4
@@ -272,7 +272,7 @@ def test_four_processes_train_as_one_does(recipe, tmp_path):
 @pytest.mark.slow
 def test_processes_that_hold_the_same_rows_train_as_one_does(recipe, tmp_path):
     """Where a mesh axis that splits no rows runs across hosts, their shares of prompts are not the rows they feed."""
-    options = ["--mesh.tensor", "2", "--mesh.data", "2", "--steps", "3"]
+    options = ["--mesh.tensor", "2", "--mesh.data", "2", "--serving.tensor", "2", "--steps", "3", *FLOAT32]
     assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
     with processes(recipe, tmp_path / "four", *options, count=4) as started:
         assert [ended(process) for process in started] == [(0, [])] * 4
@@ -282,6 +282,7 @@ def test_processes_that_hold_the_same_rows_train_as_one_does(recipe, tmp_path):
 @pytest.mark.slow
 def test_groups_that_are_sampled_anew_are_chosen_alike_by_all_processes(recipe, tmp_path):
     options = ["--mesh.fsdp", "4", "--steps", "3", "--objective.zero_variance", "resample", "optimizer.ema_decay=0.5"]
+    options += FLOAT32
     assert main(["train", str(recipe), "--run-dir", str(tmp_path / "one"), *options]) == 0
     with processes(recipe, tmp_path / "two", *options, devices=2) as started:
         assert [ended(process) for process in started] == [(0, [])] * 2

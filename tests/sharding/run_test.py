@@ -1,0 +1,95 @@
+"""Whole iterations on meshes of eight devices against one device: what is sampled, and what is learnt of it."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dcjax.config import (
+    Config,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ServingConfig,
+    WarmStartConfig,
+)
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.models import ModelConfig
+from dcjax.sharding.mesh import MeshConfig
+from dcjax.trainer import Trainer
+
+ITERATIONS = 3
+CONFIG = Config(
+    seed=3,
+    steps=ITERATIONS,
+    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
+    model=ModelConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=8
+    ),
+    warm_start=WarmStartConfig(steps=15, batch_size=32, warmup_steps=5, learning_rate=2e-2),
+    rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=16),
+    # Adam's first steps are signs where gradients exceed epsilon: a large one keeps rounding from deciding them
+    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, microbatch_size=8),
+    objective=ObjectiveConfig(initial_multiplier=0.3, dual_lr=20.0, budget=0.0014),
+    evaluation=EvaluationConfig(prompts=16),
+    serving=ServingConfig(format="float32", slots=8, steps_per_call=4),
+)
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
+ONE = MeshConfig()
+MODELS = {"dense": CONFIG.model, "experts": dataclasses.replace(CONFIG.model, **EXPERTS)}
+
+
+@functools.cache
+def run(model, mesh=ONE, **serving):
+    """The tokens of three iterations, their metrics, and the state behind them."""
+    config = dataclasses.replace(
+        CONFIG, model=MODELS[model], mesh=mesh, serving=dataclasses.replace(CONFIG.serving, **serving)
+    )
+    trainer = Trainer(config)
+    state, loop = trainer.begin()
+    sampled, measured = [], []
+    for _ in range(ITERATIONS):
+        state, loop, metrics, drawn = trainer.iterate(state, loop)
+        sampled.append(drawn.rollout.tokens)
+        measured.append({name: value for name, value in metrics.items() if not name.startswith(("time/", "tokens_"))})
+    return np.array(sampled), measured, jax.device_get(state)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "tensor"),
+    [
+        ("dense", MeshConfig(data=2, fsdp=2, tensor=2), 2),
+        ("experts", MeshConfig(tensor=2, expert=4), 4),
+        pytest.param("dense", MeshConfig(data=8), 1, marks=pytest.mark.slow),
+        pytest.param("dense", MeshConfig(fsdp=8), 8, marks=pytest.mark.slow),
+        pytest.param("dense", MeshConfig(tensor=8), 8, marks=pytest.mark.slow),
+        pytest.param("dense", MeshConfig(context=8), 2, marks=pytest.mark.slow),
+        pytest.param("dense", MeshConfig(fsdp=4, context=2), 4, marks=pytest.mark.slow),
+        pytest.param("experts", MeshConfig(expert=8), 8, marks=pytest.mark.slow),
+        pytest.param("experts", MeshConfig(fsdp=2, tensor=2, expert=2), 1, marks=pytest.mark.slow),
+        pytest.param("experts", MeshConfig(data=2, expert=2, context=2), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_three_iterations_are_those_of_one_device(model, mesh, tensor):
+    (tokens, metrics, state), (expected, measured, alone) = run(model, mesh, tensor=tensor), run(model)
+    np.testing.assert_array_equal(tokens, expected)
+    for ours, theirs in zip(metrics, measured, strict=True):
+        # a gap is a difference of log-probs, whose own error it has
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for ours, theirs in zip(*(jax.tree.leaves(each.params) for each in (state, alone)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_rollouts_differ_between_iterations_and_between_models():
+    """That equal tokens say something."""
+    dense, experts = run("dense")[0], run("experts")[0]
+    assert (dense[0] != dense[1]).any() and (dense != experts).any()
+
+
+@pytest.mark.parametrize("devices", [4])
+def test_devices_of_their_own_serve_alike(devices):
+    apart = run("dense", MeshConfig(fsdp=2, tensor=2), tensor=2, devices=devices)
+    np.testing.assert_array_equal(apart[0], run("dense")[0])
