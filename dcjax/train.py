@@ -61,7 +61,8 @@ def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
     if is_main():
         print("\n".join(describe(config, trainer.mesh, trainer.engines["deployed"])), file=sys.stderr)
     state, loop = restored or trainer.begin()
-    with _told(trainer, directory, restored[1].step if restored else None) as tell, Preemption() as preemption:
+    last_step = restored[1].step if restored else None
+    with trainer.rollouts, _told(trainer, directory, last_step) as tell, Preemption() as preemption:
         if not restored:
             tell(0, trainer.evaluate(state), None)
             checkpoints.save(state, loop)

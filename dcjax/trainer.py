@@ -27,6 +27,7 @@ from dcjax.rewards.scorer import Scorer
 from dcjax.rewards.shaping import soft_overlong_punishment
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
+from dcjax.rollouts import Rollouts
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.sync import ServingParams
@@ -120,6 +121,9 @@ class Trainer:
             raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
         check_divides(self.mesh, prompts=config.rollout.prompts, heldout=config.evaluation.prompts)
         self.engines = make_engines(config, self.mesh, self.tokenizer)
+        self.rollouts = Rollouts(
+            self._sample, self.engines["deployed"].sync, ahead=config.rollout.ahead, steps=config.steps
+        )
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
         self._schedule = make_schedule(config)
@@ -145,7 +149,8 @@ class Trainer:
         return measured | {"eval/prompts": self.config.evaluation.prompts}
 
     def _accuracies(self, engines: dict[Policy, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
-        return evaluate(self.config, self.tokenizer, self.problems, self._scorer, engines, params, version)
+        with self.rollouts.quiet:
+            return evaluate(self.config, self.tokenizer, self.problems, self._scorer, engines, params, version)
 
     def iterate(self, state: TrainState, loop: LoopState) -> tuple[TrainState, LoopState, dict[str, float], Sampled]:
         """One RL iteration; `state` is donated.
@@ -155,8 +160,7 @@ class Trainer:
         """
         started = time.perf_counter()
         stopped = self._stopped_answers()
-        key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(loop.rollout_key, jnp.uint32)))
-        sampled = self._sample(state, loop, rollout_key)
+        sampled, following = self.rollouts.take(state, loop)
         rolled_out = time.perf_counter()
         state, metrics = self._update(state, loop, sampled)
         ended = time.perf_counter()
@@ -168,22 +172,19 @@ class Trainer:
             "tokens_per_second": tokens / (ended - started),
         }
         metrics |= {name: count - stopped[name] for name, count in self._stopped_answers().items()}
-        loop = replace(
-            loop,
+        return state, following, metrics, sampled
+
+    def _sample(self, serving: ServingParams, loop: LoopState) -> tuple[Sampled, LoopState]:
+        key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(loop.rollout_key, jnp.uint32)))
+        sampled = self._sample_once(serving, loop.data_cursor, rollout_key)
+        if self.config.objective.zero_variance == "resample":
+            sampled = self._without_equal_groups(sampled, serving, loop.data_cursor, rollout_key)
+        following = LoopState(
             step=loop.step + 1,
             data_cursor=loop.data_cursor + sampled.prompts_taken,
             rollout_key=jax.random.key_data(key).tolist(),
         )
-        return state, loop, metrics, sampled
-
-    def _sample(self, state: TrainState, loop: LoopState, key: jax.Array) -> Sampled:
-        params = state.history[0] if state.history else state.params
-        version = max(loop.step - len(state.history), 0)
-        serving = self.engines["deployed"].sync(params, version)
-        sampled = self._sample_once(serving, loop.data_cursor, key)
-        if self.config.objective.zero_variance != "resample":
-            return sampled
-        return self._without_equal_groups(sampled, serving, loop.data_cursor, key)
+        return sampled, following
 
     def _without_equal_groups(self, sampled: Sampled, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         """Problems whose rewards differ within their group, of as many rounds as it takes (DAPO's dynamic sampling).

@@ -257,6 +257,43 @@ def test_past_parameters_survive_a_checkpoint(stale, tmp_path):
     assert metrics["mismatch/prob_diff_max"] == metrics_again["mismatch/prob_diff_max"] > 1e-4
 
 
+# --- rollouts ahead of the trainer ---
+
+
+@pytest.fixture
+def ahead():
+    trainer = Trainer(replace(SMALL, steps=9, rollout=replace(SMALL.rollout, ahead=STALENESS)), Alternating())
+    with trainer.rollouts:
+        yield trainer
+
+
+def test_ahead_of_the_trainer_samples_lag_but_their_age_is_no_mismatch(ahead):
+    state, loop = ahead.begin()
+    for step in range(STALENESS + 3):
+        state, loop, metrics, sampled = ahead.iterate(state, loop)
+        rollout = sampled.rollout
+        np.testing.assert_array_equal(rollout.versions, np.where(rollout.response_mask, max(step - STALENESS, 0), -1))
+        # served in float32, the policy that sampled is the trainer's own of then
+        assert metrics["mismatch/prob_diff_max"] < 1e-4
+        assert (metrics["staleness/prob_diff_max"] > 1e-3) == (step > 0)
+
+
+def test_ahead_of_the_trainer_a_run_is_resumed_to_the_same_bits(ahead, tmp_path):
+    state, loop = ahead.begin()
+    for _ in range(3):
+        state, loop, *_ = ahead.iterate(state, loop)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state, loop)
+    state, loop, _, sampled = ahead.iterate(state, loop)
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed = checkpoints.restore(3, abstract_state(ahead.config, ahead.mesh))
+    with (other := Trainer(ahead.config, Alternating())).rollouts:
+        again, same_loop, _, sampled_again = other.iterate(*resumed)
+    assert same_loop == loop
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, sampled_again.rollout, sampled.rollout)
+
+
 # --- rewards ---
 
 

@@ -220,7 +220,9 @@ def pairs():
 
 
 @functools.cache
-def bigram_step(*transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, loss_scale=None, ahead=False):
+def bigram_step(
+    *transforms, policy=bigram, microbatch_size=4, updates=1, learning_rate=0.5, loss_scale=None, ahead=False
+):
     descent = optax.sgd(learning_rate)
     if loss_scale is not None:
         descent = dynamic_loss_scale(descent, init_value=loss_scale, growth_interval=2)

@@ -17,6 +17,7 @@ from dcjax.config import (
     WarmStartConfig,
 )
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.judging import open_scorer
 from dcjax.models import ModelConfig
 from dcjax.sharding.mesh import MeshConfig
 from dcjax.trainer import Trainer
@@ -43,18 +44,24 @@ MODELS = {"dense": CONFIG.model, "experts": dataclasses.replace(CONFIG.model, **
 
 
 @functools.cache
-def run(model, mesh=ONE, **serving):
+def run(model, mesh=ONE, ahead=0, **serving):
     """The tokens of three iterations, their metrics, and the state behind them."""
     config = dataclasses.replace(
-        CONFIG, model=MODELS[model], mesh=mesh, serving=dataclasses.replace(CONFIG.serving, **serving)
+        CONFIG,
+        model=MODELS[model],
+        mesh=mesh,
+        rollout=dataclasses.replace(CONFIG.rollout, ahead=ahead),
+        serving=dataclasses.replace(CONFIG.serving, **serving),
     )
-    trainer = Trainer(config)
-    state, loop = trainer.begin()
     sampled, measured = [], []
-    for _ in range(ITERATIONS):
-        state, loop, metrics, drawn = trainer.iterate(state, loop)
-        sampled.append(drawn.rollout.tokens)
-        measured.append({name: value for name, value in metrics.items() if not name.startswith(("time/", "tokens_"))})
+    with open_scorer(config) as scorer:
+        trainer = Trainer(config, scorer)
+        state, loop = trainer.begin()
+        with trainer.rollouts:
+            for _ in range(ITERATIONS):
+                state, loop, metrics, drawn = trainer.iterate(state, loop)
+                sampled.append(drawn.rollout.tokens)
+                measured.append({name: at for name, at in metrics.items() if not name.startswith(("time/", "tokens_"))})
     return np.array(sampled), measured, jax.device_get(state)
 
 
@@ -89,7 +96,15 @@ def test_rollouts_differ_between_iterations_and_between_models():
     assert (dense[0] != dense[1]).any() and (dense != experts).any()
 
 
-@pytest.mark.parametrize("devices", [4])
-def test_devices_of_their_own_serve_alike(devices):
-    apart = run("dense", MeshConfig(fsdp=2, tensor=2), tensor=2, devices=devices)
+def test_devices_of_their_own_serve_alike():
+    apart = run("dense", MeshConfig(fsdp=2, tensor=2), tensor=2, devices=4)
     np.testing.assert_array_equal(apart[0], run("dense")[0])
+
+
+def test_what_is_sampled_ahead_on_devices_of_their_own_is_what_one_device_would():
+    apart = run("dense", MeshConfig(fsdp=2, tensor=2), ahead=1, tensor=2, devices=4)
+    together = run("dense", ahead=1)
+    np.testing.assert_array_equal(apart[0], together[0])
+    # the first two are of the same weights, in turns the second is not
+    np.testing.assert_array_equal(together[0][0], run("dense")[0][0])
+    assert (together[0][1] != run("dense")[0][1]).any()
