@@ -12,7 +12,7 @@ from dcjax.config import Config
 from dcjax.data.task import Problem
 from dcjax.distributed import share
 from dcjax.errors import RunError
-from dcjax.rewards.pool import Pending, RewardPool
+from dcjax.rewards.pool import Pending, RewardError, RewardPool
 from dcjax.rewards.scorer import InProcess, Scorer, load_reward
 from dcjax.serving.rollout import Ended
 
@@ -69,8 +69,16 @@ class Judging:
         self._begun.append((rows, scores))
 
     def result(self) -> np.ndarray:
-        """Waits for the scores of all samples; float32, in their order, of this process's share."""
+        """Waits for the scores of all samples; float32, in their order, of this process's share.
+
+        Raises:
+          RunError: the reward raised on one of them.
+        """
         scores = np.zeros(len(self._golds), np.float32)
-        for rows, part in self._begun:
-            scores[rows] = part.result()
+        try:
+            for rows, part in self._begun:
+                scores[rows] = part.result()
+        except RewardError as error:
+            *_, last = str(error).strip().splitlines()
+            raise RunError(f"the reward function failed: {last}; a reward returns a number for every text") from error
         return scores

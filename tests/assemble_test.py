@@ -77,7 +77,7 @@ def test_a_pretrained_folder_comes_back_from_json():
     assert to_dict(config)["pretrained"] == "some/where"
 
 
-@pytest.mark.parametrize("compute", ["float32", "fp16"])
+@pytest.mark.parametrize("compute", ["float32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_starts_from_a_folder_and_is_exported_again(tmp_path, compute):
     config = Config(
         steps=1,

@@ -1,6 +1,7 @@
 """Every test runs on eight fake CPU devices, with shapes and dtypes of functions checked at run time."""
 
 import os
+import signal
 import sys
 import tempfile
 import types
@@ -11,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # then meet in different orders, and wait for each other until they are aborted.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    # programs are run a few times, so that compiling them is what takes time
+    " --xla_backend_optimization_level=0"
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -36,6 +39,9 @@ checker.check_functions = check_functions
 sys.modules[checker.__name__] = checker
 checked = [f"dcjax.{room}" for room in ("models", "rewards", "rl", "serving", "sharding", "types")]
 install_import_hook(checked, f"{checker.__name__}.check_functions")
+
+# a shell's background job ignores interrupts, and so would the processes that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("dcjax", deadline=None)
 settings.load_profile("dcjax")

@@ -14,7 +14,7 @@ from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
 from dcjax.judging import Judging, open_scorer
 from dcjax.rewards.boxed import integer_reward
-from dcjax.rewards.pool import RewardPool
+from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.rewards.scorer import InProcess
 from dcjax.serving.rollout import Ended
 
@@ -77,3 +77,20 @@ def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
 def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
     with pytest.raises(RunError, match=r"reward\.function is 'my:own', which cannot be imported"):
         open_scorer(Config(reward=RewardConfig(function="my:own", workers=workers)))
+
+
+def test_a_reward_that_raises_ends_the_run_in_one_line():
+    class Failing:
+        counters = None
+
+        def submit(self, texts, golds, finished):
+            pending = Pending(len(texts))
+            pending._set_error(0, "Traceback (most recent call last):\n  ...\nKeyError: 'unit'")
+            for index in range(1, len(texts)):
+                pending._set(index, 1.0)
+            return pending
+
+    judging = Judging(Failing(), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    judging.begin(ended(range(12)))
+    with pytest.raises(RunError, match=r"the reward function failed: KeyError: 'unit'; a reward returns a number"):
+        judging.result()

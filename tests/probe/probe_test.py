@@ -357,6 +357,7 @@ def finite(tree):
     return all(math.isfinite(x) for x in jax.tree.leaves(tree) if isinstance(x, float))
 
 
+@pytest.mark.slow
 def test_where_the_distribution_is_cut_the_total_is_of_what_is_left(only_float32):
     model = dataclasses.replace(CONFIG.model, num_layers=1)
     config = dataclasses.replace(CONFIG, rollout=TRUNCATED, model=model)
@@ -381,6 +382,7 @@ def test_where_the_distribution_is_cut_the_total_is_of_what_is_left(only_float32
     assert found.sampling["prob_diff_mean"] > 10 * found.total["prob_diff_mean"]
 
 
+@pytest.mark.slow
 def test_flipped_experts_are_counted_attributed_and_replayed(only_float32):
     serving = dataclasses.replace(CONFIG.serving, format="float32")
     flipped = MismatchConfig(routing_flips=0.2)
@@ -498,6 +500,7 @@ def test_a_run_is_probed_in_every_format(finished, probed):
     assert (finished / "probe" / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_other_weights_another_format_and_another_place_can_be_asked_for(finished, probed, only_float32, tmp_path):
     options = ("--prompts", 5, "--stale", 0, "--format", "float32", "--kv-cache", "fp8", "--out", tmp_path / "there")
     found = probed(finished / "checkpoints" / "2", *options)

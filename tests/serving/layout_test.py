@@ -68,7 +68,7 @@ def alone(config, format, top_k=0):
 @pytest.mark.parametrize(
     ("config", "format", "tensor", "training", "top_k"),
     [
-        (DENSE, "float32", 2, MeshConfig(fsdp=2, tensor=4), 5),
+        pytest.param(DENSE, "float32", 2, MeshConfig(fsdp=2, tensor=4), 5, marks=pytest.mark.slow),
         (MIXED, "int8", 4, MeshConfig(tensor=2, expert=4), 0),
         pytest.param(DENSE, "int8", 8, MeshConfig(tensor=8), 0, marks=pytest.mark.slow),
         pytest.param(MIXED, "float32", 2, MeshConfig(fsdp=8), 0, marks=pytest.mark.slow),

@@ -69,7 +69,7 @@ def run(model, mesh=ONE, ahead=0, **serving):
     ("model", "mesh", "tensor"),
     [
         ("dense", MeshConfig(data=2, fsdp=2, tensor=2), 2),
-        ("experts", MeshConfig(tensor=2, expert=4), 4),
+        pytest.param("experts", MeshConfig(tensor=2, expert=4), 4, marks=pytest.mark.slow),
         pytest.param("dense", MeshConfig(data=8), 1, marks=pytest.mark.slow),
         pytest.param("dense", MeshConfig(fsdp=8), 8, marks=pytest.mark.slow),
         pytest.param("dense", MeshConfig(tensor=8), 8, marks=pytest.mark.slow),
@@ -90,12 +90,14 @@ def test_three_iterations_are_those_of_one_device(model, mesh, tensor):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rollouts_differ_between_iterations_and_between_models():
     """That equal tokens say something."""
     dense, experts = run("dense")[0], run("experts")[0]
     assert (dense[0] != dense[1]).any() and (dense != experts).any()
 
 
+@pytest.mark.slow
 def test_devices_of_their_own_serve_alike():
     apart = run("dense", MeshConfig(fsdp=2, tensor=2), tensor=2, devices=4)
     np.testing.assert_array_equal(apart[0], run("dense")[0])

@@ -22,7 +22,7 @@ MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_lay
 ROWS, G, P, T = 16, 4, 4, 6
 # a step is run a few times, so that compiling it is what takes time
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
-MESHES = {"one": MeshConfig(), "fsdp 8": MeshConfig(fsdp=8), "data 2 × fsdp 4": MeshConfig(data=2, fsdp=4)}
+MESHES = {"one": MeshConfig(), "data 2 × fsdp 4": MeshConfig(data=2, fsdp=4)}
 
 
 def make_config(mesh):
