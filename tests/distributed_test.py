@@ -138,7 +138,7 @@ def assert_same_run(ours, theirs, *, rel):
     last = checkpointed(theirs)[-1]
     (our_state, our_loop), (their_state, their_loop) = (restored(run, last, MeshConfig()) for run in (ours, theirs))
     assert our_loop == their_loop
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rel, atol=0.1 * rel), our_state, their_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rel, atol=1e-7), our_state, their_state)
 
 
 # --- two processes, in one story, since what takes time is to start and to compile ---
