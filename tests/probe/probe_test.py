@@ -527,6 +527,7 @@ def folder(tmp_path):
     return tmp_path / "hf"
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_probed_with_prompts_of_a_file(folder, probed, only_float32, capfd, monkeypatch):
     monkeypatch.chdir(folder.parent)
     found = probed("hf", "--format", "float32", "--prompts-file", "prompts")

@@ -141,6 +141,7 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     assert any(len(groups(line)) == 2 for line in sent)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_device():
     rollout = alone(MIXED, "float32")
     one, eight = make_engine(MIXED), make_engine(MIXED, tensor=2)

@@ -103,6 +103,7 @@ def test_devices_of_their_own_serve_alike():
     np.testing.assert_array_equal(apart[0], run("dense")[0])
 
 
+@pytest.mark.slow
 def test_what_is_sampled_ahead_on_devices_of_their_own_is_what_one_device_would():
     apart = run("dense", MeshConfig(fsdp=2, tensor=2), ahead=1, tensor=2, devices=4)
     together = run("dense", ahead=1)
