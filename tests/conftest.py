@@ -12,8 +12,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # then meet in different orders, and wait for each other until they are aborted.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    # programs are run a few times, so that compiling them is what takes time
-    " --xla_backend_optimization_level=0"
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
