@@ -133,8 +133,7 @@ def assert_same_run(ours, theirs, *, rel):
     ours_metrics, theirs_metrics = measured(ours), measured(theirs)
     assert [record["step"] for record in ours_metrics] == list(range(len(theirs_metrics)))
     for one, other in zip(ours_metrics, theirs_metrics, strict=True):
-        # a gap is a difference of log-probs, whose own error it has
-        assert one == pytest.approx(other, rel=rel, abs=0.1 * rel)
+        assert one == pytest.approx(other, rel=rel, abs=1e-9)
     last = checkpointed(theirs)[-1]
     (our_state, our_loop), (their_state, their_loop) = (restored(run, last, MeshConfig()) for run in (ours, theirs))
     assert our_loop == their_loop
