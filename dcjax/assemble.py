@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.layout import serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.layout import check_model, mesh_layout
-from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -198,24 +199,29 @@ def metrics_to_host(metrics: Metrics) -> dict[str, float]:
     return values
 
 
-def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
-    """Where the engine runs: on the training mesh's devices, or on as many of the next ones as serve alone.
+def training_mesh(config: Config) -> Mesh:
+    """The run's mesh, on devices that do not only serve.
 
     Raises:
-      ValueError: too few devices, devices that copies of the model cannot share, or serving apart with many processes.
+      ValueError: too few devices, or serving ones that hosts cannot give equally many of.
     """
-    count, first = config.serving.devices, mesh.size
-    if count:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"serving.devices is {count}; it must be 0 where there are {jax.process_count()} processes"
-            )
-        if first + count > jax.device_count():
-            raise ValueError(
-                f"serving.devices is {count}, behind {first} of the mesh; {jax.device_count()} were found, "
-                "so the sum must be at most that"
-            )
-        mesh = make_mesh(MeshConfig(data=count), jax.devices()[first:])
+    count, size = config.serving.devices, math.prod(dataclasses.asdict(config.mesh).values())
+    if count and size + count > jax.device_count():
+        raise ValueError(
+            f"serving.devices is {count}, behind {size} of the mesh; {jax.device_count()} were found, "
+            "so the sum must be at most that"
+        )
+    return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
+
+
+def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Where the engine runs: on the training mesh's devices, or on those that only serve.
+
+    Raises:
+      ValueError: devices that copies of the model cannot share.
+    """
+    if count := config.serving.devices:
+        mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices(), count)[1])
     return serving_mesh(mesh, config.serving.tensor)
 
 

@@ -34,15 +34,25 @@ class Checkpoints:
     """The checkpoints of one run, in `directory/STEP`; saved in the background, visible only when whole.
 
     Args:
-      directory: made with the first save.
+      directory: made unless it is only read.
       keep: newest checkpoints kept; None to only read.
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None):
         self.directory = directory.resolve()
+        if keep is not None:
+            if is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+            # the others must not look before it is there
+            total(0)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=keep is not None,
+            # Orbax makes no directory for processes that are named; unnamed, they would meet in programs on all
+            # devices, which may be at other work
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            ),
             read_only=keep is None,
             # made in the background, a directory that cannot be made leaves threads that wait minutes for it
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),

@@ -150,7 +150,7 @@ class ServingConfig:
     tensor: int = 1
     """Devices that share one copy of the model; there are as many copies as the devices make."""
     devices: int = 0
-    """Devices that only serve, behind those of the mesh; 0 serves on the mesh's own."""
+    """Devices that only serve, each host's last ones and equally many of each; 0 serves on the mesh's own."""
 
     def __post_init__(self):
         _require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1, "tensor": 1, "devices": 0})
@@ -463,7 +463,16 @@ def on_one_device(config: Config) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig(), serving=serving)
 
 
-WHERE_NOT_WHAT = ("run_dir", "checkpoint", "mesh", "distributed", "task.data_dir", "reward.workers")
+WHERE_NOT_WHAT = (
+    "run_dir",
+    "checkpoint",
+    "mesh",
+    "serving.tensor",
+    "serving.devices",
+    "distributed",
+    "task.data_dir",
+    "reward.workers",
+)
 """Fields that do not change what a run computes: it may be resumed under others."""
 
 

@@ -20,9 +20,10 @@ from typing import Any, NoReturn, Self, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcjax.errors import Interrupted, RunError
+from dcjax.sharding.mesh import HOSTS, by_host
 
 # not public: without it, whether there is a cluster shows only in how `initialize` fails
 from jax._src.clusters import ClusterEnv  # isort: skip
@@ -128,16 +129,23 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def check_divides(mesh: Mesh, *, prompts: int, heldout: int) -> None:
+def check_divides(mesh: Mesh, *, serving: int, prompts: int, heldout: int) -> None:
     """That every process has devices of the mesh, as many training prompts as the others, and a held-out one.
+
+    Args:
+      mesh: that trains.
+      serving: devices that only serve.
+      prompts: of an iteration.
+      heldout: prompts of an evaluation.
 
     Raises:
       RunError: one has not.
     """
     processes = jax.process_count()
-    if processes > 1 and mesh.size < jax.device_count():
+    if processes > 1 and mesh.size + serving < jax.device_count():
+        beside = f" and serving.devices is {serving}" if serving else ""
         raise RunError(
-            f"the mesh has {mesh.size} devices; with {processes} processes it must have all {jax.device_count()}"
+            f"the mesh has {mesh.size} devices{beside}; with {processes} processes all {jax.device_count()} are needed"
         )
     if prompts % processes:
         raise RunError(f"rollout.prompts is {prompts}; it must be a multiple of the number of processes, {processes}")
@@ -151,14 +159,36 @@ def share(count: int) -> slice:
     return slice(count * number // processes, count * (number + 1) // processes)
 
 
-def gather(tree: Tree) -> Tree:
-    """Host arrays of all processes, whole on each, one process's rows after another's; shapes must be equal."""
-    return multihost_utils.process_allgather(tree, tiled=True)
+def gather(tree: Tree, mesh: Mesh | None = None) -> Tree:
+    """Host arrays of all processes, whole on each, one process's rows after another's; shapes must be equal.
+
+    They travel between the devices of `mesh`, or of all: a thread that has devices of its own names these, since every
+    device has to meet the same programs in the same order on all processes.
+    """
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    hosts = by_host(jax.devices() if mesh is None else mesh.devices.flat)
+
+    def gathered(leaf: np.ndarray) -> np.ndarray:
+        shape = (len(leaf) * hosts.shape[HOSTS], *leaf.shape[1:])
+        rows = jax.make_array_from_callback(shape, NamedSharding(hosts, PartitionSpec(HOSTS)), lambda index: leaf)
+        return np.asarray(jax.device_put(rows, NamedSharding(hosts, PartitionSpec())).addressable_data(0))
+
+    return jax.tree.map(gathered, tree)
 
 
-def total(count: int) -> int:
-    """Sum over processes; within int32."""
-    return int(gather(np.array([count], np.int32)).sum())
+def total(count: int, mesh: Mesh | None = None) -> int:
+    """Sum over processes; within int32. Of the mesh, as `gather`."""
+    return int(gather(np.array([count], np.int32), mesh).sum())
+
+
+def threads_may_launch() -> bool:
+    """Whether two threads of a process may each start programs, on devices of their own.
+
+    XLA's client for CPUs starts a process's programs in one order, whatever devices they are for: several processes
+    whose threads come in other orders would wait for each other.
+    """
+    return jax.process_count() == 1 or jax.default_backend() != "cpu"
 
 
 def place(tree: Any, sharding: Sharding) -> Any:
@@ -201,14 +231,17 @@ class Preemption:
     """Notes SIGTERM, with which launchers announce that they will stop a process.
 
     Outside of this context SIGTERM ends the process at once: there is nothing yet to save.
+
+    Args:
+      mesh: between whose devices processes tell each other.
     """
 
-    def __init__(self):
-        self._noted = False
+    def __init__(self, mesh: Mesh):
+        self._noted, self._mesh = False, mesh
 
     def announced(self) -> bool:
         """Whether any process has been told, which all processes ask at the same step."""
-        return total(self._noted) > 0
+        return total(self._noted, self._mesh) > 0
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._note)

@@ -115,7 +115,7 @@ def evaluate(
             key=jax.random.key(HELDOUT_SEED),
             on_ended=judging.begin,
         )
-        correct = total(int(np.sum(judging.result() >= 1)))
+        correct = total(int(np.sum(judging.result() >= 1)), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))

@@ -62,7 +62,7 @@ def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
         print("\n".join(describe(config, trainer.mesh, trainer.engines["deployed"])), file=sys.stderr)
     state, loop = restored or trainer.begin()
     last_step = restored[1].step if restored else None
-    with trainer.rollouts, _told(trainer, directory, last_step) as tell, Preemption() as preemption:
+    with trainer.rollouts, _told(trainer, directory, last_step) as tell, Preemption(trainer.mesh) as preemption:
         if not restored:
             tell(0, trainer.evaluate(state), None)
             checkpoints.save(state, loop)

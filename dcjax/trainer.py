@@ -17,7 +17,7 @@ from dcjax import assemble
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.task import Problem, encode_prompts
-from dcjax.distributed import check_divides, gather, is_main, place
+from dcjax.distributed import check_divides, gather, is_main, place, threads_may_launch
 from dcjax.errors import RunError
 from dcjax.evaluate import Accuracy, Policy, evaluate, make_engines, open_problems, responses
 from dcjax.judging import Judging
@@ -31,7 +31,6 @@ from dcjax.rollouts import Rollouts
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.sync import ServingParams
-from dcjax.sharding.mesh import make_mesh
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params, Rollout, TrainState
 from dcjax.warm_start import warm_start
@@ -114,15 +113,24 @@ class Trainer:
             self.problems = open_problems(config, self.tokenizer)
             for split in ("train", "heldout"):
                 self.problems.problems(split, config.seed, 0, 1)
-            self.mesh = make_mesh(config.mesh)
+            self.mesh = assemble.training_mesh(config)
         except ValueError as error:
             raise RunError(str(error)) from None
         if len(self.tokenizer) > config.model.vocab_size:
             raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(self.tokenizer)}")
-        check_divides(self.mesh, prompts=config.rollout.prompts, heldout=config.evaluation.prompts)
+        check_divides(
+            self.mesh,
+            serving=config.serving.devices,
+            prompts=config.rollout.prompts,
+            heldout=config.evaluation.prompts,
+        )
         self.engines = make_engines(config, self.mesh, self.tokenizer)
         self.rollouts = Rollouts(
-            self._sample, self.engines["deployed"].sync, ahead=config.rollout.ahead, steps=config.steps
+            self._sample,
+            self.engines["deployed"].sync,
+            ahead=config.rollout.ahead,
+            steps=config.steps,
+            in_thread=config.rollout.ahead > 0 and threads_may_launch(),
         )
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
@@ -149,8 +157,8 @@ class Trainer:
         return measured | {"eval/prompts": self.config.evaluation.prompts}
 
     def _accuracies(self, engines: dict[Policy, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
-        with self.rollouts.quiet:
-            return evaluate(self.config, self.tokenizer, self.problems, self._scorer, engines, params, version)
+        settings = (self.config, self.tokenizer, self.problems, self._scorer, engines, params, version)
+        return self.rollouts.between(lambda: evaluate(*settings))
 
     def iterate(self, state: TrainState, loop: LoopState) -> tuple[TrainState, LoopState, dict[str, float], Sampled]:
         """One RL iteration; `state` is donated.
@@ -218,7 +226,8 @@ class Trainer:
             key=key,
             on_ended=judging.begin,
         )
-        return Sampled(problems, rollout, gather(judging.result()) + self._length_rewards(rollout), len(problems))
+        rewards = gather(judging.result(), engine.mesh) + self._length_rewards(rollout)
+        return Sampled(problems, rollout, rewards, len(problems))
 
     def _length_rewards(self, rollout: Rollout) -> np.ndarray | float:
         """What responses earn for their length (DAPO's overlong shaping), at most 0."""
@@ -237,7 +246,7 @@ class Trainer:
         if self._scorer.counters is None:
             return {}
         counters = asdict(self._scorer.counters)
-        totals = gather(np.array([[*counters.values()]], np.int32)).sum(axis=0)
+        totals = gather(np.array([[*counters.values()]], np.int32), self.mesh).sum(axis=0)
         return {f"reward/{name}": int(count) for name, count in zip(counters, totals, strict=True)}
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dcjax.assemble import make_engine, rollout_mesh, starting_params
+from dcjax.assemble import make_engine, rollout_mesh, starting_params, training_mesh
 from dcjax.config import Config, RolloutConfig, ServingConfig
 from dcjax.environment import describe
 from dcjax.errors import RunError
@@ -42,24 +42,23 @@ def test_a_kernel_that_the_platform_does_not_run_is_refused():
 
 def test_devices_that_only_serve_come_behind_those_of_the_mesh():
     config = dataclasses.replace(CONFIG, serving=ServingConfig(devices=4, tensor=4))
-    mesh = make_mesh(config.mesh)
+    mesh = training_mesh(config)
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
     assert [device.id for device in rollout_mesh(config, mesh).devices.flat] == [4, 5, 6, 7]
     assert [device.id for device in rollout_mesh(CONFIG, mesh).devices.flat] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("serving", "processes", "message"),
+    ("serving", "message"),
     [
-        ({"devices": 5}, 1, "serving.devices is 5, behind 4 of the mesh; 8 were found"),
-        ({"devices": 3, "tensor": 2}, 1, "serving.tensor is 2; it must divide the number of devices, 3"),
-        ({"devices": 2}, 2, "serving.devices is 2; it must be 0 where there are 2 processes"),
+        ({"devices": 5}, "serving.devices is 5, behind 4 of the mesh; 8 were found"),
+        ({"devices": 3, "tensor": 2}, "serving.tensor is 2; it must divide the number of devices, 3"),
     ],
 )
-def test_devices_that_there_are_not_are_refused(monkeypatch, serving, processes, message):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+def test_devices_that_there_are_not_are_refused(serving, message):
     config = dataclasses.replace(CONFIG, serving=ServingConfig(**serving))
     with pytest.raises(ValueError, match=message):
-        rollout_mesh(config, make_mesh(config.mesh))
+        rollout_mesh(config, training_mesh(config))
 
 
 def test_what_is_served_apart_is_what_is_served_together():

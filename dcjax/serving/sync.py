@@ -31,6 +31,7 @@ from dcjax.serving.quantize import (
     role_of,
 )
 from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, shardings
+from dcjax.sharding.transfer import across
 from dcjax.types import Array, Params
 
 
@@ -146,7 +147,7 @@ def _compiler(
 
         def transferred(convert, part):
             quantized = jax.jit(convert, out_shardings=part(stays))
-            return lambda *arguments: jax.device_put(quantized(*arguments), part(goes))
+            return lambda *arguments: across(quantized(*arguments), part(goes))
 
         return transferred
     # every device first gets its share of what its copy of the model needs, and copies then gather the rest: left to

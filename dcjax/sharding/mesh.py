@@ -1,12 +1,13 @@
-"""The device mesh."""
+"""The device mesh: which devices train, which only serve, and which belong to one host."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
@@ -39,6 +40,9 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the first of `devices`, all of JAX's where None; axes named as in `MeshConfig`.
 
+    Where these are a whole TPU slice, or a corner of one, axes follow its links; otherwise devices stay in their order,
+    those of a host next to each other.
+
     Raises:
       ValueError: fewer devices than the axes' product.
     """
@@ -48,9 +52,48 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if needed > available:
         asked = ", ".join(f"mesh.{name} {size}" for name, size in zip(names, sizes, strict=True) if size > 1)
         raise ValueError(f"{asked} needs {needed} devices; {available} found, so the product must be at most that")
-    # an axis of 8 on a torus of 4 × 4 × 4 takes one of the torus's axes and half of another
-    arranged = create_device_mesh(sizes, devices[:needed], allow_split_physical_axes=True)
+    used = devices[:needed]
+    if used[0].platform == "tpu" and not _is_box(used):
+        arranged = np.reshape(used, sizes)
+    else:
+        # an axis of 8 on a torus of 4 × 4 × 4 takes one of the torus's axes and half of another
+        arranged = create_device_mesh(sizes, used, allow_split_physical_axes=True)
     return Mesh(arranged, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _is_box(chips: Sequence[jax.Device]) -> bool:
+    """Whether chips are all of a box in the corner of their slice; JAX arranges no others."""
+    places = {tuple(chip.coords) for chip in chips}
+    return len(places) == math.prod(max(along) + 1 for along in zip(*places, strict=True))
+
+
+HOSTS, OWN = "hosts", "own"
+"""The axes of `by_host`."""
+
+
+def by_host(devices: Iterable[jax.Device]) -> Mesh:
+    """The same devices as a mesh of hosts (processes) by devices of each, which must be equally many."""
+    return Mesh(_rows_of_hosts(devices), (HOSTS, OWN), axis_types=(AxisType.Auto,) * 2)
+
+
+def _rows_of_hosts(devices: Iterable[jax.Device]) -> np.ndarray:
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    hosts = len({device.process_index for device in ordered})
+    return np.reshape(np.array(ordered, object), (hosts, -1))
+
+
+def set_aside(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices that train, and `count` that only serve: each host's last ones, equally many.
+
+    Raises:
+      ValueError: hosts cannot give equally many.
+    """
+    hosts = _rows_of_hosts(devices)
+    own, rest = divmod(count, len(hosts))
+    if rest:
+        raise ValueError(f"serving.devices is {count}; it must be a multiple of the number of processes, {len(hosts)}")
+    trains = hosts.shape[1] - own
+    return list(hosts[:, :trains].flat), list(hosts[:, trains:].flat)
 
 
 PAPER_A_TRAINING = {"qwen3-8b": MeshConfig(), "qwen3-30b-a3b": MeshConfig(tensor=2, expert=8)}

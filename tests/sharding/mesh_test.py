@@ -1,8 +1,9 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dcjax.sharding.mesh import MeshConfig, make_mesh, over
+from dcjax.sharding.mesh import MeshConfig, by_host, make_mesh, over
 
 AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -48,3 +49,9 @@ def test_fsdp_takes_the_devices_that_remain():
     assert over(MeshConfig(fsdp=3), 8) == MeshConfig(fsdp=8)
     with pytest.raises(ValueError, match=r"24 devices .* product is 16"):
         over(MeshConfig(tensor=2, expert=8), 24)
+
+
+def test_a_mesh_by_host_has_a_row_for_each():
+    mesh = by_host(jax.devices()[::-1])
+    assert dict(mesh.shape) == {"hosts": 1, "own": 8}
+    np.testing.assert_array_equal(mesh.devices[0], jax.devices())

@@ -17,7 +17,7 @@ from dcjax.serving.engine import Qwen3Engine, _generate
 from dcjax.serving.layout import serving_mesh
 from dcjax.serving.quantize import serving_format
 from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
-from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
+from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over, set_aside
 from dcjax.sharding.rules import shardings
 from dcjax.sharding.topology import slice_devices
 from dcjax.types import Batch
@@ -33,6 +33,27 @@ def test_a_slice_has_its_chips():
     assert len(devices) == 64
     assert {device.platform for device in devices} == {"tpu"}
     assert len({tuple(device.coords) for device in devices}) == 64
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "serving", "tensor"), [("v5e:4x4", 8, 4), ("v5p:4x4x4", 16, 4), ("v5p:4x4x4", 32, 2)])
+def test_part_of_every_host_serves_while_the_rest_trains(name, serving, tensor):
+    """Such parts are no boxes, which JAX's own arrangement takes for granted."""
+    devices = slice_devices(name)
+    trains, serves = set_aside(devices, serving)
+    mesh = make_mesh(MeshConfig(fsdp=len(trains)), trains)
+    engines = serving_mesh(make_mesh(MeshConfig(data=serving), serves), tensor)
+    assert {*mesh.devices.flat} | {*engines.devices.flat} == {*devices}
+    hosts = {device.process_index for device in devices}
+    for host in hosts:
+        own = [device for device in devices if device.process_index == host]
+        assert [device for device in serves if device in own] == own[-serving // len(hosts) :]
+
+
+@needs_libtpu
+def test_devices_that_hosts_cannot_give_equally_are_refused():
+    with pytest.raises(ValueError, match=r"serving.devices is 6; it must be a multiple of the number of processes, 4"):
+        set_aside(slice_devices("v5e:4x4"), 6)
 
 
 @needs_libtpu
