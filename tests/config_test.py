@@ -386,6 +386,7 @@ def test_where_and_how_often_a_run_is_saved_is_no_difference():
     elsewhere = small(
         run_dir=Path("elsewhere"),
         mesh=MeshConfig(fsdp=4),
+        serving=ServingConfig(tensor=2, devices=2),
         checkpoint=CheckpointConfig(every=3, keep=1),
     )
     assert differences(to_dict(small()), to_dict(elsewhere)) == {}

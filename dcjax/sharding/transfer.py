@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dcjax.sharding.mesh import OWN, by_host
+from dcjax.sharding.mesh import HOSTS, by_host
 
 
 def across(tree: Any, places: Any) -> Any:
     """Arrays on other devices of the same hosts.
 
-    JAX moves arrays between disjoint devices within a process only. Where there are several, each host first gets the
-    whole of what it may need, divided over its old devices, and hands it to its new ones.
+    They are first arranged on their old devices as they will be on the new ones, whole on each host; then each part
+    goes from a device to another one of its host. JAX itself moves arrays between disjoint devices within one process
+    only, and what is not arranged alike through the host's memory.
 
     Args:
       tree: of arrays with a NamedSharding each.
       places: a NamedSharding for each, on a mesh of other devices.
     """
-    if jax.process_count() == 1:
-        return jax.device_put(tree, places)
-    whole = jax.device_put(tree, jax.tree.map(_each_host, tree))
-    return jax.tree.map(_handed_over, whole, places)
+    arranged = jax.device_put(tree, jax.tree.map(_on_each_host, tree, places))
+    return jax.tree.map(_handed_over, arranged, places)
 
 
-def _each_host(leaf: jax.Array) -> NamedSharding:
-    """Whole on every host, in as many parts as it has devices, where a dimension divides into these."""
+def _on_each_host(leaf: jax.Array, place: NamedSharding) -> NamedSharding:
+    """Over each host's own old devices what is new over all; whole on each of them where they are no multiple."""
     assert isinstance(leaf.sharding, NamedSharding)
-    hosts = by_host(leaf.sharding.mesh.devices.flat)
-    divided = (place for place, size in enumerate(leaf.shape) if size % hosts.shape[OWN] == 0)
-    place = next(divided, None)
-    return NamedSharding(hosts, PartitionSpec() if place is None else PartitionSpec(*[None] * place, OWN))
+    rows = by_host(leaf.sharding.mesh.devices.flat).devices
+    first, *others = place.mesh.axis_names
+    parts = [place.mesh.shape[axis] for axis in others]
+    if rows.shape[1] % math.prod(parts) or first in jax.tree.leaves(tuple(place.spec)):
+        return NamedSharding(by_host(rows.flat), PartitionSpec())
+    devices = np.reshape(rows, (len(rows), -1, *parts))
+    return NamedSharding(Mesh(devices, (HOSTS, first, *others), axis_types=(AxisType.Auto,) * devices.ndim), place.spec)
 
 
 def _handed_over(leaf: jax.Array, place: NamedSharding) -> jax.Array:
-    """Of an array placed by `_each_host`, what this host's devices of another mesh hold."""
-    assert isinstance(leaf.sharding, NamedSharding)
-    own = NamedSharding(leaf.sharding.mesh.local_mesh, leaf.sharding.spec)
-    held = jax.make_array_from_single_device_arrays(leaf.shape, own, [shard.data for shard in leaf.addressable_shards])
-    return jax.make_array_from_callback(leaf.shape, place, lambda index: held[index])
+    """The parts of an array that this host's devices in `place` hold, from others of its devices."""
+    shape = leaf.shape
+    held = {_bounds(shard.index, shape): shard.data for shard in leaf.addressable_shards}
+
+    def part(index: tuple[slice, ...]) -> jax.Array:
+        # where it is not held as it is, all is
+        exact = held.get(_bounds(index, shape))
+        return leaf.addressable_data(0)[index] if exact is None else exact
+
+    indices = place.addressable_devices_indices_map(shape)
+    parts = [jax.device_put(part(index), device) for device, index in indices.items()]
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))

@@ -1,0 +1,51 @@
+"""Real `dcjax train` processes that find each other on loopback."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Of collectives, on devices that are not there; tests/conftest.py says why."""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def fake_devices(count):
+    """The environment of a process that has so many."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {ONE_ORDER}"}
+
+
+@contextlib.contextmanager
+def processes(recipe, directory, *options, count=2, devices=1, only=None, each=lambda number: ()):
+    """`count` of them, or `only` some, with so many devices each; those that still run at the end are killed.
+
+    `each` gives the options of one of them by its number.
+    """
+    coordinator, started = f"127.0.0.1:{free_port()}", []
+    for number in range(count) if only is None else only:
+        joined = {"coordinator": coordinator, "num_processes": count, "process_id": number}
+        flags = [f"distributed.{name}={value}" for name, value in joined.items()] if count > 1 else []
+        command = [sys.executable, "-m", "dcjax", "train", str(recipe), "--run-dir", str(directory)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(
+            subprocess.Popen([*command, *flags, *options, *each(number)], env=fake_devices(devices), **streams)
+        )
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def ended(process, within=None):
+    """Status, and what was told on stderr beside progress and what Gloo says of its connections."""
+    _, errors = process.communicate(timeout=within)
+    quiet = ("platform: ", "training: ", "serving: ", "warm start ", "step ", "[Gloo]")
+    return process.returncode, [line for line in errors.splitlines() if not line.startswith(quiet)]
