@@ -44,7 +44,7 @@ def _handed_over(leaf: jax.Array, place: NamedSharding) -> jax.Array:
     shape = leaf.shape
     held = {_bounds(shard.index, shape): shard.data for shard in leaf.addressable_shards}
 
-    def part(index: tuple[slice, ...]) -> jax.Array:
+    def part(index: Any) -> jax.Array:
         # where it is not held as it is, all is
         exact = held.get(_bounds(index, shape))
         return leaf.addressable_data(0)[index] if exact is None else exact
