@@ -74,7 +74,7 @@ class Checkpoints:
         return steps[-1]
 
     def save(self, state: TrainState, loop: LoopState) -> None:
-        """Starts saving; the arrays may be donated as soon as this returns.
+        """Starts saving, unless that step or a later one is saved; the arrays may be donated as soon as this returns.
 
         Raises:
           RunError: this or an earlier save failed, for want of space say.

@@ -227,21 +227,27 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+class Stopped(Exception):
+    """A process was told to stop in the middle of an iteration, of which nothing is kept."""
+
+
 class Preemption:
     """Notes SIGTERM, with which launchers announce that they will stop a process.
 
     Outside of this context SIGTERM ends the process at once: there is nothing yet to save.
-
-    Args:
-      mesh: between whose devices processes tell each other.
     """
 
-    def __init__(self, mesh: Mesh):
-        self._noted, self._mesh = False, mesh
+    def __init__(self):
+        self._noted = False
 
-    def announced(self) -> bool:
-        """Whether any process has been told, which all processes ask at the same step."""
-        return total(self._noted, self._mesh) > 0
+    def announced(self, mesh: Mesh) -> bool:
+        """Whether any process has been told, which all processes ask at the same point. Of the mesh, as `gather`."""
+        return total(self._noted, mesh) > 0
+
+    def check(self, mesh: Mesh) -> None:
+        """Where `announced`, raises Stopped."""
+        if self.announced(mesh):
+            raise Stopped
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._note)

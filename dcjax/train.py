@@ -6,11 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from dcjax.assemble import abstract_state, with_pretrained_model
-from dcjax.checkpoint import Checkpoints
+from dcjax.checkpoint import Checkpoints, LoopState
 from dcjax.config import Config
-from dcjax.distributed import Preemption, as_loss, is_main, join
+from dcjax.distributed import Stopped, as_loss, is_main, join
 from dcjax.environment import describe
 from dcjax.errors import Interrupted, RunError
 from dcjax.judging import open_scorer
@@ -19,6 +20,7 @@ from dcjax.record import MetricsLog, Transcripts
 from dcjax.report import write_report
 from dcjax.run import check_data_agree, check_processes_agree, open_run
 from dcjax.trainer import Sampled, Trainer
+from dcjax.types import TrainState
 
 
 def train(config: Config) -> tuple[Path, Path] | None:
@@ -62,24 +64,30 @@ def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
         print("\n".join(describe(config, trainer.mesh, trainer.engines["deployed"])), file=sys.stderr)
     state, loop = restored or trainer.begin()
     last_step = restored[1].step if restored else None
-    with trainer.rollouts, _told(trainer, directory, last_step) as tell, Preemption(trainer.mesh) as preemption:
+    with trainer.rollouts, _told(trainer, directory, last_step) as tell, trainer.preemption as preemption:
         if not restored:
             tell(0, trainer.evaluate(state), None)
             checkpoints.save(state, loop)
         while loop.step < config.steps:
-            state, loop, metrics, sampled = trainer.iterate(state, loop)
+            try:
+                state, loop, metrics, sampled = trainer.iterate(state, loop)
+            except Stopped:
+                _stop(checkpoints, state, loop)
             if _due(loop.step, config.evaluation.every, config.steps):
                 metrics |= trainer.evaluate(state)
             # logged before it is saved, so that a resumed run finds every line up to its checkpoint
             tell(loop.step, metrics, sampled)
-            stopped = preemption.announced()
-            if stopped or _due(loop.step, config.checkpoint.every, config.steps):
+            if preemption.announced(trainer.mesh):
+                _stop(checkpoints, state, loop)
+            if _due(loop.step, config.checkpoint.every, config.steps):
                 checkpoints.save(state, loop)
-            if stopped:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"stopped by SIGTERM; step {loop.step} is saved, and the same command goes on from it"
-                )
+
+
+def _stop(checkpoints: Checkpoints, state: TrainState, loop: LoopState) -> NoReturn:
+    # which does nothing where the step is saved already
+    checkpoints.save(state, loop)
+    checkpoints.wait()
+    raise Interrupted(f"stopped by SIGTERM; step {loop.step} is saved, and the same command goes on from it")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dcjax import assemble
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.task import Problem, encode_prompts
-from dcjax.distributed import check_divides, gather, is_main, place, threads_may_launch
+from dcjax.distributed import Preemption, check_divides, gather, is_main, place, threads_may_launch
 from dcjax.errors import RunError
 from dcjax.evaluate import Accuracy, Policy, evaluate, make_engines, open_problems, responses
 from dcjax.judging import Judging
@@ -29,7 +29,7 @@ from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
 from dcjax.rollouts import Rollouts
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.rollout import sample_responses
+from dcjax.serving.rollout import Ended, sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params, Rollout, TrainState
@@ -132,6 +132,7 @@ class Trainer:
             steps=config.steps,
             in_thread=config.rollout.ahead > 0 and threads_may_launch(),
         )
+        self.preemption = Preemption()
         self.deployed_accuracy: float | None = None
         self._step = assemble.compile_train_step(config, self.mesh)
         self._schedule = make_schedule(config)
@@ -165,6 +166,7 @@ class Trainer:
 
         Raises:
           RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
+          Stopped: a process was told to stop while samples were drawn; `state` and `loop` are what they were.
         """
         started = time.perf_counter()
         stopped = self._stopped_answers()
@@ -215,6 +217,11 @@ class Trainer:
         config, engine = self.config, self.engines["deployed"]
         problems = self.problems.problems("train", config.seed, cursor, config.rollout.prompts)
         judging = Judging(self._scorer, self.tokenizer, problems, samples_per_prompt=config.rollout.group_size)
+
+        def on_ended(ended: Ended) -> None:
+            judging.begin(ended)
+            self.preemption.check(engine.mesh)
+
         rollout = sample_responses(
             engine,
             serving,
@@ -224,7 +231,7 @@ class Trainer:
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
             key=key,
-            on_ended=judging.begin,
+            on_ended=on_ended,
         )
         rewards = gather(judging.result(), engine.mesh) + self._length_rewards(rollout)
         return Sampled(problems, rollout, rewards, len(problems))

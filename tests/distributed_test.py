@@ -150,20 +150,28 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
     assert checkpointed(directory)[-1] >= EVERY
 
 
-def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(recipe, alone, monkeypatch, capfd, tmp_path):
-    iterate, directory = Trainer.iterate, tmp_path / "run"
+@pytest.mark.parametrize(
+    # while samples are drawn an iteration is given up; an update is waited for
+    ("method", "saved"),
+    [("_sample_once", [0, 2]), ("_update", [0, 3])],
+)
+def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(
+    recipe, alone, monkeypatch, capfd, tmp_path, method, saved
+):
+    act, directory, calls = getattr(Trainer, method), tmp_path / "run", []
 
-    def told_to_stop(self, state, loop):
-        if loop.step == 2:
+    def told_to_stop(self, *args):
+        calls.append(method)
+        if len(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return iterate(self, state, loop)
+        return act(self, *args)
 
     command = ["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "iterate", told_to_stop)
+        patched.setattr(Trainer, method, told_to_stop)
         assert main(command) == 75
-    assert "dcjax: error: stopped by SIGTERM; step 3 is saved" in capfd.readouterr().err
-    assert checkpointed(directory) == [0, 3]
+    assert f"dcjax: error: stopped by SIGTERM; step {saved[-1]} is saved" in capfd.readouterr().err
+    assert checkpointed(directory) == saved
     assert main(command) == 0
     assert_same_run(directory, alone, rel=0)
 
@@ -332,6 +340,7 @@ def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them():
     assert [process.returncode for process in started] == [0, 0], told
 
 
+@pytest.mark.slow
 def test_serving_devices_are_as_many_on_each_host(recipe, tmp_path):
     options = ["--mesh.fsdp", "4", "--serving.devices", "3"]
     with processes(recipe, tmp_path / "run", *options, devices=4) as started:
