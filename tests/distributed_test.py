@@ -1,6 +1,7 @@
 """Several real processes on loopback, against one process on the same mesh."""
 
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -150,6 +151,18 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
     assert checkpointed(directory)[-1] >= EVERY
 
 
+def tell_to_stop_at_third(patched, method):
+    """SIGTERM at the third call of a method of Trainer."""
+    act, calls = getattr(Trainer, method), itertools.count(1)
+
+    def told(self, *args):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(self, *args)
+
+    patched.setattr(Trainer, method, told)
+
+
 @pytest.mark.parametrize(
     # while samples are drawn an iteration is given up; an update is waited for
     ("method", "saved"),
@@ -158,21 +171,28 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
 def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(
     recipe, alone, monkeypatch, capfd, tmp_path, method, saved
 ):
-    act, directory, calls = getattr(Trainer, method), tmp_path / "run", []
-
-    def told_to_stop(self, *args):
-        calls.append(method)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return act(self, *args)
-
+    directory = tmp_path / "run"
     command = ["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, method, told_to_stop)
+        tell_to_stop_at_third(patched, method)
         assert main(command) == 75
     assert f"dcjax: error: stopped by SIGTERM; step {saved[-1]} is saved" in capfd.readouterr().err
     assert checkpointed(directory) == saved
     assert main(command) == 0
+    assert_same_run(directory, alone, rel=0)
+
+
+@pytest.mark.slow
+def test_sigterm_while_a_thread_samples_ahead_saves_and_it_goes_on(recipe, monkeypatch, tmp_path):
+    command = ["train", str(recipe), "--mesh.fsdp", "2", "--serving.devices", "2", "--rollout.ahead", "1"]
+    alone, directory = tmp_path / "alone", tmp_path / "run"
+    assert main([*command, "--run-dir", str(alone)]) == 0
+    with monkeypatch.context() as patched:
+        tell_to_stop_at_third(patched, "_sample_once")
+        assert main([*command, "--run-dir", str(directory)]) == 75
+    # the thread is at the third iteration's samples while the second is trained on
+    assert checkpointed(directory)[-1] in (1, 2)
+    assert main([*command, "--run-dir", str(directory)]) == 0
     assert_same_run(directory, alone, rel=0)
 
 
