@@ -166,7 +166,7 @@ def tell_to_stop_at_third(patched, method):
 @pytest.mark.parametrize(
     # while samples are drawn an iteration is given up; an update is waited for
     ("method", "saved"),
-    [("_sample_once", [0, 2]), ("_update", [0, 3])],
+    [("_sample_once", [0, 2]), pytest.param("_update", [0, 3], marks=pytest.mark.slow)],
 )
 def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(
     recipe, alone, monkeypatch, capfd, tmp_path, method, saved
