@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int, Shaped
 
 from dcjax.models import layers
@@ -29,10 +30,10 @@ class LayerCache:
     In int8 and fp8, each token's head vector has its own scale: value ≈ narrow · scale.
     """
 
-    # [B, K, C, D]
+    # [B, K, C, D], behind an axis of layers in `stack_layers`
     k: jax.Array
     v: jax.Array
-    # float32 [B, K, C], None where the cache is wide
+    # float32 [B, K, C], likewise; None where the cache is wide
     k_scale: jax.Array | None
     v_scale: jax.Array | None
 
@@ -58,11 +59,19 @@ def quantize_rows(x: Float[Array, "... D"], dtype: jnp.dtype) -> tuple[Shaped[Ar
 
 
 def write(
-    cache: LayerCache, k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], positions: Int[Array, "B S"]
+    cache: LayerCache,
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    positions: Int[Array, "B S"],
+    layer: Int[Array, ""] | None = None,
 ) -> LayerCache:
-    """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped)."""
+    """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped).
+
+    `layer` is the number of this layer in a cache that holds several.
+    """
     batch, _, kv_heads, _ = k.shape
-    at = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], positions[:, None])
+    of_layer = () if layer is None else (layer,)
+    at = (*of_layer, jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], positions[:, None])
 
     def put(held: jax.Array, new: Array) -> jax.Array:
         return held.at[at].set(new.swapaxes(1, 2).astype(held.dtype))
@@ -79,7 +88,7 @@ def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, 
     return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
 
 
-CachedAttention = Callable[[LayerCache, Array, Array, Array, Array], tuple[Array, LayerCache]]
+CachedAttention = Callable[[LayerCache, Array, Array, Array, Array, Array | None], tuple[Array, LayerCache]]
 """`attend_cached`, or what computes the same."""
 
 
@@ -89,10 +98,26 @@ def attend_cached(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     positions: Int[Array, "B S"],
+    layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
     """`attend` after `write`, and what was written to."""
-    written = write(cache, k, v, positions)
-    return attend(written, q, positions), written
+    written = write(cache, k, v, positions, layer)
+    own = written if layer is None else jax.tree.map(lambda leaf: leaf[layer], written)
+    return attend(own, q, positions), written
+
+
+def stack_layers(layers: Sequence[Any]) -> Any:
+    """Weights or caches of layers that are alike as one tree, whose leaves have an axis of layers in front.
+
+    `forward_cached` loops over what is stacked, so that a program's size does not grow with the depth.
+    """
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def unstack_layers(stacked: Any) -> tuple[Any, ...]:
+    """The inverse of `stack_layers`."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stacked) for number in range(count))
 
 
 class Decoded(NamedTuple):
@@ -100,11 +125,12 @@ class Decoded(NamedTuple):
 
     # normed
     hidden: Float[Array, "B S E"]
-    caches: tuple[LayerCache, ...]
+    # stacked where they came so
+    caches: tuple[LayerCache, ...] | LayerCache
     # what the M sparse layers chose; None without experts
     experts: Int[Array, "M B S k"] | None
     # the residual stream behind each of the L layers
-    residuals: tuple[Float[Array, "B S E"], ...]
+    residuals: Float[Array, "L B S E"]
 
 
 def forward_cached(
@@ -112,30 +138,50 @@ def forward_cached(
     params,
     x: Float[Array, "B S E"],
     positions: Int[Array, "B S"],
-    caches: tuple[LayerCache, ...],
+    caches: tuple[LayerCache, ...] | LayerCache,
     products: Products,
-    choose: Callable[[int, Float[Array, "B S N"]], Int[Array, "B S k"]] | None = None,
+    choose: Callable[[Any, Float[Array, "B S N"]], Int[Array, "B S k"]] | None = None,
     layout: Layout = ONE_DEVICE,
     attention: CachedAttention = attend_cached,
 ) -> Decoded:
     """Embedded tokens through all layers against their caches: prefill with S tokens, decode with one.
 
-    `params` are unstacked: `params["layers"]` is a sequence of one mapping a layer. `choose` takes a layer's number and
-    its router's probabilities, and returns the experts; the most probable ones where absent. `layout` and `attention`
-    say how devices share the work.
+    `params["layers"]` and `caches` hold one element a layer, and the layers are then unrolled; or both are of
+    `stack_layers`, and are looped over. `choose` takes a layer's number and its router's probabilities, and returns the
+    experts; the most probable ones where absent. `layout` and `attention` say how devices share the work.
     """
-    x = layout.constrain(x, RESIDUAL)
-    rope = layers.rope_table(positions, caches[0].k.shape[2], config.head_dim, config.rope_theta)
-    filled, chosen, residuals = [], [], []
-    for number, (layer, cache) in enumerate(zip(params["layers"], caches, strict=True)):
+    stacked = isinstance(caches, LayerCache)
+    capacity = (caches if stacked else caches[0]).k.shape[-2]
+    rope = layers.rope_table(positions, capacity, config.head_dim, config.rope_theta)
 
-        def attend_here(q, k, v, cache=cache):
-            return attention(cache, q, k, v, positions)
+    def layer(x: Array, weights: Mapping[str, Any], cache: LayerCache, number: Any):
+        def attend_here(q, k, v):
+            return attention(cache, q, k, v, positions, number if stacked else None)
 
         experts = None if choose is None else partial(choose, number)
-        x, cache, routing = block(config, layer, x, rope, attend_here, products, experts, layout)
+        x, cache, routing = block(config, weights, x, rope, attend_here, products, experts, layout)
+        return x, cache, None if routing is None else routing.experts
+
+    run = _looped if stacked else _unrolled
+    x, caches, experts, residuals = run(layer, layout.constrain(x, RESIDUAL), params["layers"], caches)
+    return Decoded(layers.rms_norm(x, params["norm"], config.rms_norm_eps), caches, experts, residuals)
+
+
+def _unrolled(layer: Callable, x: Array, weights: Sequence[Any], caches: tuple[LayerCache, ...]):
+    filled, chosen, residuals = [], [], []
+    for number, (own, cache) in enumerate(zip(weights, caches, strict=True)):
+        x, cache, experts = layer(x, own, cache, number)
         filled.append(cache)
         residuals.append(x)
-        chosen += [] if routing is None else [routing.experts]
-    hidden = layers.rms_norm(x, params["norm"], config.rms_norm_eps)
-    return Decoded(hidden, tuple(filled), jnp.stack(chosen) if chosen else None, tuple(residuals))
+        chosen += [] if experts is None else [experts]
+    return x, tuple(filled), jnp.stack(chosen) if chosen else None, jnp.stack(residuals)
+
+
+def _looped(layer: Callable, x: Array, weights: Any, caches: LayerCache):
+    def turn(carry, inputs):
+        # the caches of all layers are carried, so that each is written to where it is
+        x, caches, experts = layer(carry[0], inputs[0], carry[1], inputs[1])
+        return (x, caches), (experts, x)
+
+    (x, caches), (experts, residuals) = lax.scan(turn, (x, caches), (weights, jnp.arange(len(caches.k))))
+    return x, caches, experts, residuals

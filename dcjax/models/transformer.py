@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -126,13 +126,21 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nn.unbox(_boxed_init(config, key))
 
 
+@cache
 def logical_axes(config: ModelConfig) -> Params:
-    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map."""
+    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map.
+
+    Traced once for a config, whose callers share the tree: it is not to be changed.
+    """
     return nn.get_partition_spec(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
 
 
+@cache
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device looked for."""
+    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device looked for.
+
+    Traced once for a config, whose callers share the tree: it is not to be changed.
+    """
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

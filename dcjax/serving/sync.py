@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -77,6 +77,8 @@ def make_sync(
 ) -> Sync:
     """What casts, quantises and moves the trainer's masters to where they are served.
 
+    Equal arguments give the same `Sync`, so that its programs are compiled once for all engines that are alike.
+
     Everything is quantised from the float32 masters, never from a rounded copy, where they are, and what travels is the
     result. Nothing is donated and no output shares a buffer with the masters, so the train step may donate them
     afterwards.
@@ -95,6 +97,18 @@ def make_sync(
       ValueError: a pattern that matches nothing, a noise that is not a size, a serving mesh that does not divide the
         model, or, from what is returned, a parameter that no rule knows.
     """
+    return _make_sync(config, format, serving, training, tuple(keep), weight_noise)
+
+
+@cache
+def _make_sync(
+    config: ModelConfig,
+    format: Format,
+    serving: Mesh | None,
+    training: Mesh | None,
+    keep: tuple[str, ...],
+    weight_noise: float,
+) -> Sync:
     if not 0 <= weight_noise < math.inf:
         raise ValueError(f"weight_noise is {weight_noise}; it must be a finite number of at least 0")
     kept, kinds = kept_wide(config, keep), config.sparse_layers
@@ -175,13 +189,25 @@ def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer) -> Floa
     return size * jax.random.normal(key, leaf.shape, jnp.float32)
 
 
+def abstract_serving(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> ServingParams:
+    """Shapes and dtypes of `ServingParams`; errors as of `make_sync`.
+
+    Traced once for equal arguments, whose callers share the tree: it is not to be changed.
+    """
+    return _abstract_serving(config, format, tuple(keep))
+
+
+@cache
+def _abstract_serving(config: ModelConfig, format: Format, keep: tuple[str, ...]) -> Any:
+    return jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+
+
 def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> ServingParams:
     """The logical axes of each array of `ServingParams`, for `sharding.rules.shardings`: those of the master it is of.
 
     A scale lacks the contracted axis, or in int4 has it in groups. Errors as of `make_sync`.
     """
-    named = logical_axes(config)
-    served: Any = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+    named, served = logical_axes(config), abstract_serving(config, format, keep)
 
     def axes(path, leaf: Any) -> Any:
         name = path[-1].key
@@ -205,7 +231,7 @@ def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequ
     Raises:
       ValueError: an array, or the heads of the cache, that the mesh does not divide; or as `make_sync`.
     """
-    shapes: Any = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
+    shapes = abstract_serving(config, format, keep)
     placed = shardings(mesh, served_axes(config, format, keep), SERVING_RULES)
     sizes = {"key-value heads": ((config.num_kv_heads,), named(mesh, PartitionSpec("kv_heads")))}
     for (path, leaf), place in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
@@ -224,14 +250,13 @@ def _fitting_shardings(
     config: ModelConfig, format: Format, mesh: Mesh, rules: Rules, keep: Sequence[str]
 ) -> ServingParams:
     """Where rules put each array; everywhere whole where the mesh does not divide it."""
-    shapes = jax.eval_shape(make_sync(config, format, keep=keep), abstract_params(config), 0)
 
     def fitting(leaf: Any, place: NamedSharding) -> NamedSharding:
         parts = (math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1 for axes in place.spec)
         divides = all(size % count == 0 for size, count in zip(leaf.shape, parts, strict=False))
         return place if divides else NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map(fitting, shapes, shardings(mesh, served_axes(config, format, keep), rules))
+    return jax.tree.map(fitting, abstract_serving(config, format, keep), shardings(mesh, served_axes(config, format, keep), rules))
 
 
 class StoredParameter(NamedTuple):
@@ -249,8 +274,7 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> list[StoredParameter]:
     """How each parameter is stored and in how many bytes, from abstract shapes; errors as of `make_sync`."""
-    masters = abstract_params(config)
-    served = jax.eval_shape(make_sync(config, format, keep=keep), masters, 0).weights
+    masters, served = abstract_params(config), abstract_serving(config, format, keep).weights
     outer = {name: (leaf, [served[name]]) for name, leaf in masters.items() if name != "layers"}
     layered = {
         name: (leaf, [layer[name] for layer in served["layers"] if name in layer])
