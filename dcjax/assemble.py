@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dcjax.config import Config
+from dcjax.config import Config, what_is_compiled
 from dcjax.errors import RunError
-from dcjax.models import abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
+from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.objective import (
     make_aggregation,
     make_discrepancy,
@@ -89,8 +90,12 @@ def starting_params(config: Config, mesh: Mesh) -> Params:
             return load_hf(config.pretrained, dtype=config.model.precision.parameters, mesh=mesh)[1]
         except ValueError as error:
             raise RunError(str(error)) from None
-    create = jax.jit(partial(init_params, config.model), out_shardings=params_shardings(config, mesh))
-    return create(jax.random.key(config.seed))
+    return _fresh_params(config.model, mesh)(jax.random.key(config.seed))
+
+
+@cache
+def _fresh_params(model: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Params]:
+    return jax.jit(partial(init_params, model), out_shardings=shardings(mesh, logical_axes(model)))
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,14 @@ class Kept:
 
 def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept = Kept()) -> Any:
     """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
-    params = params_shardings(config, mesh)
+    return _state_shardings(config.model, mesh, tx, kept)
+
+
+@cache
+def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+    params = shardings(mesh, logical_axes(model))
     everywhere: Any = replicated(mesh)
-    shapes = abstract_params(config.model)
+    shapes = abstract_params(model)
     opt_state = optax.tree.map_params(
         tx.init,
         lambda _, sharding: sharding,
@@ -149,8 +159,13 @@ def _create_state(tx: Optimizer, kept: Kept, params: Params) -> TrainState:
 
 def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: Kept = Kept()) -> TrainState:
     """Step 0 from given parameters, which are donated."""
-    places = state_shardings(config, mesh, tx, kept)
-    return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)(params)
+    return _initializer(config.model, mesh, tx, kept)(params)
+
+
+@cache
+def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Callable[[Params], TrainState]:
+    places = _state_shardings(model, mesh, tx, kept)
+    return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -173,7 +188,12 @@ def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kep
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
-    """The RL step."""
+    """The RL step, the same one for configs of the same program."""
+    return _compile_train_step(what_is_compiled(config), mesh)
+
+
+@cache
+def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
     step = make_train_step(
         partial(apply_policy, config, mesh),

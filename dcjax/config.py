@@ -476,6 +476,20 @@ WHERE_NOT_WHAT = (
 """Fields that do not change what a run computes: it may be resumed under others."""
 
 
+def what_is_compiled(config: Config) -> Config:
+    """The same for configs whose train steps are the same program: fields at their defaults that are not in it."""
+    scheduled = config.optimizer.decay in ("linear", "cosine")
+    return dataclasses.replace(
+        config,
+        name=Config.name,
+        steps=config.steps if scheduled else 0,
+        seed=Config.seed,
+        run_dir=None,
+        evaluation=EvaluationConfig(),
+        checkpoint=CheckpointConfig(),
+    )
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as in config.json."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import optax
 
-from dcjax.config import Config
+from dcjax.config import Config, what_is_compiled
 from dcjax.rl.averaging import params_ema
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
@@ -24,7 +26,15 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Gradient clip, AdamW, what follows the gap or the length, λ's dual ascent, and the average of the parameters."""
+    """Gradient clip, AdamW, what follows the gap or the length, λ's dual ascent, and the average of the parameters.
+
+    The same one for configs of the same program, whose steps are then compiled once.
+    """
+    return _make_optimizer(what_is_compiled(config))
+
+
+@cache
+def _make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     optimizer = config.optimizer
     descent = optax.chain(
         optax.clip_by_global_norm(optimizer.max_grad_norm),

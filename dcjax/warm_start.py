@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import optax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.assemble import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
-from dcjax.config import Config
+from dcjax.config import Config, what_is_compiled
 from dcjax.data.arithmetic import ArithmeticTask, supervised_batch
 from dcjax.distributed import is_main, place
 from dcjax.errors import RunError
@@ -22,7 +22,7 @@ from dcjax.progress import Progress
 from dcjax.record import MetricsLog
 from dcjax.rl.losses import negative_log_likelihood
 from dcjax.rl.objective import chain
-from dcjax.rl.step import make_train_step
+from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params
 
@@ -38,17 +38,9 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     Raises:
       RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate.
     """
-    settings, tx = config.warm_start, _optimizer(config)
+    settings = config.warm_start
+    tx, update = _compile_update(what_is_compiled(config), mesh)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
-    step = make_train_step(
-        partial(apply_policy, config, mesh),
-        tx,
-        negative_log_likelihood,
-        chain(),
-        group_size=1,
-        microbatch_size=math.gcd(settings.batch_size, config.optimizer.microbatch_size),
-    )
-    update = compile_step(config, mesh, tx, step)
     with _told(config) as tell:
         for count in range(1, settings.steps + 1):
             state, metrics = update(state, place(_batch(config, tokenizer, count), batch_sharding(mesh)))
@@ -59,6 +51,20 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
                     raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
                 tell(count, shown)
     return state.params
+
+
+@cache
+def _compile_update(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
+    tx = _optimizer(config)
+    supervised_step = make_train_step(
+        partial(apply_policy, config, mesh),
+        tx,
+        negative_log_likelihood,
+        chain(),
+        group_size=1,
+        microbatch_size=math.gcd(config.warm_start.batch_size, config.optimizer.microbatch_size),
+    )
+    return tx, compile_step(config, mesh, tx, supervised_step)
 
 
 @contextlib.contextmanager

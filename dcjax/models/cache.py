@@ -88,7 +88,7 @@ def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, 
     return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
 
 
-CachedAttention = Callable[[LayerCache, Array, Array, Array, Array, Array | None], tuple[Array, LayerCache]]
+CachedAttention = Callable[..., tuple[Array, LayerCache]]
 """`attend_cached`, or what computes the same."""
 
 
@@ -156,7 +156,7 @@ def forward_cached(
 
     def layer(x: Array, weights: Mapping[str, Any], cache: LayerCache, number: Any):
         def attend_here(q, k, v):
-            return attention(cache, q, k, v, positions, number if stacked else None)
+            return attention(cache, q, k, v, positions, *([number] if stacked else []))
 
         experts = None if choose is None else partial(choose, number)
         x, cache, routing = block(config, weights, x, rope, attend_here, products, experts, layout)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.models import ModelConfig
-from dcjax.models.cache import Decoded, LayerCache, forward_cached, init_cache
+from dcjax.models.cache import Decoded, LayerCache, forward_cached, init_cache, stack_layers, unstack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving import layout, quantize, sampling
 from dcjax.serving.layout import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
@@ -30,6 +29,9 @@ NOISE_AHEAD = 2**22
 
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 """Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and divides them."""
+
+DEEP = 8
+"""Layers from which on they are looped over where that costs nothing at run time."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
 """Folded into a token's key, for random numbers beside those that it is drawn with."""
@@ -138,6 +140,8 @@ class Decoder:
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
         """Prompts, padded on the right, into caches: as many at once as `prefill_tokens` allows, or one in pieces."""
+        looped = self._is_deep
+        params = _stacked(params) if looped else params
         rows, width = tokens.shape
         columns = min(width, self.prefill_tokens)
         copies = self.mesh.shape[COPIES]
@@ -154,13 +158,15 @@ class Decoder:
                 decoded = self._run(params, part, positions, caches, self._most_probable)
                 return decoded.caches, self._recorded(decoded)
 
-            caches = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
+            caches: Any = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
+            caches = stack_layers(caches) if looped else caches
             if pieces == 1:
-                return piece(caches, 0)
-            caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
-            if experts is not None:
-                experts = experts.swapaxes(0, 1).reshape(at_once, -1, *experts.shape[3:])
-            return caches, experts
+                caches, experts = piece(caches, 0)
+            else:
+                caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
+                if experts is not None:
+                    experts = experts.swapaxes(0, 1).reshape(at_once, -1, *experts.shape[3:])
+            return unstack_layers(caches) if looped else caches, experts
 
         if passes == 1:
             filled = prompts(padded)
@@ -201,27 +207,81 @@ class Decoder:
         return self._placed(started)
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
-        """`count` tokens in every active slot, each leaf of `Emitted` with them in front."""
+        """`count` tokens in every active slot, each leaf of `Emitted` with them in front.
+
+        `params` may be `arranged` before, once for many calls.
+        """
         counts = state.generated + jnp.arange(count)[:, None]
 
         def noise(counts: Array) -> Array:
             drawn = sampling.gumbel_noise(state.requests.keys, counts, self.config.vocab_size)
             return pinned(self.mesh, drawn, SCORES)
 
-        def step(state: DecodeState, drawn: Array) -> tuple[DecodeState, Emitted]:
-            return self.step(params, state, partial(sampling.draw, noise=drawn if ahead else noise(drawn)))
-
         # half as costly drawn at once, while that is small
         ahead = counts.size * self.config.vocab_size <= NOISE_AHEAD
-        return lax.scan(step, state, jax.vmap(noise)(counts) if ahead else counts)
+        drawn = jax.vmap(noise)(counts) if ahead else counts
 
-    def step(
+        def pick(distribution: sampling.Distribution, drawn: Array) -> Array:
+            return sampling.draw(distribution, noise=drawn if ahead else noise(drawn))
+
+        return self._steps(params, state, pick, drawn, keeps_residuals=False)
+
+    def follow(
+        self, params: ServingParams, state: DecodeState, tokens: Int[Array, "T slots"], *, keeps_residuals: bool
+    ) -> Emitted:
+        """What `steps` would have said of given tokens, one after another; with the residual stream on request."""
+        return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
+
+    def arranged(self, params: ServingParams) -> ServingParams:
+        """As `steps` reads the weights: layers stacked where it loops over them.
+
+        On CPU a loop compiles in the same time for any depth, where unrolled layers cost XLA about .2 s each. A step
+        takes as long in int8; in other formats it takes 1.5 to 6 times as long, since conversions of weights are moved
+        out of the loop over tokens only where layers are unrolled (`python benchmarks/serving.py depth`). So only int8
+        is looped over. On TPUs, unrolled layers compile in seconds, and caches are written in place.
+        """
+        loops = self._is_deep and self.format.weights == "int8" and self.format.quantizes_activations
+        return _stacked(params) if loops else params
+
+    @property
+    def _is_deep(self) -> bool:
+        """Whether many layers, all alike, are on a CPU."""
+        alike = len(set(self.config.sparse_layers)) == 1
+        on_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return alike and on_cpu and self.config.num_layers >= DEEP
+
+    def _steps(
+        self,
+        params: ServingParams,
+        state: DecodeState,
+        pick: Callable[[sampling.Distribution, Array], Int[Array, "slots"]],
+        inputs: Array,
+        *,
+        keeps_residuals: bool,
+    ) -> tuple[DecodeState, Emitted]:
+        """As many steps as there are inputs, each of which goes to `pick` with its step's distribution."""
+        params = self.arranged(params)
+        looped = isinstance(params.weights["layers"], Mapping)
+
+        def step(state: DecodeState, given: Array) -> tuple[DecodeState, Emitted]:
+            return self._step(
+                params, state, lambda distribution: pick(distribution, given), keeps_residuals=keeps_residuals
+            )
+
+        if looped:
+            state = dataclasses.replace(state, caches=stack_layers(state.caches))
+        state, emitted = lax.scan(step, state, inputs)
+        if looped:
+            state = dataclasses.replace(state, caches=unstack_layers(state.caches))
+        return state, emitted
+
+    def _step(
         self,
         params: ServingParams,
         state: DecodeState,
         pick: Callable[[sampling.Distribution], Int[Array, "slots"]],
         *,
-        keeps_residuals: bool = False,
+        keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
         """Feeds each slot's last token, and picks the next from the distribution that results."""
         requests = state.requests
@@ -238,7 +298,7 @@ class Decoder:
             log_mass=drawn_from.log_mass,
             support=drawn_from.support,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
-            residuals=jnp.stack(decoded.residuals)[:, :, 0] if keeps_residuals else None,
+            residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
         )
         following = dataclasses.replace(
             state,
@@ -296,6 +356,13 @@ class Decoder:
             return jnp.concatenate([ranked[..., :-2], last[..., None]], axis=-1)
 
         return choose
+
+
+def _stacked(params: ServingParams) -> ServingParams:
+    layers = params.weights["layers"]
+    if isinstance(layers, Mapping):
+        return params
+    return dataclasses.replace(params, weights={**params.weights, "layers": stack_layers(layers)})
 
 
 def _keys(state: DecodeState, purpose: int) -> jax.Array:

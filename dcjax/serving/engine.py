@@ -16,17 +16,21 @@ import numpy as np
 from jaxtyping import Float, Int
 from jetstream.engine import engine_api, tokenizer_pb2
 
-from dcjax.models import ModelConfig, abstract_params
+from dcjax.models import ModelConfig
+from dcjax.models.layers import round_up
 from dcjax.serving import quantize
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Prefix, Requests
 from dcjax.serving.layout import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.sampling import SamplingParams
-from dcjax.serving.sync import ServingParams, make_sync, served_shardings
+from dcjax.serving.sync import ServingParams, abstract_serving, make_sync, served_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Array
 
 _prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
+
+# compiled, so that each leaf is a buffer of its own and the state can be donated
+_empty = jax.jit(Decoder.empty, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -159,7 +163,8 @@ class Qwen3Engine(engine_api.Engine):
             max_stop_tokens=max_stop_tokens,
             records_experts=records_experts,
             prefill_tokens=prefill_tokens,
-            mismatch=mismatch,
+            # of which the rest is not decoded with
+            mismatch=MismatchConfig(logit_noise=mismatch.logit_noise, routing_flips=mismatch.routing_flips),
             mesh=self._mesh,
         )
         if slots % (copies := self._mesh.shape[COPIES]):
@@ -169,8 +174,6 @@ class Qwen3Engine(engine_api.Engine):
         self.sync = make_sync(
             config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
         )
-        # compiled, so that each leaf is a buffer of its own and the state can be donated
-        self._empty = jax.jit(partial(self.decoder.empty, slots))
         self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, keep)
 
     # --- JetStream's interface ---
@@ -205,7 +208,7 @@ class Qwen3Engine(engine_api.Engine):
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
-        return self._empty()
+        return _empty(self.decoder, self.slots)
 
     def get_prefix_destination_sharding(self) -> Prefix:
         """Heads of caches with the devices that attend with them, on every copy of the model."""
@@ -216,6 +219,10 @@ class Qwen3Engine(engine_api.Engine):
     def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:  # pyrefly: ignore[missing-attribute]
         """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
         return tokenizer_pb2.TokenizerParameters()  # pyrefly: ignore[missing-attribute]
+
+    def slots_for(self, samples: int) -> int:
+        """How many slots so many samples are decoded in: no more than there are samples for, on each copy alike."""
+        return min(self.slots, round_up(samples, self._mesh.shape[COPIES]))
 
     @property
     def max_concurrent_decodes(self) -> int:
@@ -304,7 +311,7 @@ class Qwen3Engine(engine_api.Engine):
         )
 
     def _require_memory(self, available: int, keep: Sequence[str]) -> None:
-        weights = jax.eval_shape(make_sync(self.config, self.format, keep=keep), abstract_params(self.config), 0)
+        weights = abstract_serving(self.config, self.format, keep)
         placed = served_shardings(self.config, self.format, self._mesh, keep)
         copies, within = self._mesh.devices.shape
         left = available - _bytes(weights, placed)

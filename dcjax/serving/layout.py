@@ -81,19 +81,17 @@ def _attend(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     positions: Int[Array, "B S"],
-    layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
     """`attend_cached`, each device with the sequences of its copy and its share of the heads."""
-    stacked = () if layer is None else (None,)
-    held, rows = partition_spec(PartitionSpec(*stacked, *CACHE), SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
+    held, rows = partition_spec(CACHE, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
     heads = partition_spec(PartitionSpec("batch", None, "heads"), SERVING_RULES)
     return jax.shard_map(
         attend_cached,
         mesh=mesh,
-        in_specs=(held, heads, heads, heads, rows, EVERYWHERE),
+        in_specs=(held, heads, heads, heads, rows),
         out_specs=(heads, held),
         check_vma=False,
-    )(cache, q, k, v, positions, layer)
+    )(cache, q, k, v, positions)
 
 
 def _mixture(

@@ -122,18 +122,20 @@ class Sampling:
         key: jax.Array,
         **settings,
     ):
-        self._engine, self._prompts, self._samples_per_prompt = engine, prompts, samples_per_prompt
+        self._engine, self._prompts = engine, prompts
+        # the prompt of each sample
+        self._rows = np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)
         self._prefix = engine.prefill_many(params, prompts)
-        keys = sample_keys(key, np.arange(len(prompts) * samples_per_prompt))
+        keys = sample_keys(key, np.arange(len(self._rows)))
         self._requests = engine.make_requests(keys, **settings)
-        self._state = _begin(engine.decoder, engine.slots, len(keys))
+        self._state = _begin(engine.decoder, engine.slots_for(len(keys)), len(keys))
         self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
-        engine, samples_per_prompt = self._engine, self._samples_per_prompt
-        static = (engine.decoder, engine.steps_per_call, samples_per_prompt)
-        self._state, ended = _advance(*static, params, self._prefix, self._requests, self._state)
+        engine = self._engine
+        inputs = (params, self._prefix, self._rows, self._requests, np.int32(TURNS), self._state)
+        self._state, ended = decode(engine.decoder, engine.steps_per_call, *inputs)
         self._ended = np.asarray(ended)
         return bool(self._ended.all())
 
@@ -151,7 +153,7 @@ class Sampling:
         """All samples, on the host."""
         samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
         width = self._engine.max_prompt_length
-        return _assemble(self._prompts, self._requests, self._samples_per_prompt, samples, experts, width)
+        return _assemble(self._prompts, self._rows, self._requests, samples, experts, width)
 
 
 @jax.jit
@@ -189,18 +191,22 @@ def _everywhere(decoder: Decoder, tree: Any) -> Any:
     return pinned(decoder.mesh, tree, EVERYWHERE)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6, compiler_options=AS_WRITTEN)
-def _advance(
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7, compiler_options=AS_WRITTEN)
+def decode(
     decoder: Decoder,
     steps_per_call: int,
-    samples_per_prompt: int,
     params: ServingParams,
     prefix: Prefix,
+    rows: Int[Array, "N"],
     requests: Requests,
+    turns: Int[Array, ""],
     state: RolloutState,
 ) -> tuple[RolloutState, Bool[Array, "N"]]:
-    """Also returns which samples have ended."""
-    total = requests.limits.shape[0]
+    """Up to so many turns of refilling and decoding `steps_per_call` tokens; also returns which samples have ended.
+
+    `rows` are those of the prefix that samples belong to.
+    """
+    total, params = requests.limits.shape[0], decoder.arranged(params)
 
     def ended(state: RolloutState) -> Array:
         running = jnp.where(_everywhere(decoder, state.decode.active), state.running, total)
@@ -209,7 +215,7 @@ def _advance(
 
     def turn(carry):
         count, state = carry
-        state = _refill(decoder, samples_per_prompt, prefix, requests, state)
+        state = _refill(decoder, prefix, rows, requests, state)
         before = state.decode.generated
         decode, emitted = decoder.steps(params, state.decode, steps_per_call)
         before, emitted = _everywhere(decoder, (before, emitted))
@@ -218,14 +224,14 @@ def _advance(
 
     def goes_on(carry):
         count, state = carry
-        return (count < TURNS) & ~jnp.all(ended(state))
+        return (count < turns) & ~jnp.all(ended(state))
 
     _, state = lax.while_loop(goes_on, turn, (jnp.int32(0), state))
     return state, ended(state)
 
 
 def _refill(
-    decoder: Decoder, samples_per_prompt: int, prefix: Prefix, requests: Requests, state: RolloutState
+    decoder: Decoder, prefix: Prefix, rows: Int[Array, "N"], requests: Requests, state: RolloutState
 ) -> RolloutState:
     """The next samples into the slots that are free."""
 
@@ -242,7 +248,7 @@ def _refill(
         asked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[sample], requests)
         return dataclasses.replace(
             state,
-            decode=decoder.start(state.decode, starting, prefix, sample // samples_per_prompt, asked),
+            decode=decoder.start(state.decode, starting, prefix, rows[sample], asked),
             running=jnp.where(starting, sample, state.running),
             started=state.started + jnp.sum(starting),
         )
@@ -275,8 +281,8 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
 
 def _assemble(
     prompts: Sequence[Sequence[int]],
+    rows: np.ndarray,
     requests: Requests,
-    samples_per_prompt: int,
     samples: Samples,
     prefix_experts: np.ndarray | None,
     width: int,
@@ -286,7 +292,7 @@ def _assemble(
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
-    tokens, mask = (np.repeat(x, samples_per_prompt, axis=0) for x in (tokens, mask))
+    tokens, mask = tokens[rows], mask[rows]
     return Rollout(
         tokens=np.concatenate([tokens, samples.tokens], axis=1),
         prompt_mask=mask,
@@ -297,7 +303,7 @@ def _assemble(
         finished=_finished(samples.tokens, samples.lengths, requests),
         log_mass=samples.log_mass,
         support=samples.support if samples.support.shape[-1] else None,
-        experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts, mask),
+        experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts[rows], mask),
     )
 
 
@@ -308,12 +314,12 @@ def _finished(tokens: Any, lengths: Any, requests: Requests) -> np.ndarray:
 
 
 def _joined_experts(sampled: Any, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:
-    """[N, P + T - 1, M, k] from those of samples [N, T, M, k] and of prompts [rows, P, M, k]; 0 on padding.
+    """[N, P + T - 1, M, k] from those of samples [N, T, M, k] and of their prompts [N, P, M, k]; 0 on padding.
 
     The first step of a sample feeds the last prompt token again, so its experts are those of column P - 1.
     """
     columns = prompt_mask.shape[1]
     joined = np.concatenate([np.zeros((len(sampled), columns - 1, *sampled.shape[2:]), sampled.dtype), sampled], axis=1)
     for row, length in enumerate(prompt_mask.sum(axis=1)):
-        joined[row, columns - length : columns - 1] = prefilled[row * len(prefilled) // len(sampled), : length - 1]
+        joined[row, columns - length : columns - 1] = prefilled[row, : length - 1]
     return joined

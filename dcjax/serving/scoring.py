@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Float
 
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, Prefix, Requests
@@ -52,11 +51,11 @@ def score_responses(
       ValueError: a prompt or a setting that the engine does not take.
     """
     keys = np.asarray(sample_keys(key, np.arange(len(rollout.tokens))))
-    parts = []
-    for start in range(0, len(keys), engine.slots):
-        rows = np.arange(start, min(start + engine.slots, len(keys)))
+    parts, size = [], engine.slots_for(len(keys))
+    for start in range(0, len(keys), size):
+        rows = np.arange(start, min(start + size, len(keys)))
         # the last batch is filled up, so that one program serves all
-        rows = np.resize(rows, engine.slots)
+        rows = np.resize(rows, size)
         tokens, mask = rollout.tokens[rows], rollout.prompt_mask[rows]
         prompts = [row[: len(real)][real].tolist() for row, real in zip(tokens, mask, strict=True)]
         requests = engine.make_requests(
@@ -87,9 +86,6 @@ def _score(
     slots = jnp.arange(forced.shape[1])
     state = decoder.start(decoder.empty(len(slots)), slots >= 0, prefix, slots, requests)
 
-    def step(state, tokens):
-        return decoder.step(params, state, lambda _: tokens, keeps_residuals=keeps_residuals)
-
-    _, emitted = lax.scan(step, state, forced)
+    emitted = decoder.follow(params, state, forced, keeps_residuals=keeps_residuals)
     residuals = None if emitted.residuals is None else jnp.moveaxis(emitted.residuals, 2, 0)
     return emitted.logps.T, residuals

@@ -256,7 +256,9 @@ def _fitting_shardings(
         divides = all(size % count == 0 for size, count in zip(leaf.shape, parts, strict=False))
         return place if divides else NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map(fitting, abstract_serving(config, format, keep), shardings(mesh, served_axes(config, format, keep), rules))
+    return jax.tree.map(
+        fitting, abstract_serving(config, format, keep), shardings(mesh, served_axes(config, format, keep), rules)
+    )
 
 
 class StoredParameter(NamedTuple):
