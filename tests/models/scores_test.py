@@ -8,27 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from tiny import masters
 
-from dcjax.models import ModelConfig, abstract_params, forward, token_logps
+from dcjax.models import abstract_params, forward, token_logps
 
-SMALL = ModelConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8)
-MOE = dataclasses.replace(SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+# one layer, laid out straight: whatever is scored in one program then shares one pass through it
+SMALL = dataclasses.replace(tiny.DENSE, num_layers=1, remat="none")
+MOE = dataclasses.replace(tiny.EXPERTS, num_layers=1, remat="none")
+UNTIED = dataclasses.replace(SMALL, tie_embeddings=False)
 B, S, T = 4, 12, 7
 TEMPERATURE = np.array([1.0, 0.3, 0.7, 2.5], np.float32)
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
-logits_of = jax.jit(forward, static_argnums=0)
-scores_of = jax.jit(token_logps, static_argnums=0, static_argnames="response_length")
+logits_of = jax.jit(forward, static_argnums=0, compiler_options=FAST_COMPILE)
+scores_of = jax.jit(token_logps, static_argnums=0, static_argnames="response_length", compiler_options=FAST_COMPILE)
 
 
-@functools.cache
-def perturbed(config):
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * leaf.shape[-1] ** -0.5, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+def in_chunks(config, chunk, *args, **kwargs):
+    """Scores of T tokens whose logits exist for `chunk` columns at a time."""
+    config = dataclasses.replace(config, head_chunk=chunk)
+    return token_logps(config, *args, response_length=T, temperature=TEMPERATURE, **kwargs)
 
 
 def random_tokens(*shape):
@@ -41,6 +41,21 @@ def ragged_mask():
     return mask
 
 
+SUPPORT = 5
+
+
+def random_support():
+    """Of each response token some of the vocabulary with the token itself, or nothing, which is all of it."""
+    rng, targets = np.random.default_rng(3), random_tokens(B, S)[:, -T:]
+    support = np.full((B, T, SUPPORT), -1, np.int32)
+    for row, column in np.ndindex(B, T):
+        others = rng.permutation(np.setdiff1d(np.arange(SMALL.vocab_size), targets[row, column]))
+        count = rng.integers(0, SUPPORT)
+        chosen = np.append(others[:count], targets[row, column]) if rng.random() < 0.8 else []
+        support[row, column, : len(chosen)] = rng.permutation(chosen)
+    return support
+
+
 def log_softmax(logits):
     wide = np.asarray(logits, np.float64)
     shifted = wide - wide.max(-1, keepdims=True)
@@ -51,41 +66,58 @@ def at_tokens(values, tokens):
     return np.take_along_axis(values, tokens[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 512])
-@pytest.mark.parametrize("original", [SMALL, MOE], ids=["dense", "moe"])
-def test_log_probs_and_entropies_against_numpy_whatever_the_chunks(original, chunk):
-    config, tokens, mask = dataclasses.replace(original, head_chunk=chunk), random_tokens(B, S), ragged_mask()
-    params = perturbed(original)
-    scores = scores_of(config, params, tokens, mask, response_length=T, temperature=TEMPERATURE)
-    logits = np.asarray(logits_of(original, params, tokens, mask), np.float64)
-    distribution = log_softmax(logits[:, -T - 1 : -1] / TEMPERATURE[:, None, None])
-    real = mask[:, -T:]
-    np.testing.assert_allclose(scores.logps[real], at_tokens(distribution, tokens[:, -T:])[real], atol=2e-5)
+CHUNKS = [1, 2, 3, 6, 7, 512]
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def scores_by_chunk(params, support):
+    """Of whole distributions in all CHUNKS, and of supported ones in two."""
+    given = params, random_tokens(B, S), ragged_mask()
+    whole = {chunk: in_chunks(SMALL, chunk, *given) for chunk in CHUNKS}
+    return whole, {chunk: in_chunks(SMALL, chunk, *given, support=support) for chunk in (2, T)}
+
+
+@functools.cache
+def distribution_of(config):
+    """Log-probs of the whole vocabulary at the response's columns, and which tokens are real."""
+    mask = ragged_mask()
+    logits = np.asarray(logits_of(config, masters(config), random_tokens(B, S), mask), np.float64)
+    return log_softmax(logits[:, -T - 1 : -1] / TEMPERATURE[:, None, None]), mask[:, -T:]
+
+
+def assert_scored(scores, config):
+    distribution, real = distribution_of(config)
+    tokens = random_tokens(B, S)[:, -T:]
+    np.testing.assert_allclose(scores.logps[real], at_tokens(distribution, tokens)[real], atol=2e-5)
     np.testing.assert_allclose(scores.entropy[real], -(np.exp(distribution) * distribution).sum(-1)[real], atol=2e-5)
     assert scores.logps.dtype == scores.entropy.dtype == jnp.float32
     assert np.isfinite(scores.logps).all()
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_log_probs_and_entropies_against_numpy_whatever_the_chunks(chunk):
+    assert_scored(scores_by_chunk(masters(SMALL), random_support())[0][chunk], SMALL)
+
+
 def test_gradients_do_not_depend_on_the_chunks():
-    tokens, mask, params = random_tokens(B, S), ragged_mask(), perturbed(SMALL)
+    tokens, mask = random_tokens(B, S), ragged_mask()
     weights = np.random.default_rng(1).normal(size=(2, B, T)).astype(np.float32) * mask[:, -T:]
 
-    def gradient(chunk):
-        config = dataclasses.replace(SMALL, head_chunk=chunk)
+    def loss(params, chunk):
+        scores = in_chunks(SMALL, chunk, params, tokens, mask)
+        return jnp.sum(scores.logps * weights[0] + scores.entropy * weights[1])
 
-        def loss(params):
-            scores = token_logps(config, params, tokens, mask, response_length=T, temperature=TEMPERATURE)
-            return jnp.sum(scores.logps * weights[0] + scores.entropy * weights[1])
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def gradients(params):
+        return [jax.grad(loss)(params, chunk) for chunk in (T, 1, 3)]
 
-        return jax.jit(jax.grad(loss))(params)
-
-    whole = gradient(T)
-    for chunk in (1, 3):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient(chunk), whole)
+    whole, *chunked = gradients(masters(SMALL))
+    for grads in chunked:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, whole)
 
 
 def test_no_array_holds_the_logits_of_more_columns_than_a_chunk():
-    config = dataclasses.replace(SMALL, vocab_size=1009, head_chunk=4)
+    config = dataclasses.replace(SMALL, vocab_size=1009, hidden_size=16, head_chunk=4)
 
     def loss(params, tokens):
         scores = token_logps(config, params, tokens, response_length=32, temperature=np.ones(2, np.float32))
@@ -104,28 +136,30 @@ def test_no_array_holds_the_logits_of_more_columns_than_a_chunk():
 
 
 def test_the_first_response_token_is_predicted_by_the_last_of_the_prompt():
-    tokens, params = random_tokens(B, S), perturbed(SMALL)
+    tokens, params, mask = random_tokens(B, S), masters(SMALL), np.ones((B, S), bool)
     scores = scores_of(SMALL, params, tokens, response_length=S - 1, temperature=np.ones(B, "f"))
-    distribution = log_softmax(logits_of(SMALL, params, tokens))
+    distribution = log_softmax(logits_of(SMALL, params, tokens, mask))
     np.testing.assert_allclose(scores.logps, at_tokens(distribution[:, :-1], tokens[:, 1:]), atol=2e-5)
 
 
 def test_packed_sequences_are_scored_as_rows_of_their_own():
-    tokens, params = random_tokens(2, 10), perturbed(SMALL)
-    segments = np.repeat([[1] * 4 + [2] * 6], 2, axis=0)
-    ones = np.ones(2, np.float32)
-    packed = scores_of(SMALL, params, tokens, segment_ids=segments, response_length=9, temperature=ones).logps
-    first = scores_of(SMALL, params, tokens[:, :4], response_length=3, temperature=ones).logps
-    second = scores_of(SMALL, params, tokens[:, 4:], response_length=5, temperature=ones).logps
-    np.testing.assert_allclose(packed[:, :3], first, atol=1e-5)
-    np.testing.assert_allclose(packed[:, 4:], second, atol=1e-5)
+    tokens, params, ones = random_tokens(B, S), masters(SMALL), np.ones(B, np.float32)
+    segments = np.repeat([[1] * 4 + [2] * (S - 4)], B, axis=0)
+    packed = scores_of(SMALL, params, tokens, segment_ids=segments, response_length=S - 1, temperature=ones).logps
+    first, second = (
+        scores_of(SMALL, params, own, response_length=S - 1, temperature=ones).logps
+        for own in (tokens, np.roll(tokens, -4, axis=1))
+    )
+    np.testing.assert_allclose(packed[:, :3], first[:, :3], atol=1e-5)
+    np.testing.assert_allclose(packed[:, 4:], second[:, : S - 5], atol=1e-5)
 
 
 def test_experts_come_back_and_are_replayed():
-    tokens, mask, params = random_tokens(B, S), ragged_mask(), perturbed(MOE)
+    tokens, mask, params = random_tokens(B, S), ragged_mask(), masters(MOE)
     arguments = {"response_length": T, "temperature": TEMPERATURE}
     scores = scores_of(MOE, params, tokens, mask, **arguments)
-    assert scores.router.experts.shape == (2, B, S - 1, 2)
+    assert_scored(scores, MOE)
+    assert scores.router.experts.shape == (1, B, S - 1, 2)
     again = scores_of(MOE, params, tokens, mask, experts=scores.router.experts, **arguments)
     np.testing.assert_allclose(again.logps, scores.logps, atol=1e-6)
     others = (np.asarray(scores.router.experts) + 1) % 4
@@ -135,45 +169,20 @@ def test_experts_come_back_and_are_replayed():
 @pytest.mark.parametrize("length", [0, S])
 def test_a_response_must_leave_a_token_to_predict_it_from(length):
     with pytest.raises(ValueError, match=f"response_length is {length}; of {S} tokens it must leave at least one"):
-        token_logps(SMALL, perturbed(SMALL), random_tokens(B, S), response_length=length, temperature=TEMPERATURE)
+        token_logps(SMALL, masters(SMALL), random_tokens(B, S), response_length=length, temperature=TEMPERATURE)
 
 
-def test_entropy_of_a_flat_head_is_the_log_of_the_vocabulary():
-    config = dataclasses.replace(SMALL, tie_embeddings=False)
-    params = perturbed(config)
-    params = params | {"lm_head": jnp.zeros_like(params["lm_head"])}
-    scores = scores_of(config, params, random_tokens(2, 6), response_length=3, temperature=np.array([0.5, 1], "f"))
-    np.testing.assert_allclose(scores.entropy, np.full((2, 3), np.log(config.vocab_size)), rtol=1e-6)
-    np.testing.assert_allclose(scores.logps, np.full((2, 3), -np.log(config.vocab_size)), rtol=1e-6)
-
-
-SUPPORT = 5
-
-
-def random_support():
-    """Of each response token some of the vocabulary with the token itself, or nothing, which is all of it."""
-    rng, targets = np.random.default_rng(3), random_tokens(B, S)[:, -T:]
-    support = np.full((B, T, SUPPORT), -1, np.int32)
-    for row, column in np.ndindex(B, T):
-        others = rng.permutation(np.setdiff1d(np.arange(SMALL.vocab_size), targets[row, column]))
-        count = rng.integers(0, SUPPORT)
-        chosen = np.append(others[:count], targets[row, column]) if rng.random() < 0.8 else []
-        support[row, column, : len(chosen)] = rng.permutation(chosen)
-    return support
-
-
-@pytest.mark.parametrize("chunk", [2, 7])
+@pytest.mark.parametrize("chunk", [2, T])
 def test_what_the_sampler_could_draw_is_all_that_is_scored(chunk):
-    tokens, mask, params, support = random_tokens(B, S), ragged_mask(), perturbed(SMALL), random_support()
-    config, arguments = dataclasses.replace(SMALL, head_chunk=chunk), {"response_length": T, "temperature": TEMPERATURE}
-    scores = scores_of(config, params, tokens, mask, support=support, **arguments)
-    logits = np.asarray(logits_of(SMALL, params, tokens, mask), np.float64)[:, -T - 1 : -1] / TEMPERATURE[:, None, None]
+    tokens, mask, support = random_tokens(B, S), ragged_mask(), random_support()
+    scores = scores_by_chunk(masters(SMALL), support)[1][chunk]
+    distribution, _ = distribution_of(SMALL)
     sizes = set()
     for row, column in np.argwhere(mask[:, -T:]):
         kept = support[row, column][support[row, column] >= 0]
         sizes.add(len(kept))
         kept = kept if len(kept) else np.arange(SMALL.vocab_size)
-        left = log_softmax(logits[row, column, kept])
+        left = log_softmax(distribution[row, column, kept])
         np.testing.assert_allclose(scores.logps[row, column], left[kept == tokens[row, S - T + column]][0], atol=2e-5)
         np.testing.assert_allclose(scores.entropy[row, column], -(np.exp(left) * left).sum(), atol=2e-5)
     # one token is certain, and none stands for all
@@ -181,30 +190,35 @@ def test_what_the_sampler_could_draw_is_all_that_is_scored(chunk):
 
 
 def test_without_a_row_that_was_truncated_a_support_changes_nothing():
-    tokens, params = random_tokens(B, S), perturbed(SMALL)
-    arguments = {"response_length": T, "temperature": TEMPERATURE}
-    whole = scores_of(SMALL, params, tokens, **arguments)
-    empty = scores_of(SMALL, params, tokens, support=np.full((B, T, SUPPORT), -1, np.int32), **arguments)
-    np.testing.assert_allclose(empty.logps, whole.logps, rtol=1e-6)
-    np.testing.assert_allclose(empty.entropy, whole.entropy, rtol=1e-6)
+    whole, empty = scores_by_chunk(masters(SMALL, seed=1), np.full((B, T, SUPPORT), -1, np.int32))
+    np.testing.assert_allclose(empty[T].logps, whole[T].logps, rtol=1e-6)
+    np.testing.assert_allclose(empty[T].entropy, whole[T].entropy, rtol=1e-6)
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@functools.partial(jax.grad, has_aux=True)
+def gradient(params, support, counted):
+    """Of the sum of what is counted, and the scores."""
+    scores = in_chunks(UNTIED, T, params, random_tokens(B, S), support=support)
+    return jnp.sum(jnp.where(counted, scores.logps + scores.entropy, 0)), scores
+
+
+def test_entropy_of_a_flat_head_is_the_log_of_the_vocabulary():
+    params = masters(UNTIED)
+    params = params | {"lm_head": np.zeros(params["lm_head"].shape, np.float32)}
+    _, scores = gradient(params, np.full((B, T, SUPPORT), -1, np.int32), np.ones((B, T), bool))
+    np.testing.assert_allclose(scores.entropy, np.full((B, T), np.log(UNTIED.vocab_size)), rtol=1e-6)
+    np.testing.assert_allclose(scores.logps, np.full((B, T), -np.log(UNTIED.vocab_size)), rtol=1e-6)
 
 
 def test_gradients_through_a_support_are_those_of_the_logits_that_are_left():
     """A token outside has no gradient, one that could not be drawn at all a finite log-prob and finite gradients."""
-    config = dataclasses.replace(SMALL, tie_embeddings=False)
-    tokens, params, support = random_tokens(B, S), perturbed(config), random_support()
-    support[0, 0] = [(tokens[0, S - T] + 1) % SMALL.vocab_size, -1, -1, -1, -1]
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradient(params, counted):
-        scores = token_logps(config, params, tokens, response_length=T, temperature=TEMPERATURE, support=support)
-        return jnp.sum(jnp.where(counted, scores.logps + scores.entropy, 0)), scores.logps
-
-    grads, logps = gradient(params, np.arange(B * T).reshape(B, T) == 1)
+    tokens, params, support = random_tokens(B, S), masters(UNTIED), random_support()
+    support[0, 0] = [(tokens[0, S - T] + 1) % UNTIED.vocab_size, -1, -1, -1, -1]
+    grads, scores = gradient(params, support, np.arange(B * T).reshape(B, T) == 1)
     kept = support[0, 1][support[0, 1] >= 0]
-    assert 1 < len(kept) < SMALL.vocab_size
+    assert 1 < len(kept) < UNTIED.vocab_size
     assert np.flatnonzero(np.abs(grads["lm_head"]).max(axis=1)).tolist() == sorted(kept)
-    assert np.isfinite(logps).all() and logps[0, 0] < -1e30
-    grads, _ = gradient(params, np.ones((B, T), bool))
+    assert np.isfinite(scores.logps).all() and scores.logps[0, 0] < -1e30
+    grads, _ = gradient(params, support, np.ones((B, T), bool))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
