@@ -29,6 +29,8 @@ INTERRUPTED = {
 }
 SUITE_OPTIONS = ("data_dir", "samples", "problems", "max_response_length", "template", "seed", "slots", "devices")
 SUITE_OPTIONS += ("against", "out", "coordinator", "num_processes", "process_id")
+NO_CACHE = "--no-compilation-cache"
+NO_CACHE_HELP = f"With {NO_CACHE}, any command compiles its programs anew, and keeps none."
 OVERRIDE = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 
 
@@ -39,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted at the keyboard.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if NO_CACHE in arguments:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        arguments = [argument for argument in arguments if argument != NO_CACHE]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal without Greek shows a question mark
@@ -70,8 +77,19 @@ def _tell(error: BaseException, command: str) -> int:
     return status
 
 
+@contextlib.contextmanager
+def _computing():
+    """Sets the process up for JAX's work; programs are kept, and told of while they are compiled."""
+    _prepare()
+    from dcjax.compilation import keep_programs, told_of
+
+    keep_programs()
+    with told_of():
+        yield
+
+
 def _prepare() -> None:
-    """Sets the process up for JAX's work, and imports the chatty libraries with their start-up messages kept quiet.
+    """Sets allocator and logging up, and imports the chatty libraries with their start-up messages kept quiet.
 
     TensorFlow, which JetStream brings along, logs from C++ before anything can be set, so the descriptor is turned.
     """
@@ -109,7 +127,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="dcjax", description="RL of language models whose sampling policy is not the training policy."
+        prog="dcjax",
+        description="RL of language models whose sampling policy is not the training policy.",
+        epilog=NO_CACHE_HELP,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -248,10 +268,9 @@ def _train(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-") and not OVERRIDE.fullmatch(arguments[0]):
         recipe, *arguments = arguments
     config = _override(_load_recipe(recipe), recipe, arguments)
-    _prepare()
-    from dcjax.train import train
+    with _computing(), _told(), _leaving("train"):
+        from dcjax.train import train
 
-    with _leaving("train"), _told():
         drawn = train(config)
     if drawn is not None:
         print(f"plot:   {drawn[0]}\nreport: {drawn[1]}")
@@ -338,6 +357,7 @@ def _override(config, recipe: str, arguments: list[str]):
                 args=spelled,
                 use_underscores=True,
                 prog=f"dcjax train {recipe}",
+                description=f"{type(config).__doc__} {NO_CACHE_HELP}",
             )
     except SystemExit as stop:
         if stop.code == 0:
@@ -363,12 +383,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         _evaluate_suite(options)
         return
     _refuse(options, SUITE_OPTIONS, "needs --suite")
-    _prepare()
-    from dcjax.evaluate import evaluate_source
+    with _computing():
+        from dcjax.evaluate import evaluate_source
 
-    results = evaluate_source(
-        options.source, prompts=options.prompts, temperature=options.temperature, format=options.format
-    )
+        results = evaluate_source(
+            options.source, prompts=options.prompts, temperature=options.temperature, format=options.format
+        )
     if options.json:
         print(json.dumps({"step": results.step, "policies": [dataclasses.asdict(row) for row in results.rows]}))
         return
@@ -381,7 +401,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _evaluate_suite(options: argparse.Namespace) -> None:
     _refuse(options, ("prompts",), "is of held-out prompts, which --suite replaces; --problems limits its benchmarks")
-    _prepare()
+    with _computing():
+        _write_suite(options)
+
+
+def _write_suite(options: argparse.Namespace) -> None:
     from dcjax.distributed import DistributedConfig
     from dcjax.suite.benchmarks import SuiteConfig
     from dcjax.suite.report import to_markdown, write_result
@@ -439,20 +463,20 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _probe(options: argparse.Namespace) -> None:
-    _prepare()
-    from dcjax.probe.probe import probe
-    from dcjax.probe.report import to_json, to_text, write_probe
-    from dcjax.probe.source import load_source
+    with _computing():
+        from dcjax.probe.probe import probe
+        from dcjax.probe.report import to_json, to_text, write_probe
+        from dcjax.probe.source import load_source
 
-    source = load_source(
-        options.source,
-        format=options.format,
-        kv_cache=options.kv_cache,
-        prompts=options.prompts,
-        prompts_file=options.prompts_file,
-        stale_step=options.stale,
-    )
-    result = probe(source, seed=options.seed)
+        source = load_source(
+            options.source,
+            format=options.format,
+            kv_cache=options.kv_cache,
+            prompts=options.prompts,
+            prompts_file=options.prompts_file,
+            stale_step=options.stale,
+        )
+        result = probe(source, seed=options.seed)
     data, picture = write_probe(result, options.out or source.out)
     print(to_json(result) if options.json else f"{to_text(result)}\njson: {data}\nplot: {picture}")
 
@@ -492,10 +516,9 @@ def _convert_import(options: argparse.Namespace) -> None:
 
 
 def _convert_export(options: argparse.Namespace) -> None:
-    _prepare()
-    from dcjax.convert import export_run
+    with _computing(), _tensors_shown() as told:
+        from dcjax.convert import export_run
 
-    with _tensors_shown() as told:
         step = export_run(options.source, options.out, dtype=options.dtype, averaged=options.ema, told=told)
     print(f"exported: {options.out} (step {step})")
 
