@@ -56,3 +56,24 @@ def compiled_programs_are_forgotten_in_time():
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    """A file with the recipe of `finished_run`."""
+    import tiny
+
+    return tiny.write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def finished_run(recipe, tmp_path_factory):
+    """The directory of a run of `tiny.CONFIG` that nothing disturbed, by the command line.
+
+    Tests look at it, and change copies.
+    """
+    from dcjax.cli import main
+
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", str(recipe), "--run-dir", str(directory)]) == 0
+    return directory

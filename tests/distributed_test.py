@@ -1,60 +1,59 @@
 """Several real processes on loopback, against one process on the same mesh."""
 
 import itertools
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from launching import ended, fake_devices, free_port, processes
+import tiny
+from launching import ended, fake_devices, free_port, processes, send_sigterm_at
 
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
 from dcjax.cli import main
+from dcjax.config import CheckpointConfig, EvaluationConfig
 from dcjax.distributed import DistributedConfig, _find, place, share
 from dcjax.record import read_metrics
 from dcjax.run import load_config
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import batch_sharding
-from dcjax.trainer import Trainer
 
 STEPS, EVERY = 10, 4
 BOUND = 60
 """Seconds in which processes have to end that have lost another one."""
 
-RECIPE = f"""
-from dcjax.config import *
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
-
-def config():
-    return Config(
-        name="tiny",
-        steps={STEPS},
-        task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-        model=ModelConfig(vocab_size=20, hidden_size=32, intermediate_size=64),
-        warm_start=WarmStartConfig(steps=25, batch_size=32, warmup_steps=5, learning_rate=2e-2),
-        rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=20),
-        objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
-        optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
-        evaluation=EvaluationConfig(every=1, prompts=18),
-        checkpoint=CheckpointConfig(every={EVERY}, keep=9),
-        serving=ServingConfig(slots=8),
-    )
-"""
+CONFIG = replace(
+    tiny.CONFIG,
+    steps=STEPS,
+    warm_start=replace(tiny.CONFIG.warm_start, steps=25),
+    evaluation=EvaluationConfig(every=1, prompts=18),
+    checkpoint=CheckpointConfig(every=EVERY, keep=9),
+)
+FLOAT32 = ["--serving.format", "float32"]
+QUICK = [
+    *FLOAT32,
+    "--evaluation.prompts",
+    "16",
+    "--model.num_layers",
+    "1",
+    "--warm_start.steps",
+    "0",
+    "--steps",
+    "1000",
+]
+"""Little is compiled, one program samples for both policies, and a run is stopped long before its end."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-    path.write_text(RECIPE)
-    return path
+    return tiny.write_recipe(tmp_path_factory.mktemp("recipe") / "distributed.py", CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +108,26 @@ def assert_same_run(ours, theirs, *, rel, rounding=0.0):
 # --- two processes, in one story, since what takes time is to start and to compile ---
 
 
+def stop_one(recipe, directory, *options):
+    """Begins a run of two processes and sends one of them SIGTERM; how the two end."""
+    with processes(recipe, directory, "--mesh.fsdp", "2", *options) as started:
+        wait_for_step(started, directory, 1)
+        started[1].send_signal(signal.SIGTERM)
+        return [ended(process, BOUND) for process in started]
+
+
 @pytest.fixture(scope="module")
 def stopped(recipe, tmp_path_factory):
     """A run of two processes of which one was sent SIGTERM: its directory, and how the two ended."""
-    directory = tmp_path_factory.mktemp("runs") / "two"
-    with processes(recipe, directory, "--mesh.fsdp", "2") as started:
-        wait_for_step(started, directory, 1)
-        started[1].send_signal(signal.SIGTERM)
-        told = [ended(process, BOUND) for process in started]
-    return shutil.copytree(directory, directory.with_name("stopped")), told
+    directory = tmp_path_factory.mktemp("runs") / "stopped"
+    return directory, stop_one(recipe, directory, *QUICK)
 
 
 @pytest.fixture(scope="module")
-def killed(recipe, stopped, tmp_path_factory):
-    """The same, gone on with until one was killed."""
-    directory = shutil.copytree(stopped[0], tmp_path_factory.mktemp("runs") / "killed")
+def killed(recipe, tmp_path_factory):
+    """One that was stopped so, and gone on with until one was killed."""
+    directory = tmp_path_factory.mktemp("runs") / "killed"
+    stop_one(recipe, directory)
     with processes(recipe, directory, "--mesh.fsdp", "2") as started:
         wait_for_step(started, directory, EVERY + 1)
         started[1].kill()
@@ -133,7 +137,7 @@ def killed(recipe, stopped, tmp_path_factory):
 def test_sigterm_to_one_process_saves_and_stops_all_with_a_status_to_restart_on(stopped):
     directory, told = stopped
     step = checkpointed(directory)[-1]
-    assert 1 <= step < STEPS
+    assert 1 <= step < 1000
     assert measured(directory)[-1]["step"] == step
     for status, lines in told:
         assert status == 75
@@ -151,44 +155,13 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
     assert checkpointed(directory)[-1] >= EVERY
 
 
-def tell_to_stop_at_third(patched, method):
-    """SIGTERM at the third call of a method of Trainer."""
-    act, calls = getattr(Trainer, method), itertools.count(1)
-
-    def told(self, *args):
-        if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return act(self, *args)
-
-    patched.setattr(Trainer, method, told)
-
-
-@pytest.mark.parametrize(
-    # while samples are drawn an iteration is given up; an update is waited for
-    ("method", "saved"),
-    [("_sample_once", [0, 2]), pytest.param("_update", [0, 3], marks=pytest.mark.slow)],
-)
-def test_sigterm_to_a_process_that_is_alone_saves_and_it_goes_on(
-    recipe, alone, monkeypatch, capfd, tmp_path, method, saved
-):
-    directory = tmp_path / "run"
-    command = ["train", str(recipe), "--run-dir", str(directory), "--mesh.fsdp", "2"]
-    with monkeypatch.context() as patched:
-        tell_to_stop_at_third(patched, method)
-        assert main(command) == 75
-    assert f"dcjax: error: stopped by SIGTERM; step {saved[-1]} is saved" in capfd.readouterr().err
-    assert checkpointed(directory) == saved
-    assert main(command) == 0
-    assert_same_run(directory, alone, rel=0)
-
-
 @pytest.mark.slow
 def test_sigterm_while_a_thread_samples_ahead_saves_and_it_goes_on(recipe, monkeypatch, tmp_path):
     command = ["train", str(recipe), "--mesh.fsdp", "2", "--serving.devices", "2", "--rollout.ahead", "1"]
     alone, directory = tmp_path / "alone", tmp_path / "run"
     assert main([*command, "--run-dir", str(alone)]) == 0
     with monkeypatch.context() as patched:
-        tell_to_stop_at_third(patched, "_sample_once")
+        send_sigterm_at(patched, "_sample_once", call=3)
         assert main([*command, "--run-dir", str(directory)]) == 75
     # the thread is at the third iteration's samples while the second is trained on
     assert checkpointed(directory)[-1] in (1, 2)
@@ -222,6 +195,7 @@ def test_what_two_processes_saved_is_restored_bit_for_bit_on_other_meshes(stoppe
     jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_are_told_apart(recipe, tmp_path):
     rates = lambda number: ["--optimizer.learning_rate", f"0.{number + 1}"]  # noqa: E731
     with processes(recipe, tmp_path / "run", "--mesh.fsdp", "2", each=rates) as started:
@@ -235,12 +209,12 @@ def test_processes_with_different_configs_are_told_apart(recipe, tmp_path):
 
 @pytest.mark.parametrize("present", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, tmp_path, present):
-    with processes(recipe, tmp_path / "run", "--distributed.timeout", "3", only=[present]) as (started,):
+    with processes(recipe, tmp_path / "run", "--distributed.timeout", "1", only=[present]) as (started,):
         status, lines = ended(started)
     assert status == 75
     assert len(lines) == 1, lines
     assert re.fullmatch(
-        rf"dcjax: error: process {present} of 2 waited 3 s for the others at 127\.0\.0\.1:\d+; not all have joined.*",
+        rf"dcjax: error: process {present} of 2 waited 1 s for the others at 127\.0\.0\.1:\d+; not all have joined.*",
         lines[0],
     )
 
@@ -249,7 +223,6 @@ def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, t
 
 # More than two addends are added up in other orders by other numbers of processes. What that changes, by 1e-7, moves
 # some of an int8 engine's roundings, and with them the gap by a percent; in float32 it stays what it is.
-FLOAT32 = ["--serving.format", "float32"]
 ROUNDING = 2e-6
 """Of a sum of float32 log-probs of size 8, some units in the last place: what a gap that is none has for an error."""
 
@@ -322,7 +295,10 @@ APART = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
+from dcjax.config import Config, OptimizerConfig
 from dcjax.distributed import DistributedConfig, gather, join, place, total
+from dcjax.errors import RunError
+from dcjax.run import check_data_agree, check_processes_agree
 from dcjax.serving.layout import serving_mesh
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 from dcjax.sharding.transfer import across
@@ -348,10 +324,25 @@ for mesh in (None, training, serving):
     np.testing.assert_array_equal(ones, [[0, 0], [1, 1]])
     np.testing.assert_array_equal(twos, np.float32([0, 0, 10, 10]))
     assert total(number + 1, mesh) == 3
+
+def refusal(check, *arguments):
+    try:
+        check(*arguments)
+    except RunError as error:
+        return str(error)
+
+# how each finds the other may differ
+found = DistributedConfig(coordinator=coordinator, num_processes=2, process_id=number)
+assert refusal(check_processes_agree, Config(distributed=found)) is None
+told = refusal(check_processes_agree, Config(optimizer=OptimizerConfig(learning_rate=(number + 1) / 10)))
+assert "processes 0 and 1 differ in optimizer.learning_rate 0.1 and 0.2;" in told, told
+assert refusal(check_data_agree, {"train": "a"}) is None
+told = refusal(check_data_agree, {"train": "a", "heldout": "longer" * number})
+assert "processes 0 and 1 differ in heldout '' and 'longer';" in told, told
 """
 
 
-def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them():
+def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them_and_differences_are_told_on_both():
     coordinator = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-c", APART, coordinator]
     started = [

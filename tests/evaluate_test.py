@@ -4,51 +4,21 @@ import os
 import shutil
 
 import numpy as np
+import pretend
 import pytest
+import tiny
+from launching import complaints
 
 import dcjax.evaluate
 from dcjax.cli import main
-from dcjax.config import (
-    CheckpointConfig,
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-)
-from dcjax.data.arithmetic import ArithmeticTask, build_tokenizer
+from dcjax.data.arithmetic import build_tokenizer
 from dcjax.evaluate import evaluate_source, responses
-from dcjax.models import ModelConfig
 from dcjax.record import read_metrics
-from dcjax.run import open_run
+from dcjax.run import load_config, open_run
 from dcjax.statistics import wilson_interval
-from dcjax.train import train
 from dcjax.types import Rollout
 
-STEPS, EVERY, HELDOUT = 16, 4, 16
-
-CONFIG = Config(
-    steps=STEPS,
-    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-    model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64),
-    warm_start=WarmStartConfig(steps=35, batch_size=32, warmup_steps=5, learning_rate=2e-2),
-    rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=20),
-    objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
-    optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
-    evaluation=EvaluationConfig(every=EVERY, prompts=HELDOUT),
-    checkpoint=CheckpointConfig(every=EVERY, keep=4),
-    serving=ServingConfig(slots=8),
-)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run with four checkpoints, each evaluated. Tests look at it, and change copies."""
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    train(dataclasses.replace(CONFIG, run_dir=directory))
-    return directory
+STEPS, EVERY, HELDOUT = tiny.CONFIG.steps, tiny.CONFIG.checkpoint.every, tiny.CONFIG.evaluation.prompts
 
 
 @pytest.fixture
@@ -59,7 +29,7 @@ def evaluated(capfd):
         capfd.readouterr()
         status = main(["evaluate", str(source), "--json", *options])
         output, errors = capfd.readouterr()
-        assert (status, errors) == (0, "")
+        assert (status, complaints(errors)) == (0, [])
         assert output.count("\n") == 1
         return json.loads(output)
 
@@ -85,17 +55,18 @@ def refusal(capfd):
         status = main([str(argument) for argument in arguments])
         output, errors = capfd.readouterr()
         assert (status, output) == (2, "")
-        assert errors.startswith("dcjax: error: ") and errors.count("\n") == 1, errors
-        return errors
+        (told,) = complaints(errors)
+        assert told.startswith("dcjax: error: "), errors
+        return told
 
     return run
 
 
-def test_a_run_is_evaluated_as_its_last_line_says(finished, evaluated):
-    result = evaluated(finished)
+def test_a_run_is_evaluated_as_its_last_line_says(finished_run, evaluated):
+    result = evaluated(finished_run)
     rows = by_policy(result)
     assert result["step"] == STEPS
-    assert {policy: row["accuracy"] for policy, row in rows.items()} == logged(finished, STEPS)
+    assert {policy: row["accuracy"] for policy, row in rows.items()} == logged(finished_run, STEPS)
     assert (rows["deployed"]["format"], rows["training"]["format"]) == ("int8", "float32")
     for row in rows.values():
         assert row["total"] == HELDOUT and row["accuracy"] == row["correct"] / HELDOUT
@@ -104,24 +75,24 @@ def test_a_run_is_evaluated_as_its_last_line_says(finished, evaluated):
 
 
 @pytest.mark.parametrize("step", [EVERY, STEPS - EVERY])
-def test_a_checkpoint_is_evaluated_as_the_line_of_its_step_says(finished, evaluated, step):
-    result = evaluated(finished / "checkpoints" / str(step))
+def test_a_checkpoint_is_evaluated_as_the_line_of_its_step_says(finished_run, evaluated, step):
+    result = evaluated(finished_run / "checkpoints" / str(step))
     assert result["step"] == step
-    assert {policy: row["accuracy"] for policy, row in by_policy(result).items()} == logged(finished, step)
+    assert {policy: row["accuracy"] for policy, row in by_policy(result).items()} == logged(finished_run, step)
 
 
-def test_the_run_is_not_so_bad_that_accuracies_cannot_tell_checkpoints_apart(finished):
+def test_the_run_is_not_so_bad_that_accuracies_cannot_tell_checkpoints_apart(finished_run):
     """Were they all 0, the tests above would compare nothing."""
-    accuracies = [tuple(logged(finished, step).values()) for step in range(0, STEPS + 1, EVERY)]
+    accuracies = [tuple(logged(finished_run, step).values()) for step in range(0, STEPS + 1, EVERY)]
     assert max(max(pair) for pair in accuracies) > 0
     assert len(set(accuracies)) > 1
 
 
-def test_the_table_shows_what_the_json_does(finished, evaluated, capfd):
-    rows = by_policy(evaluated(finished))
-    assert main(["evaluate", str(finished)]) == 0
+def test_the_table_shows_what_the_json_does(finished_run, evaluated, capfd):
+    rows = by_policy(evaluated(finished_run))
+    assert main(["evaluate", str(finished_run)]) == 0
     output, errors = capfd.readouterr()
-    assert errors == ""
+    assert complaints(errors) == []
     title, header, *lines = output.splitlines()
     assert title == f"step {STEPS}, temperature 1"
     assert "95%" in header
@@ -134,64 +105,55 @@ def test_the_table_shows_what_the_json_does(finished, evaluated, capfd):
         assert f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" in line
 
 
-def test_in_the_trainers_own_format_the_policies_are_one(finished, evaluated):
-    rows = by_policy(evaluated(finished, "--format", "float32"))
+def test_in_the_trainers_own_format_the_policies_are_one(finished_run, evaluated):
+    rows = by_policy(evaluated(finished_run, "--format", "float32"))
     assert rows["deployed"]["format"] == rows["training"]["format"] == "float32"
     assert rows["deployed"]["correct"] == rows["training"]["correct"]
-    assert rows["training"]["accuracy"] == logged(finished, STEPS)["training"]
+    assert rows["training"]["accuracy"] == logged(finished_run, STEPS)["training"]
 
 
-def test_the_settings_of_the_run_may_be_replaced(finished, monkeypatch):
-    sample, asked = dcjax.evaluate.sample_responses, []
+def test_the_settings_of_the_run_may_be_replaced(finished_run, monkeypatch):
+    asked = []
 
     def seen(engine, params, prompts, *, temperature, **others):
         asked.append((len(prompts), temperature))
-        return sample(engine, params, prompts, temperature=temperature, **others)
+        return pretend.sample_responses(engine, params, prompts, temperature=temperature, **others)
 
+    pretend.install(monkeypatch)
     monkeypatch.setattr(dcjax.evaluate, "sample_responses", seen)
-    result = evaluate_source(finished, prompts=4, temperature=0.0)
+    result = evaluate_source(finished_run, prompts=4, temperature=0.0)
     assert asked == [(4, 0.0), (4, 0.0)]
     assert result.temperature == 0 and [row.total for row in result.rows] == [4, 4]
 
 
-def test_evaluating_changes_nothing_in_the_run(finished, evaluated):
+def test_evaluating_changes_nothing_in_the_run(finished_run, evaluated):
     def seen():
-        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        return {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
 
     before = seen()
-    evaluated(finished)
+    evaluated(finished_run)
     assert seen() == before
 
 
-def test_a_run_can_be_evaluated_while_another_process_trains_in_it(finished, evaluated, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
-    with open_run(dataclasses.replace(CONFIG, run_dir=directory)):
-        assert evaluated(directory)["step"] == STEPS
+def test_a_run_called_by_a_number_is_evaluated_while_another_process_trains_in_it(
+    finished_run, evaluated, tmp_path, monkeypatch
+):
+    """As the runs of several seeds are called; from within it."""
+    directory = shutil.copytree(finished_run, tmp_path / "seeds" / "7")
+    monkeypatch.chdir(directory / "checkpoints")
+    with open_run(dataclasses.replace(load_config(directory), run_dir=directory)):
+        assert evaluated("..")["step"] == STEPS
 
 
-def test_a_run_is_found_by_any_path_to_it(finished, evaluated, tmp_path, monkeypatch):
-    expected = evaluated(finished / "checkpoints" / "8")
-    assert evaluated(f"{finished}/checkpoints/8/") == expected
-    monkeypatch.chdir(finished)
-    assert evaluated("checkpoints/8") == expected
-    monkeypatch.chdir(finished / "checkpoints")
-    assert evaluated("8") == expected
-    assert evaluated("..")["step"] == STEPS
+def test_a_missing_checkpoint_lists_those_there_are(finished_run, refusal):
+    errors = refusal("evaluate", finished_run / "checkpoints" / "99")
+    assert "no checkpoint of step 99" in errors and "there: 2, 4, 6, 8" in errors
 
 
-def test_a_run_may_be_called_by_a_number(finished, evaluated, tmp_path):
-    """As the runs of several seeds are."""
-    shutil.copytree(finished, tmp_path / "seeds" / "7")
-    assert evaluated(tmp_path / "seeds" / "7")["step"] == STEPS
-
-
-def test_a_missing_checkpoint_lists_those_there_are(finished, refusal):
-    errors = refusal("evaluate", finished / "checkpoints" / "99")
-    assert "no checkpoint of step 99" in errors and "there: 4, 8, 12, 16" in errors
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_evaluated(finished, refusal, evaluated, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_evaluated(
+    finished_run, refusal, evaluated, tmp_path
+):
+    directory = shutil.copytree(finished_run, tmp_path / "run")
     files = (path for path in (directory / "checkpoints" / str(STEPS)).rglob("*") if path.is_file())
     os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
     errors = refusal("evaluate", directory)
@@ -199,8 +161,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_evaluated(
     assert evaluated(directory / "checkpoints" / str(STEPS - EVERY))["step"] == STEPS - EVERY
 
 
-def test_a_run_without_its_tokenizer_is_refused(finished, refusal, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
+def test_a_run_without_its_tokenizer_is_refused(finished_run, refusal, tmp_path):
+    directory = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(directory / "tokenizer")
     assert str(directory / "tokenizer") in refusal("evaluate", directory)
 

@@ -10,7 +10,7 @@ import pytest
 
 from dcjax.config import CheckpointConfig, Config, ObjectiveConfig, to_dict
 from dcjax.errors import RunError
-from dcjax.run import VERSIONED, load_config, open_run
+from dcjax.run import VERSIONED, load_config, locate, open_run
 from dcjax.sharding.mesh import MeshConfig
 
 
@@ -118,6 +118,20 @@ def test_a_lock_that_a_killed_process_left_does_not_hold(config):
 def test_reading_a_config_needs_no_lock(config):
     with open_run(config) as directory:
         assert load_config(directory) == config
+
+
+def test_a_run_and_its_checkpoints_are_found_by_any_path_to_them(tmp_path, monkeypatch):
+    """A run may be called by a number, as those of several seeds are."""
+    run = tmp_path / "seeds" / "7"
+    (run / "checkpoints" / "8").mkdir(parents=True)
+    assert locate(run) == (run, None)
+    assert locate(run / "checkpoints" / "8") == (run, 8)
+    monkeypatch.chdir(run)
+    assert locate(Path("checkpoints/8/")) == (run, 8)
+    assert locate(Path(".")) == (run, None)
+    monkeypatch.chdir("checkpoints")
+    assert locate(Path("8")) == (run, 8)
+    assert locate(Path("..")) == (run, None)
 
 
 def test_a_directory_without_a_run_says_what_makes_one(tmp_path):

@@ -17,7 +17,10 @@ import time
 import jax
 import numpy as np
 import optax
+import pretend
 import pytest
+import tiny
+from launching import complaints, send_sigterm_at
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoTokenizer
 
@@ -30,30 +33,10 @@ from dcjax.record import read_metrics, read_transcripts
 from dcjax.run import load_config
 from dcjax.sharding.mesh import make_mesh
 
-STEPS, EVERY, KEPT = 16, 2, 3
-PROMPTS, GROUP, HELDOUT = 4, 4, 16
+STEPS, EVERY = tiny.CONFIG.steps, tiny.CONFIG.checkpoint.every
+PROMPTS, GROUP, HELDOUT = tiny.CONFIG.rollout.prompts, tiny.CONFIG.rollout.group_size, tiny.CONFIG.evaluation.prompts
 
-RECIPE = f"""
-from dcjax.config import *
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
-
-def config():
-    return Config(
-        name="tiny",
-        steps={STEPS},
-        task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-        model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64),
-        warm_start=WarmStartConfig(steps=35, batch_size=32, warmup_steps=5, learning_rate=2e-2),
-        rollout=RolloutConfig(prompts={PROMPTS}, group_size={GROUP}, max_prompt_length=6, max_response_length=20),
-        objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
-        optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
-        evaluation=EvaluationConfig(every={EVERY}, prompts={HELDOUT}),
-        checkpoint=CheckpointConfig(every={EVERY}, keep={KEPT}),
-        serving=ServingConfig(slots=8),
-    )
-"""
-
+NO_WARM_START = ["--warm_start.steps", "0"]
 EVALUATED = {"eval/deployed_accuracy", "eval/training_accuracy"}
 MEASURED = {
     "reward",
@@ -76,17 +59,12 @@ MEASURED = {
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    """A run that nothing disturbed. Tests look at it, and change copies."""
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["train", str(recipe), "--run-dir", str(directory)]) == 0
+def pretended_run(recipe, tmp_path_factory):
+    """A finished run without arithmetic, of the same recipe. Tests look at it, and change copies."""
+    directory = tmp_path_factory.mktemp("runs") / "pretended"
+    with pytest.MonkeyPatch.context() as patch:
+        pretend.install(patch)
+        assert main(["train", str(recipe), "--run-dir", str(directory), *NO_WARM_START]) == 0
     return directory
 
 
@@ -108,15 +86,16 @@ def train(recipe, capfd, caplog):
     return run
 
 
-def complaints(errors):
-    """Lines of stderr that tell neither what the run is on nor how far it is."""
-    quiet = ("platform: ", "training: ", "serving: ", "warm start ", "step ")
-    return [line for line in errors.splitlines() if not line.startswith(quiet)]
+@pytest.fixture
+def pretending(train, monkeypatch):
+    """The same, without arithmetic: see tests/helpers/pretend.py."""
+    pretend.install(monkeypatch)
+    return lambda directory, *overrides: train(directory, *NO_WARM_START, *overrides)
 
 
-def interrupted_at(step, finished, directory):
+def interrupted_at(step, finished_run, directory):
     """A copy of the run as it was after the checkpoint of a step, with a little written after it."""
-    shutil.copytree(finished, directory)
+    shutil.copytree(finished_run, directory)
     for path in (directory / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)
@@ -170,24 +149,24 @@ def finite(state):
 # --- a whole run ---
 
 
-def test_a_line_a_step_from_step_0(finished):
-    assert [record["step"] for record in metrics_of(finished)] == list(range(STEPS + 1))
+def test_a_line_a_step_from_step_0(finished_run):
+    assert [record["step"] for record in metrics_of(finished_run)] == list(range(STEPS + 1))
 
 
-def test_step_0_is_evaluated_and_nothing_else(finished):
-    first = metrics_of(finished)[0]
+def test_step_0_is_evaluated_and_nothing_else(finished_run):
+    first = metrics_of(finished_run)[0]
     assert set(first) >= {"step", "eval/prompts"} | EVALUATED
     assert {name for name in first if not name.startswith("eval/")} == {"step"}
 
 
-def test_every_step_has_the_metrics_of_its_update(finished):
-    for record in metrics_of(finished)[1:]:
+def test_every_step_has_the_metrics_of_its_update(finished_run):
+    for record in metrics_of(finished_run)[1:]:
         assert set(record) >= MEASURED
         assert all(math.isfinite(value) for value in record.values())
 
 
-def test_both_policies_are_evaluated_when_due_and_only_then(finished):
-    for record in metrics_of(finished):
+def test_both_policies_are_evaluated_when_due_and_only_then(finished_run):
+    for record in metrics_of(finished_run):
         if record["step"] % EVERY:
             assert not any(name.startswith("eval/") for name in record)
             continue
@@ -196,51 +175,58 @@ def test_both_policies_are_evaluated_when_due_and_only_then(finished):
             assert (record[name] * HELDOUT).is_integer() and 0 <= record[name] <= 1
 
 
-def test_the_task_is_learnt_in_part_so_that_rewards_differ(finished):
+def test_the_task_is_learnt_in_part_so_that_rewards_differ(finished_run):
     """Without this, most of a run's arithmetic would be on zeros, and what compares runs would compare little."""
-    records = metrics_of(finished)[1:]
+    records = metrics_of(finished_run)[1:]
     assert any(0 < record["reward"] < 1 for record in records)
     assert all(record["grad_norm"] > 0 for record in records)
 
 
-def test_the_multiplier_moves_by_the_excess_over_the_budget(finished):
-    config, records = load_config(finished), metrics_of(finished)[1:]
+def test_the_multiplier_moves_by_the_excess_over_the_budget(finished_run):
+    config, records = load_config(finished_run), metrics_of(finished_run)[1:]
     multiplier = np.float32(config.objective.initial_multiplier)
     for record in records:
         assert record["dual/multiplier"] == pytest.approx(multiplier, rel=1e-6)
         assert record["dual/budget"] == config.objective.budget
         excess = record["dual/discrepancy"] - config.objective.budget
         multiplier = min(max(multiplier + config.objective.dual_lr * excess, 0), config.objective.max_multiplier)
-    state, _ = restored(finished)
+    state, _ = restored(finished_run)
     assert float(optax.tree.get(state.opt_state, "multiplier")) == pytest.approx(multiplier, rel=1e-6)
     assert len({record["dual/multiplier"] for record in records}) > 1
 
 
-def test_the_learning_rate_is_warmed_up(finished):
-    rates = [record["learning_rate"] for record in metrics_of(finished)[1:]]
+def test_the_learning_rate_is_warmed_up(finished_run):
+    rates = [record["learning_rate"] for record in metrics_of(finished_run)[1:]]
     assert rates == pytest.approx([1e-2 * min(step / 3, 1) for step in range(STEPS)])
 
 
-def test_the_last_checkpoint_tells_where_the_loop_stands(finished):
-    state, loop = restored(finished)
+def test_the_last_checkpoint_tells_where_the_loop_stands(finished_run):
+    state, loop = restored(finished_run)
     assert (loop.step, int(state.step), loop.data_cursor) == (STEPS, STEPS, STEPS * PROMPTS)
-    before = restored(finished, STEPS - EVERY)[1]
+    before = restored(finished_run, STEPS - EVERY)[1]
     assert before.step == STEPS - EVERY and before.rollout_key != loop.rollout_key
     assert finite(state)
 
 
-def test_the_newest_checkpoints_are_kept(finished):
-    assert checkpointed(finished) == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
+def test_the_norm_of_the_parameters_is_that_of_what_is_saved(finished_run):
+    for step in (STEPS - EVERY, STEPS):
+        leaves = jax.tree.leaves(jax.device_get(restored(finished_run, step)[0].params))
+        norm = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
+        assert metrics_of(finished_run)[step]["param_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_warm_start_has_a_log_of_its_own(finished):
-    records = read_metrics(finished / "warm_start.jsonl")
+def test_the_newest_checkpoints_are_kept(finished_run):
+    assert checkpointed(finished_run) == list(range(EVERY, STEPS + 1, EVERY))
+
+
+def test_the_warm_start_has_a_log_of_its_own(finished_run):
+    records = read_metrics(finished_run / "warm_start.jsonl")
     assert [record["step"] for record in records] == [10, 20, 30, 35]
     assert records[-1]["loss"] < records[0]["loss"]
 
 
-def test_samples_are_kept_at_each_evaluation(finished):
-    samples = read_transcripts(finished / "samples.jsonl")
+def test_samples_are_kept_at_each_evaluation(finished_run):
+    samples = read_transcripts(finished_run / "samples.jsonl")
     assert sorted({sample["step"] for sample in samples}) == list(range(EVERY, STEPS + 1, EVERY))
     for sample in samples:
         assert sample["prompt"].endswith("=") and sample["response"]
@@ -250,9 +236,9 @@ def test_samples_are_kept_at_each_evaluation(finished):
     assert {sample["reward"] for sample in samples} == {0, 1}
 
 
-def test_the_events_of_tensorboard_are_a_copy_of_the_metrics(finished):
+def test_the_events_of_tensorboard_are_a_copy_of_the_metrics(finished_run):
     seen = {}
-    for path in (finished / "tensorboard").iterdir():
+    for path in (finished_run / "tensorboard").iterdir():
         data, at = path.read_bytes(), 0
         # a TFRecord is a length, its checksum, the message, its checksum
         while at < len(data):
@@ -262,39 +248,39 @@ def test_the_events_of_tensorboard_are_a_copy_of_the_metrics(finished):
             at += 12 + length + 4
     expected = {
         (record["step"], name): np.float32(value)
-        for record in metrics_of(finished)
+        for record in metrics_of(finished_run)
         for name, value in record.items()
         if name != "step"
     }
     assert seen == expected
 
 
-def test_the_tokenizer_is_saved_as_transformers_loads_it(finished):
-    tokenizer = AutoTokenizer.from_pretrained(finished / "tokenizer")
+def test_the_tokenizer_is_saved_as_transformers_loads_it(finished_run):
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "tokenizer")
     text = r"3+4-2=3+4=7,7-2=5,\boxed{5}"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token_id is not None
 
 
-def test_the_report_is_drawn_and_holds_its_picture(finished):
-    picture = (finished / "report.png").read_bytes()
+def test_the_report_is_drawn_and_holds_its_picture(finished_run):
+    picture = (finished_run / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert base64.b64encode(picture).decode() in (finished / "report.html").read_text()
+    assert base64.b64encode(picture).decode() in (finished_run / "report.html").read_text()
 
 
-def test_the_same_command_again_changes_nothing(finished, train, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
+def test_the_same_command_again_changes_nothing(pretended_run, pretending, tmp_path):
+    directory = shutil.copytree(pretended_run, tmp_path / "run")
     names = ("metrics.jsonl", "samples.jsonl", "warm_start.jsonl")
     before = {name: (directory / name).read_bytes() for name in names}
     written = {path: path.stat().st_mtime_ns for path in (directory / "checkpoints").rglob("*")}
-    assert train(directory) == (0, [])
+    assert pretending(directory) == (0, [])
     assert {name: (directory / name).read_bytes() for name in names} == before
     assert {path: path.stat().st_mtime_ns for path in (directory / "checkpoints").rglob("*")} == written
 
 
-def test_a_run_of_no_steps_is_the_warm_start_evaluated(train, finished, tmp_path):
-    assert train(tmp_path / "run", "--steps", "0") == (0, [])
-    assert metrics_of(tmp_path / "run") == metrics_of(finished)[:1]
+def test_a_run_of_no_steps_is_the_warm_start_evaluated(pretending, pretended_run, tmp_path):
+    assert pretending(tmp_path / "run", "--steps", "0") == (0, [])
+    assert metrics_of(tmp_path / "run") == metrics_of(pretended_run)[:1]
     assert checkpointed(tmp_path / "run") == [0]
     assert (tmp_path / "run" / "report.html").exists()
 
@@ -316,12 +302,12 @@ def test_grpo_runs_without_a_multiplier_and_several_updates_an_iteration_measure
 FLOAT32 = ["--serving.format", "float32"]
 
 
-def test_served_in_float32_the_policies_agree_on_every_token_of_the_run(train, finished, tmp_path):
+def test_served_in_float32_the_policies_agree_on_every_token_of_the_run(train, finished_run, tmp_path):
     assert train(tmp_path / "run", *FLOAT32) == (0, [])
     gaps = [record["mismatch/prob_diff_max"] for record in metrics_of(tmp_path / "run")[1:]]
     assert len(gaps) == STEPS and max(gaps) <= 1e-4
     # as those of the deployed format do not
-    assert min(record["mismatch/prob_diff_max"] for record in metrics_of(finished)[1:]) > 1e-4
+    assert min(record["mismatch/prob_diff_max"] for record in metrics_of(finished_run)[1:]) > 1e-4
     for record in metrics_of(tmp_path / "run")[::EVERY]:
         assert record["eval/deployed_accuracy"] == record["eval/training_accuracy"]
 
@@ -334,7 +320,7 @@ def test_log_probs_that_are_one_token_off_fail_the_control(train, monkeypatch, t
         return rollout.replace(rollout_logps=np.roll(rollout.rollout_logps, 1, axis=1) * rollout.response_mask)
 
     monkeypatch.setattr(dcjax.trainer, "sample_responses", shifted)
-    assert train(tmp_path / "run", *FLOAT32, "--steps", "1", "--warm_start.steps", "0") == (0, [])
+    assert train(tmp_path / "run", *FLOAT32, "--steps", "1", *NO_WARM_START) == (0, [])
     assert metrics_of(tmp_path / "run")[1]["mismatch/prob_diff_max"] > 1e-4
 
 
@@ -364,12 +350,12 @@ def finish(process):
     return complaints(errors)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, finished, tmp_path):
-    directory, step = tmp_path / "run", random.Random(0).choice([0, 2, 4])
-    kill_when(start(recipe, directory), (directory / "checkpoints" / str(step)).exists)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, train, finished_run, tmp_path):
+    directory = tmp_path / "run"
+    kill_when(start(recipe, directory), (directory / "checkpoints" / str(EVERY)).exists)
     assert checkpointed(directory)[-1] < STEPS
-    assert finish(start(recipe, directory)) == []
-    assert_same_run(directory, finished)
+    assert train(directory) == (0, [])
+    assert_same_run(directory, finished_run)
 
 
 @pytest.mark.slow
@@ -398,38 +384,57 @@ def test_a_run_killed_three_times_once_while_saving_goes_on_as_if_nothing_had_ha
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_warm_start_begins_again(recipe, finished, tmp_path):
+def test_a_run_killed_in_the_warm_start_begins_again(recipe, finished_run, tmp_path):
     directory = tmp_path / "run"
     log = directory / "warm_start.jsonl"
     kill_when(start(recipe, directory), lambda: log.exists() and log.stat().st_size > 0)
     assert not (directory / "checkpoints" / "0").exists()
     assert finish(start(recipe, directory)) == []
-    assert_same_run(directory, finished)
+    assert_same_run(directory, finished_run)
 
 
-def test_an_interrupt_leaves_a_run_that_goes_on(train, finished, monkeypatch, tmp_path):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+@pytest.mark.parametrize(
+    # while samples are drawn an iteration is given up; an update is waited for
+    ("method", "call"),
+    [("_sample_once", 4), pytest.param("_update", 3, marks=pytest.mark.slow)],
+)
+def test_sigterm_saves_what_is_not_saved_yet_and_the_run_goes_on(
+    train, finished_run, monkeypatch, tmp_path, method, call
+):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        send_sigterm_at(patched, method, call=call)
+        status, told = train(directory)
+    assert status == 75
+    assert told == ["dcjax: error: stopped by SIGTERM; step 3 is saved, and the same command goes on from it"]
+    assert checkpointed(directory) == [0, 2, 3]
+    assert train(directory) == (0, [])
+    assert_same_run(directory, finished_run)
+
+
+def test_an_interrupt_leaves_a_run_that_goes_on(pretending, pretended_run, monkeypatch, tmp_path):
+    directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(dcjax.trainer.Trainer, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
-        status, told = train(directory)
+        status, told = pretending(directory)
     assert status == 130
     assert told == ["dcjax: interrupted; the same command goes on from the last checkpoint"]
-    assert train(directory) == (0, [])
-    assert_same_run(directory, finished)
+    assert pretending(directory) == (0, [])
+    assert_same_run(directory, pretended_run)
 
 
-def test_where_the_run_is_saved_and_how_often_does_not_change_it(train, finished, tmp_path):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "elsewhere")
-    assert train(directory, "--checkpoint.every", "1", "--checkpoint.keep", "2") == (0, [])
+def test_where_the_run_is_saved_and_how_often_does_not_change_it(pretending, pretended_run, tmp_path):
+    directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "elsewhere")
+    assert pretending(directory, "--checkpoint.every", "1", "--checkpoint.keep", "2") == (0, [])
     assert checkpointed(directory) == [STEPS - 1, STEPS]
-    assert_same_run(directory, finished)
+    assert_same_run(directory, pretended_run)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_more_devices(train, finished, tmp_path):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+def test_a_run_goes_on_over_more_devices(train, finished_run, tmp_path):
+    directory = interrupted_at(STEPS - 2 * EVERY, finished_run, tmp_path / "run")
     assert train(directory, "--mesh.fsdp", "2") == (0, [])
-    ours, theirs = metrics_of(directory), metrics_of(finished)
+    ours, theirs = metrics_of(directory), metrics_of(finished_run)
     assert [record["step"] for record in ours] == list(range(STEPS + 1))
     # sums over two devices round differently, and the next rollout may already sample another token
     at = STEPS - 2 * EVERY + 1
@@ -446,44 +451,44 @@ def halve_largest(directory):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(train, finished, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(train, finished_run, tmp_path):
+    directory = shutil.copytree(finished_run, tmp_path / "run")
     halve_largest(directory / "checkpoints" / str(STEPS))
     status, told = train(directory)
     assert status == 0
     assert len(told) == 1 and str(directory / "checkpoints" / str(STEPS)) in told[0], told
     assert "damaged" in told[0] and "the one before it" in told[0]
-    assert_same_run(directory, finished)
+    assert_same_run(directory, finished_run)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_was(train, finished, tmp_path):
-    directory = shutil.copytree(finished, tmp_path / "run")
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_was(pretending, pretended_run, tmp_path):
+    directory = shutil.copytree(pretended_run, tmp_path / "run")
     for step in checkpointed(directory):
         halve_largest(directory / "checkpoints" / str(step))
     before = (directory / "metrics.jsonl").read_bytes()
     # however often it is tried
     for _ in range(2):
-        status, told = train(directory)
+        status, told = pretending(directory)
         assert status == 2
         assert told[-1].startswith("dcjax: error: ") and "damaged" in told[-1] and "--run-dir" in told[-1]
         assert all(line.startswith("dcjax: ") for line in told), told
         assert (directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_damaged_metrics_before_the_checkpoint_are_refused_in_one_line(train, finished, tmp_path):
-    directory = interrupted_at(STEPS - EVERY, finished, tmp_path / "run")
+def test_damaged_metrics_before_the_checkpoint_are_refused_in_one_line(pretending, pretended_run, tmp_path):
+    directory = interrupted_at(STEPS - EVERY, pretended_run, tmp_path / "run")
     path = directory / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], lines[3][:40] + "\n", *lines[4:]]))
-    status, told = train(directory)
+    status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1 and "metrics.jsonl, line 4" in told[0]
 
 
-def test_metrics_that_are_gone_are_refused_rather_than_begun_in_the_middle(train, finished, tmp_path):
-    directory = interrupted_at(STEPS - EVERY, finished, tmp_path / "run")
+def test_metrics_that_are_gone_are_refused_rather_than_begun_in_the_middle(pretending, pretended_run, tmp_path):
+    directory = interrupted_at(STEPS - EVERY, pretended_run, tmp_path / "run")
     (directory / "metrics.jsonl").unlink()
-    status, told = train(directory)
+    status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1 and "metrics.jsonl" in told[0]
 
@@ -502,34 +507,36 @@ def file_size_limit():
 
 
 @pytest.mark.parametrize("full", ["metrics", "checkpoint"])
-def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(train, finished, monkeypatch, tmp_path, full):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
+    pretending, pretended_run, monkeypatch, tmp_path, full
+):
+    directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
     iterate = dcjax.trainer.Trainer.iterate
     with file_size_limit() as limit, monkeypatch.context() as patched:
 
         def fill(self, state, loop):
             if loop.step == STEPS - EVERY - 1:
-                # a line of metrics has hundreds of bytes, the arrays of a checkpoint have hundreds of thousands
-                limit(60_000 if full == "checkpoint" else (directory / "metrics.jsonl").stat().st_size + 100)
+                # a line of metrics has hundreds of bytes, the arrays of a checkpoint have tens of thousands
+                limit(20_000 if full == "checkpoint" else (directory / "metrics.jsonl").stat().st_size + 100)
             return iterate(self, state, loop)
 
         patched.setattr(dcjax.trainer.Trainer, "iterate", fill)
-        status, told = train(directory)
+        status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1, told
     assert told[0].startswith("dcjax: error: ")
     assert str(directory / ("metrics.jsonl" if full == "metrics" else "checkpoints")) in told[0]
     assert checkpointed(directory)[-1] == STEPS - 2 * EVERY
     assert finite(restored(directory)[0])
-    assert train(directory) == (0, [])
-    assert_same_run(directory, finished)
+    assert pretending(directory) == (0, [])
+    assert_same_run(directory, pretended_run)
 
 
 @pytest.mark.parametrize("size", [1000, 3000])
-def test_a_disk_that_is_full_from_the_start_is_one_line(train, tmp_path, size):
+def test_a_disk_that_is_full_from_the_start_is_one_line(pretending, tmp_path, size):
     with file_size_limit() as limit:
         limit(size)
-        status, told = train(tmp_path / "run", "--steps", "0", "--warm_start.steps", "0")
+        status, told = pretending(tmp_path / "run", "--steps", "0")
     assert status == 2
     assert len(told) == 1, told
     assert told[0].startswith("dcjax: error: ") and str(tmp_path / "run") in told[0]
@@ -547,7 +554,7 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
         "optimizer.ema_decay": "0.5",
     }
     status, told = train(
-        directory, "steps=2", "warm_start.steps=5", *(f"{name}={value}" for name, value in choices.items())
+        directory, "steps=2", "warm_start.steps=0", *(f"{name}={value}" for name, value in choices.items())
     )
     assert (status, told) == (0, [])
     recorded = json.loads((directory / "config.json").read_text())
@@ -562,18 +569,18 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
     assert last["prompts_taken"] >= PROMPTS
 
 
-def test_a_tokenizer_that_cannot_be_written_is_one_line(train, tmp_path):
+def test_a_tokenizer_that_cannot_be_written_is_one_line(pretending, tmp_path):
     """Its library, in Rust, knows no OSError."""
     (tmp_path / "run" / "tokenizer" / "tokenizer.json").mkdir(parents=True)
-    status, told = train(tmp_path / "run")
+    status, told = pretending(tmp_path / "run")
     assert status == 2
     assert len(told) == 1 and str(tmp_path / "run" / "tokenizer") in told[0], told
 
 
 @pytest.mark.slow
-def test_a_real_process_on_a_full_disk_writes_one_line(recipe, finished, tmp_path):
+def test_a_real_process_on_a_full_disk_writes_one_line(recipe, finished_run, tmp_path):
     """Nothing that another thread prints, or the interpreter on its way out, comes beside it."""
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+    directory = interrupted_at(STEPS - 2 * EVERY, finished_run, tmp_path / "run")
     # until the checkpoint, whose arrays have hundreds of thousands of bytes, nothing larger is written
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
     run = f"{limit}; from dcjax.cli import main; sys.exit(main())"
@@ -584,7 +591,7 @@ def test_a_real_process_on_a_full_disk_writes_one_line(recipe, finished, tmp_pat
     told = complaints(ended.stderr)
     assert len(told) == 1 and str(directory / "checkpoints") in told[0], ended.stderr
     assert finish(start(recipe, directory)) == []
-    assert_same_run(directory, finished)
+    assert_same_run(directory, finished_run)
 
 
 def test_a_disk_that_is_full_for_the_events_neither_hangs_the_run_nor_prints_a_traceback(tmp_path):
@@ -619,8 +626,8 @@ def bad_batch(directory):
         return dict(batch)
 
 
-def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(train, finished, monkeypatch, tmp_path):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pretended_run, monkeypatch, tmp_path):
+    directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
     sample, rollouts, row = dcjax.trainer.sample_responses, [], 5
 
     def broken(*args, **kwargs):
@@ -635,7 +642,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(train, finishe
 
     with monkeypatch.context() as patched:
         patched.setattr(dcjax.trainer, "sample_responses", broken)
-        status, told = train(directory)
+        status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1, told
     column = rollouts[1].response_mask[row].sum() - 1
@@ -647,12 +654,14 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(train, finishe
     assert np.isnan(batch["rollout_logps"][row, column])
     assert batch["rewards"].shape == (PROMPTS * GROUP,) and batch["group_rewards"].shape == (PROMPTS * GROUP, GROUP)
     assert checkpointed(directory)[-1] == STEPS - 2 * EVERY and finite(restored(directory)[0])
-    assert train(directory) == (0, [])
-    assert_same_run(directory, finished)
+    assert pretending(directory) == (0, [])
+    assert_same_run(directory, pretended_run)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(train, finished, monkeypatch, tmp_path):
-    directory = interrupted_at(STEPS - 2 * EVERY, finished, tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(
+    pretending, pretended_run, monkeypatch, tmp_path
+):
+    directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
     result = Judging.result
 
     def infinite(judging):
@@ -662,7 +671,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(tr
 
     with monkeypatch.context() as patched:
         patched.setattr(Judging, "result", infinite)
-        status, told = train(directory, "--checkpoint.every", "1", "--checkpoint.keep", "1")
+        status, told = pretending(directory, "--checkpoint.every", "1", "--checkpoint.keep", "1")
     assert status == 2
     assert len(told) == 1 and "loss" in told[0] and "not finite" in told[0], told
     assert f"step {STEPS - 2 * EVERY + 1}" in told[0] and str(directory / "bad_batch.npz") in told[0]
@@ -671,13 +680,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(tr
     assert checkpointed(directory)[-1] == STEPS - 2 * EVERY and finite(restored(directory)[0])
 
 
-@pytest.mark.parametrize("rate", ["3e38", pytest.param("1e39", marks=pytest.mark.slow)])
+def test_an_update_after_which_a_metric_is_not_finite_is_not_saved(pretending, monkeypatch, tmp_path):
+    """As the norm of parameters that have overflown, whose step still had a finite loss."""
+    step, directory = pretend.step, tmp_path / "run"
+
+    def overflowing(state, batch):
+        state, metrics = step(state, batch)
+        return state, metrics | {"param_norm": np.float32(np.inf)}
+
+    monkeypatch.setattr(pretend, "step", overflowing)
+    status, told = pretending(directory, "--checkpoint.every", "1", "--checkpoint.keep", "1", "--steps", "1")
+    assert status == 2
+    assert len(told) == 1 and "param_norm not finite" in told[0] and "optimizer.learning_rate" in told[0], told
+    assert checkpointed(directory) == [0] and finite(restored(directory)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", ["3e38", "1e39"])
 def test_an_update_that_overflows_stops_the_run_and_is_not_saved(train, tmp_path, rate):
     """The loss of the step is still finite: it is the parameters after it that are not."""
     directory = tmp_path / "run"
     overflow = ["--optimizer.learning_rate", rate, "--optimizer.warmup_steps", "0", "--optimizer.weight_decay", "10"]
     saved = ["--checkpoint.every", "1", "--checkpoint.keep", "1"]
-    status, told = train(directory, *overflow, *saved, "--steps", "1", "--warm_start.steps", "0")
+    status, told = train(directory, *overflow, *saved, "--steps", "1", *NO_WARM_START)
     assert status == 2
     assert len(told) == 1 and "optimizer.learning_rate" in told[0], told
     assert checkpointed(directory) in ([], [0])

@@ -1,7 +1,9 @@
 """Real `dcjax train` processes that find each other on loopback."""
 
 import contextlib
+import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,8 +46,27 @@ def processes(recipe, directory, *options, count=2, devices=1, only=None, each=l
             process.communicate()
 
 
+def complaints(errors):
+    """Lines of stderr that tell neither what a command is on, nor how far it is, nor what Gloo says of connections."""
+    quiet = ("platform: ", "training: ", "serving: ", "compiling ", "warm start ", "step ", "policy ", "[Gloo]")
+    return [line for line in errors.splitlines() if not line.startswith(quiet)]
+
+
 def ended(process, within=None):
-    """Status, and what was told on stderr beside progress and what Gloo says of its connections."""
+    """Status, and what was told on stderr beside progress."""
     _, errors = process.communicate(timeout=within)
-    quiet = ("platform: ", "training: ", "serving: ", "warm start ", "step ", "[Gloo]")
-    return process.returncode, [line for line in errors.splitlines() if not line.startswith(quiet)]
+    return process.returncode, complaints(errors)
+
+
+def send_sigterm_at(patch, method, *, call):
+    """To this process, when a method of Trainer is called for the so manyth time."""
+    from dcjax.trainer import Trainer
+
+    act, calls = getattr(Trainer, method), itertools.count(1)
+
+    def told(self, *args):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(self, *args)
+
+    patch.setattr(Trainer, method, told)

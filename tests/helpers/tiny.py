@@ -6,6 +6,7 @@ what it is about.
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dcjax.config import (
     RolloutConfig,
     ServingConfig,
     WarmStartConfig,
+    to_dict,
 )
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models import ModelConfig, abstract_params
@@ -71,3 +73,11 @@ def masters(config: ModelConfig, seed: int = 0):
         return jnp.array(1 + 0.1 * drawn if "norm" in path[-1].key else drawn * leaf.shape[-1] ** -0.5, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def write_recipe(path: Path, config: Config = CONFIG) -> Path:
+    """Makes a file from which `dcjax train` takes a config."""
+    path.write_text(
+        f"from dcjax.config import from_dict\n\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
+    )
+    return path

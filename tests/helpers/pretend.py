@@ -1,0 +1,76 @@
+"""A run without arithmetic: NumPy draws its samples, and moves its state by what it is given.
+
+Loop, records, checkpoints and signals are the real ones. What is drawn depends on every bit of the key and of the
+norms, and what is moved on all of the state and the batch, so that a run which is resumed from anything else ends
+elsewhere.
+"""
+
+import zlib
+
+import jax
+import numpy as np
+import optax
+
+import dcjax.assemble
+import dcjax.evaluate
+import dcjax.serving.engine
+import dcjax.trainer
+from dcjax.serving.rollout import Ended
+from dcjax.types import Rollout
+
+
+def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature, key, on_ended=None, **others):
+    """Responses of 3 tokens and more, digits and signs, that end."""
+    width, length = engine.max_prompt_length, engine.max_response_length
+    prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    given = np.asarray(params["norm"]).tobytes() + np.asarray(jax.random.key_data(key)).tobytes()
+    rng = np.random.default_rng(zlib.crc32(given))
+    mask = np.arange(length) < rng.integers(3, length, (len(prompts), 1))
+    tokens = np.zeros((len(prompts), width + length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) : width] = prompt
+    tokens[:, width:] = np.where(mask, rng.integers(4, 14, mask.shape), 0)
+    if on_ended is not None:
+        responses = [row[real] for row, real in zip(tokens[:, width:], mask, strict=True)]
+        on_ended(Ended(np.arange(len(prompts)), responses, np.ones(len(prompts), bool)))
+    return Rollout(
+        tokens=tokens,
+        prompt_mask=np.arange(width) >= width - np.array([[len(prompt)] for prompt in prompts]),
+        response_mask=mask,
+        rollout_logps=np.where(mask, -rng.exponential(size=mask.shape), 0).astype(np.float32),
+        temperature=np.full(len(prompts), temperature, np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        finished=np.ones(len(prompts), bool),
+        log_mass=np.zeros(mask.shape, np.float32),
+    )
+
+
+def step(state, batch):
+    """The state, moved, and the metrics that the loop itself reads."""
+    seen = np.float32(zlib.crc32(np.asarray(batch.tokens).tobytes()) % 1009 / 1009)
+
+    def moved(leaf):
+        value = np.asarray(leaf)
+        value = (value / 2 + seen).astype(value.dtype) if value.dtype.kind == "f" else value + 1
+        return jax.device_put(value, leaf.sharding)
+
+    state = jax.tree.map(moved, state)
+    return state, {
+        "loss": seen + np.sum(batch.rewards),
+        "reward": np.mean(batch.rewards),
+        "response_length": np.mean(np.sum(batch.response_mask, axis=1)),
+        "grad_norm": np.asarray(state.grad_norm_smoothed),
+        "learning_rate_scale": np.float32(1),
+        "dual/multiplier": np.asarray(optax.tree.get(state.opt_state, "multiplier")),
+        "dual/discrepancy": seen,
+        "dual/budget": np.float32(0),
+        "nonfinite_at": np.int32(-1),
+    }
+
+
+def install(patch):
+    """Until the patch is undone, trainers only pretend."""
+    patch.setattr(dcjax.trainer, "sample_responses", sample_responses)
+    patch.setattr(dcjax.evaluate, "sample_responses", sample_responses)
+    patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: lambda params, version: params)
+    patch.setattr(dcjax.assemble, "compile_train_step", lambda config, mesh: step)
