@@ -15,6 +15,9 @@ HIDDEN, WIDTH, EXPERTS = 10, 12, 5
 FLOAT32 = jnp.dtype(jnp.float32)
 NAMES = {"gate": "experts_gate_proj", "up": "experts_up_proj", "down": "experts_down_proj"}
 
+# what is run a few times takes its time compiling
+fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+route = fast_jit(moe.route, static_argnums=0)
 training_dot = partial(moe.grouped_dot, accumulate=FLOAT32)
 
 
@@ -110,7 +113,7 @@ def scored(config, params, x, upstream, experts=None):
 
 @cache
 def program(config):
-    return jax.jit(jax.value_and_grad(partial(scored, config), argnums=(0, 1), has_aux=True))
+    return fast_jit(jax.value_and_grad(partial(scored, config), argnums=(0, 1), has_aux=True))
 
 
 def run(config, params, x, upstream, experts=None):
@@ -136,8 +139,17 @@ def compare(config, params, x, experts=None):
         close(grads[name], expected[name])
 
 
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+@pytest.mark.parametrize(
+    ("k", "norm"),
+    [
+        (1, True),
+        (1, False),
+        (2, True),
+        (2, False),
+        (EXPERTS, True),
+        pytest.param(EXPERTS, False, marks=pytest.mark.slow),
+    ],
+)
 def test_outputs_and_gradients_against_a_loop(k, norm):
     compare(architecture(k, norm), parameters(), normal(10, 2, 20, HIDDEN))
 
@@ -175,7 +187,7 @@ def test_replay_of_its_own_choices_changes_nothing():
 def test_imposed_experts_of_vanishing_probability_have_weights():
     router = np.array([[0.0, -200.0, -200.0]], np.float32)
     config = ModelConfig(num_experts=3, num_experts_per_tok=2)
-    routing, weights = moe.route(config, router, np.ones((1, 1, 1), np.float32), np.array([[[1, 2]]]))
+    routing, weights = route(config, router, np.ones((1, 1, 1), np.float32), np.array([[[1, 2]]]))
     np.testing.assert_array_equal(routing.probabilities, [[[1, 0, 0]]])
     np.testing.assert_allclose(weights, [[[0.5, 0.5]]])
 
@@ -185,7 +197,7 @@ def test_routing_by_hand():
     router = np.log(np.array([[1, 4, 2, 1]], np.float32))
     for norm, expected in [(True, [4 / 6, 2 / 6]), (False, [4 / 8, 2 / 8])]:
         config = ModelConfig(num_experts=4, num_experts_per_tok=2, norm_topk_prob=norm)
-        routing, weights = moe.route(config, router, np.ones((1, 1, 1), np.float32))
+        routing, weights = route(config, router, np.ones((1, 1, 1), np.float32))
         np.testing.assert_array_equal(routing.experts, [[[1, 2]]])
         np.testing.assert_allclose(routing.probabilities, [[[1 / 8, 4 / 8, 2 / 8, 1 / 8]]], rtol=1e-6)
         np.testing.assert_allclose(routing.logsumexp, [[np.log(8)]], rtol=1e-6)
@@ -195,7 +207,7 @@ def test_routing_by_hand():
 def test_equal_experts_are_taken_from_the_lowest_index():
     router = np.array([[0, 1, 0, 1, 1]], np.float32)
     config = architecture(4)
-    routing, _ = moe.route(config, router, np.ones((1, 1, 1), np.float32))
+    routing, _ = route(config, router, np.ones((1, 1, 1), np.float32))
     np.testing.assert_array_equal(routing.experts, [[[1, 3, 4, 0]]])
 
 
@@ -208,7 +220,7 @@ def test_accelerators_multiply_the_router_in_full_precision():
 def test_the_router_is_float32_whatever_the_activations_are(dtype):
     # the last expert is ahead by what neither narrow dtype can tell apart from 1
     router = np.array([[1, 1, 1, 1, 1 + 2**-14]], np.float32)
-    routing, weights = moe.route(architecture(1), router, jnp.ones((1, 1, 1), dtype))
+    routing, weights = route(architecture(1), router, jnp.ones((1, 1, 1), dtype))
     assert int(routing.experts[0, 0, 0]) == EXPERTS - 1
     assert routing.probabilities.dtype == routing.logsumexp.dtype == jnp.float32
     assert weights.dtype == dtype
@@ -230,7 +242,7 @@ def test_kernel_gradients_are_not_rounded_to_the_rows_dtype():
     expected = np.zeros(kernels.shape)
     for n, group in enumerate(np.repeat(np.arange(4), sizes)):
         expected[group] += np.outer(np.asarray(rows[n], np.float64), np.asarray(upstream[n], np.float64))
-    close(jax.jit(total)(kernels), expected, 1e-6)
+    close(fast_jit(total)(kernels), expected, 1e-6)
 
 
 def cut(cuts, rows):
@@ -252,7 +264,7 @@ def grouped_backward(rows, kernels, sizes, upstream):
     return of_rows, of_kernels
 
 
-@jax.jit
+@fast_jit
 def grouped_with_gradients(rows, kernels, sizes, upstream):
     out, pull = jax.vjp(lambda rows, kernels: training_dot(rows, kernels, sizes), rows, kernels)
     return out, *pull(upstream)
@@ -282,7 +294,7 @@ def test_integer_products_are_exact(cuts):
     np.testing.assert_array_equal(out, grouped_loop(rows, kernels, cut(cuts, 100)))
 
 
-@jax.jit
+@fast_jit
 def integer_product(rows, kernels, sizes):
     return moe.grouped_product(rows, kernels, sizes, jnp.dtype(jnp.int32))
 
@@ -294,7 +306,7 @@ def test_blocks_take_any_product_of_rows():
         assert block.shape[1:] == (3,)
         return jnp.stack([block.sum(1).astype(jnp.bfloat16), jnp.full(len(block), expert, jnp.bfloat16)], axis=1)
 
-    out = moe.blocked(rows, sizes, product)
+    out = fast_jit(lambda rows, sizes: moe.blocked(rows, sizes, product))(rows, sizes)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[:, 0], rows.sum(1).astype(jnp.bfloat16))
     np.testing.assert_array_equal(out[:, 1], np.repeat(np.arange(4), sizes))
@@ -360,7 +372,7 @@ def loss(params, x, experts=None):
 
 def test_rematerialised_gradients_are_the_same():
     params, x = parameters(9), normal(34, 2, 20, HIDDEN)
-    close_trees(jax.jit(jax.grad(jax.checkpoint(loss)))(params, x), run(architecture(), params, x, x)[2])
+    close_trees(fast_jit(jax.grad(jax.checkpoint(loss)))(params, x), run(architecture(), params, x, x)[2])
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -368,7 +380,7 @@ def test_vmapped_gradients_are_those_of_each(stacked):
     each = [parameters(10), parameters(20) if stacked else parameters(10)]
     x = normal(35, 2, 2, 20, HIDDEN)
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *each) if stacked else each[0]
-    together = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0 if stacked else None, 0)))(params, x)
+    together = fast_jit(jax.vmap(jax.grad(loss), in_axes=(0 if stacked else None, 0)))(params, x)
     for i, one in enumerate(each):
         close_trees(take(together, i), run(architecture(), one, x[i], x[i])[2])
 
@@ -382,7 +394,7 @@ def test_scanned_layers_are_those_one_by_one():
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, stacked)[0])
 
-    grads = jax.jit(jax.grad(total))(jax.tree.map(lambda *leaves: np.stack(leaves), *each))
+    grads = fast_jit(jax.grad(total))(jax.tree.map(lambda *leaves: np.stack(leaves), *each))
     between = run(architecture(), each[0], x, x)[0]
     _, _, last, upstream = run(architecture(), each[1], between, np.ones_like(x))
     close_trees(take(grads, 1), last)
@@ -401,7 +413,7 @@ def routing_of(probabilities, experts, logsumexp):
     )
 
 
-metrics_of = jax.jit(moe.router_metrics)
+metrics_of = fast_jit(moe.router_metrics)
 
 
 def test_router_metrics_by_hand():
@@ -430,10 +442,10 @@ def test_router_metrics_of_a_row_without_tokens_are_zero():
         np.testing.assert_array_equal(value, [0, 0])
 
 
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("norm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_choice_may_be_made_from_the_routers_probabilities(norm):
     config, params, x = architecture(2, norm), parameters(4), normal(12, 2, 7, HIDDEN)
-    least = jax.jit(lambda x: moe.moe(config, params, x, training_dot, lambda p: jnp.argsort(p, axis=-1)[..., :2]))
+    least = fast_jit(lambda x: moe.moe(config, params, x, training_dot, lambda p: jnp.argsort(p, axis=-1)[..., :2]))
     out, routing = least(x)
     p = np.apply_along_axis(softmax, -1, np.float64(x) @ np.float64(params["router"]))
     experts = np.argsort(p, axis=-1, kind="stable")[..., :2]
