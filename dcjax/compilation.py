@@ -29,14 +29,14 @@ SILENT = 1.0
 CHECKSUMS = "checksums.json"
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
-"""JAX tells of compiling a program, or of reading it from the cache: a scalar when it begins, a duration when it ends."""
+"""JAX tells of compiling a program, or of reading it from the cache: a scalar at its start, a duration at its end."""
 
 
 def keep_programs() -> None:
     """Has JAX keep what it compiles in the user's cache folder, for this and later processes.
 
     The folder is `$XDG_CACHE_HOME/dcjax/programs/KEY`, in ~/.cache where that is not set. JAX names each program by
-    what it depends on; KEY adds the version of the compiler and the CPU's features, which it leaves out, so that machines
+    what it depends on; KEY adds the version of the compiler and the features of the CPU, so that different machines
     may share a home. Where the folder cannot be used, or others could write into it, one line says so, and everything
     is compiled anew. Where JAX already has a folder (JAX_COMPILATION_CACHE_DIR), that is left as it is.
     """

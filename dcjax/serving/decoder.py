@@ -310,10 +310,19 @@ class Decoder:
         )
         return self._placed(following), emitted
 
+    @property
+    def state_places(self) -> Any:
+        """Where slots live: with the copy of the model that decodes them, and heads where they are attended with.
+
+        A prefix of the tree of `DecodeState`.
+        """
+        rows: Any = named(self.mesh, ROWS)
+        fields = {field.name: rows for field in dataclasses.fields(DecodeState)}
+        return DecodeState(**fields | {"caches": named(self.mesh, CACHE)})
+
     def state_shardings(self, state: Any) -> Any:
-        """Where slots live: with the copy of the model that decodes them, and heads where they are attended with."""
-        places = jax.tree.map(lambda _: named(self.mesh, ROWS), state)
-        return dataclasses.replace(places, caches=jax.tree.map(lambda _: named(self.mesh, CACHE), state.caches))
+        """`state_places` for each leaf of a state."""
+        return jax.tree.broadcast(self.state_places, state)
 
     def _placed(self, state: DecodeState) -> DecodeState:
         return state if self.mesh.size == 1 else lax.with_sharding_constraint(state, self.state_shardings(state))

@@ -6,8 +6,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -28,16 +28,6 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Array
 
 _prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
-
-# compiled, so that each leaf is a buffer of its own and the state can be donated
-_empty = jax.jit(Decoder.empty, static_argnums=(0, 1))
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _start(decoder: Decoder, state: DecodeState, slot, prefix: Prefix, row, request: Requests) -> DecodeState:
-    slots = jnp.arange(len(state.active))
-    requests = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(slots), *leaf.shape[1:])), request)
-    return decoder.start(state, slots == slot, prefix, jnp.full(len(slots), row), requests)
 
 
 @flax.struct.dataclass
@@ -70,7 +60,37 @@ class SampledTokens(engine_api.ResultTokens):
         return self.data[:, slice(*self.valid_idx)]
 
 
-@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2, compiler_options=AS_WRITTEN)
+class _Programs(NamedTuple):
+    """What decodes one request at a time; states all live in the same places, so that each is compiled once."""
+
+    empty: Any
+    start: Any
+    generate: Any
+
+
+@cache
+def _programs(decoder: Decoder) -> _Programs:
+    places = decoder.state_places
+    return _Programs(
+        # compiled, so that each leaf is a buffer of its own and the state can be donated
+        empty=jax.jit(Decoder.empty, static_argnums=(0, 1), out_shardings=places),
+        start=jax.jit(_start, static_argnums=0, donate_argnums=1, out_shardings=places),
+        generate=jax.jit(
+            _generate,
+            static_argnums=(0, 3),
+            donate_argnums=2,
+            compiler_options=AS_WRITTEN,
+            out_shardings=(places, None),
+        ),
+    )
+
+
+def _start(decoder: Decoder, state: DecodeState, slot, prefix: Prefix, row, request: Requests) -> DecodeState:
+    slots = jnp.arange(len(state.active))
+    requests = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(slots), *leaf.shape[1:])), request)
+    return decoder.start(state, slots == slot, prefix, jnp.full(len(slots), row), requests)
+
+
 def _generate(
     decoder: Decoder, params: ServingParams, state: DecodeState, steps: int
 ) -> tuple[DecodeState, SampledTokens]:
@@ -200,15 +220,15 @@ class Qwen3Engine(engine_api.Engine):
         if request is None:
             request = self.make_requests([[0, self._unkeyed]])
             self._unkeyed += 1
-        return _start(self.decoder, decode_state, slot, prefix, row, request)
+        return _programs(self.decoder).start(self.decoder, decode_state, slot, prefix, row, request)
 
     def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
         """Decodes `steps_per_call` tokens in every slot that is active; `decode_state` is donated."""
-        return _generate(self.decoder, params, decode_state, self.steps_per_call)
+        return _programs(self.decoder).generate(self.decoder, params, decode_state, self.steps_per_call)
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
-        return _empty(self.decoder, self.slots)
+        return _programs(self.decoder).empty(self.decoder, self.slots)
 
     def get_prefix_destination_sharding(self) -> Prefix:
         """Heads of caches with the devices that attend with them, on every copy of the model."""

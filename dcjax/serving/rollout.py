@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Emitted, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.layout import EVERYWHERE, pinned
+from dcjax.serving.layout import EVERYWHERE, named, pinned
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Rollout
 
@@ -128,14 +128,14 @@ class Sampling:
         self._prefix = engine.prefill_many(params, prompts)
         keys = sample_keys(key, np.arange(len(self._rows)))
         self._requests = engine.make_requests(keys, **settings)
-        self._state = _begin(engine.decoder, engine.slots_for(len(keys)), len(keys))
+        self._state = _programs(engine.decoder).begin(engine.decoder, engine.slots_for(len(keys)), len(keys))
         self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
         engine = self._engine
         inputs = (params, self._prefix, self._rows, self._requests, np.int32(TURNS), self._state)
-        self._state, ended = decode(engine.decoder, engine.steps_per_call, *inputs)
+        self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
         self._ended = np.asarray(ended)
         return bool(self._ended.all())
 
@@ -162,7 +162,29 @@ def sample_keys(key: jax.Array, samples: Array) -> Array:
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+class _Programs(NamedTuple):
+    """What samples batches; states all live in the same places, so that a call that goes on is the same program."""
+
+    begin: Any
+    decode: Any
+
+
+@cache
+def _programs(decoder: Decoder) -> _Programs:
+    everywhere: Any = named(decoder.mesh, EVERYWHERE)
+    places = RolloutState(decoder.state_places, everywhere, everywhere, everywhere)
+    return _Programs(
+        begin=jax.jit(_begin, static_argnums=(0, 1, 2), out_shardings=places),
+        decode=jax.jit(
+            decode,
+            static_argnums=(0, 1),
+            donate_argnums=7,
+            compiler_options=AS_WRITTEN,
+            out_shardings=(places, everywhere),
+        ),
+    )
+
+
 def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
     shape = (total, decoder.max_response_length)
     config = decoder.config
@@ -191,7 +213,6 @@ def _everywhere(decoder: Decoder, tree: Any) -> Any:
     return pinned(decoder.mesh, tree, EVERYWHERE)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7, compiler_options=AS_WRITTEN)
 def decode(
     decoder: Decoder,
     steps_per_call: int,
