@@ -1,7 +1,7 @@
 """What every transform of the optimiser's chain keeps to."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import jit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcjax.checkpoint import Checkpoints, LoopState
@@ -55,33 +56,35 @@ CASES = {
 
 
 def cases(having=lambda case: True):
-    chosen = {name: case for name, case in CASES.items() if having(case)}
-    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
+    return pytest.mark.parametrize("name", [name for name, case in CASES.items() if having(case)])
 
 
 every_case = cases()
 
 
+@cache
+def behind_adam(name):
+    return optax.chain(optax.adam(0.1), CASES[name].make())
+
+
 def make_params(dtype: Any = jnp.float32):
-    return {"w": jnp.linspace(-1, 1, 32, dtype=dtype).reshape(8, 4), "b": jnp.zeros((), dtype)}
+    return {"w": jnp.array(np.linspace(-1, 1, 32).reshape(8, 4), dtype), "b": jnp.array(0, dtype)}
 
 
 def make_inputs():
     """Gradients and the extra arguments of each update, [24, ...]: δ̄ swings, the length triples at iteration 6."""
     rng = np.random.default_rng(0)
     iterations = np.arange(UPDATES) // EVERY
-    return {
-        "grads": {
-            "w": jnp.asarray(rng.standard_normal((UPDATES, 8, 4)), jnp.float32),
-            "b": jnp.asarray(rng.standard_normal(UPDATES), jnp.float32),
-        },
-        "discrepancy": jnp.asarray(0.2 + 0.15 * np.sin(iterations), jnp.float32),
-        "response_length": jnp.asarray(np.where(iterations < 5, 10.0, 30.0), jnp.float32),
+    inputs = {
+        "grads": {"w": rng.standard_normal((UPDATES, 8, 4)), "b": rng.standard_normal(UPDATES)},
+        "discrepancy": 0.2 + 0.15 * np.sin(iterations),
+        "response_length": np.where(iterations < 5, 10.0, 30.0),
     }
+    return jax.tree.map(np.float32, inputs)
 
 
 def update(tx, carry, inputs, **extra_args):
-    """One update of (params, state), and the fields and updates to compare."""
+    """One update of (params, state), and its updates to compare."""
     params, state = carry
     extra_args = {name: value for name, value in inputs.items() if name != "grads"} | extra_args
     grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), inputs["grads"], params)
@@ -94,13 +97,39 @@ def begin(tx, dtype: Any = jnp.float32):
     return params, tx.init(params)
 
 
-def eagerly(tx, inputs, carry=None, updates=range(UPDATES), **extra_args):
+def begin_all():
+    return {name: begin(behind_adam(name)) for name in CASES}
+
+
+def update_all(carries, inputs):
+    return {name: update(behind_adam(name), carry, inputs)[0] for name, carry in carries.items()}
+
+
+def follow(step, carry, updates=range(UPDATES)):
     """(params, state) after each update."""
-    carry, seen = begin(tx) if carry is None else carry, []
+    inputs, seen = make_inputs(), []
     for n in updates:
-        carry, _ = update(tx, carry, jax.tree.map(lambda x, n=n: x[n], inputs), **extra_args)
-        seen.append(carry)
+        carry = step(carry, jax.tree.map(lambda x, n=n: x[n], inputs))
+        seen.append(jax.device_get(carry))
     return seen
+
+
+@cache
+def compiled():
+    """The step of all cases, (params, state) of each after each update, and how often it was traced."""
+    traces = []
+
+    @partial(jit, donate_argnums=0)
+    def step(carries, inputs):
+        traces.append(1)
+        return update_all(carries, inputs)
+
+    return step, follow(step, begin_all()), len(traces)
+
+
+def seen(name):
+    _, carries, _ = compiled()
+    return [carry[name] for carry in carries]
 
 
 def assert_close(actual, expected, rtol=2e-6):
@@ -113,140 +142,118 @@ def describe(tree):
 
 
 @every_case
-def test_it_moves_and_is_found_by_name(case):
-    tx = optax.chain(optax.adam(0.1), case.make())
-    first = optax.tree.get(tx.init(make_params()), case.read)
-    last = optax.tree.get(eagerly(tx, make_inputs())[-1][1], case.read)
-    assert float(optax.tree.norm(optax.tree.sub(last, first))) > 0
+def test_it_moves_and_is_found_by_name(name):
+    states = begin(behind_adam(name))[1], seen(name)[-1][1]
+    first, last = (jax.tree.leaves(optax.tree.get(state, CASES[name].read)) for state in states)
+    assert first and any((a != b).any() for a, b in zip(first, last, strict=True))
 
 
 @every_case
-def test_the_state_is_arrays_that_keep_their_shapes_and_dtypes(case):
-    tx = case.make()
+def test_the_state_is_arrays_that_keep_their_shapes_and_dtypes(name):
+    tx = CASES[name].make()
     carry = begin(tx)
     leaves = jax.tree.leaves(carry[1])
     assert leaves and all(isinstance(leaf, jax.Array) for leaf in leaves)
-    assert describe(eagerly(tx, make_inputs(), updates=[0])[0][1]) == describe(carry[1])
+    first = jax.tree.map(lambda x: x[0], make_inputs())
+    assert describe(jax.eval_shape(partial(update, tx), carry, first)[0][1]) == describe(carry[1])
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_updates_keep_their_dtype_and_the_state_is_float32(case, dtype):
-    tx = case.make()
-    carry = begin(tx, dtype)
+def test_updates_keep_their_dtype_and_the_state_is_float32(name, dtype):
+    tx = CASES[name].make()
+    carry = jax.eval_shape(lambda: begin(tx, dtype))
     first = jax.tree.map(lambda x: x[0], make_inputs())
-    (_, state), changes = update(tx, carry, first)
+    (_, state), changes = jax.eval_shape(partial(update, tx), carry, first)
     assert {leaf.dtype for leaf in jax.tree.leaves(changes)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves((carry[1], state))} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
 
 
-@every_case
-def test_it_is_traced_once_and_computes_the_same(case):
-    tx, inputs, traces = optax.chain(optax.adam(0.1), case.make()), make_inputs(), 0
+def test_they_are_traced_once():
+    assert compiled()[2] == 1
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(carry, inputs):
-        nonlocal traces
-        traces += 1
-        return update(tx, carry, inputs)[0]
 
-    carry = begin(tx)
-    for n, expected in enumerate(eagerly(tx, inputs)):
-        carry = step(carry, jax.tree.map(lambda x, n=n: x[n], inputs))
-        assert_close(carry, expected)
-    assert traces == 1
+def test_in_a_scan_they_compute_the_same():
+    scanned, _ = jit(lambda: jax.lax.scan(lambda *xs: (update_all(*xs), None), begin_all(), make_inputs()))()
+    assert_close(jax.device_get(scanned), compiled()[1][-1])
 
 
 @every_case
-def test_in_a_scan_it_computes_the_same(case):
-    tx, inputs = optax.chain(optax.adam(0.1), case.make()), make_inputs()
-    scanned, _ = jax.lax.scan(lambda carry, xs: update(tx, carry, xs), begin(tx), inputs)
-    assert_close(scanned, eagerly(tx, inputs)[-1])
-
-
-@every_case
-def test_unknown_extra_arguments_are_ignored(case):
-    tx, inputs = case.make(), make_inputs()
-    assert_close(eagerly(tx, inputs, unknown="text", value=3.0)[-1], eagerly(tx, inputs)[-1])
+def test_unknown_extra_arguments_are_ignored(name):
+    tx = CASES[name].make()
+    carry, first = begin(tx), jax.tree.map(lambda x: x[0], make_inputs())
+    plain, ours = (
+        jax.make_jaxpr(partial(update, tx, **unknown))(carry, first)
+        for unknown in ({}, {"unknown": "text", "value": 3.0})
+    )
+    assert str(ours) == str(plain)
 
 
 @cases(lambda case: case.steps_with_iterations)
-def test_it_moves_once_an_iteration(case):
-    tx = case.make()
-    states = [begin(tx)[1], *(state for _, state in eagerly(tx, make_inputs()))]
+def test_it_moves_once_an_iteration(name):
+    states = [state[1] for _, state in [begin(behind_adam(name)), *seen(name)]]
     for n in range(0, UPDATES, EVERY):
-        first, second = (state._replace(count=jnp.zeros(())) for state in states[n : n + 2])
+        first, second = (state._replace(count=np.zeros(())) for state in states[n : n + 2])
         jax.tree.map(np.testing.assert_array_equal, first, second)
         assert [int(state.count) for state in states[n : n + 3]] == [n, n + 1, n + 2]
 
 
-@every_case
-def test_after_adam_it_does_to_its_updates_what_it_does_to_any(case):
-    inputs = make_inputs()
-    adam, alone, chained = optax.adam(0.1), case.make(), optax.chain(optax.adam(0.1), case.make())
-    params, states = make_params(), [tx.init(make_params()) for tx in (adam, alone, chained)]
-    for n in range(UPDATES):
-        grads, extra = inputs["grads"], {"discrepancy": inputs["discrepancy"][n]}
-        extra["response_length"] = inputs["response_length"][n]
-        grads = jax.tree.map(lambda x, n=n: x[n], grads)
-        changes, states[0] = adam.update(grads, states[0], params)
-        expected, states[1] = alone.update(changes, states[1], params, **extra)
-        changes, states[2] = chained.update(grads, states[2], params, **extra)
-        assert_close(changes, expected)
-        params = optax.apply_updates(params, changes)
-
-
 @cases(lambda case: case.before_adam)
-def test_before_adam_it_does_the_same_as_after(case):
-    inputs = make_inputs()
-    before = eagerly(optax.chain(case.make(), optax.adam(0.1)), inputs)[-1]
-    after = eagerly(optax.chain(optax.adam(0.1), case.make()), inputs)[-1]
+def test_before_adam_it_does_the_same_as_after(name):
+    tx = optax.chain(CASES[name].make(), optax.adam(0.1))
+    before = follow(jit(lambda carry, xs: update(tx, carry, xs)[0]), begin(tx))[-1]
+    after = seen(name)[-1]
     assert_close(before[0], after[0])
     assert_close(before[1][0], after[1][1])
 
 
-@every_case
-def test_it_survives_a_checkpoint(case, tmp_path):
-    tx, inputs = optax.chain(optax.adam(0.1), case.make()), make_inputs()
-    half = eagerly(tx, inputs, updates=range(13))[-1]
-    whole = TrainState(jnp.asarray(13), half[0], half[1], jnp.zeros(()))
+def test_they_survive_a_checkpoint(tmp_path):
+    """Of one run that has them all."""
+    step, expected, _ = compiled()
+    params, states = ({name: carry[part] for name, carry in expected[12].items()} for part in (0, 1))
+    whole = TrainState(*jax.tree.map(jnp.asarray, (13, params, states, 0.0)))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(whole, LoopState(13, 0, [0, 0]))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), whole)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(13, like)
     jax.tree.map(np.testing.assert_array_equal, restored, whole)
-    resumed = eagerly(tx, inputs, (restored.params, restored.opt_state), range(13, UPDATES))[-1]
-    jax.tree.map(np.testing.assert_array_equal, resumed, eagerly(tx, inputs)[-1])
+    carries = {name: (restored.params[name], restored.opt_state[name]) for name in CASES}
+    resumed = follow(step, carries, range(13, UPDATES))[-1]
+    jax.tree.map(np.testing.assert_array_equal, resumed, expected[-1])
 
 
-@every_case
-def test_on_a_mesh_scalars_are_everywhere_and_averages_beside_their_params(case):
-    tx, inputs, mesh = optax.chain(optax.adam(0.1), case.make()), make_inputs(), Mesh(jax.devices(), ("fsdp",))
+def test_on_a_mesh_scalars_are_everywhere_and_averages_beside_their_params():
+    mesh = Mesh(jax.devices(), ("fsdp",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     places = {"w": NamedSharding(mesh, PartitionSpec("fsdp")), "b": everywhere}
-    state_places = optax.tree.map_params(
-        tx.init,
-        lambda _, place: place,
-        jax.eval_shape(tx.init, make_params()),
-        places,
-        transform_non_params=lambda _: everywhere,
-    )
-    params = jax.device_put(make_params(), places)
-    carry = params, jax.jit(tx.init, out_shardings=state_places)(params)
-    step = jax.jit(lambda carry, xs: update(tx, carry, xs)[0], out_shardings=(places, state_places), donate_argnums=0)
+
+    def state_places(tx):
+        return optax.tree.map_params(
+            tx.init,
+            lambda _, place: place,
+            jax.eval_shape(tx.init, make_params()),
+            places,
+            transform_non_params=lambda _: everywhere,
+        )
+
+    placed = {name: (places, state_places(behind_adam(name))) for name in CASES}
+    step = jit(update_all, out_shardings=placed, donate_argnums=0)
+    carries, inputs = jax.device_put(begin_all(), placed), make_inputs()
     for n in range(UPDATES):
-        carry = step(carry, jax.tree.map(lambda x, n=n: x[n], inputs))
-    for leaf in jax.tree.leaves(carry):
+        carries = step(carries, jax.tree.map(lambda x, n=n: x[n], inputs))
+    for leaf in jax.tree.leaves(carries):
         assert len(leaf.sharding.device_set) == 8
         assert leaf.sharding.is_fully_replicated == (leaf.shape != (8, 4))
-    assert_close(carry, eagerly(tx, inputs)[-1])
+    assert_close(jax.device_get(carries), compiled()[1][-1])
 
 
 @every_case
-def test_a_donated_state_takes_nothing_else_with_it(case):
-    tx, params = case.make(), make_params()
-    jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(tx.init(params))
+def test_a_donated_state_takes_nothing_else_with_it(name):
+    tx, params = CASES[name].make(), make_params()
+    for leaf in jax.tree.leaves(tx.init(params)):
+        # what donation does
+        leaf.delete()
     # neither the params nor the factory's own constants
     again = jax.tree.leaves((params, tx.init(params)))
     assert not any(leaf.is_deleted() for leaf in again)

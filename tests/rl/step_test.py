@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from compiling import jit
 from jax.extend.core import jaxprs_in_params
 
 from dcjax import assemble
@@ -37,8 +38,6 @@ GROUPS, G, P, T = 4, 4, 4, 6
 ROWS = GROUPS * G
 LOW, HIGH = 0.1, 0.15
 LAMBDA, DUAL_LR, BUDGET = 0.5, 2.0, 0.01
-# a step is run a few times, so that compiling it is what takes time
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 slow = partial(pytest.param, marks=pytest.mark.slow)
 surrogate = partial(clipped_surrogate, eps_low=LOW, eps_high=HIGH)
 penalty, drop_equal = discrepancy_penalty(probability_difference), drop_zero_variance()
