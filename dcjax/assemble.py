@@ -31,7 +31,7 @@ from dcjax.serving.layout import serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.layout import check_model, mesh_layout
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
-from dcjax.sharding.rules import batch_sharding, replicated, shardings
+from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -157,9 +157,19 @@ def _create_state(tx: Optimizer, kept: Kept, params: Params) -> TrainState:
     )
 
 
+def abstract_starting_params(config: Config, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of `starting_params`."""
+    return with_shardings(abstract_params(config.model), params_shardings(config, mesh))
+
+
 def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: Kept = Kept()) -> TrainState:
     """Step 0 from given parameters, which are donated."""
-    return _initializer(config.model, mesh, tx, kept)(params)
+    return state_initializer(config, mesh, tx, kept)(params)
+
+
+def state_initializer(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+    """`initial_state`'s program, from params to a state."""
+    return _initializer(config.model, mesh, tx, kept)
 
 
 @cache
@@ -172,11 +182,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
     tx, kept = make_optimizer(config), Kept.by(config)
     shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(config, mesh, tx, kept),
-    )
+    return with_shardings(shapes, state_shardings(config, mesh, tx, kept))
 
 
 def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: Kept = Kept()) -> TrainStep:

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -121,6 +122,7 @@ def told_of(stream: TextIO | None = None) -> Iterator[None]:
     """Tells of each program that takes longer than `SILENT` to compile, while it does: "compiling decode … 31 s".
 
     Each stands on a line of its own, on standard error where no stream is given; bars that are drawn there stay below.
+    Of what threads compile beside the main one, it is told when it is done.
     """
     told = _Told(sys.stderr if stream is None else stream)
 
@@ -151,39 +153,46 @@ class _Told:
 
     def __init__(self, stream: TextIO):
         self._stream, self._lock = stream, threading.Lock()
-        # by thread: what will tell of its program
-        self._waiting: dict[int, threading.Timer] = {}
-        # by thread: what ends the line that tells of its program
+        # by thread: its program, and what ends the line that tells of it
+        self._under_way: dict[int, str] = {}
         self._open: dict[int, Callable[[float], None]] = {}
+        # what is still to be told of programs that are done
+        self._done: deque[str] = deque()
 
     def began(self, name: str) -> None:
-        thread = threading.get_ident()
-        timer = threading.Timer(SILENT, self._tell, (thread, f"compiling {name} …"))
-        timer.daemon = True
+        thread = threading.current_thread()
         with self._lock:
-            self._waiting[thread] = timer
-        timer.start()
+            self._under_way[thread.ident or 0] = f"compiling {name} …"
+        if thread is threading.main_thread():
+            timer = threading.Timer(SILENT, self._tell, (thread.ident, f"compiling {name} …"))
+            timer.daemon = True
+            timer.start()
 
     def ended(self, seconds: float) -> None:
         thread = threading.get_ident()
         with self._lock:
-            if (timer := self._waiting.pop(thread, None)) is not None:
-                timer.cancel()
+            line = self._under_way.pop(thread, None)
             if (end := self._open.pop(thread, None)) is not None:
                 end(seconds)
+            elif line is not None and seconds >= SILENT:
+                self._done.append(f"{line} {seconds:.0f} s")
+            # a line that is begun is ended first
+            while self._done and not self._open:
+                self._tell_at_once(self._done.popleft())
 
     def _tell(self, thread: int, line: str) -> None:
+        """Begins a line, unless its program is done by now."""
         with self._lock:
-            if thread in self._waiting:
+            if self._under_way.get(thread) == line and thread not in self._open:
                 self._open[thread] = (self._draw if self._stream.isatty() else self._write)(line)
 
     def _write(self, line: str) -> Callable[[float], None]:
-        def put(text: str) -> None:
-            self._stream.write(text)
-            self._stream.flush()
+        self._put(line)
+        return lambda seconds: self._put(f" {seconds:.0f} s\n")
 
-        put(line)
-        return lambda seconds: put(f" {seconds:.0f} s\n")
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
     def _draw(self, line: str) -> Callable[[float], None]:
         """On a terminal, where a bar may be drawn and has to move: a line below it, which ends up above it."""
@@ -193,6 +202,14 @@ class _Told:
 
         def end(seconds: float) -> None:
             drawn.close()
-            tqdm.write(f"{line} {seconds:.0f} s", file=self._stream)
+            self._tell_at_once(f"{line} {seconds:.0f} s")
 
         return end
+
+    def _tell_at_once(self, line: str) -> None:
+        if not self._stream.isatty():
+            self._put(f"{line}\n")
+            return
+        from tqdm import tqdm
+
+        tqdm.write(line, file=self._stream)

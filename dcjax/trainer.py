@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dcjax import assemble
+from dcjax.ahead import compiled_beside
 from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.task import Problem, encode_prompts
@@ -139,7 +140,8 @@ class Trainer:
 
     def begin(self) -> tuple[TrainState, LoopState]:
         """The state before RL: fresh parameters, warmed up."""
-        params = warm_start(self.config, self.mesh, self.tokenizer)
+        with compiled_beside(self.config, self.mesh, self.engines):
+            params = warm_start(self.config, self.mesh, self.tokenizer)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
         tx, kept = make_optimizer(self.config), assemble.Kept.by(self.config)

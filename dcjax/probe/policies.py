@@ -17,6 +17,7 @@ from dcjax.assemble import make_engine
 from dcjax.config import Config
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, token_logps
+from dcjax.models.layers import round_up
 from dcjax.probe.gaps import Logps
 from dcjax.probe.ladder import Served
 from dcjax.serving.engine import Qwen3Engine
@@ -25,7 +26,7 @@ from dcjax.serving.scoring import DecodeScores, score_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.layout import mesh_layout
 from dcjax.sharding.mesh import make_mesh
-from dcjax.sharding.rules import batch_sharding
+from dcjax.sharding.rules import batch_sharding, split
 from dcjax.types import Array, Params, Rollout
 
 
@@ -96,10 +97,10 @@ class Policies:
         mesh = self._mesh if mesh is None else mesh
         mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.support)
-        parts = []
-        for start in range(0, len(mask), config.optimizer.microbatch_size):
+        parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
+        for start in range(0, len(mask), size):
             # the last batch is filled up, so that one program serves all
-            rows = np.resize(np.arange(start, len(mask))[: (size := config.optimizer.microbatch_size)], size)
+            rows = np.resize(np.arange(start, len(mask))[:size], size)
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
             batch = jax.device_put(batch, batch_sharding(mesh))
             parts.append(jax.device_get(_train(config.model, width, mesh, params, *batch)))

@@ -80,6 +80,8 @@ class _Measurement:
     # where the run replays them
     replayed: Logps
     logps: dict[Served, Logps] = field(default_factory=dict)
+    # of the first and the last rung, of the responses that are decoded at once
+    residuals: dict[Served, np.ndarray] = field(default_factory=dict)
     # why a format is not there
     refused: dict[Served, str] = field(default_factory=dict)
 
@@ -141,9 +143,14 @@ def _replays(config: Config, rollout: Rollout) -> Rollout | None:
 
 
 def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
+    keeps_residuals = served in (measured.rungs[0].served, measured.rungs[-1].served)
     try:
-        scores = measured.policies.score(served, measured.source.weights, measured.rollout, measured.key)
+        scores = measured.policies.score(
+            served, measured.source.weights, measured.rollout, measured.key, keeps_residuals=keeps_residuals
+        )
         measured.logps[served] = scores.logps
+        if scores.residuals is not None:
+            measured.residuals[served] = scores.residuals
     except RunError as error:
         if required:
             raise
@@ -202,13 +209,8 @@ def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
 
 def _by_layer(measured: _Measurement) -> list[dict[str, float]]:
     """Of the deployed policy, against the first rung, on as many responses as are decoded at once."""
-    few = jax.tree.map(lambda x: x[: measured.source.config.serving.slots], measured.rollout)
-    residuals, reference = (
-        measured.policies.score(rung.served, measured.source.weights, few, measured.key, keeps_residuals=True).residuals
-        for rung in (measured.rungs[-1], measured.rungs[0])
-    )
-    assert residuals is not None and reference is not None
-    return by_layer(residuals, reference, np.asarray(few.response_mask))
+    residuals, reference = (measured.residuals[measured.rungs[place].served] for place in (-1, 0))
+    return by_layer(residuals, reference, measured.mask[: len(residuals)])
 
 
 def _sharding(measured: _Measurement) -> dict[str, Any]:

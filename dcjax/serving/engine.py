@@ -25,6 +25,7 @@ from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams, abstract_serving, make_sync, served_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.rules import with_shardings
 from dcjax.types import Array
 
 _prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
@@ -170,6 +171,7 @@ class Qwen3Engine(engine_api.Engine):
             )
         if records_experts and not config.num_experts:
             raise ValueError("records_experts is True; it needs a model with experts, and this one has none")
+        self._keep = tuple(keep)
         self.config, self.format = config, quantize.serving_format(format, kv_cache)
         self._mesh = serving_mesh(make_mesh(MeshConfig())) if mesh is None else mesh
         quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
@@ -286,6 +288,18 @@ class Qwen3Engine(engine_api.Engine):
             tokens[row, : len(prompt)] = prompt
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
         return _prefill(self.decoder, params, tokens, lengths)
+
+    def abstract_params(self) -> ServingParams:
+        """Shapes, dtypes and shardings of what `sync` gives."""
+        served = abstract_serving(self.config, self.format, self._keep)
+        return with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
+
+    def compile_prefill(self, params: ServingParams, prompts: int) -> Prefix:
+        """Compiles `prefill_many` for so many prompts; from abstract params to an abstract prefix."""
+        tokens, lengths = np.zeros((prompts, self.max_prompt_length), np.int32), np.zeros(prompts, np.int32)
+        compiled = _prefill.lower(self.decoder, params, tokens, lengths).compile()
+        shapes = jax.eval_shape(self.decoder.prefill, params, tokens, lengths)
+        return with_shardings(shapes, compiled.output_shardings)
 
     def make_requests(
         self,

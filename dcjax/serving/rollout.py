@@ -18,7 +18,7 @@ from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Emitted, Pre
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.layout import EVERYWHERE, named, pinned
 from dcjax.serving.sync import ServingParams
-from dcjax.types import Array, Rollout
+from dcjax.types import Array, Params, Rollout
 
 TURNS = 64
 """Times that one call decodes `steps_per_call` tokens and refills: then the host has a say."""
@@ -160,6 +160,26 @@ class Sampling:
 def sample_keys(key: jax.Array, samples: Array) -> Array:
     """Raw key data [N, 2] of samples by their numbers."""
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
+
+
+def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samples_per_prompt: int) -> None:
+    """Compiles what `engine.sync` and `sample_responses` run for so many prompts, on one device.
+
+    Args:
+      engine: as it will sample.
+      masters: shapes, dtypes and shardings of what it syncs.
+      prompts: how many.
+      samples_per_prompt: G.
+    """
+    decoder, total = engine.decoder, prompts * samples_per_prompt
+    engine.sync.compile(masters)
+    params = engine.abstract_params()
+    prefix = engine.compile_prefill(params, prompts)
+    programs, slots = _programs(decoder), engine.slots_for(total)
+    programs.begin.lower(decoder, slots, total).compile()
+    state = jax.eval_shape(programs.begin, decoder, slots, total)
+    inputs = (params, prefix, np.zeros(total, np.int32), engine.make_requests(np.zeros((total, 2))), np.int32(TURNS))
+    programs.decode.lower(decoder, engine.steps_per_call, *inputs, state).compile()
 
 
 class _Programs(NamedTuple):

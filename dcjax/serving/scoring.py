@@ -22,8 +22,9 @@ class DecodeScores(NamedTuple):
 
     # natural log, of the distribution that the engine would sample from
     logps: Float[np.ndarray, "N T"]
-    # the residual stream behind each layer, where each token was sampled; None unless asked for
-    residuals: Float[np.ndarray, "N T L E"] | None
+    # the residual stream behind each layer, where each token was sampled, of the responses that were fed first: as many
+    # as the engine decodes at once; None unless asked for
+    residuals: Float[np.ndarray, "n T L E"] | None
 
 
 def score_responses(
@@ -45,13 +46,13 @@ def score_responses(
       key: as it was sampled with: a mismatch that is added on purpose is drawn with it again.
       top_k: as it is to be scored with; 0 is all.
       top_p: likewise.
-      keeps_residuals: also returns N × T × L × E numbers.
+      keeps_residuals: also returns slots × T × L × E numbers.
 
     Raises:
       ValueError: a prompt or a setting that the engine does not take.
     """
     keys = np.asarray(sample_keys(key, np.arange(len(rollout.tokens))))
-    parts, size = [], engine.slots_for(len(keys))
+    parts, residuals, size = [], None, engine.slots_for(len(keys))
     for start in range(0, len(keys), size):
         rows = np.arange(start, min(start + size, len(keys)))
         # the last batch is filled up, so that one program serves all
@@ -69,8 +70,10 @@ def score_responses(
         )
         prefix = engine.prefill_many(params, prompts)
         forced = tokens[:, mask.shape[1] :].T
-        parts.append(jax.device_get(_score(engine.decoder, keeps_residuals, params, prefix, requests, forced)))
-    logps, residuals = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(keys)], *parts)
+        scored = _score(engine.decoder, keeps_residuals, params, prefix, requests, forced)
+        parts.append(np.asarray(scored[0]))
+        residuals = jax.device_get(scored[1]) if start == 0 else residuals
+    logps = np.concatenate(parts)[: len(keys)]
     return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
 
 

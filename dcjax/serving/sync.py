@@ -53,9 +53,9 @@ class Sync:
     # whether each layer has experts
     kinds: tuple[bool, ...]
     # (masters without layers, version) -> ServingParams without layers
-    outer: Callable[..., ServingParams]
+    outer: Any
     # of each kind: (stacked masters, number of the layer, its number among those of its kind, version) -> its weights
-    layer: Mapping[bool, Callable[..., Params]]
+    layer: Mapping[bool, Any]
 
     def __call__(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
         outer = self.outer({name: leaf for name, leaf in params.items() if name != "layers"}, version)
@@ -64,6 +64,12 @@ class Sync:
             for number, kind in enumerate(self.kinds)
         )
         return dataclasses.replace(outer, weights={**outer.weights, "layers": layers})
+
+    def compile(self, params: Params) -> None:
+        """Compiles its programs for masters of these shapes, dtypes and shardings, where they stay on their devices."""
+        self.outer.lower({name: leaf for name, leaf in params.items() if name != "layers"}, 0).compile()
+        for program in self.layer.values():
+            program.lower(params["layers"], 0, 0, 0).compile()
 
 
 def make_sync(
@@ -125,11 +131,11 @@ def _make_sync(
             return jnp.array(leaf, format.activations, copy=True)
         return (quantize_table if role == "table" else quantize_kernel)(leaf, format)
 
-    def outer(params: Params, version: Array) -> ServingParams:
+    def sync_outer(params: Params, version: Array) -> ServingParams:
         weights = {name: convert(name, 0, leaf, version) for name, leaf in params.items()}
         return ServingParams(weights, jnp.asarray(version, jnp.int32))
 
-    def layer(kind: bool, stacked: Params, number: Array, rank: Array, version: Array) -> Params:
+    def sync_layer(kind: bool, stacked: Params, number: Array, rank: Array, version: Array) -> Params:
         masters = take_layer(stacked, kind, number, rank)
         return {name: convert(name, number, leaf, version) for name, leaf in masters.items()}
 
@@ -142,8 +148,8 @@ def _make_sync(
     compiled = _compiler(config, format, serving, training, keep)
     return Sync(
         kinds=kinds,
-        outer=compiled(outer, outside),
-        layer={kind: compiled(partial(layer, kind), of_kind(kind)) for kind in set(kinds)},
+        outer=compiled(sync_outer, outside),
+        layer={kind: compiled(partial(sync_layer, kind), of_kind(kind)) for kind in set(kinds)},
     )
 
 
@@ -169,13 +175,13 @@ def _compiler(
     shared = _fitting_shardings(config, format, serving, {**SERVING_RULES, "embed": COPIES}, keep)
 
     def resharded(convert, part):
-        def run(*arguments):
+        def sync(*arguments):
             converted = convert(*arguments)
             for places in (stays, shared):
                 converted = lax.with_sharding_constraint(converted, part(places))
             return converted
 
-        return jax.jit(run, out_shardings=part(goes))
+        return jax.jit(sync, out_shardings=part(goes))
 
     return resharded
 

@@ -93,6 +93,11 @@ def shardings(mesh: Mesh, logical: Any, rules: Rules = RULES) -> Any:
     )
 
 
+def with_shardings(shapes: Any, places: Any) -> Any:
+    """Abstract arrays that live in these places."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

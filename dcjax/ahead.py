@@ -1,0 +1,84 @@
+"""The programs of a run's first iteration, compiled beside its warm start rather than behind it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dcjax import assemble
+from dcjax.config import Config
+from dcjax.optimizer import make_optimizer
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.rollout import compile_sampling
+from dcjax.sharding.rules import batch_sharding
+from dcjax.types import Batch, Params
+
+
+@contextlib.contextmanager
+def compiled_beside(config: Config, mesh: Mesh, engines: dict[str, Qwen3Engine]) -> Iterator[None]:
+    """Compiles, in a thread, what comes first behind the warm start that is under way; its end waits for the rest.
+
+    Nothing where there is no warm start, and on several devices, whose programs are compiled where they first run.
+    An error of compiling is raised behind the warm start.
+    """
+    if not config.warm_start.steps or mesh.size > 1 or config.serving.devices or jax.process_count() > 1:
+        yield
+        return
+    compiler = ThreadPoolExecutor(1, "compiler")
+    try:
+        programs = [compiler.submit(compile_next) for compile_next in _in_order(config, mesh, engines)]
+        yield
+        for program in programs:
+            program.result()
+    finally:
+        # what is not begun is left out where the warm start failed
+        compiler.shutdown(cancel_futures=True)
+
+
+def _in_order(config: Config, mesh: Mesh, engines: dict[str, Qwen3Engine]) -> Iterator[Callable[[], None]]:
+    """What compiles the first evaluation, the first rollout and the first update."""
+    params = assemble.abstract_starting_params(config, mesh)
+    yield partial(_compile_state, config, mesh, params)
+    for engine in engines.values():
+        yield partial(compile_sampling, engine, params, prompts=config.evaluation.prompts, samples_per_prompt=1)
+    sizes = {"prompts": config.rollout.prompts, "samples_per_prompt": config.rollout.group_size}
+    yield partial(compile_sampling, engines["deployed"], params, **sizes)
+    yield partial(_compile_update, config, mesh)
+
+
+def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
+    initializer = assemble.state_initializer(config, mesh, make_optimizer(config), assemble.Kept.by(config))
+    initializer.lower(params).compile()
+
+
+def _compile_update(config: Config, mesh: Mesh) -> None:
+    batch = abstract_batch(config, mesh)
+    assemble.compile_train_step(config, mesh).lower(assemble.abstract_state(config, mesh), batch).compile()
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what an iteration trains on."""
+    rollout, model, rows = config.rollout, config.model, config.rollout.sequences
+    prompt, response = rollout.max_prompt_length, rollout.max_response_length
+    routed = (prompt + response - 1, sum(model.sparse_layers), model.num_experts_per_tok)
+
+    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
+
+    return Batch(
+        tokens=array(np.int32, prompt + response),
+        prompt_mask=array(np.bool_, prompt),
+        response_mask=array(np.bool_, response),
+        rollout_logps=array(np.float32, response),
+        temperature=array(np.float32),
+        rewards=array(np.float32),
+        group_rewards=array(np.float32, rollout.group_size),
+        support=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
+        experts=array(np.int16, *routed) if rollout.replay_routing else None,
+    )
