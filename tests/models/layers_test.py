@@ -1,5 +1,7 @@
 """Each piece of a layer against NumPy written from its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,16 @@ from jaxtyping import TypeCheckError
 
 from dcjax.models import layers
 
+FLOAT32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+
+rms_norm = jax.jit(layers.rms_norm, static_argnums=2)
+product = jax.jit(layers.product, static_argnums=(2, 3))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def rotated(x, positions, count, theta):
+    return layers.apply_rope(x, layers.rope_table(positions, count, x.shape[-1], theta))
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -15,14 +27,14 @@ def normal(seed, *shape):
 
 def test_rms_norm_by_hand():
     # mean of squares of (3, 4) is 12.5, eps lifts it to 16
-    x, scale = jnp.array([[3.0, 4.0]]), jnp.array([2.0, 1.0])
-    np.testing.assert_allclose(layers.rms_norm(x, scale, 3.5), [[1.5, 1.0]], rtol=1e-6)
+    x, scale = np.array([[3, 4]], np.float32), np.array([2, 1], np.float32)
+    np.testing.assert_allclose(rms_norm(x, scale, 3.5), [[1.5, 1.0]], rtol=1e-6)
 
 
 def test_rms_norm_takes_its_statistics_in_float32():
     # 300² overflows float16, and 256 ones lose the last bits of a bfloat16 sum
-    x = jnp.full((1, 256), 300.0, jnp.float16)
-    out = layers.rms_norm(x, jnp.ones(256), 1e-6)
+    x = np.full((1, 256), 300.0, np.float16)
+    out = rms_norm(x, np.ones(256, np.float32), 1e-6)
     assert out.dtype == jnp.float16
     np.testing.assert_array_equal(out, np.ones((1, 256)))
 
@@ -34,7 +46,7 @@ def test_rotation_multiplies_complex_pairs():
     pairs = x[..., : dim // 2] + 1j * x[..., dim // 2 :]
     angle = positions[..., None, None] * theta ** (-np.arange(dim // 2) * 2 / dim)
     turned = pairs * np.exp(1j * angle)
-    out = layers.apply_rope(x, layers.rope_table(positions, 10, dim, theta))
+    out = rotated(x, positions, 10, theta)
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
 
 
@@ -42,8 +54,8 @@ def test_rotated_products_depend_on_the_distance_only():
     q, k = normal(1, 1, 1, 1, 16), normal(2, 1, 1, 1, 16)
 
     def score(query_position, key_position):
-        turn = [layers.rope_table(np.full((1, 1), p), 106, 16, 10_000.0) for p in (query_position, key_position)]
-        return float(jnp.sum(layers.apply_rope(q, turn[0]) * layers.apply_rope(k, turn[1])))
+        turned = [rotated(x, np.full((1, 1), p), 106, 10_000.0) for x, p in ((q, query_position), (k, key_position))]
+        return float(np.sum(np.asarray(turned[0]) * turned[1]))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
     assert abs(score(9, 4) - score(4, 9)) > 1e-2
@@ -69,7 +81,7 @@ def test_attention_of_grouped_heads_against_a_loop(kv_heads):
     # some queries see nothing
     mask = np.random.default_rng(6).random((2, 1, 6, 6)) < 0.4
     mask[0, :, 2] = False
-    out = layers.attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
+    out = jax.jit(layers.attend_grouped)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
     looks = mask[:, 0].any(-1)
     assert not looks.all()
     np.testing.assert_allclose(np.asarray(out)[looks], softmax_attention(q, k, v, mask)[looks], atol=1e-5)
@@ -77,48 +89,50 @@ def test_attention_of_grouped_heads_against_a_loop(kv_heads):
 
 
 def test_dense_computes_in_the_activations_dtype():
-    out = jax.eval_shape(layers.dense, jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float32))
+    out = jax.eval_shape(layers.dense, np.ones((2, 3), BF16), np.ones((3, 4), np.float32))
     assert (out.shape, out.dtype) == ((2, 4), jnp.bfloat16)
-
-
-FLOAT32, BF16, FP16 = (jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
 
 
 def test_a_product_sums_in_the_dtype_asked_for_and_rounds_once():
     # 1 + 4096 · 2^-12 is 2, of which bfloat16 sums taken one by one would see nothing
-    rows, kernel = jnp.ones((1, 4097), jnp.bfloat16), jnp.full((4097, 1), 2.0**-12)
-    kernel = kernel.at[0].set(1.0)
-    assert float(layers.product(rows, kernel, FLOAT32, FLOAT32)[0, 0]) == 2.0
-    assert layers.product(rows, kernel, FLOAT32, BF16).dtype == BF16
+    rows, kernel = np.ones((1, 4097), BF16), np.full((4097, 1), 2.0**-12, np.float32)
+    kernel[0] = 1
+    assert float(product(rows, kernel, FLOAT32, FLOAT32)[0, 0]) == 2.0
+    assert jax.eval_shape(functools.partial(layers.product, accumulate=FLOAT32, out=BF16), rows, kernel).dtype == BF16
     # the output dtype alone rounds: 257 has no bfloat16
-    exact = layers.product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), FLOAT32, FLOAT32)
-    rounded = layers.product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), FLOAT32, BF16)
+    exact, rounded = (product(rows[:, :257], np.ones((257, 1), np.float32), FLOAT32, out) for out in (FLOAT32, BF16))
     assert (float(exact[0, 0]), float(rounded[0, 0])) == (257.0, 256.0)
 
 
 def test_gradients_of_float32_kernels_are_not_rounded_to_the_activations_dtype():
     x, kernel, weights = normal(7, 64, 8), normal(8, 8, 5), normal(9, 64, 5)
-    narrow = jnp.asarray(x, jnp.bfloat16)
+    narrow = x.astype(BF16)
 
     def loss(x, kernel):
         return jnp.sum(layers.dense(x, kernel).astype(jnp.float32) * weights)
 
-    to_x, to_kernel = jax.grad(loss, argnums=(0, 1))(narrow, jnp.asarray(kernel))
+    to_x, to_kernel = jax.jit(jax.grad(loss, argnums=(0, 1)))(narrow, kernel)
     assert (to_x.dtype, to_kernel.dtype) == (BF16, FLOAT32)
     # exactly what bfloat16 sides give in float32 sums, which no bfloat16 number holds
-    sides = np.asarray(narrow, np.float64), np.asarray(jnp.asarray(weights, jnp.bfloat16), np.float64)
+    sides = np.asarray(narrow, np.float64), weights.astype(BF16).astype(np.float64)
     np.testing.assert_allclose(to_kernel, sides[0].T @ sides[1], rtol=1e-5, atol=1e-5)
-    assert (np.asarray(to_kernel) != np.asarray(to_kernel.astype(jnp.bfloat16), np.float32)).any()
+    assert (np.asarray(to_kernel) != np.asarray(to_kernel).astype(BF16).astype(np.float32)).any()
 
 
-@pytest.mark.parametrize("wrt", [0, 1])
-def test_gradients_of_a_product_are_those_of_matmul(wrt):
+def test_gradients_of_a_product_are_those_of_matmul():
     x, kernel, weights = normal(7, 6, 8), normal(8, 8, 5), normal(9, 6, 5)
-    ours = jax.grad(lambda *both: jnp.sum(jnp.tanh(layers.dense(*both)) * weights), argnums=wrt)(x, kernel)
-    plain = jax.grad(lambda x, kernel: jnp.sum(jnp.tanh(x @ kernel) * weights), argnums=wrt)(x, kernel)
-    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+    def loss(x, kernel, multiply):
+        return jnp.sum(jnp.tanh(multiply(x, kernel)) * weights)
+
+    @jax.jit
+    def gradients(*both):
+        return [jax.grad(loss, argnums=(0, 1))(*both, multiply) for multiply in (layers.dense, jnp.matmul)]
+
+    for ours, plain in zip(*gradients(x, kernel), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_shapes_are_caught_while_testing():
     with pytest.raises(TypeCheckError):
-        layers.rms_norm(jnp.ones((2, 3)), jnp.ones(4), 1e-6)
+        layers.rms_norm(np.ones((2, 3), np.float32), np.ones(4, np.float32), 1e-6)
