@@ -1,12 +1,13 @@
 """What must hold for any log-probs, masks and rewards: of the objectives with their gradients, and of the metrics."""
 
 import dataclasses
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -44,7 +45,6 @@ OBJECTIVES = {
     "direct, sequence": chain(estimator, direct_penalty(measure(log_probability_difference, level="sequence"))),
     "kl": chain(estimator, kl_penalty(0.1), discrepancy_penalty(probability_difference)),
 }
-objectives = pytest.mark.parametrize("name", OBJECTIVES)
 few = settings(max_examples=6)
 
 
@@ -104,52 +104,66 @@ def loss(objective, logps, old_logps, reference_logps, batch, multiplier, mean_r
     return total, denominator
 
 
-measured = jax.jit(mismatch_metrics)
+measured = jit(mismatch_metrics)
 
 
-@cache
-def differentiated(name):
-    return jax.jit(jax.value_and_grad(partial(loss, OBJECTIVES[name]), has_aux=True))
+@jit
+def differentiated(inputs, multiplier):
+    return {
+        name: jax.value_and_grad(partial(loss, objective), has_aux=True)(*inputs, multiplier)
+        for name, objective in OBJECTIVES.items()
+    }
 
 
-def run(name, case, multiplier=0.5, group_rewards=None):
-    """The summed loss, its denominator, and the gradient to each token."""
-    (total, denominator), grads = differentiated(name)(*inputs(case, group_rewards), multiplier)
-    return float(total), float(denominator), np.asarray(grads)
+def run(case, multiplier=0.5, group_rewards=None):
+    """Of each objective, all in one program: the summed loss, its denominator, and the gradient to each token."""
+    found = jax.device_get(differentiated(inputs(case, group_rewards), np.float32(multiplier)))
+    return {name: (float(total), float(denominator), grads) for name, ((total, denominator), grads) in found.items()}
 
 
 def same(ours, theirs, rtol=1e-5, atol=1e-5):
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    for name, expected in theirs.items():
+        for a, b in zip(ours[name], expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
 
 
 # --- λ = 0, and one policy in both places ---
 
+PENALISED = ("dc", "centred", "direct", "direct, sequence")
 
-@pytest.mark.parametrize("name", ["dc", "centred", "direct", "direct, sequence"])
+
 @few
 @given(cases())
-def test_without_a_multiplier_it_is_grpo_exactly(name, case):
-    for a, b in zip(run(name, case, multiplier=0.0), run("grpo", case), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_without_a_multiplier_it_is_grpo_exactly(case):
+    ours = run(case, multiplier=0.0)
+    same(ours, {name: ours["grpo"] for name in PENALISED}, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dc", "centred", "direct", "direct, sequence"])
 @few
 @given(cases())
-def test_equal_policies_have_no_penalty(name, case):
-    one = case.like(logps=case.old_logps, rollout_logps=case.old_logps)
-    same(run(name, one, multiplier=7.0), run("grpo", one), rtol=0, atol=0)
+def test_equal_policies_have_no_penalty(case):
+    ours = run(case.like(logps=case.old_logps, rollout_logps=case.old_logps), multiplier=7.0)
+    same(ours, {name: ours["grpo"] for name in PENALISED}, rtol=0, atol=0)
+
+
+MEASURES = {
+    (signal, level, sides): measure(signal, level=level, sides=sides)
+    for signal in SIGNALS
+    for level in ("token", "sequence")
+    for sides in ("two", "one", "signed")
+}
+
+
+@jit
+def every_measure(gap):
+    return [discrepancy(**gap) for discrepancy in MEASURES.values()]
 
 
 @few
 @given(cases())
 def test_equal_policies_have_no_discrepancy_and_no_mismatch(case):
     gap = {"old_logps": case.old_logps, "rollout_logps": case.old_logps, "mask": case.mask}
-    for signal in SIGNALS:
-        for level in ("token", "sequence"):
-            for sides in ("two", "one", "signed"):
-                np.testing.assert_array_equal(measure(signal, level=level, sides=sides)(**gap), np.zeros((ROWS, T)))
+    np.testing.assert_array_equal(every_measure(gap), np.zeros((len(MEASURES), ROWS, T)))
     metrics = measured(**gap)
     levels = {"log_ppl_old", "log_ppl_rollout", "log_ppl_old_per_token", "log_ppl_rollout_per_token"}
     assert {name: float(metrics[name]) for name in set(metrics) - levels - {"ess"}} == dict.fromkeys(
@@ -161,60 +175,67 @@ def test_equal_policies_have_no_discrepancy_and_no_mismatch(case):
 # --- rows ---
 
 
-@objectives
 @few
 @given(cases(), st.permutations(range(G)))
-def test_permuting_a_group_permutes(name, case, order):
+def test_permuting_a_group_permutes(case, order):
     order = np.array([*order, *range(G, ROWS)])
-    total, denominator, grads = run(name, case)
-    same(run(name, case.rows(order)), (total, denominator, grads[order]))
+    plain = run(case)
+    same(run(case.rows(order)), {name: (*sums, grads[order]) for name, (*sums, grads) in plain.items()})
 
 
-@objectives
 @few
 @given(cases(), st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
-def test_what_stands_on_padding_changes_nothing(name, case, bad):
+def test_what_stands_on_padding_changes_nothing(case, bad):
     names = ("logps", "old_logps", "rollout_logps", "reference_logps")
     spoilt = {key: np.where(case.mask, getattr(case, key), bad).astype("f") for key in names}
-    ours = run(name, case.like(**spoilt))
-    same(ours, run(name, case), rtol=0, atol=0)
-    assert (ours[2][~case.mask] == 0).all()
+    ours = run(case.like(**spoilt))
+    same(ours, run(case), rtol=0, atol=0)
+    for _, _, grads in ours.values():
+        assert (grads[~case.mask] == 0).all()
     gap = {"rollout_logps": case.rollout_logps, "mask": case.mask}
     plain = measured(old_logps=case.old_logps, **gap)
     hidden = measured(old_logps=spoilt["old_logps"], **gap | {"rollout_logps": spoilt["rollout_logps"]})
     assert {key: float(x) for key, x in plain.items()} == {key: float(x) for key, x in hidden.items()}
 
 
-@objectives
+halves = st.permutations(range(ROWS)).map(lambda order: (np.sort(order[:G]), np.sort(order[G:])))
+"""Of the rows, three and three: groups are cut, and each half is of one shape."""
+
+
 @few
-@given(cases(), st.integers(1, ROWS - 1))
-def test_a_row_without_a_token_changes_nothing(name, case, row):
-    case.mask[row] = False
+@given(cases(), halves)
+def test_rows_without_a_token_change_nothing(case, rows):
+    kept, emptied = rows
+    case.mask[emptied] = False
     groups = np.repeat(case.rewards.reshape(-1, G), G, axis=0)
-    kept = np.arange(ROWS) != row
-    total, denominator, grads = run(name, case, group_rewards=groups)
-    same(run(name, case.rows(kept), group_rewards=groups[kept]), (total, denominator, grads[kept]))
-    assert (grads[row] == 0).all()
+    whole, part = run(case, group_rewards=groups), run(case.rows(kept), group_rewards=groups[kept])
+    same(part, {name: (*sums, grads[kept]) for name, (*sums, grads) in whole.items()})
+    for _, _, grads in whole.values():
+        assert (grads[emptied] == 0).all()
 
 
-@objectives
 @few
-@given(cases(), st.integers(1, ROWS - 1))
-def test_microbatches_that_cut_groups_add_up(name, case, cut):
+@given(cases(), halves)
+def test_microbatches_that_cut_groups_add_up(case, rows):
     groups = np.repeat(case.rewards.reshape(-1, G), G, axis=0)
-    total, denominator, grads = run(name, case, group_rewards=groups)
-    parts = [run(name, case.rows(rows), group_rewards=groups[rows]) for rows in (slice(cut), slice(cut, None))]
-    same(
-        (sum(part[0] for part in parts), sum(part[1] for part in parts), np.concatenate([part[2] for part in parts])),
-        (total, denominator, grads),
-    )
+    whole = run(case, group_rewards=groups)
+    first, second = (run(case.rows(part), group_rewards=groups[part]) for part in rows)
+    order = np.argsort(np.concatenate(rows))
+    added = {
+        name: (
+            first[name][0] + second[name][0],
+            first[name][1] + second[name][1],
+            np.concatenate([first[name][2], second[name][2]])[order],
+        )
+        for name in whole
+    }
+    same(added, whole)
 
 
-@objectives
-def test_without_any_token_there_is_nothing(name):
+def test_without_any_token_there_is_nothing():
     nothing = Case(*(np.full((ROWS, T), np.nan, "f") for _ in range(4)), np.zeros((ROWS, T), bool), np.ones(ROWS, "f"))
-    total, denominator, grads = run(name, nothing)
-    assert (total, denominator, np.abs(grads).max()) == (0, 0, 0)
+    for total, denominator, grads in run(nothing).values():
+        assert (total, denominator, np.abs(grads).max()) == (0, 0, 0)
 
 
 # --- extremes ---
@@ -222,14 +243,12 @@ def test_without_any_token_there_is_nothing(name):
 EXTREMES = st.sampled_from([0.0, -1e-7, -1.0, -20.0, -40.0, -87.5, -104.0, -1e4])
 
 
-@objectives
 @settings(max_examples=25)
 @given(arrays(np.float32, (3, ROWS, T), elements=EXTREMES), arrays(np.float32, (ROWS, T), elements=EXTREMES))
-def test_extreme_log_probs_stay_finite_with_finite_gradients(name, drawn, reference):
+def test_extreme_log_probs_stay_finite_with_finite_gradients(drawn, reference):
     case = Case(*drawn, reference, np.ones((ROWS, T), bool), np.array([1, 0, 0, 1, 1, 1], "f"))
-    total, _, grads = run(name, case)
-    assert np.isfinite(total)
-    assert np.isfinite(grads).all()
+    for name, (total, _, grads) in run(case).items():
+        assert np.isfinite(total) and np.isfinite(grads).all(), name
     metrics = measured(old_logps=drawn[1], rollout_logps=drawn[2], mask=case.mask)
     assert np.isfinite(list(metrics.values())).all()
     assert 0 < float(metrics["ess"]) <= 1 + 1e-6
@@ -250,57 +269,65 @@ def test_metrics_keep_their_order(case):
 # --- gradients ---
 
 
-@pytest.mark.parametrize(("shape", "level"), [*((shape, "token") for shape in SHAPES), ("linear", "sequence")])
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_the_direct_forms_gradient_against_finite_differences(shape, signal, level):
+def test_the_direct_forms_gradient_against_finite_differences(signal):
     rng, step = np.random.default_rng(0), 1e-6
     with jax.enable_x64(True):
         logps, rollout = -rng.exponential(1, (2, 3)), -rng.exponential(1, (2, 3))
         mask = np.array([[1, 1, 1], [1, 1, 0]], bool)
         case = Case(logps, logps, rollout, logps, mask, np.ones(2, np.float64))
-        groups = np.ones((2, 2))
-        objective = direct_penalty(measure(signal, level=level), shape=SHAPES[shape], multiplier=0.7)
+        kinds = [*((shape, "token") for shape in SHAPES), ("linear", "sequence")]
 
-        @jax.jit
-        def total(x):
-            value, _ = loss(objective, *inputs(case.like(logps=x, old_logps=logps), groups), 0.0)
-            return value
+        def totals(x):
+            of = inputs(case.like(logps=x, old_logps=logps), np.ones((2, 2)))
+            objectives = [
+                direct_penalty(measure(signal, level=level), shape=SHAPES[shape], multiplier=0.7)
+                for shape, level in kinds
+            ]
+            return jnp.stack([loss(objective, *of, 0.0)[0] for objective in objectives])
 
-        grads = jax.grad(total)(jnp.asarray(logps))
+        grads = jit(jax.jacrev(totals))(logps)
         assert grads.dtype == np.float64
-        for at in np.ndindex(2, 3):
-            moved = np.zeros((2, 3))
-            moved[at] = step
-            expected = (total(logps + moved) - total(logps - moved)) / (2 * step)
-            np.testing.assert_allclose(grads[at], expected, rtol=1e-6, atol=1e-8)
-    assert np.abs(grads[mask]).max() > 0.01
+        moves = step * np.eye(6).reshape(6, 2, 3)
+        up, down = np.asarray(jit(jax.vmap(totals))(np.concatenate([logps + moves, logps - moves]))).reshape(2, 6, -1)
+    expected = ((up - down) / (2 * step)).T.reshape(-1, 2, 3)
+    for kind, ours, theirs in zip(kinds, grads, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8, err_msg=str(kind))
+        assert np.abs(ours[mask]).max() > 0.01
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@jit
+def detached(inputs, shift):
+    """Gradients under the penalty in every shape, and with these shifts of advantages in its place."""
+
+    def grads(transform):
+        return jax.grad(partial(loss, chain(estimator, transform)), has_aux=True)(*inputs, 0.5)[0]
+
+    def shifted_by(shift):
+        return grads(
+            lambda terms, context: dataclasses.replace(terms, advantages=terms.advantages - 0.5 * shift),
+        )
+
+    ours = [grads(discrepancy_penalty(probability_difference, shape=shape)) for shape in SHAPES.values()]
+    return jnp.stack(ours), jax.vmap(shifted_by)(shift)
+
+
 @few
 @given(cases())
-def test_the_detached_forms_gradient_is_grpos_with_shifted_advantages(shape, case):
-    penalty = discrepancy_penalty(probability_difference, shape=SHAPES[shape])
+def test_the_detached_forms_gradient_is_grpos_with_shifted_advantages(case):
     gap = np.abs(np.exp(case.old_logps.astype("d")) - np.exp(case.rollout_logps.astype("d")))
     shift = {
         "linear": gap,
         "shifted": gap - 0.1,
         "hinge": np.maximum(gap - 0.1, 0),
         "gate": np.where(gap.astype("f") > np.float32(0.1), gap, 0),
-    }[shape]
-
-    def shifts(terms, context):
-        return dataclasses.replace(terms, advantages=terms.advantages - 0.5 * jnp.asarray(shift, jnp.float32))
-
-    # where the gap is within rounding of the gate, either side is right
-    if shape == "gate" and (np.abs(gap - 0.1) < 1e-6).any():
-        return
-    ours, expected = (
-        jax.grad(partial(loss, chain(estimator, transform)), has_aux=True)(*inputs(case), 0.5)[0]
-        for transform in (penalty, shifts)
-    )
-    # a token exactly on a bound of the clip may fall on either side of it
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-6)
+    }
+    ours, expected = detached(inputs(case), np.stack([shift[name] for name in SHAPES]).astype("f"))
+    for name, a, b in zip(SHAPES, ours, expected, strict=True):
+        # where the gap is within rounding of the gate, either side is right
+        if name != "gate" or not (np.abs(gap - 0.1) < 1e-6).any():
+            # a token exactly on a bound of the clip may fall on either side of it
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 # --- chains ---
@@ -316,14 +343,19 @@ TRANSFORMS = [
 ]
 
 
-@few
-@given(cases(), st.lists(st.sampled_from(TRANSFORMS), max_size=5), st.integers(0, 5), st.integers(0, 5))
-def test_chains_nest_in_any_way(case, transforms, first, second):
-    logps, old_logps, reference_logps, batch = inputs(case)
-    context = Context(batch, logps, old_logps, jnp.float32(0.5), jnp.mean(case.rewards), reference_logps)
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(TRANSFORMS), max_size=5), st.integers(0, 5), st.integers(0, 5))
+def test_chains_nest_in_any_way(transforms, first, second):
     low, high = sorted((first, second))
     nested = chain(chain(*transforms[:low]), chain(chain(*transforms[low:high]), *transforms[high:]), chain())
-    flat, ours = (of(initial_terms(batch), context) for of in (chain(*transforms), nested))
-    assert jax.tree.structure(flat) == jax.tree.structure(ours)
-    for a, b in zip(jax.tree.leaves(flat), jax.tree.leaves(ours), strict=True):
-        np.testing.assert_array_equal(a, b)
+    ones = np.ones((ROWS, T), np.float32)
+    of = inputs(Case(ones, ones, ones, ones, ones > 0, np.ones(ROWS, np.float32)))
+
+    def program(objective):
+        def terms(logps, old_logps, reference_logps, batch):
+            context = Context(batch, logps, old_logps, jnp.float32(0.5), jnp.mean(batch.rewards), reference_logps)
+            return objective(initial_terms(batch), context)
+
+        return str(jax.make_jaxpr(terms, return_shape=True)(*of))
+
+    assert program(nested) == program(chain(*transforms))
