@@ -209,12 +209,12 @@ def test_processes_with_different_configs_are_told_apart(recipe, tmp_path):
 
 @pytest.mark.parametrize("present", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, tmp_path, present):
-    with processes(recipe, tmp_path / "run", "--distributed.timeout", "1", only=[present]) as (started,):
+    with processes(recipe, tmp_path / "run", "--distributed.timeout", "2", only=[present]) as (started,):
         status, lines = ended(started)
     assert status == 75
     assert len(lines) == 1, lines
     assert re.fullmatch(
-        rf"dcjax: error: process {present} of 2 waited 1 s for the others at 127\.0\.0\.1:\d+; not all have joined.*",
+        rf"dcjax: error: process {present} of 2 waited 2 s for the others at 127\.0\.0\.1:\d+; not all have joined.*",
         lines[0],
     )
 

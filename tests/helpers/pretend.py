@@ -54,7 +54,8 @@ def step(state, batch):
         value = (value / 2 + seen).astype(value.dtype) if value.dtype.kind == "f" else value + 1
         return jax.device_put(value, leaf.sharding)
 
-    state = jax.tree.map(moved, state)
+    history = (*state.history, state.params)[1:] if state.history else ()
+    state = jax.tree.map(moved, state).replace(history=history)
     return state, {
         "loss": seen + np.sum(batch.rewards),
         "reward": np.mean(batch.rewards),

@@ -8,16 +8,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretend
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import complaints
 
 import dcjax.probe.probe
 from dcjax.cli import main
-from dcjax.config import Config, RolloutConfig, ServingConfig
-from dcjax.data.arithmetic import ArithmeticTask, build_tokenizer, encode_prompts
+from dcjax.config import ServingConfig
+from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
-from dcjax.models import ModelConfig, forward, init_params
+from dcjax.models import forward, init_params
 from dcjax.probe.gaps import (
     FIGURES,
     bucketed,
@@ -32,21 +35,20 @@ from dcjax.probe.gaps import (
 from dcjax.probe.ladder import Served, ladder
 from dcjax.probe.policies import Policies, Weights
 from dcjax.probe.probe import PROBABILITIES, probe
-from dcjax.probe.source import Source, read_prompts
+from dcjax.probe.source import Source, load_source, read_prompts
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import formats
 from dcjax.sharding.mesh import MeshConfig
 from dcjax.types import Rollout
 
 DATA = Path(__file__).parent.parent / "data"
-P, T, SLOTS = 6, 20, 8
-CONFIG = Config(
-    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-    model=ModelConfig(vocab_size=20, hidden_size=32, intermediate_size=64),
-    rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=P, max_response_length=T, temperature=0.8),
-    serving=ServingConfig(format="bf16", slots=SLOTS, steps_per_call=4),
+P, SLOTS = tiny.PROMPT_LENGTH, tiny.SLOTS
+CONFIG = dataclasses.replace(
+    tiny.CONFIG,
+    rollout=dataclasses.replace(tiny.CONFIG.rollout, temperature=0.8),
+    serving=dataclasses.replace(tiny.CONFIG.serving, format="bf16"),
 )
-MOE = dataclasses.replace(CONFIG.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_layers=1)
+MOE = dataclasses.replace(tiny.EXPERTS, num_layers=1)
 TRUNCATED = dataclasses.replace(CONFIG.rollout, top_k=5, top_p=0.9)
 
 
@@ -168,7 +170,7 @@ def test_equal_policies_are_equal_however_their_cache_is_named():
 @st.composite
 def scored(draw):
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    lengths = rng.integers(1, 8, draw(st.integers(1, 5)))
+    lengths = rng.integers(1, 8, 4)
     mask = np.arange(7) < lengths[:, None]
     old, new = (np.where(mask, -rng.exponential(size=mask.shape), 0).astype(np.float32) for _ in range(2))
     return old, new, mask
@@ -298,50 +300,39 @@ CAUSES = {
 
 
 def stages_with(cause, seed):
-    """The stages of a model whose engine is bf16 and has one more cause."""
+    """The stages of a model whose engine is bf16 and has one more cause, on tokens that bf16 sampled."""
     mismatch = MismatchConfig(logit_noise=0.05 if cause == "logit_noise" else 0)
-    rungs = ladder(CAUSES[cause], mismatch, trained_in="float32", stale_step=1 if cause == "stale_weights" else None)
-    masters = params_of(CONFIG.model, seed)
-    moved = jax.tree.map(lambda x: x * (1 + 0.05 * jax.random.normal(jax.random.key(seed), x.shape)), masters)
+    stale = 1 if cause == "stale_weights" else None
+    rungs = ladder(CAUSES[cause], mismatch, trained_in="float32", stale_step=stale)
+    masters, rng = params_of(CONFIG.model, seed), np.random.default_rng(seed)
+    moved = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape).astype(np.float32)), masters)
     weights, key, own = Weights(masters, moved, seed), jax.random.key(seed), policies()
-    rollout = own.sample(rungs[-1].served, weights, prompts(), key)
+    rollout = own.sample(Served("bf16", "bf16", stale=stale is not None), weights, prompts(), key)
     trained = own.train(masters, rollout, temperature=rollout.temperature).logps
     scores = [(rung.name, rung.detail, own.score(rung.served, weights, rollout, key).logps) for rung in rungs]
-    return decompose(trained, [*scores, ("as_sampled", "", rollout.rollout_logps)], rollout.response_mask)
+    if stale is not None:
+        scores.append(("as_sampled", "", rollout.rollout_logps))
+    return decompose(trained, scores, rollout.response_mask)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("cause", CAUSES)
 def test_the_stage_of_the_planted_cause_has_the_largest_gap(cause, seed):
-    stages = stages_with(cause, seed)
-    assert max(stages, key=lambda stage: stage.own["prob_diff_mean"]).name == cause
-    assert stages[-1].name == "as_sampled" and stages[-1].own["prob_diff_max"] <= 1e-6
+    stages = {stage.name: stage.own for stage in stages_with(cause, seed)}
+    assert max(stages, key=lambda name: stages[name]["prob_diff_mean"]) == cause
+    # in float32 the engine is the trainer
+    assert stages["decode_path"]["prob_diff_max"] <= 5e-5
+    assert stages.get("as_sampled", {"prob_diff_max": 0})["prob_diff_max"] <= 1e-6
 
 
-@pytest.mark.parametrize(
-    "format", [name if name == "fp8" else pytest.param(name, marks=pytest.mark.slow) for name in formats]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("format", formats)
 def test_the_ladder_explains_all_of_what_was_sampled(format):
-    weights, key, own, served = (
-        Weights(params_of(CONFIG.model), None, 0),
-        jax.random.key(0),
-        policies(),
-        Served.of(format),
-    )
-    rollout = own.sample(served, weights, prompts(), key)
-    scores = own.score(served, weights, rollout, key).logps
-    assert (
-        gap(old_logps=scores, rollout_logps=rollout.rollout_logps, mask=rollout.response_mask)["prob_diff_max"] <= 1e-6
-    )
-
-
-def test_in_float32_the_engine_is_the_trainer():
     weights, key, own = Weights(params_of(CONFIG.model), None, 0), jax.random.key(0), policies()
-    rollout = own.sample(Served.of("float32"), weights, prompts(), key)
-    trained = own.train(weights.params, rollout, temperature=rollout.temperature).logps
-    assert (
-        gap(old_logps=trained, rollout_logps=rollout.rollout_logps, mask=rollout.response_mask)["prob_diff_max"] <= 5e-5
-    )
+    rollout = own.sample(Served.of(format), weights, prompts(), key)
+    scores = own.score(Served.of(format), weights, rollout, key).logps
+    explained = gap(old_logps=scores, rollout_logps=rollout.rollout_logps, mask=rollout.response_mask)
+    assert explained["prob_diff_max"] <= 1e-6
 
 
 # --- the whole probe ---
@@ -418,47 +409,30 @@ def test_log_probs_that_are_no_numbers_are_refused_by_their_place():
 
 
 def test_a_format_that_the_model_cannot_be_served_in_says_why(monkeypatch):
-    monkeypatch.setattr(dcjax.probe.probe, "formats", {name: formats[name] for name in ("float32", "int4")})
-    model = dataclasses.replace(CONFIG.model, intermediate_size=72, num_layers=1)
-    serving = dataclasses.replace(CONFIG.serving, format="float32")
-    found = probe(source_of(dataclasses.replace(CONFIG, model=model, serving=serving)))
+    narrow = Policies(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, intermediate_size=72)), 1)
+    with pytest.raises(RunError, match="down_proj is contracted over 72") as refused:
+        narrow.score(Served.of("int4"), Weights(params_of(narrow.config.model), None, 0), None, None)
+    score = Policies.score
+
+    def refusing(self, served, *arguments, **settings):
+        if served.format == "int4":
+            raise refused.value
+        return score(self, served, *arguments, **settings)
+
+    monkeypatch.setattr(Policies, "score", refusing)
+    monkeypatch.setattr(dcjax.probe.probe, "formats", {name: formats[name] for name in ("float32", "bf16", "int4")})
+    found = probe(source_of(CONFIG))
     assert found.formats["float32"]["prob_diff_max"] <= 5e-5
-    (reason,) = found.formats["int4"].values()
-    assert "down_proj is contracted over 72" in reason
+    assert found.formats["int4"] == {"not_served": str(refused.value)}
 
 
 # --- the command ---
 
-RECIPE = f"""
-from dcjax.config import *
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
-from dcjax.serving.mismatch import MismatchConfig
 
-def config():
-    return Config(
-        name="tiny",
-        steps=3,
-        task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-        model=ModelConfig(vocab_size=20, hidden_size=32, intermediate_size=64),
-        warm_start=WarmStartConfig(steps=35, batch_size=32, warmup_steps=5, learning_rate=2e-2),
-        rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length={P}, max_response_length={T}),
-        mismatch=MismatchConfig(staleness=1),
-        optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2),
-        evaluation=EvaluationConfig(every=10, prompts=16),
-        checkpoint=CheckpointConfig(every=1, keep=4),
-        serving=ServingConfig(slots={SLOTS}),
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three steps, each with a checkpoint."""
-    folder = tmp_path_factory.mktemp("probe")
-    (folder / "tiny.py").write_text(RECIPE)
-    assert main(["train", str(folder / "tiny.py"), "--run-dir", str(folder / "run")]) == 0
-    return folder / "run"
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """Of eight steps, with a checkpoint every two."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture
@@ -470,16 +444,31 @@ def probed(capfd):
         status = main(["probe", *map(str, arguments), "--json"])
         output, errors = capfd.readouterr()
         assert status == 0, errors
-        assert all(line.startswith("policy ") for line in errors.splitlines())
+        assert complaints(errors) == []
         assert output.count("\n") == 1
         return json.loads(output, parse_constant=pytest.fail)
 
     return run
 
 
-def test_a_run_is_probed_in_every_format(finished, probed):
-    found = probed(finished, "--prompts", 11)
-    assert (found["step"], found["format"], found["kv_cache"], found["responses"]) == (3, "int8", "int8", 11)
+def test_a_run_is_probed_with_the_weights_of_an_earlier_step(run, probed, monkeypatch):
+    monkeypatch.setattr(dcjax.probe.probe, "formats", {name: formats[name] for name in ("float32", "bf16", "int4")})
+    found = probed(run, "--prompts", 11, "--format", "bf16", "--stale", 6)
+    assert (found["step"], found["format"], found["kv_cache"], found["responses"]) == (8, "bf16", "bf16", 11)
+    means = {name: row["prob_diff_mean"] for name, row in found["formats"].items()}
+    assert list(means) == ["float32", "bf16", "int4"] and means["float32"] < means["bf16"] < means["int4"]
+    assert found["formats"]["float32"]["prob_diff_max"] <= 5e-5
+    assert [stage["name"] for stage in found["stages"]] == ["decode_path", "dtype", "stale_weights", "as_sampled"]
+    assert found["stages"][-2]["detail"] == "step 6"
+    largest = max(found["stages"], key=lambda stage: stage["own"]["prob_diff_mean"])
+    assert largest["name"] == "stale_weights"
+    assert_consistent(found, run)
+
+
+@pytest.mark.slow
+def test_a_run_is_probed_in_every_format(run, probed):
+    found = probed(run, "--prompts", 11, "--stale", 6)
+    assert (found["step"], found["format"], found["kv_cache"], found["responses"]) == (8, "int8", "int8", 11)
     assert set(found["formats"]) == set(formats)
     for row in found["formats"].values():
         assert 0 < row["prob_diff_mean"] <= row["prob_diff_max"] <= 1 and row["bytes"] <= row["float32_bytes"]
@@ -490,25 +479,40 @@ def test_a_run_is_probed_in_every_format(finished, probed):
     assert [stage["name"] for stage in found["stages"]] == [
         *("decode_path", "dtype", "weights", "activations", "kv_cache", "stale_weights", "as_sampled")
     ]
-    # of the step before, by staleness
-    assert found["stages"][-2]["detail"] == "step 2"
+    assert_consistent(found, run)
+
+
+def assert_consistent(found, run):
+    """The stages add up to what was sampled, the parts to the whole, and the files hold what was printed."""
     assert found["stages"][-1]["own"]["prob_diff_max"] <= 1e-6
     assert found["stages"][-1]["cumulative"] == found["total"]
     assert sum(row["tokens"] for row in found["by_position"]) == found["tokens"]
     assert len(found["by_layer"]) == 2
-    assert json.loads((finished / "probe" / "probe.json").read_text()) == found
-    assert (finished / "probe" / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "probe" / "probe.json").read_text()) == found
+    assert (run / "probe" / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_run_whose_weights_lag_those_it_kept_are_served(recipe, tmp_path, monkeypatch):
+    pretend.install(monkeypatch)
+    lagging = ["--mismatch.staleness", "2", "--warm_start.steps", "0", "--steps", "3", "--checkpoint.every", "1"]
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run"), *lagging]) == 0
+    newest, before = (load_source(tmp_path / "run" / "checkpoints" / str(step)) for step in (3, 1))
+    assert (newest.step, newest.stale_step, newest.weights.version) == (3, 1, 1)
+    assert (before.step, before.stale_step) == (1, 0)
+    jax.tree.map(np.testing.assert_array_equal, newest.weights.stale, load_source(tmp_path / "run").weights.stale)
+    norms = [float(np.asarray(params["norm"])[0]) for params in (newest.weights.params, newest.weights.stale)]
+    assert norms[0] != norms[1]
 
 
 @pytest.mark.slow
-def test_other_weights_another_format_and_another_place_can_be_asked_for(finished, probed, only_float32, tmp_path):
-    options = ("--prompts", 5, "--stale", 0, "--format", "float32", "--kv-cache", "fp8", "--out", tmp_path / "there")
-    found = probed(finished / "checkpoints" / "2", *options)
-    assert (found["step"], found["format"], found["kv_cache"]) == (2, "float32", "fp8")
+def test_other_weights_another_format_and_another_place_can_be_asked_for(run, probed, only_float32, tmp_path):
+    options = ("--prompts", 5, "--stale", 2, "--format", "float32", "--kv-cache", "fp8", "--out", tmp_path / "there")
+    found = probed(run / "checkpoints" / "4", *options)
+    assert (found["step"], found["format"], found["kv_cache"]) == (4, "float32", "fp8")
     assert [(stage["name"], stage["detail"]) for stage in found["stages"]] == [
         ("decode_path", "float32"),
         ("kv_cache", "fp8"),
-        ("stale_weights", "step 0"),
+        ("stale_weights", "step 2"),
         ("as_sampled", ""),
     ]
     largest = max(found["stages"], key=lambda stage: stage["own"]["prob_diff_mean"])
@@ -545,8 +549,9 @@ def refusal(capfd):
         status = main(["probe", *map(str, arguments)])
         output, errors = capfd.readouterr()
         assert (status, output) == (2, "")
-        assert errors.startswith("dcjax: error: ") and errors.count("\n") == 1, errors
-        return errors
+        (told,) = complaints(errors)
+        assert told.startswith("dcjax: error: "), errors
+        return told
 
     return run
 
@@ -562,8 +567,8 @@ def refusal(capfd):
         (["--prompts-file", "some.jsonl"], "prompts-file is some.jsonl"),
     ],
 )
-def test_a_wrong_option_is_quoted(finished, refusal, options, told):
-    assert told in refusal(finished, *options)
+def test_a_wrong_option_is_quoted(finished_run, refusal, options, told):
+    assert told in refusal(finished_run, *options)
 
 
 def test_where_there_is_no_run_none_is_probed(refusal, tmp_path):
