@@ -5,84 +5,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from served import (
+    DENSE,
+    END,
+    EXPERTS,
+    FAST_COMPILE,
+    MIXED,
+    OTHER,
+    PROMPTS,
+    TEMPERATURE,
+    G,
+    P,
+    T,
+    engine_of,
+    params_of,
+    rollout_of,
+    sample,
+    trained_scores,
+)
+from tiny import masters
 
-from dcjax.models import ModelConfig, init_params, token_logps
 from dcjax.models.cache import forward_cached, init_cache
-from dcjax.serving import Qwen3Engine, decoder, quantize
+from dcjax.serving import decoder, quantize
 from dcjax.serving import rollout as module
 from dcjax.serving.decoder import AS_WRITTEN
 from dcjax.serving.rollout import Sampling, sample_responses
 
-CONFIG = ModelConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, head_dim=8)
-UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
-QWEN2 = dataclasses.replace(CONFIG, family="qwen2")
-MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-MIXED = dataclasses.replace(MOE, mlp_only_layers=(0,))
-MODELS = {"tied": CONFIG, "untied": UNTIED, "qwen2": QWEN2, "moe": MOE, "mixed": MIXED}
 FORMATS = ["float32", "int8"]
-P, T, END, G = 6, 10, 3, 8
-PROMPTS = [[1, 2, 4], [5], [6, 7, 8, 9, 10, 1]]
-TEMPERATURE = 0.8
 CONTROL = 1e-4
 """Largest |p − q| of a token where both policies compute in float32."""
 
-
-@functools.cache
-def masters_of(config):
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * leaf.shape[-1] ** -0.5, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-
-
-@functools.cache
-def make_engine(format, slots=8, steps_per_call=4, config=CONFIG, **changes):
-    return Qwen3Engine(
-        config,
-        format=format,
-        slots=slots,
-        max_prompt_length=P,
-        max_response_length=T,
-        end_token=END,
-        steps_per_call=steps_per_call,
-        # so that one engine serves both kinds of truncation, and records what it can
-        max_support=6,
-        records_experts=bool(config.num_experts),
-        **changes,
-    )
-
-
-@functools.cache
-def rollout_of(format, slots=8, steps_per_call=4, config=CONFIG, seed=1, temperature=TEMPERATURE, top_k=0, top_p=1.0):
-    engine = make_engine(format, slots, steps_per_call, config)
-    return sample(engine, config=config, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-
-
-def sample(engine, *, config=CONFIG, seed=1, temperature=TEMPERATURE, **settings):
-    return sample_responses(
-        engine,
-        engine.sync(masters_of(config), 7),
-        PROMPTS,
-        samples_per_prompt=G,
-        temperature=temperature,
-        key=jax.random.key(seed),
-        **settings,
-    )
-
-
-# for what is run once, so that compiling it is what takes time
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-scores = jax.jit(token_logps, static_argnums=0, static_argnames="response_length", compiler_options=FAST_COMPILE)
-
-
-def trained_scores(config, rollout, **replayed):
-    """Teacher forcing through the training forward."""
-    mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-    arguments = {"response_length": T, "temperature": rollout.temperature} | replayed
-    return scores(config, masters_of(config), rollout.tokens, mask, **arguments)
+SLOW = pytest.mark.slow
 
 
 def trained_logps(config, rollout, **replayed):
@@ -95,7 +48,7 @@ def served_logps(engine, config, rollout):
     lengths = rollout.prompt_mask.sum(1)
     for row, length in enumerate(lengths):
         tokens[row, : length + T] = rollout.tokens[row, P - length :]
-    weights = engine.sync(masters_of(config), 0).weights
+    weights = params_of(engine, config).weights
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE | AS_WRITTEN)
     def run(weights, tokens):
@@ -106,7 +59,8 @@ def served_logps(engine, config, rollout):
         head = weights["embed_tokens" if config.tie_embeddings else "lm_head"]
         return quantize.logits(hidden.reshape(-1, config.hidden_size), head).reshape(*tokens.shape, -1)
 
-    distribution = np.asarray(jax.nn.log_softmax(run(weights, tokens) / TEMPERATURE))
+    logits = np.asarray(run(weights, tokens), np.float64) / TEMPERATURE
+    distribution = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     logps = np.zeros((len(tokens), T), np.float32)
     for row, length in enumerate(lengths):
         columns = length + np.arange(T)
@@ -121,9 +75,13 @@ def largest_gap(old_logps, rollout):
     return gap[rollout.response_mask].max()
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "config",
+    [DENSE, OTHER, MIXED, pytest.param(EXPERTS, marks=SLOW)],
+    ids=["dense", "qwen2 untied", "mixed", "experts"],
+)
 def test_in_float32_log_probs_are_those_of_teacher_forcing_on_every_token(config):
-    rollout = rollout_of("float32", config=config)
+    rollout = rollout_of("float32", config)
     assert rollout.finished.any()
     assert not rollout.finished.all()
     assert largest_gap(trained_logps(config, rollout), rollout) <= CONTROL
@@ -133,31 +91,31 @@ def test_log_probs_shifted_by_one_token_fail_that_very_check():
     rollout = rollout_of("float32")
     for shift in (-1, 1):
         shifted = dataclasses.replace(rollout, rollout_logps=np.roll(rollout.rollout_logps, shift, axis=1))
-        assert largest_gap(trained_logps(CONFIG, rollout), shifted) > 100 * CONTROL
+        assert largest_gap(trained_logps(DENSE, rollout), shifted) > 100 * CONTROL
 
 
 def test_log_probs_at_another_temperature_fail_that_very_check():
     rollout = rollout_of("float32")
     other = dataclasses.replace(rollout, temperature=np.ones_like(rollout.temperature))
-    assert largest_gap(trained_logps(CONFIG, other), other) > 100 * CONTROL
+    assert largest_gap(trained_logps(DENSE, other), other) > 100 * CONTROL
 
 
 def test_experts_are_served_in_narrow_formats():
-    rollout = rollout_of("int8", config=MOE)
-    gap = np.abs(np.exp(trained_logps(MOE, rollout)) - np.exp(rollout.rollout_logps))[rollout.response_mask]
+    rollout = rollout_of("int8", MIXED)
+    gap = np.abs(np.exp(trained_logps(MIXED, rollout)) - np.exp(rollout.rollout_logps))[rollout.response_mask]
     # a token whose experts flip may be far off; most are near, and none is exact
     assert 1e-5 < np.median(gap) < 0.02
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-5), ("int8", 0.02)])
+@pytest.mark.parametrize(("name", "tolerance"), [pytest.param("float32", 1e-5, marks=SLOW), ("int8", 0.02)])
 def test_in_any_format_log_probs_are_those_of_that_formats_own_numerics(name, tolerance):
     rollout = rollout_of(name)
     mask = rollout.response_mask
-    error = np.abs(served_logps(make_engine(name), CONFIG, rollout) - rollout.rollout_logps)[mask]
+    error = np.abs(served_logps(engine_of(name), DENSE, rollout) - rollout.rollout_logps)[mask]
     assert error.max() <= tolerance
     if name != "float32":
         # a real mismatch: the training policy is further away
-        assert np.abs(trained_logps(CONFIG, rollout) - rollout.rollout_logps)[mask].mean() > 4 * error.mean()
+        assert np.abs(trained_logps(DENSE, rollout) - rollout.rollout_logps)[mask].mean() > 4 * error.mean()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -174,51 +132,72 @@ def assert_same_samples(other, expected):
         np.testing.assert_allclose(getattr(other, field), getattr(expected, field), rtol=0, atol=1e-5, err_msg=field)
 
 
-@pytest.mark.parametrize(("name", "slots", "steps_per_call"), [("float32", 3, 1), ("float32", 32, 7), ("int8", 3, 1)])
-def test_the_tokens_depend_neither_on_the_slots_nor_on_the_steps_a_call(name, slots, steps_per_call):
-    assert_same_samples(rollout_of(name, slots, steps_per_call), rollout_of(name))
-
-
-@pytest.mark.parametrize("prefill_tokens", [4, P, 2 * P])
-def test_the_samples_do_not_depend_on_how_prompts_are_prefilled(prefill_tokens):
-    """In pieces of 4 tokens that the prompts' width is no multiple of, one prompt a pass, and two of three."""
-    assert_same_samples(sample(make_engine("float32", prefill_tokens=prefill_tokens)), rollout_of("float32"))
-
-
-def test_the_recorded_experts_do_not_depend_on_how_prompts_are_prefilled():
-    expected = rollout_of("float32", config=MIXED)
-    other = sample(make_engine("float32", config=MIXED, prefill_tokens=4), config=MIXED)
+def test_slots_steps_a_call_pieces_of_prompts_and_when_noise_is_drawn_change_no_sample(monkeypatch):
+    """All at once, with experts recorded; each of its own with the slow tests."""
+    monkeypatch.setattr(decoder, "NOISE_AHEAD", 0)
+    monkeypatch.setattr(module, "TURNS", 2)
+    # 7 does not divide the tokens of a response, and 4 not the prompts' width
+    engine = engine_of("float32", MIXED, slots=3, steps_per_call=7, prefill_tokens=4)
+    other, expected = sample(engine, MIXED), rollout_of("float32", MIXED)
     assert_same_samples(other, expected)
     np.testing.assert_array_equal(other.experts, expected.experts)
 
 
+@SLOW
+@pytest.mark.parametrize(("name", "slots", "steps_per_call"), [("float32", 3, 1), ("float32", 32, 7), ("int8", 3, 1)])
+def test_the_tokens_depend_neither_on_the_slots_nor_on_the_steps_a_call(name, slots, steps_per_call):
+    assert_same_samples(sample(engine_of(name, slots=slots, steps_per_call=steps_per_call)), rollout_of(name))
+
+
+@SLOW
+@pytest.mark.parametrize("prefill_tokens", [4, P, 2 * P])
+def test_the_samples_do_not_depend_on_how_prompts_are_prefilled(prefill_tokens):
+    """In pieces of 4 tokens that the prompts' width is no multiple of, one prompt a pass, and two of three."""
+    assert_same_samples(sample(engine_of("float32", prefill_tokens=prefill_tokens)), rollout_of("float32"))
+
+
+@pytest.mark.parametrize("prefill_tokens", [4, P, 2 * P])
+def test_prompts_leave_the_same_behind_however_they_are_prefilled(prefill_tokens):
+    """In pieces, one prompt a pass, and two of three."""
+    whole, other = (
+        engine.prefill_many(params_of(engine, MIXED), PROMPTS)
+        for engine in (engine_of("float32", MIXED), engine_of("float32", MIXED, prefill_tokens=prefill_tokens))
+    )
+    for name in ("tokens", "positions"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
+    for row, prompt in enumerate(PROMPTS):
+        real = len(prompt)
+        np.testing.assert_array_equal(np.asarray(other.experts)[row, :real], np.asarray(whole.experts)[row, :real])
+        for ours, theirs in zip(jax.tree.leaves(other.caches), jax.tree.leaves(whole.caches), strict=True):
+            ours, theirs = (np.asarray(leaf)[row, :, :real] for leaf in (ours, theirs))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@SLOW
 def test_neither_when_noise_is_drawn_nor_how_long_a_call_runs_changes_a_sample(monkeypatch):
     monkeypatch.setattr(decoder, "NOISE_AHEAD", 0)
     monkeypatch.setattr(module, "TURNS", 2)
     # another engine, so that its programs are compiled with these
-    engine = make_engine("float32", max_stop_tokens=3)
-    assert_same_samples(sample(engine), rollout_of("float32"))
-    sampling = Sampling(
-        engine,
-        params := engine.sync(masters_of(CONFIG), 7),
-        PROMPTS,
-        samples_per_prompt=G,
-        key=jax.random.key(1),
-        temperatures=TEMPERATURE,
-    )
+    assert_same_samples(sample(engine_of("float32", max_stop_tokens=3)), rollout_of("float32"))
+
+
+def test_how_long_a_call_runs_changes_no_sample(monkeypatch):
+    monkeypatch.setattr(module, "TURNS", 2)
+    engine = engine_of("float32")
+    params = params_of(engine)
+    sampling = Sampling(engine, params, PROMPTS, samples_per_prompt=G, key=jax.random.key(1), temperatures=TEMPERATURE)
     calls = 1
     while not sampling.advance(params):
         calls += 1
-    # 24 samples of at most 10 tokens, over 8 slots in calls of 2 × 4 tokens
-    assert 2 < calls <= 5
+    # 24 samples of at most 20 tokens, over 8 slots in calls of 2 × 4 tokens
+    assert 2 < calls <= 8
     assert_same_samples(sampling.rollout(), rollout_of("float32"))
 
 
 def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
     monkeypatch.setattr(module, "TURNS", 1)
-    # another engine, so that its programs are compiled with that
-    engine, parts = make_engine("float32", max_stop_tokens=5), []
-    rollout = sample(engine, on_ended=parts.append)
+    parts = []
+    rollout = sample(engine_of("float32"), on_ended=parts.append)
     assert_same_samples(rollout, rollout_of("float32"))
     assert sorted(np.concatenate([part.samples for part in parts])) == list(range(len(PROMPTS) * G))
     assert sum(len(part.samples) > 0 for part in parts) > 2
@@ -231,24 +210,24 @@ def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
 
 def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch):
     monkeypatch.setattr(module, "TURNS", 1)
-    engine = make_engine("float32", slots=3 * G, max_stop_tokens=2)
+    engine = engine_of("float32")
     # a final norm of its own leaves the cache as it is, so that the training forward of either tells the log-probs
-    masters = [masters_of(CONFIG), masters_of(CONFIG) | {"norm": masters_of(CONFIG)["norm"] * 2.5}]
-    served = [engine.sync(params, version) for version, params in zip((4, 9), masters, strict=True)]
+    both = [masters(DENSE), masters(DENSE) | {"norm": masters(DENSE)["norm"] * 2.5}]
+    served = [engine.sync(params, version) for version, params in zip((4, 9), both, strict=True)]
     key = jax.random.key(3)
     sampling = Sampling(engine, served[0], PROMPTS, samples_per_prompt=G, key=key, temperatures=1.0)
     assert not sampling.advance(served[0])
     while not sampling.advance(served[1]):
         pass
-    rollout, steps = sampling.rollout(), engine.steps_per_call
-    real = rollout.response_mask
-    np.testing.assert_array_equal(rollout.versions, np.where(real, np.where(np.arange(T) < steps, 4, 9), -1))
-    mask = np.concatenate([rollout.prompt_mask, real], axis=1)
-    arguments = {"response_length": T, "temperature": rollout.temperature}
-    old, new = (scores(CONFIG, params, rollout.tokens, mask, **arguments).logps for params in masters)
-    own, others = np.where(rollout.versions == 4, old, new), np.where(rollout.versions == 4, new, old)
-    assert np.abs(own - rollout.rollout_logps)[real].max() < 1e-4
-    assert np.median(np.abs(others - rollout.rollout_logps)[real]) > 0.05
+    rollout, real = sampling.rollout(), sampling.rollout().response_mask
+    # the first call's: the first tokens of the samples that were in the slots
+    early = (np.arange(len(real)) < engine.slots)[:, None] & (np.arange(T) < engine.steps_per_call)
+    np.testing.assert_array_equal(rollout.versions, np.where(real, np.where(early, 4, 9), -1))
+    old, new = (np.asarray(trained_scores(DENSE, rollout, params).logps) for params in both)
+    own, others = np.where(early, old, new), np.where(early, new, old)
+    for part in (real & early, real & ~early):
+        assert np.abs(own - rollout.rollout_logps)[part].max() < 1e-4
+        assert np.median(np.abs(others - rollout.rollout_logps)[part]) > 0.05
 
 
 # --- truncated sampling, replayed ---
@@ -258,9 +237,9 @@ def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch)
 def test_truncated_log_probs_are_the_trainers_where_the_support_is_replayed_and_only_there(top_k, top_p):
     rollout = rollout_of("float32", top_k=top_k, top_p=top_p)
     real = rollout.response_mask
-    replayed = trained_logps(CONFIG, rollout, support=rollout.support)
+    replayed = trained_logps(DENSE, rollout, support=rollout.support)
     assert np.abs(replayed - rollout.rollout_logps)[real].max() <= 1e-4
-    whole = trained_logps(CONFIG, rollout)
+    whole = trained_logps(DENSE, rollout)
     assert np.abs(whole - rollout.rollout_logps)[real].min() > 1e-3
     # what was cut off is all that lies between
     np.testing.assert_allclose((whole - rollout.log_mass)[real], rollout.rollout_logps[real], atol=1e-4)
@@ -274,16 +253,16 @@ def test_truncated_log_probs_are_the_trainers_where_the_support_is_replayed_and_
 def test_what_is_not_truncated_is_recorded_as_whole():
     rollout = rollout_of("float32")
     assert (rollout.support == -1).all() and (rollout.log_mass == 0).all()
-    replayed = trained_logps(CONFIG, rollout, support=rollout.support)
-    np.testing.assert_allclose(replayed, trained_logps(CONFIG, rollout), rtol=1e-5)
+    replayed = trained_logps(DENSE, rollout, support=rollout.support)
+    np.testing.assert_allclose(replayed, trained_logps(DENSE, rollout), rtol=1e-5)
 
 
 # --- routing, recorded and replayed ---
 
 
-@pytest.mark.parametrize("config", [MOE, MIXED], ids=["moe", "mixed"])
+@pytest.mark.parametrize("config", [pytest.param(EXPERTS, marks=SLOW), MIXED], ids=["experts", "mixed"])
 def test_the_recorded_experts_are_those_of_the_training_forward(config):
-    rollout = rollout_of("float32", config=config)
+    rollout = rollout_of("float32", config)
     chosen = np.moveaxis(np.asarray(trained_scores(config, rollout).router.experts), 0, 2)
     mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
     # what is fed predicts a token: all but each response's last
@@ -297,15 +276,15 @@ def test_the_recorded_experts_are_those_of_the_training_forward(config):
 
 @pytest.mark.parametrize("name", ["float32", "int8"])
 def test_replayed_experts_bring_the_trainer_closer(name):
-    rollout = rollout_of(name, config=MOE)
+    rollout = rollout_of(name, MIXED)
     experts = np.moveaxis(rollout.experts, 2, 0).astype(np.int32)
 
     def gap(**replayed):
-        return np.abs(trained_logps(MOE, rollout, **replayed) - rollout.rollout_logps)[rollout.response_mask]
+        return np.abs(trained_logps(MIXED, rollout, **replayed) - rollout.rollout_logps)[rollout.response_mask]
 
     if name == "float32":
         assert gap(experts=experts).max() <= 1e-4
-        assert gap(experts=(experts + 1) % MOE.num_experts).max() > 0.05
+        assert gap(experts=(experts + 1) % MIXED.num_experts).max() > 0.05
     else:
         assert gap(experts=experts).mean() < gap().mean()
 
@@ -351,14 +330,7 @@ def test_samples_of_one_prompt_differ_and_the_key_decides():
     rollout = rollout_of("float32")
     for prompt in range(len(PROMPTS)):
         assert len(np.unique(rollout.tokens[prompt * G : (prompt + 1) * G], axis=0)) > 1
-    again = sample_responses(
-        make_engine("float32"),
-        make_engine("float32").sync(masters_of(CONFIG), 7),
-        PROMPTS,
-        samples_per_prompt=G,
-        temperature=TEMPERATURE,
-        key=jax.random.key(1),
-    )
+    again = sample(engine_of("float32"))
     for name, values in ((name, values) for name, values in vars(rollout).items() if values is not None):
         np.testing.assert_array_equal(getattr(again, name), values, err_msg=name)
     assert not np.array_equal(rollout_of("float32", seed=2).tokens, rollout.tokens)
@@ -373,8 +345,8 @@ def test_at_temperature_zero_all_samples_of_a_prompt_are_one():
 
 
 def test_fewer_samples_than_slots_are_enough():
-    engine = make_engine("float32")
-    params = engine.sync(masters_of(CONFIG), 0)
+    engine = engine_of("float32")
+    params = params_of(engine)
     settings = {"samples_per_prompt": 1, "temperature": TEMPERATURE, "key": jax.random.key(1)}
     one = sample_responses(engine, params, PROMPTS[:1], **settings)
     full = rollout_of("float32")
@@ -383,8 +355,8 @@ def test_fewer_samples_than_slots_are_enough():
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    engine = make_engine("float32")
-    params = engine.sync(masters_of(CONFIG), 0)
+    engine = engine_of("float32")
+    params = params_of(engine)
     for prompt in ([], [1] * (P + 1)):
         with pytest.raises(ValueError, match=f"prompt is {len(prompt)}; this engine takes 1 to {P}"):
             sample_responses(
@@ -393,7 +365,7 @@ def test_a_prompt_that_does_not_fit_is_refused():
 
 
 def test_other_stop_tokens_end_a_response_too():
-    rollout = sample(make_engine("float32"), stop_tokens=[2, 11])
+    rollout = sample(engine_of("float32"), stop_tokens=[2, 11])
     responses, real = rollout.tokens[:, P:], rollout.response_mask
     stops = np.isin(responses, [2, 11]) & real
     lengths = real.sum(axis=1)
