@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from compiling import jit
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcjax.rl.learning_rate import (
@@ -27,8 +28,8 @@ def factors(tx, name=None, values=None, *, iterations=None):
         updates, state = tx.update(jnp.ones(()), state, None, **extra)
         return state, updates
 
-    extra = {} if name is None else {name: jnp.asarray(values, jnp.float32)}
-    return np.asarray(jax.lax.scan(advance, tx.init(jnp.ones(())), extra, length=iterations)[1])
+    extra = {} if name is None else {name: np.asarray(values, np.float32)}
+    return np.asarray(jit(lambda: jax.lax.scan(advance, tx.init(jnp.ones(())), extra, length=iterations)[1])())
 
 
 # --- a given period ---
@@ -39,8 +40,7 @@ def test_halving_by_hand():
     assert seen.tolist() == [1, 1] + [0.5] * 3 + [0.25] * 3 + [0.125] * 3 + [np.float32(0.1)] * 3
 
 
-@pytest.mark.parametrize("period", [1, 7, 125, 204])
-@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("period", "floor"), [(1, 0.0), (7, 0.1), (125, 0.0), (204, 0.1), (7, 1.0)])
 def test_halving_by_its_formula(period, floor):
     iterations = np.arange(1, 450)
     expected = np.maximum(0.5 ** (iterations // period).astype(float), floor)
@@ -68,13 +68,10 @@ def test_a_surge_by_hand():
 
 
 def test_the_state_tells_the_period_once_it_is_known():
-    tx, periods = length_decay(FAST), []
-    state = tx.init(jnp.ones(()))
-    for length in [10.0, 11.0, 10.0, 30.0, 30.0]:
-        _, state = tx.update(jnp.ones(()), state, None, response_length=length)
-        periods.append(int(optax.tree.get(state, "decay_period")))
-    assert periods == [0, 0, 0, 7, 7]
-    assert int(length_decay(204).init(jnp.ones(())).decay_period) == 204
+    lengths = np.zeros((1, 60), np.float32)
+    lengths[0, :5] = [10.0, 11.0, 10.0, 30.0, 30.0]
+    assert compiled(FAST, 60)(lengths)[0, :5].tolist() == [0, 0, 0, 7, 7]
+    assert int(optax.tree.get(length_decay(204).init(jnp.ones(())), "decay_period")) == 204
 
 
 def test_a_surge_that_began_earlier_is_dated_back():
@@ -96,7 +93,7 @@ def run(tx, lengths):
     def advance(state, length):
         return tx.update(jnp.ones(()), state, None, response_length=length)[1], None
 
-    return jax.lax.scan(advance, tx.init(jnp.ones(())), jnp.asarray(lengths, jnp.float32))[0]
+    return jit(lambda: jax.lax.scan(advance, tx.init(jnp.ones(())), jnp.asarray(lengths, jnp.float32))[0])()
 
 
 def oracle(lengths, surge):
@@ -110,10 +107,10 @@ def oracle(lengths, surge):
     return None
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 3), st.sampled_from([1.25, 1.5, 2.0, 2.25])
-)
-def test_against_the_definition(lengths, recent, ratio):
+@pytest.mark.parametrize(("recent", "ratio"), [(1, 2.0), (2, 1.25), (3, 1.5)])
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_against_the_definition(recent, ratio, lengths):
     surge = Surge(ratio=ratio, recent=recent, history=2 * recent + 3)
     found = oracle(lengths, surge)
     # of one size for all, so that it is compiled once
@@ -131,18 +128,19 @@ def compiled(surge, iterations):
 
     def advance(state, length):
         state = tx.update(jnp.ones(()), state, None, response_length=length)[1]
-        return state, state.decay_period
+        return state, optax.tree.get(state, "decay_period")
 
     def follow(curve):
         return jax.lax.scan(advance, tx.init(jnp.ones(())), curve, length=iterations)[1]
 
-    return jax.jit(jax.vmap(follow))
+    return jit(jax.vmap(follow))
 
 
 # --- curves of the published shape ---
 
 ITERATIONS = 300
-SEEDS = 200
+FEW, MANY = 50, 200
+seeds = pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 
 def flat(rng, noise):
@@ -164,10 +162,10 @@ def periods(curves, surge=None):
     return np.where(after[:, -1] > 0, np.argmax(after > 0, axis=1) + 1, 0), after[:, -1]
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.1])
+@seeds
 @pytest.mark.parametrize("onset", [90, 110])
-def test_a_surge_of_the_published_shape_sets_the_period(noise, onset):
-    curves = [surging(np.random.default_rng(seed), noise, onset) for seed in range(SEEDS)]
+def test_a_surge_of_the_published_shape_sets_the_period(onset, seeds):
+    curves = [surging(np.random.default_rng(seed), noise, onset) for noise in (0.05, 0.1) for seed in range(seeds)]
     detected, period = periods(curves)
     assert (detected >= onset).all()
     assert (detected <= onset + 7).all()
@@ -195,9 +193,10 @@ def walking(rng, noise):
     return flat(rng, noise) * np.exp(0.02 * rng.standard_normal(ITERATIONS).cumsum())
 
 
+@seeds
 @pytest.mark.parametrize("curve", [flat, growing, other_data, outlier, walking])
-def test_what_is_no_surge_is_not_taken_for_one(curve):
-    curves = [curve(np.random.default_rng(seed), noise) for noise in (0.05, 0.1) for seed in range(SEEDS)]
+def test_what_is_no_surge_is_not_taken_for_one(curve, seeds):
+    curves = [curve(np.random.default_rng(seed), noise) for noise in (0.05, 0.1) for seed in range(seeds)]
     assert not periods(curves)[1].any()
 
 
@@ -209,7 +208,7 @@ def quickstart(rng):
 
 def test_a_rise_from_the_start_has_nothing_usual_to_rise_from():
     """The quickstart's lengths rise from its first iterations on: it needs a given period, or a smaller ratio."""
-    curves = [quickstart(np.random.default_rng(seed)) for seed in range(SEEDS)]
+    curves = [quickstart(np.random.default_rng(seed)) for seed in range(2 * FEW)]
     assert not periods(curves)[1].any()
     detected, period = periods(curves, Surge(ratio=1.5))
     assert ((detected >= 8) & (detected <= 22)).all()
@@ -218,7 +217,7 @@ def test_a_rise_from_the_start_has_nothing_usual_to_rise_from():
 
 def test_a_slow_rise_after_a_flat_start_is_found_within_its_first_half():
     flat_start = np.full(28, 8.0)
-    curves = [np.append(flat_start, quickstart(np.random.default_rng(seed)))[:ITERATIONS] for seed in range(SEEDS)]
+    curves = [np.append(flat_start, quickstart(np.random.default_rng(seed)))[:ITERATIONS] for seed in range(2 * FEW)]
     detected, period = periods(curves)
     assert (detected >= 31).all()
     assert (detected <= 31 + 9).all()
@@ -226,10 +225,11 @@ def test_a_slow_rise_after_a_flat_start_is_found_within_its_first_half():
 
 
 def test_detection_says_when_it_began():
-    surged, onset = detect_surge(FAST, jnp.array([11.0, 10.0, 30.0]), jnp.asarray(9))
+    detect = jit(functools.partial(detect_surge, FAST))
+    surged, onset = detect(np.array([11.0, 10.0, 30.0], "f"), np.int32(9))
     assert (bool(surged), int(onset)) == (True, 9)
     # of three, one was not yet seen
-    surged, _ = detect_surge(FAST, jnp.array([0.0, 10.0, 11.0]), jnp.asarray(2))
+    surged, _ = detect(np.array([0.0, 10.0, 11.0], "f"), np.int32(2))
     assert not bool(surged)
 
 
@@ -243,8 +243,10 @@ def test_discrepancy_decay_by_hand():
     assert after.tolist() == [1.0] * 4 + [0.5] * 3 + [0.25] * 2 + [0.125] * 2 + [np.float32(0.1)] * 2
 
 
-@given(st.lists(st.integers(1, 64), max_size=40), st.integers(1, 5))
-def test_discrepancy_decay_against_lists(discrepancies, window):
+@pytest.mark.parametrize("window", [1, 2, 5])
+@settings(max_examples=40)
+@given(discrepancies=st.lists(st.integers(1, 64), max_size=40))
+def test_discrepancy_decay_against_lists(window, discrepancies):
     scale, best, held, expected = 1.0, np.inf, [], []
     for discrepancy in discrepancies:
         expected.append(scale)
@@ -256,7 +258,7 @@ def test_discrepancy_decay_against_lists(discrepancies, window):
             scale, held = max(scale / 2, 0.1), []
         best = min(best, mean)
     padded = discrepancies + [1] * (40 - len(discrepancies))
-    seen = np.asarray(discrepancy_follower(window)(jnp.asarray(padded, jnp.float32)))
+    seen = np.asarray(discrepancy_follower(window)(np.asarray(padded, np.float32)))
     np.testing.assert_allclose(seen[: len(discrepancies)], expected, rtol=1e-6)
 
 
@@ -268,7 +270,7 @@ def discrepancy_follower(window):
         updates, state = tx.update(jnp.ones(()), state, None, discrepancy=discrepancy)
         return state, updates
 
-    return jax.jit(lambda discrepancies: jax.lax.scan(advance, tx.init(jnp.ones(())), discrepancies)[1])
+    return jit(lambda discrepancies: jax.lax.scan(advance, tx.init(jnp.ones(())), discrepancies)[1])
 
 
 def test_a_dual_learning_rate_by_hand():
@@ -297,21 +299,22 @@ def test_a_large_discrepancy_leaves_a_tenth():
 
 
 def test_after_adam_it_is_the_learning_rate():
-    params, grads = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.3, -0.1])}
+    params, grads = {"w": np.array([1.0, -2.0], "f")}, {"w": np.array([0.3, -0.1], "f")}
     plain, slowed = optax.adam(0.01), optax.chain(optax.adam(0.02), length_decay(1, floor=0.5))
-    states = plain.init(params), slowed.init(params)
-    expected, _ = plain.update(grads, states[0], params)
-    updates, _ = slowed.update(grads, states[1], params)
+    expected, updates = jit(lambda: [tx.update(grads, tx.init(params), params)[0] for tx in (plain, slowed)])()
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
 
 
 def test_the_scales_of_a_chain_are_multiplied():
     tx = optax.chain(optax.adam(0.1), dual_learning_rate(1.0, budget=0.0), length_decay(1))
-    state = tx.init(jnp.ones(2))
-    assert float(learning_rate_scale(state)) == 0.5
-    _, state = tx.update(jnp.ones(2), state, jnp.ones(2), discrepancy=1.0)
-    assert float(learning_rate_scale(state)) == 0.125
-    assert float(learning_rate_scale(optax.adam(0.1).init(jnp.ones(2)))) == 1.0
+
+    @jit
+    def scales():
+        before = tx.init(jnp.ones(2))
+        _, after = tx.update(jnp.ones(2), before, jnp.ones(2), discrepancy=1.0)
+        return [learning_rate_scale(state) for state in (before, after, optax.adam(0.1).init(jnp.ones(2)))]
+
+    assert [float(scale) for scale in scales()] == [0.5, 0.125, 1.0]
 
 
 @pytest.mark.parametrize(
