@@ -1,9 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from compiling import jit
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcjax.rl.dual import dual_ascent
@@ -43,6 +46,7 @@ def test_it_steps_once_an_iteration_on_the_last_update(every):
     assert seen == [float((update + 1) // every) for update in range(3 * every)]
 
 
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(0, 1, width=32), max_size=20),
     st.floats(0, 5, width=32),
@@ -87,13 +91,23 @@ def follow(tx, discrepancies):
         _, state = tx.update(jnp.ones(1), state, None, discrepancy=discrepancy)
         return state, (state.multiplier, state.budget, state.saturated)
 
-    rows = jax.lax.scan(advance, tx.init(jnp.ones(1)), jnp.asarray(discrepancies, jnp.float32))[1]
+    discrepancies = np.asarray(discrepancies, np.float32)
+    rows = jit(lambda: jax.lax.scan(advance, tx.init(jnp.ones(1)), discrepancies)[1])()
     return np.stack([np.asarray(row, np.float64) for row in rows], axis=1)
 
 
-@pytest.mark.parametrize("budget", ["auto", 0.01])
-@pytest.mark.parametrize(("window", "steps"), [(1, 10), (4, 7), (13, 2), (3, 1)])
-@pytest.mark.parametrize("start", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("budget", "window", "steps", "start"),
+    [
+        ("auto", 1, 10, 0.3),
+        ("auto", 4, 7, 1.0),
+        ("auto", 13, 2, 0.3),
+        ("auto", 3, 1, 0.3),
+        (0.01, 1, 1, 1.0),
+        (0.01, 4, 1, 0.3),
+        (0.01, 13, 1, 1.0),
+    ],
+)
 def test_against_lists(budget, window, steps, start):
     rng = np.random.default_rng(window)
     discrepancies = 0.01 * np.exp(rng.standard_normal(90).cumsum() * 0.15)
@@ -156,8 +170,8 @@ def test_the_alarm_tells_noise_from_a_rise(start):
     noise = np.exp(0.15 * rng.standard_normal((100, 200)))
     grows = 0.01 * noise * np.linspace(1, 2, 200)
     shrinks = 0.01 * noise * np.linspace(1, 0.5, 200)
-    alarm = jax.vmap(lambda curve: jax.lax.scan(lambda *xs: _alarm(tx, *xs), tx.init(jnp.ones(1)), curve)[1])
-    counts = np.asarray(alarm(jnp.asarray(np.stack([grows, shrinks, 0.01 * noise]), jnp.float32).reshape(300, 200)))
+    alarm = jit(jax.vmap(lambda curve: jax.lax.scan(partial(_alarm, tx), tx.init(jnp.ones(1)), curve)[1]))
+    counts = np.asarray(alarm(np.float32([grows, shrinks, 0.01 * noise]).reshape(300, 200)))
     rising, falling, flat = counts.reshape(3, 100, 200).max(axis=2)
     assert (rising >= 50).all()
     assert (falling < 10).all()

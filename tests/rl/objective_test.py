@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from dcjax.rl import discrepancy, group_relative, objective, penalties, presets, probability_difference
 from dcjax.rl.advantages import group_rewards
@@ -178,10 +179,12 @@ def test_a_centred_penalty_sums_to_nothing_over_each_response(batch, context):
 
 def test_a_centred_penalty_is_the_same_in_microbatches(batch, context):
     centred = chain(group_relative_advantages(), discrepancy_penalty(probability_difference, form=centred_on_response))
-    whole = centred(initial_terms(batch), context).advantages
-    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        part = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, context)  # noqa: B023
-        np.testing.assert_allclose(centred(initial_terms(part.batch), part).advantages, whole[rows], atol=1e-6)
+    advantages = jit(lambda context: centred(initial_terms(context.batch), context).advantages)
+    whole = advantages(context)
+    # the second group is cut
+    for rows in (slice(3), slice(3, 6)):
+        part = jax.tree.map(lambda x: np.asarray(x)[rows] if jnp.ndim(x) else x, context)  # noqa: B023
+        np.testing.assert_allclose(advantages(part), np.asarray(whole)[rows], atol=1e-6)
 
 
 def test_the_direct_penalty_is_added_to_the_loss_of_the_live_policy(batch, context):
@@ -198,7 +201,7 @@ def test_the_direct_penaltys_gradient_is_of_the_gap_and_none_goes_to_the_sampler
         of = dataclasses.replace(context, logps=logps, batch=dataclasses.replace(batch, rollout_logps=rollout_logps))
         return jnp.sum(direct_penalty(probability_difference, multiplier=2.0)(initial_terms(batch), of).loss)
 
-    to_logps, to_rollout = jax.grad(total, argnums=(0, 1))(jnp.array(context.logps), jnp.array(batch.rollout_logps))
+    to_logps, to_rollout = jit(jax.grad(total, argnums=(0, 1)))(context.logps, batch.rollout_logps)
     p, q = np.exp(context.logps), np.exp(batch.rollout_logps)
     np.testing.assert_allclose(to_logps, 2 * p * np.sign(p - q) * batch.response_mask, rtol=1e-5)
     np.testing.assert_array_equal(to_rollout, np.zeros((6, 4)))

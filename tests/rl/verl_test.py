@@ -1,7 +1,10 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from dcjax.rl import verl
 from dcjax.rl.corrections import masked_importance_weights
@@ -22,9 +25,12 @@ EVERYTHING = verl.Correction(
 )
 
 
-def reject(options, thresholds, **changes):
-    mask, metrics = verl.rejection_mask(**(GAP | changes), bounds=verl.parse_bounds(options, thresholds))
-    return np.asarray(mask), metrics
+correct = jit(partial(verl.correct, correction=EVERYTHING))
+
+
+@partial(jit, static_argnums=(0, 1))
+def reject(options, thresholds):
+    return verl.rejection_mask(**GAP, bounds=verl.parse_bounds(options, thresholds))
 
 
 @pytest.mark.parametrize(
@@ -71,35 +77,41 @@ def test_bounds_joined_by_commas_must_all_hold():
 
 
 def test_the_veto_takes_whole_responses():
-    mask, metrics = verl.veto_mask(**GAP, threshold=0.6)
+    mask, metrics = jit(partial(verl.veto_mask, threshold=0.6))(**GAP)
     np.testing.assert_array_equal(mask, [[False] * 3, [True] * 3, [False] * 3])
     np.testing.assert_allclose(metrics["rollout_is_veto_fraction"], 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics["rollout_is_catastrophic_token_fraction"], 1 / 5, rtol=1e-6)
-    np.testing.assert_array_equal(verl.veto_mask(**GAP, threshold=0.4)[0], MASK)
+    np.testing.assert_array_equal(jit(partial(verl.veto_mask, threshold=0.4))(**GAP)[0], MASK)
 
 
 def test_k3_is_bounded_as_a_penalty():
     arguments = {"reference_logps": np.zeros((1, 2), "f"), "mask": np.ones((1, 2), bool), "kind": "k3"}
-    logps = jnp.array([[-1.0, -5.0]])
-    kl, back = jax.vjp(lambda logps: verl.kl_penalty(logps=logps, **arguments), logps)
+
+    def total(logps):
+        kl = verl.kl_penalty(logps=logps, **arguments)
+        return jnp.sum(kl), kl
+
+    grad, kl = jit(jax.grad(total, has_aux=True))(np.array([[-1.0, -5.0]], "f"))
     np.testing.assert_allclose(kl, [[np.e - 2, 10]], rtol=1e-6)
-    np.testing.assert_allclose(back(jnp.ones_like(kl))[0], [[1 - np.e, 0]], rtol=1e-6)
+    np.testing.assert_allclose(grad, [[1 - np.e, 0]], rtol=1e-6)
 
 
 def test_the_sum_over_a_constant_does_not_count_responses():
-    losses, mask = np.ones((4, 3), np.float32), np.ones((4, 3), bool)
-    total, denominator = verl.seq_mean_token_sum_norm(6)(losses, mask)
+    def loss(rows):
+        total, denominator = verl.seq_mean_token_sum_norm(6)(np.ones((rows, 3), "f"), np.ones((rows, 3), bool))
+        return total, denominator
+
+    (total, denominator), half = jit(lambda: (loss(4), loss(2)))()
     assert float(total / denominator) == 2
     # over two microbatches, the mean of theirs
-    halves = [verl.seq_mean_token_sum_norm(6)(losses[:2], mask[:2])] * 2
-    assert float(sum(half.total for half in halves) / sum(half.denominator for half in halves)) == 1
+    assert float(2 * half[0] / (2 * half[1])) == 1
     with pytest.raises(ValueError, match="loss_scale_factor is 0; it must be at least 1 token"):
         verl.seq_mean_token_sum_norm(0)
 
 
 def test_paper_bs_masking_keeps_the_denominator_and_verls_does_not():
     mask, _ = reject("token", "0.001_2.0")
-    weights = np.asarray(masked_importance_weights(**GAP, clip_max=2.0))
+    weights = np.asarray(jit(partial(masked_importance_weights, clip_max=2.0))(**GAP))
     np.testing.assert_array_equal(weights > 0, mask)
     losses = np.ones(MASK.shape, np.float32)
     assert float(token_mean(losses * weights, MASK).denominator) == 5
@@ -110,31 +122,43 @@ def test_paper_bs_masking_keeps_the_denominator_and_verls_does_not():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_the_mask_hides_never_matters(hidden, bad):
     poisoned = GAP | {hidden: np.where(MASK, GAP[hidden], bad).astype("f")}
-    ours, expected = (verl.correct(**gap, correction=EVERYTHING) for gap in (poisoned, GAP))
+    ours, expected = (correct(**gap) for gap in (poisoned, GAP))
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
 def test_nothing_to_correct_without_a_token():
-    weights, mask, metrics = verl.correct(**GAP | {"mask": np.zeros_like(MASK)}, correction=EVERYTHING)
+    weights, mask, metrics = correct(**GAP | {"mask": np.zeros_like(MASK)})
     assert not np.asarray(mask).any()
     np.testing.assert_array_equal(weights, np.zeros(MASK.shape))
     assert not any(np.isnan(value) for value in metrics.values())
 
 
 def test_equal_log_probs_are_neither_weighed_nor_rejected():
-    weights, mask, metrics = verl.correct(
-        old_logps=OLD, rollout_logps=OLD, mask=MASK, correction=verl.PRESETS["decoupled_geo_rs_token_tis"]
-    )
+    geometric = partial(verl.correct, correction=verl.PRESETS["decoupled_geo_rs_token_tis"])
+    weights, mask, metrics = jit(geometric)(old_logps=OLD, rollout_logps=OLD, mask=MASK)
     np.testing.assert_array_equal(weights, MASK)
     np.testing.assert_array_equal(mask, MASK)
     assert float(metrics["rollout_corr/kl"]) == 0
     np.testing.assert_allclose(metrics["rollout_corr/rollout_is_eff_sample_size"], 1, rtol=1e-6)
 
 
-def test_a_correction_compiles():
-    eager = verl.correct(**GAP, correction=EVERYTHING)
-    compiled = jax.jit(lambda gap: verl.correct(**gap, correction=EVERYTHING))(GAP)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled, eager)
+def test_everything_at_once_is_each_by_itself():
+    weights, mask, metrics = correct(**GAP)
+
+    @jit
+    def apart(gap):
+        parts = [
+            verl.importance_weights(**gap, level="sequence", threshold=2.0),
+            *(verl.rejection_mask(**gap, bounds=(bound,)) for bound in EVERYTHING.bounds),
+            verl.veto_mask(**gap, threshold=1e-4),
+        ]
+        return [part for part, _ in parts], verl.offpolicy_metrics(**gap)
+
+    (alone, *kept), offpolicy = apart(GAP)
+    np.testing.assert_allclose(weights, alone, rtol=1e-6)
+    np.testing.assert_array_equal(mask, np.logical_and.reduce(kept))
+    for name, value in offpolicy.items():
+        np.testing.assert_allclose(metrics[f"rollout_corr/{name}"], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -152,43 +176,54 @@ def context():
     return Context(
         batch=batch,
         # the policy being differentiated has come back to μ
-        logps=jnp.array(ROLLOUT),
-        old_logps=jnp.array(OLD),
+        logps=ROLLOUT,
+        old_logps=OLD,
         multiplier=None,
-        mean_reward=jnp.mean(rewards),
+        mean_reward=jnp.asarray(rewards.mean()),
     )
+
+
+def apply(correction, context, mask=MASK):
+    """The terms before it and after."""
+
+    @jit
+    def run(context):
+        before = initial_terms(context.batch).replace(mask=mask)
+        return before, verl.rollout_correction(correction)(before, context)
+
+    return run(context)
 
 
 def test_a_transform_multiplies_weights_and_edits_the_mask(context):
     correction = verl.Correction(rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold="3.0")
-    terms = verl.rollout_correction(correction)(initial_terms(context.batch), context)
+    _, terms = apply(correction, context)
     np.testing.assert_allclose(terms.weights, [[2, 0.5, 0], [1, 1, 1], [0, 0, 0]], rtol=1e-5)
     np.testing.assert_array_equal(terms.mask, [[False, True, False], [True] * 3, [False] * 3])
     np.testing.assert_allclose(terms.metrics["verl/masked_fraction"], [0.5, 0, 0], atol=1e-6)
 
 
 def test_a_transform_keeps_out_what_others_took_out(context):
-    before = initial_terms(context.batch).replace(mask=jnp.array(MASK).at[1].set(False))
-    terms = verl.rollout_correction(verl.PRESETS["disabled"])(before, context)
+    before, terms = apply(verl.PRESETS["disabled"], context, MASK & np.array([[True], [False], [True]]))
+    assert not before.mask[1].any()
     np.testing.assert_array_equal(terms.mask, before.mask)
 
 
 def test_disabled_changes_nothing(context):
-    before = initial_terms(context.batch)
-    after = verl.rollout_correction(verl.PRESETS["disabled"])(before, context)
+    before, after = apply(verl.PRESETS["disabled"], context)
     np.testing.assert_array_equal(after.weights, np.where(MASK, before.weights, 0))
     np.testing.assert_array_equal(after.mask, before.mask)
 
 
 def test_bypass_weighs_the_policy_that_is_differentiated_without_a_gradient(context):
     transform = verl.rollout_correction(verl.PRESETS["bypass_pg_is"])
-    terms = initial_terms(context.batch)
-    np.testing.assert_array_equal(transform(terms, context).weights, MASK)
 
     def total(logps):
-        return jnp.sum(transform(terms, context.replace(logps=logps)).weights)
+        weights = transform(initial_terms(context.batch), context.replace(logps=logps)).weights
+        return jnp.sum(weights), weights
 
-    np.testing.assert_array_equal(jax.grad(total)(context.logps), np.zeros(MASK.shape))
+    grad, weights = jit(jax.grad(total, has_aux=True))(context.logps)
+    np.testing.assert_array_equal(weights, MASK)
+    np.testing.assert_array_equal(grad, np.zeros(MASK.shape))
 
 
 def test_presets_by_verls_names():

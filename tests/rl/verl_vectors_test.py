@@ -4,6 +4,7 @@
 """
 
 import collections
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from dcjax.rl import verl
 from dcjax.rl.advantages import group_relative, leave_one_out
@@ -28,6 +30,8 @@ from dcjax.rl.metrics import mismatch_metrics
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "verl_vectors.json").read_text())
 CASES = {case["name"]: case for case in VECTORS["cases"]}
 RTOL = 1e-6
+
+compiled_metrics = jit(mismatch_metrics)
 
 COVERED = {
     "adv": 18,  # but for the group of one in `wide`, which has no deviation and no others: `group_relative` refuses it
@@ -179,19 +183,28 @@ def surrogate_of(name, params):
     return surrogate, AGGREGATIONS[params.get("loss_agg_mode", "seq-mean-token-mean")]
 
 
-@cases("/loss/")
-def test_surrogates_with_gradients(name):
-    inputs, mask, params, outputs = load(name)
-    surrogate, aggregate = surrogate_of(name, params)
-    old = inputs["rollout_log_prob"] if "/reinforce/" in name else inputs["old_log_prob"]
-    weights = inputs.get("rollout_is_weights", np.ones(mask.shape))
+@functools.cache
+def compiled_surrogate(family, params):
+    """One program for the three batches of a case."""
+    surrogate, aggregate = surrogate_of(family, json.loads(params))
 
-    def loss(logps):
-        losses, clipped = surrogate(logps, old_logps=old, advantages=inputs["advantages"], weights=weights, mask=mask)
+    def loss(logps, old, advantages, weights, mask):
+        losses, clipped = surrogate(logps, old_logps=old, advantages=advantages, weights=weights, mask=mask)
         total, denominator = aggregate(losses, mask)
         return total / denominator, clipped
 
-    (value, clipped), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(inputs["log_prob"]))
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@cases("/loss/")
+def test_surrogates_with_gradients(name):
+    inputs, mask, params, outputs = load(name)
+    old = inputs["rollout_log_prob"] if "/reinforce/" in name else inputs["old_log_prob"]
+    weights = inputs.get("rollout_is_weights", np.ones(mask.shape))
+    family = name[name.index("/") :]
+    (value, clipped), grad = compiled_surrogate(family, json.dumps(params))(
+        inputs["log_prob"], old, inputs["advantages"], weights, mask
+    )
     assert value.dtype == grad.dtype == np.float64
     close(value, outputs["loss"])
     close(grad, outputs["grad_log_prob"], atol=1e-12)
@@ -210,12 +223,20 @@ def test_the_dual_clip_is_met():
 def test_kl_estimates_with_gradients(name):
     inputs, mask, params, outputs = load(name)
     arguments = {"reference_logps": inputs["ref_log_prob"], "mask": mask, "kind": params["kl_penalty"]}
-    logps = jnp.asarray(inputs["log_prob"])
-    kl, back = jax.vjp(lambda logps: verl.kl_penalty(logps=logps, **arguments), logps)
+
+    @jit
+    def run(logps):
+        def total(logps):
+            kl = verl.kl_penalty(logps=logps, **arguments)
+            return jnp.sum(kl), kl
+
+        return *jax.grad(total, has_aux=True)(logps), kl_estimate(logps=logps, **arguments)
+
+    grad, kl, ours = run(inputs["log_prob"])
     close(np.asarray(kl)[mask], np.array(outputs["kl"])[mask], atol=1e-15)
-    close(back(jnp.ones_like(kl))[0], outputs["grad_of_masked_sum"], atol=1e-12)
+    close(grad, outputs["grad_of_masked_sum"], atol=1e-12)
     # no token of these reaches verl's bound of k3
-    np.testing.assert_array_equal(kl_estimate(logps=logps, **arguments), kl)
+    np.testing.assert_array_equal(ours, kl)
 
 
 @cases("/is/")
@@ -296,7 +317,7 @@ def test_offpolicy_metrics(name):
 def test_a_batch_without_a_token_has_no_gap_where_verl_refuses_it():
     gap, _, outputs = load_gap("allmasked/metrics/offpolicy")
     assert "error" in outputs
-    metrics = {name: float(value) for name, value in verl.offpolicy_metrics(**gap).items()}
+    metrics = {name: float(value) for name, value in jit(verl.offpolicy_metrics)(**gap).items()}
     ones = {"training_ppl", "rollout_ppl", "ppl_ratio"}
     assert metrics == {name: float(name in ones) for name in metrics}
 
@@ -304,7 +325,7 @@ def test_a_batch_without_a_token_has_no_gap_where_verl_refuses_it():
 @cases("/metrics/offpolicy")
 def test_our_metrics_leave_rows_without_a_token_out_and_verls_count_them(name):
     gap, _, outputs = load_gap(name)
-    ours, expected = mismatch_metrics(**gap), outputs["metrics"]
+    ours, expected = compiled_metrics(**gap), outputs["metrics"]
     occupied = gap["mask"].any(1)
     assert (occupied.mean() < 1) == name.startswith("empty")
     close(ours["k1"], expected["kl"])
