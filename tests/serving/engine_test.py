@@ -5,18 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jetstream.engine import engine_api, tokenizer_pb2
 from scipy import stats
 
-from dcjax.models import ModelConfig, forward, init_params
-from dcjax.serving import Qwen3Engine
+from dcjax.models import ModelConfig, abstract_params, forward
+from dcjax.serving import Qwen3Engine, rollout
+from dcjax.serving import engine as module
 from dcjax.serving.decoder import Decoder
-from dcjax.serving.engine import SampledTokens, _generate
+from dcjax.serving.engine import SampledTokens
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import formats
-from dcjax.serving.rollout import Sampling, _advance, _begin, sample_keys
+from dcjax.serving.rollout import Sampling, sample_keys
 
-CONFIG = ModelConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, head_dim=8)
+CONFIG = tiny.DENSE
 P, T, SLOTS, STEPS = 5, 8, 6, 3
 # a token that cannot be sampled: every response runs to its limit
 NEVER = CONFIG.vocab_size
@@ -37,18 +39,12 @@ def make_engine(format="float32", **changes):
 
 @pytest.fixture(scope="module")
 def masters():
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in path[-1].key else x * leaf.shape[-1] ** -0.5, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0))))
+    return tiny.masters(CONFIG)
 
 
 @functools.cache
 def full_forward():
-    return jax.jit(functools.partial(forward, CONFIG))
+    return jax.jit(functools.partial(forward, CONFIG), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def next_logits(masters, prompts):
@@ -216,7 +212,7 @@ SETTINGS = {
     "temperatures": np.array([0.0, 1.0, 0.5, 2.0, 1.0, 0.8]),
     "top_ks": np.array([0, 3, 0, 5, 0, 4]),
     "top_ps": np.array([1.0, 1.0, 0.7, 0.8, 1.0, 1.0]),
-    "stop_tokens": np.array([[-1, -1], [0, 5], [7, -1], [9, 2], [-1, -1], [11, 4]]),
+    "stop_tokens": np.array([[-1, -1], [0, 11], [7, -1], [9, 17], [-1, -1], [8, 4]]),
 }
 
 
@@ -335,7 +331,8 @@ def test_the_compiled_int8_program_multiplies_integers_and_keeps_an_integer_cach
     params, state = engine.sync(masters, 0), engine.init_decode_state()
     cache = state.caches[0]
     assert {cache.k.dtype, cache.v.dtype} == {jnp.dtype(jnp.int8)}
-    compiled = _generate.lower(engine.decoder, params, state, STEPS).compile().as_text()
+    generate = module._programs(engine.decoder).generate
+    compiled = generate.lower(engine.decoder, params, state, STEPS).compile().as_text()
     types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", compiled))
     dots = re.findall(r"= (\w+)\[[^=]*? dot\((?:[^%]*)%([\w.\-]+), (?:[^%]*)%([\w.\-]+)\)", compiled)
     kinds = [(types[left], types[right], out) for out, left, right in dots]
@@ -354,14 +351,16 @@ def copies(compiled, shape):
     return len(re.findall(rf"= \w+\[{sizes}\]\S* (?:copy|copy-start|concatenate|pad)\(", compiled.as_text()))
 
 
-@pytest.mark.parametrize("name", ["float32", "int8"])
+@pytest.mark.parametrize("name", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_the_loop_that_decodes_and_refills_updates_the_cache_in_place(masters, name):
     engine = make_engine(name)
     params = engine.sync(masters, 0)
     prefix = engine.prefill_many(params, PROMPTS)
     requests = engine.make_requests(sample_keys(jax.random.key(0), np.arange(12)))
-    state = _begin(engine.decoder, SLOTS, 12)
-    compiled = _advance.lower(engine.decoder, STEPS, 2, params, prefix, requests, state).compile()
+    programs, turns = rollout._programs(engine.decoder), np.int32(rollout.TURNS)
+    state = programs.begin(engine.decoder, SLOTS, 12)
+    given = (params, prefix, np.repeat(np.arange(6, dtype=np.int32), 2), requests, turns, state)
+    compiled = programs.decode.lower(engine.decoder, STEPS, *given).compile()
     shape = state.decode.caches[0].k.shape
     assert copies(compiled, shape) == 0
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.decode.caches))
@@ -403,7 +402,7 @@ def test_prefilling_on_top_of_a_prefix_is_refused(masters):
         ({"kv_cache": "int7"}, "kv_cache is 'int7'; it must be one of auto, float32, "),
         ({"slots": 0}, "slots is 0; this engine takes at least 1"),
         ({"prefill_tokens": 0}, "prefill_tokens is 0; this engine takes at least 1"),
-        ({"max_support": 17}, "max_support is 17; this engine takes 0 to 16"),
+        ({"max_support": NEVER + 1}, f"max_support is {NEVER + 1}; this engine takes 0 to {NEVER}"),
         ({"records_experts": True}, "records_experts is True; it needs a model with experts"),
         (
             {"mismatch": MismatchConfig(routing_flips=0.5)},
@@ -433,8 +432,9 @@ def test_a_cache_that_does_not_fit_says_how_many_slots_would(name):
     with pytest.raises(ValueError, match=f"{fitting} slots would fit"):
         Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": fitting + 1}), memory=memory)
     # what was reckoned is what is taken
-    masters = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    arrays = jax.tree.leaves((jax.eval_shape(engine.sync, masters, 0), jax.eval_shape(engine.init_decode_state)))
+    arrays = jax.tree.leaves(
+        (jax.eval_shape(engine.sync, abstract_params(CONFIG), 0), jax.eval_shape(engine.init_decode_state))
+    )
     taken = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
     assert taken <= memory < taken * (1 + 1 / fitting)
 
@@ -443,7 +443,7 @@ def test_the_kv_cache_is_chosen_apart_from_the_format():
     sizes = {"slots": 2, "max_prompt_length": 2, "max_response_length": 2, "end_token": 0}
     for kv_cache, stored in {"auto": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "float32": "float32"}.items():
         engine = Qwen3Engine(CONFIG, format="int4", kv_cache=kv_cache, **sizes)
-        assert engine.init_decode_state().caches[1].v.dtype == stored
+        assert jax.eval_shape(engine.init_decode_state).caches[1].v.dtype == stored
     assert formats["int4"].kv_cache == jnp.bfloat16
 
 

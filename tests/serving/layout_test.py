@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dcjax.models import ModelConfig, init_params, logical_axes
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.layout import serving_mesh
-from dcjax.serving.rollout import Sampling, _advance, sample_responses
+from dcjax.serving.rollout import TURNS, Sampling, _programs, sample_responses
 from dcjax.serving.scoring import score_responses
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
@@ -45,6 +45,7 @@ def masters(config):
 EIGHT = MeshConfig(fsdp=8)
 
 
+@functools.cache
 def make_engine(config, format="float32", tensor=None, training=EIGHT, **settings):
     """On eight devices, `tensor` of them to a copy of the model, or on one where it is None."""
     training = make_mesh(training)
@@ -69,7 +70,8 @@ def alone(config, format, top_k=0):
     ("config", "format", "tensor", "training", "top_k"),
     [
         pytest.param(DENSE, "float32", 2, MeshConfig(fsdp=2, tensor=4), 5, marks=pytest.mark.slow),
-        (MIXED, "int8", 4, MeshConfig(tensor=2, expert=4), 0),
+        (MIXED, "int8", 2, EIGHT, 4),
+        pytest.param(MIXED, "int8", 4, MeshConfig(tensor=2, expert=4), 0, marks=pytest.mark.slow),
         pytest.param(DENSE, "int8", 8, MeshConfig(tensor=8), 0, marks=pytest.mark.slow),
         pytest.param(MIXED, "float32", 2, MeshConfig(fsdp=8), 0, marks=pytest.mark.slow),
         pytest.param(MIXED, "int8", 8, MeshConfig(data=2, fsdp=2, expert=2), 0, marks=pytest.mark.slow),
@@ -117,7 +119,8 @@ def groups(line):
 
 
 def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait_for_each_other():
-    engine = make_engine(MIXED, "int8", 2, max_support=4)
+    # as the one before, whose programs it shares
+    engine = make_engine(MIXED, "int8", 2, EIGHT, max_support=4)
     params = served(engine, MIXED)
     settings = {"samples_per_prompt": G, "key": KEY, "top_ks": 4}
     sampling = Sampling(engine, params, PROMPTS, **settings)
@@ -128,7 +131,8 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     layer = params.weights["layers"][1]
     assert layer["experts_up_proj"].values.sharding.shard_shape((8, 64, 32)) == (4, 64, 32)
     assert layer["o_proj"].values.sharding.spec == PartitionSpec("tensor", None)
-    text = _advance.lower(engine.decoder, 4, G, params, prefix, sampling._requests, state).compile().as_text()
+    given = (params, prefix, sampling._rows, sampling._requests, np.int32(TURNS), state)
+    text = _programs(engine.decoder).decode.lower(engine.decoder, 4, *given).compile().as_text()
     # arrays of one copy alone: nothing has the cache of all slots, or of all heads
     capacity = P + T
     assert f"s8[2,4,{capacity},8]" in text

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,6 +19,14 @@ from dcjax.serving.quantize import FP8, INT8, formats
 NARROW = [name for name, format in formats.items() if format.weights is not None]
 MATRICES = arrays(np.float32, (4, 32), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
 GROUP_SIZES = np.array([4, 0, 5], np.int32)
+
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quantize_kernel, quantize_table = (
+    fast_jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
+)
+dot, logits, grouped_dot = map(fast_jit, (quantize.dot, quantize.logits, quantize.grouped_dot))
+lookup = fast_jit(quantize.lookup, static_argnums=2)
+unpack = fast_jit(quantize.unpack, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,8 @@ def largest_error(format, master, axis):
 def test_every_weight_is_within_half_a_step_of_its_channel_or_group(name, rows):
     format = formats[name]
     for quantized, master, axis in (
-        (quantize.quantize_kernel(rows.T.copy(), format), rows.T, 0),
-        (quantize.quantize_table(rows, format), rows, 1),
+        (quantize_kernel(rows.T.copy(), format), rows.T, 0),
+        (quantize_table(rows, format), rows, 1),
     ):
         restored = stands_for(quantized, axis)
         assert restored.shape == master.shape
@@ -89,7 +98,7 @@ def test_weights_are_stored_in_their_dtype_with_scales_of_theirs(name, case):
         "fp8": ((64, 7), "float8_e4m3fn", (7,), "float32"),
         "int4": ((32, 7), "uint8", (2, 7), "bfloat16"),
     }[format.weights]
-    matrix = quantize.quantize_kernel(kernel, format)
+    matrix = quantize_kernel(kernel, format)
     assert (matrix.values.shape, matrix.values.dtype, matrix.scale.shape, matrix.scale.dtype) == expected
     if format.weights != "int4":
         largest = 127 if format.weights == "int8" else 448
@@ -100,7 +109,7 @@ def test_weights_are_stored_in_their_dtype_with_scales_of_theirs(name, case):
 def test_e4m3_rounds_to_the_nearest_of_its_numbers():
     # 448 is the largest; 17 and 19 lie between 16, 18 and 20, and even significands win; 2^-10 is half the smallest
     table = np.array([[448.0, 17.0, 19.0, -100.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 0.3]], np.float32)
-    stored = quantize.quantize_table(table, formats["fp8"])
+    stored = quantize_table(table, formats["fp8"])
     np.testing.assert_array_equal(
         np.asarray(stored.values, np.float32), [[448, 16, 20, -96, 2.0**-9, 0, 2.0**-8, 0.3125]]
     )
@@ -112,17 +121,17 @@ def test_nibbles_are_packed_low_first_along_the_contracted_axis():
     # group 0 has the scale 1, group 1 the scale 2
     row[:6] = [7, -7, 1, -1, 2.4, 2.6]
     row[62:] = [-14, 4]
-    table = quantize.quantize_table(row[None], formats["int4"])
+    table = quantize_table(row[None], formats["int4"])
     # −7 is 1001, −1 is 1111 in two's complement
     expected = np.zeros(32, np.uint8)
     expected[:3], expected[31] = [0x97, 0xF1, 0x32], 0x29
     np.testing.assert_array_equal(table.values, expected[None])
     np.testing.assert_array_equal(table.scale, [[1.0, 2.0]])
-    kernel = quantize.quantize_kernel(row[:, None], formats["int4"])
+    kernel = quantize_kernel(row[:, None], formats["int4"])
     np.testing.assert_array_equal(kernel.values, expected[:, None])
     np.testing.assert_array_equal(kernel.scale, [[1.0], [2.0]])
     for matrix, axis in ((table, -1), (kernel, -2)):
-        restored = np.asarray(quantize.unpack(matrix, jnp.dtype(jnp.float32), axis)).ravel()
+        restored = np.asarray(unpack(matrix, jnp.dtype(jnp.float32), axis)).ravel()
         np.testing.assert_array_equal(restored[:6], [7, -7, 1, -1, 2, 3])
         np.testing.assert_array_equal(restored[62:], [-14, 4])
 
@@ -131,7 +140,7 @@ def test_int4_is_divided_by_the_rounded_scale():
     # 10 / 7 is 1.4286, in bfloat16 1.4297: 3.573 is 2.501 of the one, and rounds up, and 2.499 of the other
     group = np.zeros((1, 32), np.float32)
     group[0, :2] = [10.0, 3.573]
-    matrix = quantize.quantize_table(group, formats["int4"])
+    matrix = quantize_table(group, formats["int4"])
     assert float(matrix.scale[0, 0]) == 1.4296875
     assert int(matrix.values[0, 0]) == 0x27
 
@@ -139,12 +148,12 @@ def test_int4_is_divided_by_the_rounded_scale():
 @pytest.mark.parametrize("name", NARROW)
 def test_products_equal_those_of_what_the_numbers_stand_for(name, case):
     format, (x, kernel) = formats[name], case
-    matrix, table = quantize.quantize_kernel(kernel, format), quantize.quantize_table(kernel.T.copy(), format)
+    matrix, table = quantize_kernel(kernel, format), quantize_table(kernel.T.copy(), format)
     wide = activations_of(x, format)
     for out, weights in (
-        (quantize.dot(x, matrix), stands_for(matrix, 0)),
-        (quantize.dot(x[None], matrix)[0], stands_for(matrix, 0)),
-        (quantize.logits(x, table), stands_for(table, 1).T),
+        (dot(x, matrix), stands_for(matrix, 0)),
+        (dot(x[None], matrix)[0], stands_for(matrix, 0)),
+        (logits(x, table), stands_for(table, 1).T),
     ):
         exact = wide @ weights
         # sums in float32, columns of very different sizes
@@ -155,13 +164,13 @@ def test_products_equal_those_of_what_the_numbers_stand_for(name, case):
 @pytest.mark.parametrize("name", NARROW)
 def test_the_products_of_bfloat16_activations_round_only_their_result(name, case):
     format = formats[name]
-    x, kernel = jnp.asarray(case[0], jnp.bfloat16), case[1]
-    matrix, table = quantize.quantize_kernel(kernel, format), quantize.quantize_table(kernel.T.copy(), format)
+    x, kernel = case[0].astype(jnp.bfloat16), case[1]
+    matrix, table = quantize_kernel(kernel, format), quantize_table(kernel.T.copy(), format)
     weights = stands_for(matrix, 0)
     if format.weights == "int4":
         weights = weights.astype(ml_dtypes.bfloat16).astype(np.float64)
     exact, size = (f(activations_of(x, format)) @ f(weights) for f in (np.asarray, np.abs))
-    out, scores = quantize.dot(x, matrix), quantize.logits(x, table)
+    out, scores = dot(x, matrix), logits(x, table)
     assert (out.dtype, scores.dtype) == (jnp.bfloat16, jnp.float32)
     assert (np.abs(np.asarray(scores) - exact) <= 2e-6 * size).all()
     assert (np.abs(np.asarray(out, np.float64) - exact) <= 2e-6 * size + np.abs(exact) * 2**-8).all()
@@ -171,23 +180,21 @@ def test_the_products_of_bfloat16_activations_round_only_their_result(name, case
 def test_experts_are_as_many_kernels(name):
     format, rng = formats[name], np.random.default_rng(3)
     rows, kernels = rng.normal(size=(9, 64)).astype(np.float32), rng.normal(size=(3, 64, 4)).astype(np.float32)
-    matrix = quantize.quantize_kernel(kernels, format)
-    for leaf, one in zip(
-        jax.tree.leaves(matrix), jax.tree.leaves(quantize.quantize_kernel(kernels[1], format)), strict=True
-    ):
-        np.testing.assert_array_equal(leaf[1], one)
+    matrix = quantize_kernel(kernels, format)
+    for leaf, one in zip(jax.tree.leaves(matrix), jax.tree.leaves(quantize_kernel(kernels[1], format)), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf)[1], one)
     # the second expert has no rows
-    out = quantize.grouped_dot(rows, matrix, GROUP_SIZES)
+    out = grouped_dot(rows, matrix, GROUP_SIZES)
     weights, wide = stands_for(matrix, 1), activations_of(rows, format)
     np.testing.assert_allclose(out, np.concatenate([wide[:4] @ weights[0], wide[4:] @ weights[2]]), atol=1e-4)
-    assert quantize.grouped_dot(jnp.asarray(rows, jnp.bfloat16), matrix, GROUP_SIZES).dtype == jnp.bfloat16
+    assert jax.eval_shape(grouped_dot, rows.astype(jnp.bfloat16), matrix, GROUP_SIZES).dtype == jnp.bfloat16
 
 
 def test_wide_experts_are_multiplied_in_the_rows_dtype():
     rng = np.random.default_rng(3)
     rows, kernels = rng.normal(size=(9, 6)).astype(np.float32), rng.normal(size=(3, 6, 4)).astype(np.float32)
     np.testing.assert_allclose(
-        quantize.grouped_dot(rows, kernels, GROUP_SIZES),
+        grouped_dot(rows, kernels, GROUP_SIZES),
         np.concatenate([rows[:4] @ kernels[0], rows[4:] @ kernels[2]]),
         rtol=1e-5,
         atol=1e-5,
@@ -201,16 +208,16 @@ def test_a_channel_of_zeros_stays_zero(name):
     # scales of numbers this small are no normal float32
     kernel[:, 2] = 1.2e-38
     for matrix, axis in (
-        (quantize.quantize_kernel(kernel, format), 0),
-        (quantize.quantize_table(kernel.T.copy(), format), 1),
+        (quantize_kernel(kernel, format), 0),
+        (quantize_table(kernel.T.copy(), format), 1),
     ):
         restored = stands_for(matrix, axis)
         assert np.isfinite(restored).all()
         np.testing.assert_allclose(np.moveaxis(restored, axis, 0), kernel, atol=4 / 7 / 2 * 1.01)
-    x, matrix = np.ones((3, 32), np.float32), quantize.quantize_kernel(kernel, format)
-    np.testing.assert_array_equal(np.asarray(quantize.dot(x, matrix))[:, [0, 2]], np.zeros((3, 2)))
+    x, matrix = np.ones((3, 32), np.float32), quantize_kernel(kernel, format)
+    np.testing.assert_array_equal(np.asarray(dot(x, matrix))[:, [0, 2]], np.zeros((3, 2)))
     # and so does the product of a token of zeros
-    np.testing.assert_array_equal(quantize.dot(0 * x, matrix), np.zeros((3, 3)))
+    np.testing.assert_array_equal(dot(0 * x, matrix), np.zeros((3, 3)))
 
 
 def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
@@ -232,7 +239,7 @@ def test_the_sum_of_a_long_product_does_not_saturate():
     # 4096 · 127² is beyond int16 and float32's integers alike
     ones = np.ones((1, 4096), np.float32)
     for name in ("int8", "fp8"):
-        out = quantize.dot(ones, quantize.quantize_kernel(ones.T.copy(), formats[name]))
+        out = dot(ones, quantize_kernel(ones.T.copy(), formats[name]))
         np.testing.assert_allclose(out, [[4096.0]], rtol=1e-6)
 
 
@@ -262,32 +269,33 @@ def test_programs_multiply_narrow_numbers(name, case):
 
 def test_wide_kernels_are_multiplied_in_the_activations_dtype(case):
     x, kernel = case
-    np.testing.assert_allclose(quantize.dot(x, kernel), x @ kernel, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dot(x, kernel), x @ kernel, rtol=1e-5, atol=1e-4)
     for dtype in (jnp.bfloat16, jnp.float16):
-        assert quantize.dot(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)).dtype == dtype
+        assert jax.eval_shape(dot, x.astype(dtype), kernel.astype(dtype)).dtype == dtype
 
 
 def test_logits_of_wide_tables_come_back_in_float32(case):
     x, kernel = case
     table = np.ascontiguousarray(kernel.T)
-    np.testing.assert_allclose(quantize.logits(x, table), x @ kernel, rtol=1e-5, atol=1e-4)
-    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (x, table)]
-    logits = quantize.logits(*narrow)
-    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits(x, table), x @ kernel, rtol=1e-5, atol=1e-4)
+    narrow = [a.astype(jnp.bfloat16) for a in (x, table)]
+    scores = logits(*narrow)
+    assert scores.dtype == jnp.float32
     # the products of bfloat16 numbers are exact in float32, and so is the accumulation up to rounding
     wide = [np.asarray(a, np.float64) for a in narrow]
-    np.testing.assert_allclose(logits, wide[0] @ wide[1].T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(scores, wide[0] @ wide[1].T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_looking_up_a_row_undoes_its_scale(name, case):
     table = np.ascontiguousarray(case[1].T)
     tokens = np.array([[0, 6], [3, 3]])
-    matrix = quantize.quantize_table(table, formats[name])
-    rows = quantize.lookup(matrix, tokens, jnp.dtype(jnp.float32))
+    matrix = quantize_table(table, formats[name])
+    rows = lookup(matrix, tokens, jnp.dtype(jnp.float32))
     np.testing.assert_array_equal(rows, stands_for(matrix, 1)[tokens].astype(np.float32))
-    assert quantize.lookup(matrix, tokens, jnp.dtype(jnp.bfloat16)).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(quantize.lookup(table, tokens, jnp.dtype(jnp.float32)), table[tokens])
+    narrow = jax.eval_shape(lambda: quantize.lookup(matrix, tokens, jnp.dtype(jnp.bfloat16)))
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(lookup(table, tokens, jnp.dtype(jnp.float32)), table[tokens])
 
 
 def test_the_formats_store_what_they_are_called():
