@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from dcjax import assemble
 from dcjax.checkpoint import Checkpoints, LoopState
@@ -17,7 +18,7 @@ from dcjax.errors import RunError
 from dcjax.models import ModelConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
-CONFIG = Config(model=ModelConfig(hidden_size=32, intermediate_size=64))
+CONFIG = tiny.CONFIG
 
 
 def on(config):

@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from dcjax.assemble import initial_state, starting_params
 from dcjax.checkpoint import Checkpoints, LoopState
 from dcjax.cli import main
-from dcjax.config import Config
 from dcjax.convert import export_run, import_folder, inspect_folder
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.models import ModelConfig, load_hf
+from dcjax.models import load_hf
 from dcjax.optimizer import make_optimizer
 from dcjax.run import open_run
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("qwen3", "qwen3_moe", "qwen2")
-CONFIG = Config(model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=64, rope_theta=5e5))
+CONFIG = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.DENSE, rope_theta=5e5))
 
 
 def folder(kind):

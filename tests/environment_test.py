@@ -3,17 +3,23 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 
-from dcjax.assemble import make_engine, rollout_mesh, starting_params, training_mesh
-from dcjax.config import Config, RolloutConfig, ServingConfig
+from dcjax.assemble import make_engine, params_shardings, rollout_mesh, training_mesh
+from dcjax.config import ServingConfig
 from dcjax.environment import describe
 from dcjax.errors import RunError
 from dcjax.models import presets
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
-CONFIG = Config(mesh=MeshConfig(fsdp=2, tensor=2), serving=ServingConfig(format="int8", kv_cache="bf16", slots=4))
+CONFIG = dataclasses.replace(
+    tiny.CONFIG,
+    mesh=MeshConfig(fsdp=2, tensor=2),
+    model=dataclasses.replace(tiny.DENSE, num_layers=1),
+    serving=ServingConfig(format="int8", kv_cache="bf16", slots=4),
+)
 
 
 def described(config):
@@ -64,10 +70,9 @@ def test_devices_that_there_are_not_are_refused(serving, message):
 def test_what_is_served_apart_is_what_is_served_together():
     """Sync to other devices: the same bits, and none of the masters' devices."""
     mesh = make_mesh(CONFIG.mesh)
-    config = dataclasses.replace(CONFIG, rollout=RolloutConfig())
-    apart = dataclasses.replace(config, serving=dataclasses.replace(config.serving, devices=4, tensor=2))
-    params = starting_params(config, mesh)
-    ours, theirs = (make_engine(each, mesh, 1).sync(params, 3) for each in (apart, config))
+    apart = dataclasses.replace(CONFIG, serving=dataclasses.replace(CONFIG.serving, devices=4, tensor=2))
+    params = jax.device_put(tiny.masters(CONFIG.model), params_shardings(CONFIG, mesh))
+    ours, theirs = (make_engine(each, mesh, 1).sync(params, 3) for each in (apart, CONFIG))
     for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert {device.id for device in leaf.devices()} == {4, 5, 6, 7}
-        assert jnp.array_equal(jax.device_get(leaf), jax.device_get(other))
+        np.testing.assert_array_equal(jax.device_get(leaf), jax.device_get(other))

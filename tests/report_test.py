@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dcjax.report
 from dcjax.record import MetricsLog, Transcripts
 from dcjax.report import draw_curves, write_report
 from dcjax.statistics import wilson_interval
@@ -110,7 +111,10 @@ def sample(step, prompt, response="42", **more):
 
 
 def page_of(run_dir):
-    _, path = write_report(run_dir)
+    """With no picture in it, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcjax.report, "draw_curves", lambda *of_the_run: b"picture")
+        _, path = write_report(run_dir)
     return path.read_text("utf-8")
 
 

@@ -542,7 +542,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(pretending, tmp_path, si
     assert told[0].startswith("dcjax: error: ") and str(tmp_path / "run") in told[0]
 
 
-def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(train, tmp_path):
+def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(train, monkeypatch, tmp_path):
     directory = tmp_path / "run"
     choices = {
         "objective.estimator": "rloo",
@@ -553,8 +553,13 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
         "optimizer.decay": "length",
         "optimizer.ema_decay": "0.5",
     }
+    pretend.install_samples(monkeypatch)
     status, told = train(
-        directory, "steps=2", "warm_start.steps=0", *(f"{name}={value}" for name, value in choices.items())
+        directory,
+        "steps=2",
+        "model.num_layers=1",
+        "warm_start.steps=0",
+        *(f"{name}={value}" for name, value in choices.items()),
     )
     assert (status, told) == (0, [])
     recorded = json.loads((directory / "config.json").read_text())

@@ -5,22 +5,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from dcjax import trainer as module
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
-from dcjax.config import (
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-)
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig, token_logps
+from dcjax.config import ObjectiveConfig, RewardConfig
+from dcjax.models import token_logps
 from dcjax.rewards.pool import Counters, Pending
 from dcjax.rewards.scorer import InProcess
 from dcjax.serving import rollout
@@ -28,14 +19,12 @@ from dcjax.serving.mismatch import MismatchConfig
 from dcjax.trainer import SAMPLING_ROUNDS, Sampled, Trainer
 from dcjax.types import Rollout
 
-PROMPTS, G, P, T = 4, 2, 13, 48
-CONFIG = Config(
-    model=ModelConfig(vocab_size=19, hidden_size=16, intermediate_size=16, num_layers=1),
-    rollout=RolloutConfig(prompts=PROMPTS, group_size=G),
+G, P, T = 2, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH
+CONFIG = replace(
+    tiny.CONFIG,
+    rollout=replace(tiny.CONFIG.rollout, group_size=G),
     objective=ObjectiveConfig(zero_variance="resample"),
-    optimizer=OptimizerConfig(microbatch_size=8, ema_decay=0.5),
-    evaluation=EvaluationConfig(prompts=4),
-    task=ArithmeticTask(),
+    optimizer=replace(tiny.CONFIG.optimizer, ema_decay=0.5, warmup_steps=0),
 )
 HERE = InProcess(CONFIG.task.reward)
 ALWAYS_RIGHT = InProcess(lambda text, gold, *, finished: 1.0)
@@ -155,17 +144,18 @@ def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch,
 
 # --- whole iterations ---
 
-SHORT = RolloutConfig(prompts=2, group_size=4, max_prompt_length=6, max_response_length=20)
-SMALL = Config(
-    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-    model=ModelConfig(vocab_size=19, hidden_size=32, intermediate_size=32, num_layers=1),
-    warm_start=WarmStartConfig(steps=0),
-    rollout=SHORT,
-    optimizer=OptimizerConfig(microbatch_size=8, learning_rate=3e-2),
-    evaluation=EvaluationConfig(prompts=4),
-    serving=ServingConfig(format="float32", slots=8),
+SMALL = replace(
+    tiny.CONFIG,
+    warm_start=replace(tiny.CONFIG.warm_start, steps=0),
+    serving=replace(tiny.CONFIG.serving, format="float32"),
 )
-EXPERTS = replace(SMALL.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+LEARNING = replace(
+    SMALL,
+    steps=9,
+    model=replace(SMALL.model, num_layers=1),
+    optimizer=replace(SMALL.optimizer, learning_rate=3e-2, warmup_steps=0),
+)
+"""One layer, which every iteration moves far."""
 
 
 class Alternating:
@@ -185,36 +175,33 @@ score_tokens = jax.jit(
 )
 
 
-def gaps(model, params, rollout):
-    """|log π − log μ| of each response token, with nothing replayed."""
+def gaps(model, params, rollout, **replayed):
+    """|log π − log μ| of each response token, with nothing replayed but what is given."""
     real = rollout.response_mask
     mask = np.concatenate([rollout.prompt_mask, real], axis=1)
-    arguments = {"response_length": real.shape[1], "temperature": rollout.temperature}
+    arguments = {"response_length": real.shape[1], "temperature": rollout.temperature} | replayed
     return np.abs(score_tokens(model, params, rollout.tokens, mask, **arguments).logps - rollout.rollout_logps)[real]
 
 
-def iterated(config):
-    """The largest gap of probabilities that one iteration logged, and that of log-probs where nothing is replayed."""
+def test_routing_and_truncation_are_replayed_in_the_update():
+    """Every token's last expert is flipped, and few can be drawn: only with replay can the trainer know."""
+    drawn = {"replay_routing": True, "top_k": 5, "top_p": 0.9, "temperature": 0.8}
+    config = replace(
+        SMALL,
+        model=replace(tiny.EXPERTS, num_layers=1),
+        rollout=replace(SMALL.rollout, **drawn),
+        mismatch=MismatchConfig(routing_flips=1.0),
+    )
     trainer = Trainer(config, Alternating())
     state, loop = trainer.begin()
     masters = jax.device_get(state.params)
     _, _, metrics, sampled = trainer.iterate(state, loop)
-    assert sampled.rollout.response_mask.sum() > 40
-    return metrics["mismatch/prob_diff_max"], gaps(config.model, masters, sampled.rollout).max()
-
-
-def test_routing_is_replayed_in_the_update():
-    """Every token's last expert is flipped: only with replay can the trainer know."""
-    rollout = replace(SHORT, replay_routing=True)
-    config = replace(SMALL, model=EXPERTS, rollout=rollout, mismatch=MismatchConfig(routing_flips=1.0))
-    replayed, plain = iterated(config)
-    assert replayed < 1e-5 < 1e-2 < plain
-
-
-def test_truncation_is_replayed_in_the_update():
-    config = replace(SMALL, rollout=replace(SHORT, top_k=5, top_p=0.9, temperature=0.8))
-    replayed, plain = iterated(config)
-    assert replayed < 1e-5 < 1e-1 < plain
+    rollout = sampled.rollout
+    assert rollout.response_mask.sum() > 40
+    assert metrics["mismatch/prob_diff_max"] < 1e-5
+    # without the one, and without the other
+    assert gaps(config.model, masters, rollout, support=rollout.support).max() > 1e-2
+    assert np.abs(rollout.log_mass).max() > 1e-1
 
 
 STALENESS = 2
@@ -222,7 +209,7 @@ STALENESS = 2
 
 @pytest.fixture
 def stale():
-    return Trainer(replace(SMALL, mismatch=MismatchConfig(staleness=STALENESS)), Alternating())
+    return Trainer(replace(LEARNING, mismatch=MismatchConfig(staleness=STALENESS)), Alternating())
 
 
 def test_the_weights_that_sample_lag_by_exactly_so_many_iterations(stale):
@@ -262,7 +249,7 @@ def test_past_parameters_survive_a_checkpoint(stale, tmp_path):
 
 @pytest.fixture
 def ahead():
-    trainer = Trainer(replace(SMALL, steps=9, rollout=replace(SMALL.rollout, ahead=STALENESS)), Alternating())
+    trainer = Trainer(replace(LEARNING, rollout=replace(LEARNING.rollout, ahead=STALENESS)), Alternating())
     with trainer.rollouts:
         yield trainer
 
@@ -322,8 +309,7 @@ def test_responses_are_judged_while_others_are_sampled_and_what_they_earn_does_n
     whole, metrics, asked = judged(SMALL)
     assert asked == 1 == metrics["reward/timeouts"] and metrics["reward/restarts"] == 0
     monkeypatch.setattr(rollout, "TURNS", 1)
-    # other slots and steps, so that a program is compiled with that
-    parts, metrics, asked = judged(replace(SMALL, serving=replace(SMALL.serving, slots=3, steps_per_call=4)))
+    parts, metrics, asked = judged(SMALL)
     assert asked > 3 and asked == metrics["reward/timeouts"]
     np.testing.assert_array_equal(parts.rollout.tokens, whole.rollout.tokens)
     np.testing.assert_array_equal(parts.rewards, whole.rewards)

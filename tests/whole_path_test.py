@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 
+import pretend
 import pytest
 
 import dcjax.trainer
@@ -81,11 +82,19 @@ def asked():
         yield asked
 
 
+@pytest.fixture
+def pretending(monkeypatch):
+    """Everything but arithmetic: see tests/helpers/pretend.py."""
+    pretend.install(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def finished(recipe, asked, tmp_path_factory):
-    """A run that nothing disturbed, and its problems step by step."""
+    """A run that nothing disturbed, without arithmetic, and its problems step by step."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["train", str(recipe), "--run-dir", str(directory)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        pretend.install(patch)
+        assert main(["train", str(recipe), "--run-dir", str(directory)]) == 0
     return directory, asked.rollouts.copy()
 
 
@@ -111,8 +120,8 @@ def test_a_run_on_the_samples_logs_rewards_and_what_the_pool_stopped(finished):
     assert [record["step"] for record in records] == list(range(STEPS + 1))
     for record in records[1:]:
         assert [record[f"reward/{name}"] for name in ("timeouts", "memory_kills", "restarts")] == [0, 0, 0]
-    # a random model solves nothing, and writes up to the limit: all of the overlong punishment
-    assert min(record["reward"] for record in records[1:]) == pytest.approx(-1, abs=0.1)
+    # nothing is solved, and for what is longer than 4 of 8 tokens there is punishment
+    assert all(-0.75 < record["reward"] < 0 for record in records[1:])
     assert all(record["eval/deployed_accuracy"] == 0 for record in records[::2])
     assert all(sample["reward"] <= 0 for sample in read_transcripts(directory / "samples.jsonl"))
 
@@ -125,7 +134,7 @@ def test_each_example_is_asked_once_an_epoch(finished):
     assert len(set(stream[EXAMPLES:])) == STEPS * PROMPTS - EXAMPLES
 
 
-def test_a_run_that_resumes_within_an_epoch_asks_the_rest_of_it(recipe, asked, finished, capfd, tmp_path):
+def test_a_run_that_resumes_within_an_epoch_asks_the_rest_of_it(pretending, recipe, asked, finished, capfd, tmp_path):
     directory, rollouts = finished
     resumed = interrupted_at(2, directory, tmp_path / "run")
     asked.rollouts.clear()
@@ -150,7 +159,7 @@ def test_other_files_in_the_same_place_are_noticed(recipe, finished, capfd, tmp_
     assert "aime24" not in told
 
 
-def test_accuracies_of_a_run_are_judged_by_its_own_reward(finished, capfd):
+def test_accuracies_of_a_run_are_judged_by_its_own_reward(pretending, finished, capfd):
     directory, _ = finished
     capfd.readouterr()
     assert main(["evaluate", str(directory), "--json"]) == 0
@@ -161,7 +170,7 @@ def test_accuracies_of_a_run_are_judged_by_its_own_reward(finished, capfd):
     ]
 
 
-def test_the_six_benchmarks_of_a_run_are_a_table(finished, capfd, tmp_path):
+def test_the_six_benchmarks_of_a_run_are_a_table(pretending, finished, capfd, tmp_path):
     directory, _ = finished
     command = ["evaluate", str(directory), "--suite", "paper", "--data-dir", str(SAMPLES), "--out", str(tmp_path)]
     command += ["--samples", "2", "--problems", "2", "--max-response-length", "8"]
@@ -171,6 +180,18 @@ def test_the_six_benchmarks_of_a_run_are_a_table(finished, capfd, tmp_path):
     for title in ("AIME24 @2", "AIME25 @2", "AMC23 @2", "MATH-500 @2", "Minerva @2", "Olympiad @2"):
         assert title in output
     assert "deployed (float32)" in output and "Qwen3-8B, bf16: DC-GRPO" in output
+
+
+@pytest.mark.slow
+def test_with_arithmetic_a_random_model_is_punished_for_its_length_and_benchmarked(recipe, capfd, tmp_path):
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
+    records = measured(tmp_path / "run")
+    # it solves nothing, and writes up to the limit: all of the overlong punishment
+    assert min(record["reward"] for record in records[1:]) == pytest.approx(-1, abs=0.1)
+    assert all(record["eval/deployed_accuracy"] == 0 for record in records[::2])
+    command = ["evaluate", str(tmp_path / "run"), "--suite", "paper", "--data-dir", str(SAMPLES)]
+    assert main([*command, "--samples", "2", "--problems", "2", "--max-response-length", "8"]) == 0
+    assert "deployed (float32)" in capfd.readouterr().out
 
 
 # --- two hosts ---

@@ -14,6 +14,7 @@ import optax
 import dcjax.assemble
 import dcjax.evaluate
 import dcjax.serving.engine
+import dcjax.suite.sampling
 import dcjax.trainer
 from dcjax.serving.rollout import Ended
 from dcjax.types import Rollout
@@ -69,9 +70,14 @@ def step(state, batch):
     }
 
 
+def install_samples(patch):
+    """Until the patch is undone, engines only pretend."""
+    for module in (dcjax.trainer, dcjax.evaluate, dcjax.suite.sampling):
+        patch.setattr(module, "sample_responses", sample_responses)
+    patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: lambda params, version: params)
+
+
 def install(patch):
     """Until the patch is undone, trainers only pretend."""
-    patch.setattr(dcjax.trainer, "sample_responses", sample_responses)
-    patch.setattr(dcjax.evaluate, "sample_responses", sample_responses)
-    patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: lambda params, version: params)
+    install_samples(patch)
     patch.setattr(dcjax.assemble, "compile_train_step", lambda config, mesh: step)
