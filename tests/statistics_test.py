@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -61,6 +61,7 @@ def test_counts_that_are_no_proportion_raise():
 # --- several samples a problem ---
 
 
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 6))
 def test_pass_at_k_is_the_share_of_all_subsets_of_k_samples_with_a_right_one(correct, k):
     subsets = list(itertools.combinations(range(6), k))
@@ -80,6 +81,7 @@ def vote(answers):
     return winners.count("7") / len(winners) if winners else 0.0
 
 
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from(["7", "8", "9", "10", None]), min_size=1, max_size=8), st.data())
 def test_majority_at_k_is_the_mean_vote_over_all_subsets_of_k_samples(answers, data):
     k = data.draw(st.integers(1, len(answers)))

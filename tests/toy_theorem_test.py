@@ -1,6 +1,7 @@
-"""The toy problem's script as a user runs it: in its own process, into a folder that does not exist yet."""
+"""The toy problem's script as a user runs it, once in its own process, into a folder that does not exist yet."""
 
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -68,14 +69,22 @@ def test_it_draws_every_figure_and_names_it(finished):
         assert f"figure: {folder / name}\n" in process.stdout
 
 
-def test_a_budget_that_cannot_be_active_is_refused_in_one_line(tmp_path):
-    process = run("--out", tmp_path / "none", "--budget", 50)
-    assert process.returncode == 2 and process.stdout == ""
-    assert "budget 50.0 is too large to be active" in process.stderr.splitlines()[-1]
+def exit_status(monkeypatch, *arguments):
+    """Of the script in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return stopped.value.code
+
+
+def test_a_budget_that_cannot_be_active_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    assert exit_status(monkeypatch, "--out", tmp_path / "none", "--budget", 50) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and "budget 50.0 is too large to be active" in errors.splitlines()[-1]
     assert not (tmp_path / "none").exists()
 
 
-def test_help_says_what_it_does():
-    process = run("--help")
-    assert process.returncode == 0
-    assert "--out" in process.stdout and "--budget" in process.stdout and "Not a recipe" in process.stdout
+def test_help_says_what_it_does(monkeypatch, capsys):
+    assert exit_status(monkeypatch, "--help") == 0
+    output = capsys.readouterr().out
+    assert "--out" in output and "--budget" in output and "Not a recipe" in output

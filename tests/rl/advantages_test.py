@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import jit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -50,6 +50,7 @@ def test_without_the_division_rewards_are_only_centred():
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 6])
+@settings(max_examples=40)
 @given(rewards=arrays(np.float32, 12, elements=st.floats(-10, 10, width=16)))
 def test_against_loops(group_size, rewards):
     centred, scaled, others = [], [], []
@@ -108,6 +109,7 @@ def test_the_batch_baseline_by_hand():
     np.testing.assert_allclose(run(REWARDS)["baseline"], REWARDS - 2 / 3, rtol=1e-6)
 
 
+@settings(max_examples=40)
 @given(rewards=arrays(np.float32, 12, elements=st.integers(0, 3)), seed=st.integers(0, 99))
 def test_permuting_a_group_permutes_its_advantages(rewards, seed):
     rng = np.random.default_rng(seed)
@@ -117,6 +119,7 @@ def test_permuting_a_group_permutes_its_advantages(rewards, seed):
         np.testing.assert_allclose(shuffled[name], plain[name][order], rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=40)
 @given(rewards=arrays(np.float32, 12, elements=st.integers(-3, 3)), shift=st.integers(-50, 50))
 def test_what_all_rewards_share_is_no_advantage(rewards, shift):
     plain, moved = run(rewards), run(rewards + np.float32(shift))

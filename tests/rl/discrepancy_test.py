@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import jit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -50,6 +50,7 @@ def test_a_token_that_one_policy_excludes_counts_with_the_other_ones_probability
     np.testing.assert_allclose(delta(old, rollout), [[0.75, 1.0, 0.0]], rtol=1e-6)
 
 
+@settings(max_examples=40)
 @given(LOGPS, LOGPS)
 def test_it_is_symmetric_bounded_and_against_numpy(old, rollout):
     out = delta(old, rollout)
@@ -68,6 +69,7 @@ def test_a_small_gap_keeps_its_digits(signal):
     np.testing.assert_allclose(delta(old, rollout, signal), expected, rtol=rtol)
 
 
+@settings(max_examples=40)
 @given(LOGPS)
 def test_one_policy_has_no_gap_to_itself(logps):
     np.testing.assert_array_equal(every_signal(logps, logps), np.zeros((3, 3, 3)))

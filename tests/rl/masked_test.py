@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import jit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -84,6 +84,7 @@ def test_no_gradient_reaches_what_the_mask_hides(name):
     np.testing.assert_array_equal(gradients(X, NOTHING)[name], np.zeros_like(X))
 
 
+@settings(max_examples=40)
 @given(VALUES, MASKS)
 def test_reductions_against_loops(x, mask):
     rows = [[float(v) for v, kept in zip(*row, strict=True) if kept] for row in zip(x, mask, strict=True)]
@@ -123,6 +124,7 @@ def test_rows_without_a_token_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, run(X, MASK), run(X[:3], MASK[:3]))
 
 
+@settings(max_examples=40)
 @given(x=VALUES, mask=MASKS)
 def test_parts_of_a_loss_add_up_to_the_whole(x, mask):
     whole, *parts = (jax.device_get(run(x[rows], mask[rows])) for rows in (slice(None), slice(2), slice(2, None)))
@@ -144,6 +146,7 @@ def test_losses_are_summed_in_float32_or_wider(name):
         assert {part.dtype for part in widest} == {np.dtype(np.float64)}
 
 
+@settings(max_examples=40)
 @given(VALUES, MASKS)
 def test_on_responses_of_one_length_all_losses_are_the_token_mean_scaled(x, mask):
     mask = np.broadcast_to(mask[:1], mask.shape)

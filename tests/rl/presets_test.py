@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import jit
 
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.discrepancy import log_probability_difference
@@ -40,7 +41,7 @@ def gap(context, logps=None):
 
 def run(preset, context, multiplier=None):
     context = dataclasses.replace(context, multiplier=None if multiplier is None else jnp.float32(multiplier))
-    return preset.objective(initial_terms(context.batch), context)
+    return jit(lambda context: preset.objective(initial_terms(context.batch), context))(context)
 
 
 def test_each_preset_is_its_formula(context):

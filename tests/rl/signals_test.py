@@ -1,18 +1,25 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from dcjax.rl.signals import mean_of_last, median_of_last, on_last_update, remember
 
 
 @pytest.mark.parametrize("last", [1, 2, 5, 8])
 def test_means_and_medians_of_what_was_seen(last):
-    rng, values, seen = np.random.default_rng(last), jnp.zeros(8), []
-    for n in range(1, 20):
-        seen.append(np.float32(rng.uniform(1, 9)))
-        values = remember(values, jnp.asarray(seen[-1]))
-        np.testing.assert_allclose(mean_of_last(values, jnp.asarray(n), last), np.mean(seen[-last:]), rtol=1e-6)
-        np.testing.assert_allclose(median_of_last(values, jnp.asarray(n), last), np.median(seen[-last:]), rtol=1e-6)
+    seen = np.random.default_rng(last).uniform(1, 9, 19).astype(np.float32)
+
+    def advance(values, new):
+        n, value = new
+        values = remember(values, value)
+        return values, (mean_of_last(values, n, last), median_of_last(values, n, last))
+
+    means, medians = jit(lambda: jax.lax.scan(advance, jnp.zeros(8), (jnp.arange(1, 20), seen))[1])()
+    held = [seen[max(0, n - last) : n] for n in range(1, 20)]
+    np.testing.assert_allclose(means, [np.mean(values) for values in held], rtol=1e-6)
+    np.testing.assert_allclose(medians, [np.median(values) for values in held], rtol=1e-6)
 
 
 def test_a_mean_of_nothing_is_zero():
