@@ -30,9 +30,6 @@ NOISE_AHEAD = 2**22
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 """Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and divides them."""
 
-DEEP = 8
-"""Layers from which on they are looped over where that costs nothing at run time."""
-
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
 """Folded into a token's key, for random numbers beside those that it is drawn with."""
 
@@ -140,8 +137,7 @@ class Decoder:
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
         """Prompts, padded on the right, into caches: as many at once as `prefill_tokens` allows, or one in pieces."""
-        looped = self._is_deep
-        params = _stacked(params) if looped else params
+        looped = _is_stacked(params)
         rows, width = tokens.shape
         columns = min(width, self.prefill_tokens)
         copies = self.mesh.shape[COPIES]
@@ -207,10 +203,7 @@ class Decoder:
         return self._placed(started)
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
-        """`count` tokens in every active slot, each leaf of `Emitted` with them in front.
-
-        `params` may be `arranged` before, once for many calls.
-        """
+        """`count` tokens in every active slot, each leaf of `Emitted` with them in front."""
         counts = state.generated + jnp.arange(count)[:, None]
 
         def noise(counts: Array) -> Array:
@@ -232,24 +225,6 @@ class Decoder:
         """What `steps` would have said of given tokens, one after another; with the residual stream on request."""
         return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
 
-    def arranged(self, params: ServingParams) -> ServingParams:
-        """As `steps` reads the weights: layers stacked where it loops over them.
-
-        On CPU a loop compiles in the same time for any depth, where unrolled layers cost XLA about .2 s each. A step
-        takes as long in int8; in other formats it takes 1.5 to 6 times as long, since conversions of weights are moved
-        out of the loop over tokens only where layers are unrolled (`python benchmarks/serving.py depth`). So only int8
-        is looped over. On TPUs, unrolled layers compile in seconds, and caches are written in place.
-        """
-        loops = self._is_deep and self.format.weights == "int8" and self.format.quantizes_activations
-        return _stacked(params) if loops else params
-
-    @property
-    def _is_deep(self) -> bool:
-        """Whether many layers, all alike, are on a CPU."""
-        alike = len(set(self.config.sparse_layers)) == 1
-        on_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
-        return alike and on_cpu and self.config.num_layers >= DEEP
-
     def _steps(
         self,
         params: ServingParams,
@@ -260,8 +235,7 @@ class Decoder:
         keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
         """As many steps as there are inputs, each of which goes to `pick` with its step's distribution."""
-        params = self.arranged(params)
-        looped = isinstance(params.weights["layers"], Mapping)
+        looped = _is_stacked(params)
 
         def step(state: DecodeState, given: Array) -> tuple[DecodeState, Emitted]:
             return self._step(
@@ -367,11 +341,9 @@ class Decoder:
         return choose
 
 
-def _stacked(params: ServingParams) -> ServingParams:
-    layers = params.weights["layers"]
-    if isinstance(layers, Mapping):
-        return params
-    return dataclasses.replace(params, weights={**params.weights, "layers": stack_layers(layers)})
+def _is_stacked(params: ServingParams) -> bool:
+    """Whether layers are looped over, which caches then are too."""
+    return isinstance(params.weights["layers"], Mapping)
 
 
 def _keys(state: DecodeState, purpose: int) -> jax.Array:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from jetstream.engine import engine_api, tokenizer_pb2
 
 from dcjax.models import ModelConfig
+from dcjax.models.cache import stack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving import quantize
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Prefix, Requests
@@ -26,7 +27,7 @@ from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams, abstract_serving, make_sync, served_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import with_shardings
-from dcjax.types import Array
+from dcjax.types import Array, Params
 
 _prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
 
@@ -59,6 +60,15 @@ class SampledTokens(engine_api.ResultTokens):
     def valid(self):
         """int32 [slots, K]: 1 where a token was sampled."""
         return self.data[:, slice(*self.valid_idx)]
+
+
+DEEP = 8
+"""Layers from which on they are looped over, where that costs nothing at run time."""
+
+
+@jax.jit
+def _stacked(served: ServingParams) -> ServingParams:
+    return dataclasses.replace(served, weights={**served.weights, "layers": stack_layers(served.weights["layers"])})
 
 
 class _Programs(NamedTuple):
@@ -193,7 +203,7 @@ class Qwen3Engine(engine_api.Engine):
             raise ValueError(f"slots is {slots}; it must be a multiple of the {copies} copies of the model")
         # samples started without a key, which is then their number
         self._unkeyed = 0
-        self.sync = make_sync(
+        self._sync = make_sync(
             config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
         )
         self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, keep)
@@ -268,6 +278,24 @@ class Qwen3Engine(engine_api.Engine):
 
     # --- beside it ---
 
+    def sync(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
+        """Serving params from the trainer's float32 masters, as `make_sync` says, for this engine's programs."""
+        served = self._sync(params, version)
+        return _stacked(served) if self._loops else served
+
+    @property
+    def _loops(self) -> bool:
+        """Whether layers are looped over, so that a program's size does not grow with their number.
+
+        Unrolled layers cost XLA .2 s of compiling each on a CPU. There int8 is as fast either way; other formats take
+        1.4 to 6 times as long in a loop, since conversions of weights leave the loop over tokens only where layers are
+        unrolled, and so do experts, by a fifth (`python benchmarks/depth.py`). On TPUs and GPUs caches are written in
+        place where layers are unrolled.
+        """
+        on_cpu = self._mesh.size == 1 and self._mesh.devices.flat[0].platform == "cpu"
+        is_deep = self.config.num_layers >= DEEP and not self.config.num_experts
+        return on_cpu and is_deep and self.format.name == "int8"
+
     @property
     def max_prompt_length(self) -> int:
         """Longest prompt (tokens)."""
@@ -289,10 +317,14 @@ class Qwen3Engine(engine_api.Engine):
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
         return _prefill(self.decoder, params, tokens, lengths)
 
-    def abstract_params(self) -> ServingParams:
-        """Shapes, dtypes and shardings of what `sync` gives."""
+    def compile_sync(self, masters: Params) -> ServingParams:
+        """Compiles `sync` for abstract masters; gives abstract serving params."""
+        self._sync.compile(masters)
         served = abstract_serving(self.config, self.format, self._keep)
-        return with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
+        served = with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
+        if not self._loops:
+            return served
+        return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
 
     def compile_prefill(self, params: ServingParams, prompts: int) -> Prefix:
         """Compiles `prefill_many` for so many prompts; from abstract params to an abstract prefix."""

@@ -172,8 +172,7 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
       samples_per_prompt: G.
     """
     decoder, total = engine.decoder, prompts * samples_per_prompt
-    engine.sync.compile(masters)
-    params = engine.abstract_params()
+    params = engine.compile_sync(masters)
     prefix = engine.compile_prefill(params, prompts)
     programs, slots = _programs(decoder), engine.slots_for(total)
     programs.begin.lower(decoder, slots, total).compile()
@@ -247,7 +246,7 @@ def decode(
 
     `rows` are those of the prefix that samples belong to.
     """
-    total, params = requests.limits.shape[0], decoder.arranged(params)
+    total = requests.limits.shape[0]
 
     def ended(state: RolloutState) -> Array:
         running = jnp.where(_everywhere(decoder, state.decode.active), state.running, total)

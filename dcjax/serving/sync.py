@@ -37,7 +37,10 @@ from dcjax.types import Array, Params
 
 @flax.struct.dataclass
 class ServingParams:
-    """What `Qwen3Engine` decodes with: weights in the serving format, layers unstacked, and their version."""
+    """What `Qwen3Engine` decodes with: weights in the serving format, one element a layer, and their version.
+
+    Where an engine loops over its layers, they are of `models.cache.stack_layers`.
+    """
 
     weights: Params
     version: Int[Array, ""]
