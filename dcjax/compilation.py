@@ -39,9 +39,10 @@ def keep_programs() -> None:
     The folder is `$XDG_CACHE_HOME/dcjax/programs/KEY`, in ~/.cache where that is not set. JAX names each program by
     what it depends on; KEY adds the version of the compiler and the features of the CPU, so that different machines
     may share a home. Where the folder cannot be used, or others could write into it, one line says so, and everything
-    is compiled anew. Where JAX already has a folder (JAX_COMPILATION_CACHE_DIR), that is left as it is.
+    is compiled anew. Where JAX already has a folder (JAX_COMPILATION_CACHE_DIR), or is to have none
+    (JAX_ENABLE_COMPILATION_CACHE=false), that is left as it is.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
     try:
         folder = programs_folder()
