@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     pin(args.cores)
     jax.config.update("jax_enable_compilation_cache", False)
-    experts = {"num_experts": args.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    experts: dict[str, Any] = {"num_experts": args.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
     rows = []
     print(
         f"{'layers':>6} {'format':<17} {'':<9} {'compile decode':>14} {'prefill':>8} {'step (ms)':>10} {'prefill':>8}"

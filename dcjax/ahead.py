@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from dcjax.types import Batch, Params
 
 
 @contextlib.contextmanager
-def compiled_beside(config: Config, mesh: Mesh, engines: dict[str, Qwen3Engine]) -> Iterator[None]:
+def compiled_beside(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) -> Iterator[None]:
     """Compiles, in a thread, what comes first behind the warm start that is under way; its end waits for the rest.
 
     Nothing where there is no warm start, and on several devices, whose programs are compiled where they first run.
@@ -41,7 +42,7 @@ def compiled_beside(config: Config, mesh: Mesh, engines: dict[str, Qwen3Engine])
         compiler.shutdown(cancel_futures=True)
 
 
-def _in_order(config: Config, mesh: Mesh, engines: dict[str, Qwen3Engine]) -> Iterator[Callable[[], None]]:
+def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) -> Iterator[Callable[[], None]]:
     """What compiles the first evaluation, the first rollout and the first update."""
     params = assemble.abstract_starting_params(config, mesh)
     yield partial(_compile_state, config, mesh, params)
@@ -58,8 +59,8 @@ def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
 
 
 def _compile_update(config: Config, mesh: Mesh) -> None:
-    batch = abstract_batch(config, mesh)
-    assemble.compile_train_step(config, mesh).lower(assemble.abstract_state(config, mesh), batch).compile()
+    step: Any = assemble.compile_train_step(config, mesh)
+    step.lower(assemble.abstract_state(config, mesh), abstract_batch(config, mesh)).compile()
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
@@ -68,7 +69,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     prompt, response = rollout.max_prompt_length, rollout.max_response_length
     routed = (prompt + response - 1, sum(model.sparse_layers), model.num_experts_per_tok)
 
-    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: type, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
 
     return Batch(

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import filelock
 import jax
@@ -42,7 +42,8 @@ def keep_programs() -> None:
     is compiled anew. Where JAX already has a folder (JAX_COMPILATION_CACHE_DIR), or is to have none
     (JAX_ENABLE_COMPILATION_CACHE=false), that is left as it is.
     """
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config
+    if not settings.jax_enable_compilation_cache or settings.jax_compilation_cache_dir:
         return
     try:
         folder = programs_folder()
@@ -53,9 +54,9 @@ def keep_programs() -> None:
         return
     # a program that cannot be read is compiled again
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    settings.update("jax_compilation_cache_max_size", MAX_BYTES)
+    settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    settings.update("jax_compilation_cache_dir", str(folder))
 
 
 def programs_folder() -> Path:
@@ -131,9 +132,9 @@ def told_of(stream: TextIO | None = None) -> Iterator[None]:
         if event == _COMPILATION:
             told.began(_readable(str(about.get("fun_name", "a program"))))
 
-    def ended(event: str, seconds: float, **about) -> None:
+    def ended(event: str, duration_secs: float, **about) -> None:
         if event == _COMPILATION:
-            told.ended(seconds)
+            told.ended(duration_secs)
 
     jax.monitoring.register_scalar_listener(began)
     jax.monitoring.register_event_duration_secs_listener(ended)

@@ -38,6 +38,10 @@ class LayerCache:
     v_scale: jax.Array | None
 
 
+Caches = tuple[LayerCache, ...] | LayerCache
+"""One a layer, or all of `stack_layers`."""
+
+
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
     """An empty cache; int8 and float8_e4m3fn add the scales."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
@@ -126,7 +130,7 @@ class Decoded(NamedTuple):
     # normed
     hidden: Float[Array, "B S E"]
     # stacked where they came so
-    caches: tuple[LayerCache, ...] | LayerCache
+    caches: Caches
     # what the M sparse layers chose; None without experts
     experts: Int[Array, "M B S k"] | None
     # the residual stream behind each of the L layers
@@ -138,7 +142,7 @@ def forward_cached(
     params,
     x: Float[Array, "B S E"],
     positions: Int[Array, "B S"],
-    caches: tuple[LayerCache, ...] | LayerCache,
+    caches: Caches,
     products: Products,
     choose: Callable[[Any, Float[Array, "B S N"]], Int[Array, "B S k"]] | None = None,
     layout: Layout = ONE_DEVICE,
@@ -151,7 +155,7 @@ def forward_cached(
     experts; the most probable ones where absent. `layout` and `attention` say how devices share the work.
     """
     stacked = isinstance(caches, LayerCache)
-    capacity = (caches if stacked else caches[0]).k.shape[-2]
+    capacity = (caches if isinstance(caches, LayerCache) else caches[0]).k.shape[-2]
     rope = layers.rope_table(positions, capacity, config.head_dim, config.rope_theta)
 
     def layer(x: Array, weights: Mapping[str, Any], cache: LayerCache, number: Any):
@@ -162,8 +166,11 @@ def forward_cached(
         x, cache, routing = block(config, weights, x, rope, attend_here, products, experts, layout)
         return x, cache, None if routing is None else routing.experts
 
-    run = _looped if stacked else _unrolled
-    x, caches, experts, residuals = run(layer, layout.constrain(x, RESIDUAL), params["layers"], caches)
+    x = layout.constrain(x, RESIDUAL)
+    if isinstance(caches, LayerCache):
+        x, caches, experts, residuals = _looped(layer, x, params["layers"], caches)
+    else:
+        x, caches, experts, residuals = _unrolled(layer, x, params["layers"], caches)
     return Decoded(layers.rms_norm(x, params["norm"], config.rms_norm_eps), caches, experts, residuals)
 
 

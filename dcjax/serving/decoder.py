@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.models import ModelConfig
-from dcjax.models.cache import Decoded, LayerCache, forward_cached, init_cache, stack_layers, unstack_layers
+from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache, stack_layers, unstack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving import layout, quantize, sampling
 from dcjax.serving.layout import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
@@ -63,7 +63,8 @@ class Prefix:
 class DecodeState:
     """One row a slot."""
 
-    caches: tuple[LayerCache, ...]
+    # stacked where and while layers are looped over
+    caches: Caches
     # the token to feed next, and its position
     tokens: Int[Array, "slots"]
     positions: Int[Array, "slots"]
@@ -146,7 +147,7 @@ class Decoder:
         at_once = round_up(-(-rows // passes), copies)
         padded = jnp.pad(tokens, ((0, passes * at_once - rows), (0, pieces * columns - width)))
 
-        def prompts(tokens: Array) -> tuple[tuple[LayerCache, ...], Array | None]:
+        def prompts(tokens: Array) -> tuple[Any, Array | None]:
             def piece(caches, number):
                 start = number * columns
                 positions = jnp.broadcast_to(start + jnp.arange(columns), (at_once, columns))
@@ -242,7 +243,7 @@ class Decoder:
                 params, state, lambda distribution: pick(distribution, given), keeps_residuals=keeps_residuals
             )
 
-        if looped:
+        if not isinstance(state.caches, LayerCache) and looped:
             state = dataclasses.replace(state, caches=stack_layers(state.caches))
         state, emitted = lax.scan(step, state, inputs)
         if looped:

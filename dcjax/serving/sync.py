@@ -216,7 +216,8 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
 
     A scale lacks the contracted axis, or in int4 has it in groups. Errors as of `make_sync`.
     """
-    named, served = logical_axes(config), abstract_serving(config, format, keep)
+    named = logical_axes(config)
+    served: Any = abstract_serving(config, format, keep)
 
     def axes(path, leaf: Any) -> Any:
         name = path[-1].key
