@@ -15,18 +15,22 @@ CREATE := $(if $(PYTHON),$(PYTHON),$(error dcjax needs Python 3.11, 3.12 or 3.13
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 endif
 
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-fast test-all lint clean
 
 help:
 	@echo "make quickstart   train the embedded task and show where the plot is (about 5 minutes)"
-	@echo "make test         the everyday tests     make test-all  the slow ones too"
-	@echo "make lint         ruff and pyrefly       make clean     remove .venv (runs/ stays)"
+	@echo "make test         the everyday tests     make test-fast pure functions alone, in a minute or so"
+	@echo "make test-all     the slow ones too      make lint      ruff and pyrefly"
+	@echo "make clean        remove .venv (runs/ stays)"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/dcjax train quickstart
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow and not heavy"
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q

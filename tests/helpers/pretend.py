@@ -17,6 +17,7 @@ import dcjax.serving.engine
 import dcjax.suite.sampling
 import dcjax.trainer
 from dcjax.serving.rollout import Ended
+from dcjax.serving.sync import ServingParams
 from dcjax.types import Rollout
 
 
@@ -24,7 +25,7 @@ def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature
     """Responses of 3 tokens and more, digits and signs, that end."""
     width, length = engine.max_prompt_length, engine.max_response_length
     prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    given = np.asarray(params["norm"]).tobytes() + np.asarray(jax.random.key_data(key)).tobytes()
+    given = np.asarray(params.weights["norm"]).tobytes() + np.asarray(jax.random.key_data(key)).tobytes()
     rng = np.random.default_rng(zlib.crc32(given))
     mask = np.arange(length) < rng.integers(3, length, (len(prompts), 1))
     tokens = np.zeros((len(prompts), width + length), np.int32)
@@ -74,7 +75,7 @@ def install_samples(patch):
     """Until the patch is undone, engines only pretend."""
     for module in (dcjax.trainer, dcjax.evaluate, dcjax.suite.sampling):
         patch.setattr(module, "sample_responses", sample_responses)
-    patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: lambda params, version: params)
+    patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: ServingParams)
 
 
 def install(patch):

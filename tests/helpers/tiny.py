@@ -59,8 +59,7 @@ CONFIG = Config(
     checkpoint=CheckpointConfig(every=2, keep=4),
     serving=ServingConfig(slots=SLOTS, steps_per_call=STEPS_PER_CALL),
 )
-"""A run that learns, in seconds. As many samples are drawn in an iteration as in an evaluation, so that both are one
-program."""
+"""A run that learns, in seconds."""
 
 
 @functools.cache
