@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 UV := $(shell command -v uv 2>/dev/null)
 VENV := .venv
 BIN := $(VENV)/bin
+# two workers, each with whole files, since tests of a file share what they compiled
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 ifdef UV
 CREATE := $(UV) venv --quiet --allow-existing $(if $(PYTHON),--python $(PYTHON),--python '>=3.11,<3.14') $(VENV)
@@ -27,13 +29,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/dcjax train quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not heavy"
+	$(PYTEST) -m "not slow and not heavy"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

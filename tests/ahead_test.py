@@ -15,6 +15,8 @@ from dcjax.judging import open_scorer
 from dcjax.sharding.mesh import make_mesh
 from dcjax.trainer import Trainer
 
+pytestmark = pytest.mark.heavy
+
 # a model that no other test has, so that nothing of it is compiled yet
 CONFIG = dataclasses.replace(
     tiny.CONFIG,

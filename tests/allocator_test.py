@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 TAKE_AND_FREE = """
 import resource, sys
 import numpy as np

@@ -22,6 +22,8 @@ from dcjax.record import read_metrics
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 DATA = Path(__file__).parent / "data"
 NUMERICS = {"remat": "full", "attention": "xla", "head_chunk": 7, "precision": Precision(compute="bf16")}
 

@@ -18,6 +18,8 @@ from dcjax.errors import RunError
 from dcjax.models import ModelConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = tiny.CONFIG
 
 

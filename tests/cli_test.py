@@ -13,6 +13,8 @@ import dcjax.train
 from dcjax.cli import main
 from dcjax.config import Config, ObjectiveConfig, to_dict
 
+pytestmark = pytest.mark.heavy
+
 RECIPE = """
 from dcjax.config import Config, EvaluationConfig, OptimizerConfig, RolloutConfig, WarmStartConfig
 

@@ -15,6 +15,8 @@ import pytest
 from dcjax import compilation
 from dcjax.compilation import keep_programs, programs_folder, told_of
 
+pytestmark = pytest.mark.heavy
+
 PROCESS = """
 import json, sys
 import jax

@@ -21,6 +21,8 @@ from dcjax.optimizer import make_optimizer
 from dcjax.run import open_run
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 DATA = Path(__file__).parent / "data"
 KINDS = ("qwen3", "qwen3_moe", "qwen2")
 CONFIG = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.DENSE, rope_theta=5e5))

@@ -25,6 +25,8 @@ from dcjax.run import load_config
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import batch_sharding
 
+pytestmark = pytest.mark.heavy
+
 STEPS, EVERY = 10, 4
 BOUND = 60
 """Seconds in which processes have to end that have lost another one."""

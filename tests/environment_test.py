@@ -14,6 +14,8 @@ from dcjax.errors import RunError
 from dcjax.models import presets
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = dataclasses.replace(
     tiny.CONFIG,
     mesh=MeshConfig(fsdp=2, tensor=2),

@@ -18,6 +18,8 @@ from dcjax.run import load_config, open_run
 from dcjax.statistics import wilson_interval
 from dcjax.types import Rollout
 
+pytestmark = pytest.mark.heavy
+
 STEPS, EVERY, HELDOUT = tiny.CONFIG.steps, tiny.CONFIG.checkpoint.every, tiny.CONFIG.evaluation.prompts
 
 

@@ -5,6 +5,10 @@ import statistics
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 ROUNDS = 3
 
 

@@ -18,6 +18,8 @@ from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.rewards.scorer import InProcess
 from dcjax.serving.rollout import Ended
 
+pytestmark = pytest.mark.heavy
+
 TOKENIZER = byte_tokenizer()
 G, PROBLEMS = 3, [MathProblem("?", str(gold)) for gold in range(4)]
 # of each problem: right, wrong, right but cut

@@ -9,6 +9,8 @@ import pytest
 from dcjax.checkpoint import LoopState
 from dcjax.rollouts import Rollouts
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 6
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "experiments/toy_theorem.py"
 FIGURES = ("figure6.png", "figure7.png", "eq13.png")

@@ -33,6 +33,8 @@ from dcjax.record import read_metrics, read_transcripts
 from dcjax.run import load_config
 from dcjax.sharding.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 STEPS, EVERY = tiny.CONFIG.steps, tiny.CONFIG.checkpoint.every
 PROMPTS, GROUP, HELDOUT = tiny.CONFIG.rollout.prompts, tiny.CONFIG.rollout.group_size, tiny.CONFIG.evaluation.prompts
 

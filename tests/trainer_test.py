@@ -19,6 +19,8 @@ from dcjax.serving.mismatch import MismatchConfig
 from dcjax.trainer import SAMPLING_ROUNDS, Sampled, Trainer
 from dcjax.types import Rollout
 
+pytestmark = pytest.mark.heavy
+
 G, P, T = 2, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH
 CONFIG = replace(
     tiny.CONFIG,

@@ -16,6 +16,8 @@ from dcjax.record import read_metrics
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.warm_start import warm_start
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = tiny.CONFIG
 
 

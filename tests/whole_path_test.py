@@ -20,6 +20,8 @@ from dcjax.data.stream import draw
 from dcjax.record import read_metrics, read_transcripts
 from dcjax.run import load_config
 
+pytestmark = pytest.mark.heavy
+
 STEPS, PROMPTS, G, HELDOUT = 4, 10, 2, 6
 EXAMPLES = 29
 """Of the training sample, without duplicates: the third step goes from one epoch into the next."""

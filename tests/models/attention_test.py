@@ -16,6 +16,8 @@ from jax.sharding import SingleDeviceSharding
 
 from dcjax.models.attention import causal_attention, choose
 
+pytestmark = pytest.mark.heavy
+
 KERNELS = ["xla", "cudnn", "splash"]
 
 

@@ -25,6 +25,8 @@ from dcjax.models.cache import (
 )
 from dcjax.models.transformer import layer_params
 
+pytestmark = pytest.mark.heavy
+
 PRODUCTS = training_products(DENSE.precision)
 PROMPTS, CAPACITY = np.array([6, 1, 4]), 12
 ROWS, WIDTH = len(PROMPTS), PROMPTS.max()

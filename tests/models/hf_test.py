@@ -23,6 +23,8 @@ from dcjax.models.hf_files import open_tensors
 from dcjax.models.hf_names import leaves
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 DATA = Path(__file__).parents[1] / "data"
 KINDS = ("qwen3", "qwen3_moe", "qwen2")
 FOLDERS = {kind: DATA / f"hf_tiny_{kind}" for kind in KINDS}

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from dcjax.models import ModelConfig, moe
 
+pytestmark = pytest.mark.heavy
+
 HIDDEN, WIDTH, EXPERTS = 10, 12, 5
 FLOAT32 = jnp.dtype(jnp.float32)
 NAMES = {"gate": "experts_gate_proj", "up": "experts_up_proj", "down": "experts_down_proj"}

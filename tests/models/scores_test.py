@@ -13,6 +13,8 @@ from tiny import masters
 
 from dcjax.models import abstract_params, forward, token_logps
 
+pytestmark = pytest.mark.heavy
+
 # one layer, laid out straight: whatever is scored in one program then shares one pass through it
 SMALL = dataclasses.replace(tiny.DENSE, num_layers=1, remat="none")
 MOE = dataclasses.replace(tiny.EXPERTS, num_layers=1, remat="none")

@@ -23,6 +23,8 @@ from dcjax.models.layers import rope_table
 from dcjax.models.transformer import Transformer, hidden_states, layer_params, logits
 from dcjax.sharding.rules import RULES
 
+pytestmark = pytest.mark.heavy
+
 QWEN2 = dataclasses.replace(DENSE, family="qwen2")
 # layers 1 and 3 have experts; and in the second, only layer 2 has
 ALTERNATING = dataclasses.replace(EXPERTS, num_layers=4, decoder_sparse_step=2)

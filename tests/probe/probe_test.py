@@ -41,6 +41,8 @@ from dcjax.serving.quantize import formats
 from dcjax.sharding.mesh import MeshConfig
 from dcjax.types import Rollout
 
+pytestmark = pytest.mark.heavy
+
 DATA = Path(__file__).parent.parent / "data"
 P, SLOTS = tiny.PROMPT_LENGTH, tiny.SLOTS
 CONFIG = dataclasses.replace(

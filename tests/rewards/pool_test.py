@@ -18,6 +18,8 @@ import pytest
 from dcjax.rewards.math import math_reward
 from dcjax.rewards.pool import Counters, RewardError, RewardPool
 
+pytestmark = pytest.mark.heavy
+
 HERE = str(Path(__file__).parent)
 if HERE not in sys.path:
     sys.path.append(HERE)

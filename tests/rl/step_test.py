@@ -31,6 +31,8 @@ from dcjax.rl.masked import LossSum
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch, TrainState
 
+pytestmark = pytest.mark.heavy
+
 MODEL = dataclasses.replace(tiny.DENSE, remat="none")
 VOCABULARY = 16
 """Tokens that occur: few, so that responses share them."""

@@ -18,6 +18,8 @@ from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import formats
 from dcjax.serving.rollout import Sampling, sample_keys
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = tiny.DENSE
 P, T, SLOTS, STEPS = 5, 8, 6, 3
 # a token that cannot be sampled: every response runs to its limit

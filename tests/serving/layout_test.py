@@ -17,6 +17,8 @@ from dcjax.serving.scoring import score_responses
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
 
+pytestmark = pytest.mark.heavy
+
 DENSE = ModelConfig(
     vocab_size=64,
     hidden_size=64,

@@ -14,6 +14,8 @@ from dcjax.models import forward
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.scoring import score_responses
 
+pytestmark = pytest.mark.heavy
+
 # no token that can be sampled: every response runs to its limit
 NEVER = [DENSE.vocab_size]
 SEEDS = (1, 2, 3)

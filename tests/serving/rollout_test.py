@@ -31,6 +31,8 @@ from dcjax.serving import rollout as module
 from dcjax.serving.decoder import AS_WRITTEN
 from dcjax.serving.rollout import Sampling, sample_responses
 
+pytestmark = pytest.mark.heavy
+
 FORMATS = ["float32", "int8"]
 CONTROL = 1e-4
 """Largest |p − q| of a token where both policies compute in float32."""

@@ -9,6 +9,8 @@ from tiny import masters
 from dcjax.serving.quantize import formats
 from dcjax.serving.scoring import score_responses
 
+pytestmark = pytest.mark.heavy
+
 KEY = jax.random.key(1)
 SLOW = pytest.mark.slow
 

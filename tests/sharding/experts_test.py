@@ -16,6 +16,8 @@ from dcjax.sharding import experts
 from dcjax.sharding.layout import mesh_layout
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 DEVICES, EXPERTS, HIDDEN, WIDTH, K = 8, 8, 16, 8, 2
 CONFIG = ModelConfig(
     hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=K, moe_intermediate_size=WIDTH, num_layers=1

@@ -24,6 +24,8 @@ from dcjax.sharding.layout import check_model, mesh_layout
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
 from dcjax.types import Batch
 
+pytestmark = pytest.mark.heavy
+
 # a dense layer, then one with experts
 MODEL = ModelConfig(
     vocab_size=48,

@@ -22,6 +22,8 @@ from dcjax.sharding.rules import shardings
 from dcjax.sharding.topology import slice_devices
 from dcjax.types import Batch
 
+pytestmark = pytest.mark.heavy
+
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, which compiles for absent TPUs")
 GIB, G, P = 2**30, 8, 1024
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"

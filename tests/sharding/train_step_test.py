@@ -18,6 +18,8 @@ from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Batch
 
+pytestmark = pytest.mark.heavy
+
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, head_dim=8)
 ROWS, G, P, T = 16, 4, 4, 6
 # a step is run a few times, so that compiling it is what takes time

@@ -31,6 +31,8 @@ from dcjax.suite.log import read_samples
 from dcjax.suite.model import load_model
 from dcjax.suite.suite import evaluate_suite
 
+pytestmark = pytest.mark.heavy
+
 MODEL = ModelConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=1, max_position_embeddings=160)
 STOPS = [70, 71, 72]
 # four of them are in a call of the engine, so that one program serves all
