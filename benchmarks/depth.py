@@ -22,7 +22,7 @@ from timing import environment, pin  # pyrefly: ignore[missing-import]
 
 from dcjax.models import ModelConfig, init_params
 from dcjax.models.cache import stack_layers
-from dcjax.serving.decoder import AS_WRITTEN
+from dcjax.serving.decoder import AS_WRITTEN, Decoder
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import ServingParams, make_sync
@@ -40,9 +40,9 @@ def cpu_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - started, given
 
 
-def measure(engine: Qwen3Engine, params: ServingParams) -> dict[str, float]:
+def measure(decoder: Decoder, params: ServingParams) -> dict[str, float]:
     """Seconds to compile decode and prefill, and to decode one token in every slot and to prefill every slot."""
-    decoder, state = engine.decoder, engine.init_decode_state()
+    state = jax.jit(Decoder.empty, static_argnums=(0, 1))(decoder, SLOTS)
     state = dataclasses.replace(state, active=np.ones(SLOTS, bool), positions=np.full(SLOTS, PROMPT, np.int32))
     prompts, lengths = np.zeros((SLOTS, PROMPT), np.int32), np.full(SLOTS, PROMPT, np.int32)
     programs = {
@@ -82,7 +82,7 @@ def main() -> None:
             unrolled = make_sync(config, engine.format)(masters, 0)
             looped = {**unrolled.weights, "layers": stack_layers(unrolled.weights["layers"])}
             for kind, params in {"unrolled": unrolled, "looped": ServingParams(looped, unrolled.version)}.items():
-                found = measure(engine, params)
+                found = measure(dataclasses.replace(engine.decoder, loops=kind == "looped"), params)
                 rows.append({"layers": layers, "format": name, "kind": kind, **found})
                 print(
                     f"{layers:6d} {name:<17} {kind:<9} {found['compile_decode']:14.1f} "

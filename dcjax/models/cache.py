@@ -118,12 +118,6 @@ def stack_layers(layers: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def unstack_layers(stacked: Any) -> tuple[Any, ...]:
-    """The inverse of `stack_layers`."""
-    count = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stacked) for number in range(count))
-
-
 class Decoded(NamedTuple):
     """What tokens leave behind on their way through the layers."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.models import ModelConfig
-from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache, stack_layers, unstack_layers
+from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
 from dcjax.serving import layout, quantize, sampling
 from dcjax.serving.layout import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
@@ -51,7 +51,7 @@ class Requests:
 class Prefix:
     """Prompts prefilled into caches of their own: one row a prompt."""
 
-    caches: tuple[LayerCache, ...]
+    caches: Caches
     # the last prompt token and its position: a step feeds it again, so that all sampled tokens come from one place
     tokens: Int[Array, "rows"]
     positions: Int[Array, "rows"]
@@ -63,7 +63,6 @@ class Prefix:
 class DecodeState:
     """One row a slot."""
 
-    # stacked where and while layers are looped over
     caches: Caches
     # the token to feed next, and its position
     tokens: Int[Array, "slots"]
@@ -111,6 +110,8 @@ class Decoder:
     mismatch: MismatchConfig
     # of `serving_mesh`
     mesh: Mesh
+    # layers are looped over, and their weights and caches of `models.cache.stack_layers`; on one device
+    loops: bool = False
 
     @property
     def capacity(self) -> int:
@@ -138,7 +139,6 @@ class Decoder:
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
         """Prompts, padded on the right, into caches: as many at once as `prefill_tokens` allows, or one in pieces."""
-        looped = _is_stacked(params)
         rows, width = tokens.shape
         columns = min(width, self.prefill_tokens)
         copies = self.mesh.shape[COPIES]
@@ -147,7 +147,7 @@ class Decoder:
         at_once = round_up(-(-rows // passes), copies)
         padded = jnp.pad(tokens, ((0, passes * at_once - rows), (0, pieces * columns - width)))
 
-        def prompts(tokens: Array) -> tuple[Any, Array | None]:
+        def prompts(tokens: Array) -> tuple[Caches, Array | None]:
             def piece(caches, number):
                 start = number * columns
                 positions = jnp.broadcast_to(start + jnp.arange(columns), (at_once, columns))
@@ -155,22 +155,22 @@ class Decoder:
                 decoded = self._run(params, part, positions, caches, self._most_probable)
                 return decoded.caches, self._recorded(decoded)
 
-            caches: Any = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
-            caches = stack_layers(caches) if looped else caches
+            caches = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
             if pieces == 1:
-                caches, experts = piece(caches, 0)
-            else:
-                caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
-                if experts is not None:
-                    experts = experts.swapaxes(0, 1).reshape(at_once, -1, *experts.shape[3:])
-            return unstack_layers(caches) if looped else caches, experts
+                return piece(caches, 0)
+            caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
+            if experts is not None:
+                experts = experts.swapaxes(0, 1).reshape(at_once, -1, *experts.shape[3:])
+            return caches, experts
 
-        if passes == 1:
-            filled = prompts(padded)
-        else:
-            filled = lax.map(prompts, padded.reshape(passes, at_once, -1))
-            filled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), filled)
-        caches, experts = jax.tree.map(lambda leaf: leaf[:rows], filled)
+        def joined(leaf: Array) -> Array:
+            return leaf.reshape(-1, *leaf.shape[2:])[:rows]
+
+        # one pass or several, each leaf with them in front
+        caches, experts = lax.map(prompts, padded.reshape(passes, at_once, -1)) if passes > 1 else _one(prompts(padded))
+        if self.loops:
+            caches = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), caches)
+        caches, experts = self._each_layer(joined, caches), jax.tree.map(joined, experts)
         caches, experts = pinned(self.mesh, caches, SHARED_CACHE), pinned(self.mesh, experts, EVERYWHERE)
         last = lengths - 1
         return Prefix(caches, jnp.take_along_axis(tokens, last[:, None], 1)[:, 0], last, experts)
@@ -194,7 +194,7 @@ class Decoder:
             return lax.dynamic_update_slice_in_dim(held, front, 0, axis=2)
 
         started = DecodeState(
-            caches=jax.tree.map(copy, state.caches, prefix.caches),
+            caches=self._each_layer(copy, state.caches, prefix.caches),
             tokens=chosen(prefix.tokens[rows], state.tokens),
             positions=chosen(prefix.positions[rows], state.positions),
             generated=chosen(jnp.zeros_like(state.generated), state.generated),
@@ -242,19 +242,13 @@ class Decoder:
         keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
         """As many steps as there are inputs, each of which goes to `pick` with its step's distribution."""
-        looped = _is_stacked(params)
 
         def step(state: DecodeState, given: Array) -> tuple[DecodeState, Emitted]:
             return self._step(
                 params, state, lambda distribution: pick(distribution, given), keeps_residuals=keeps_residuals
             )
 
-        if not isinstance(state.caches, LayerCache) and looped:
-            state = dataclasses.replace(state, caches=stack_layers(state.caches))
-        state, emitted = lax.scan(step, state, inputs)
-        if looped:
-            state = dataclasses.replace(state, caches=unstack_layers(state.caches))
-        return state, emitted
+        return lax.scan(step, state, inputs)
 
     def _step(
         self,
@@ -308,10 +302,22 @@ class Decoder:
     def _placed(self, state: DecodeState) -> DecodeState:
         return state if self.mesh.size == 1 else lax.with_sharding_constraint(state, self.state_shardings(state))
 
-    def _caches(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
-        return tuple(
-            init_cache(self.config, batch, capacity, self.format.kv_cache) for _ in range(self.config.num_layers)
-        )
+    def _caches(self, batch: int, capacity: int) -> Caches:
+        def one() -> LayerCache:
+            return init_cache(self.config, batch, capacity, self.format.kv_cache)
+
+        count = self.config.num_layers
+        if self.loops:
+            return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), one())
+        return tuple(one() for _ in range(count))
+
+    def _each_layer(self, function: Callable[..., Array], *caches: Caches) -> Any:
+        """A function of leaves of one layer's caches, of all."""
+
+        def of_all(*caches: Any) -> Any:
+            return jax.tree.map(function, *caches)
+
+        return jax.vmap(of_all)(*caches) if self.loops else of_all(*caches)
 
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
         x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
@@ -348,9 +354,8 @@ class Decoder:
         return choose
 
 
-def _is_stacked(params: ServingParams) -> bool:
-    """Whether layers are looped over, which caches then are too."""
-    return isinstance(params.weights["layers"], Mapping)
+def _one(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
 def _keys(state: DecodeState, purpose: int) -> jax.Array:

@@ -71,6 +71,18 @@ def _stacked(served: ServingParams) -> ServingParams:
     return dataclasses.replace(served, weights={**served.weights, "layers": stack_layers(served.weights["layers"])})
 
 
+def _loops(config: ModelConfig, format: quantize.Format, mesh: jax.sharding.Mesh) -> bool:
+    """Whether layers are looped over, so that a program's size does not grow with their number.
+
+    Unrolled layers cost XLA .2 s of compiling each on a CPU. There int8 is as fast either way. Other formats take 1.2
+    to 6 times as long in a loop, since conversions of weights leave the loop over tokens only where layers are
+    unrolled; experts take a fifth longer (`python benchmarks/depth.py`). On TPUs and GPUs caches are written in place
+    where layers are unrolled.
+    """
+    on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return on_cpu and config.num_layers >= DEEP and not config.num_experts and format.name == "int8"
+
+
 class _Programs(NamedTuple):
     """What decodes one request at a time; states all live in the same places, so that each is compiled once."""
 
@@ -198,6 +210,7 @@ class Qwen3Engine(engine_api.Engine):
             # of which the rest is not decoded with
             mismatch=MismatchConfig(logit_noise=mismatch.logit_noise, routing_flips=mismatch.routing_flips),
             mesh=self._mesh,
+            loops=_loops(config, self.format, self._mesh),
         )
         if slots % (copies := self._mesh.shape[COPIES]):
             raise ValueError(f"slots is {slots}; it must be a multiple of the {copies} copies of the model")
@@ -281,20 +294,7 @@ class Qwen3Engine(engine_api.Engine):
     def sync(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
         """Serving params from the trainer's float32 masters, as `make_sync` says, for this engine's programs."""
         served = self._sync(params, version)
-        return _stacked(served) if self._loops else served
-
-    @property
-    def _loops(self) -> bool:
-        """Whether layers are looped over, so that a program's size does not grow with their number.
-
-        Unrolled layers cost XLA .2 s of compiling each on a CPU. There int8 is as fast either way; other formats take
-        1.4 to 6 times as long in a loop, since conversions of weights leave the loop over tokens only where layers are
-        unrolled, and so do experts, by a fifth (`python benchmarks/depth.py`). On TPUs and GPUs caches are written in
-        place where layers are unrolled.
-        """
-        on_cpu = self._mesh.size == 1 and self._mesh.devices.flat[0].platform == "cpu"
-        is_deep = self.config.num_layers >= DEEP and not self.config.num_experts
-        return on_cpu and is_deep and self.format.name == "int8"
+        return _stacked(served) if self.decoder.loops else served
 
     @property
     def max_prompt_length(self) -> int:
@@ -322,7 +322,7 @@ class Qwen3Engine(engine_api.Engine):
         self._sync.compile(masters)
         served = abstract_serving(self.config, self.format, self._keep)
         served = with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
-        if not self._loops:
+        if not self.decoder.loops:
             return served
         return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
 
