@@ -9,11 +9,13 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from dcjax import assemble
 from dcjax.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
 from dcjax.models import Precision, abstract_params, logical_axes, presets
-from dcjax.serving.engine import Qwen3Engine, _generate
+from dcjax.models.attention import causal_attention
+from dcjax.serving.engine import Qwen3Engine, _programs
 from dcjax.serving.layout import serving_mesh
 from dcjax.serving.quantize import serving_format
 from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
@@ -69,6 +71,30 @@ def test_a_slice_that_there_is_not_is_refused_with_examples(name):
 def test_without_libtpu_its_name_is_said():
     with pytest.raises(ValueError, match=r"TPU slice 'v5p:4x4x4'.*libtpu is needed"):
         slice_devices("v5p:4x4x4")
+
+
+def splash(q, k, v, cotangent, segment_ids=None):
+    out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel="splash", segment_ids=segment_ids), q, k, v)
+    return out, *back(cotangent)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("length", "segmented"), [pytest.param(4096, False, marks=pytest.mark.slow), (8192, True)])
+def test_splash_compiles_for_a_tpu_in_memory_linear_in_the_length(length, segmented):
+    """Here, since two processes that load libtpu at once may get into each other's way, and a file has one."""
+    chip = slice_devices("v5e:2x2")[0]
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
+
+    q, kv = array(1, length, 16, 128), array(1, length, 8, 128)
+    segment_ids = array(1, length, dtype=jnp.int32) if segmented else None
+    compiled = jax.jit(splash).lower(q, kv, kv, q, segment_ids).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text.count("tpu_custom_call") >= 3  # forward, and backward of q and of k and v
+    assert f"{length},{length}" not in text
+    # all temporaries of 16 heads together are below one head's float32 scores
+    assert memory.temp_size_in_bytes < 4 * length**2
 
 
 def compiled_step(preset, mesh_config, *, rows, tokens=8192):
@@ -188,7 +214,7 @@ def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     )
     state = jax.eval_shape(partial(engine.decoder.empty, slots))
     state = with_shardings(state, engine.decoder.state_shardings(state))
-    program = _generate.lower(engine.decoder, params, state, engine.steps_per_call).compile()
+    program = _programs(engine.decoder).generate.lower(engine.decoder, params, state, engine.steps_per_call).compile()
     memory, text = program.memory_analysis(), program.as_text()
     # int8 keys and values with a float32 scale a head, of which a chip has one of eight, for half of the slots
     cache = model.num_layers * 2 * (slots // 2) * capacity * (model.head_dim + 4)
