@@ -265,10 +265,6 @@ class Qwen3Engine(engine_api.Engine):
         """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
         return tokenizer_pb2.TokenizerParameters()  # pyrefly: ignore[missing-attribute]
 
-    def slots_for(self, samples: int) -> int:
-        """How many slots so many samples are decoded in: no more than there are samples for, on each copy alike."""
-        return min(self.slots, round_up(samples, self._mesh.shape[COPIES]))
-
     @property
     def max_concurrent_decodes(self) -> int:
         return self.slots
@@ -305,6 +301,10 @@ class Qwen3Engine(engine_api.Engine):
     def max_response_length(self) -> int:
         """Longest response (tokens, the end token included)."""
         return self.decoder.max_response_length
+
+    def slots_for(self, samples: int) -> int:
+        """How many slots so many samples are decoded in: no more than there are samples for, on each copy alike."""
+        return min(self.slots, round_up(samples, self._mesh.shape[COPIES]))
 
     def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
         """P prompts in one call, one row each."""
