@@ -78,6 +78,18 @@ def test_damaged_programs_are_compiled_again_without_a_word(home):
     assert flipped.read_bytes() != sound[:-9] and run()[0]["hits"] == len(others) + 2
 
 
+def test_what_is_kept_stays_within_the_bound(home):
+    """Of programs that take about 2.5 kB each; what was used last stays."""
+    bounded = PROCESS.replace("keep_programs()", "import dcjax.compilation as c; c.MAX_BYTES = 8_000; keep_programs()")
+    seen = set()
+    for factor in (2, 3, 4):
+        run(bounded.replace("+ 1", f"+ jax.numpy.cos(x * {factor})"))
+        assert sum(path.stat().st_size for path in kept()) <= 8_000
+        seen |= set(kept())
+    assert len(kept()) < len(seen)
+    assert run(bounded.replace("+ 1", "+ jax.numpy.cos(x * 4)"))[0]["hits"] == 2
+
+
 @pytest.mark.parametrize("noted", ["", "[1]", "no JSON", '{"a": 1}'])
 def test_checksums_that_are_lost_or_odd_cost_nothing(home, noted):
     folder = programs_folder()
