@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dcjax import assemble
@@ -17,8 +16,7 @@ from dcjax.config import Config
 from dcjax.optimizer import make_optimizer
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import compile_sampling
-from dcjax.sharding.rules import batch_sharding
-from dcjax.types import Batch, Params
+from dcjax.types import Params
 
 
 @contextlib.contextmanager
@@ -60,26 +58,4 @@ def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
 
 def _compile_update(config: Config, mesh: Mesh) -> None:
     step: Any = assemble.compile_train_step(config, mesh)
-    step.lower(assemble.abstract_state(config, mesh), abstract_batch(config, mesh)).compile()
-
-
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of what an iteration trains on."""
-    rollout, model, rows = config.rollout, config.model, config.rollout.sequences
-    prompt, response = rollout.max_prompt_length, rollout.max_response_length
-    routed = (prompt + response - 1, sum(model.sparse_layers), model.num_experts_per_tok)
-
-    def array(dtype: type, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
-
-    return Batch(
-        tokens=array(np.int32, prompt + response),
-        prompt_mask=array(np.bool_, prompt),
-        response_mask=array(np.bool_, response),
-        rollout_logps=array(np.float32, response),
-        temperature=array(np.float32),
-        rewards=array(np.float32),
-        group_rewards=array(np.float32, rollout.group_size),
-        support=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
-        experts=array(np.int16, *routed) if rollout.replay_routing else None,
-    )
+    step.lower(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh)).compile()

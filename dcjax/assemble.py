@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -183,6 +184,28 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     tx, kept = make_optimizer(config), Kept.by(config)
     shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
     return with_shardings(shapes, state_shardings(config, mesh, tx, kept))
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what an iteration trains on."""
+    rollout, model, rows = config.rollout, config.model, config.rollout.sequences
+    prompt, response = rollout.max_prompt_length, rollout.max_response_length
+    routed = (prompt + response - 1, sum(model.sparse_layers), model.num_experts_per_tok)
+
+    def array(dtype: type, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
+
+    return Batch(
+        tokens=array(np.int32, prompt + response),
+        prompt_mask=array(np.bool_, prompt),
+        response_mask=array(np.bool_, response),
+        rollout_logps=array(np.float32, response),
+        temperature=array(np.float32),
+        rewards=array(np.float32),
+        group_rewards=array(np.float32, rollout.group_size),
+        support=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
+        experts=array(np.int16, *routed) if rollout.replay_routing else None,
+    )
 
 
 def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: Kept = Kept()) -> TrainStep:

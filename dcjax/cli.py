@@ -402,10 +402,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _evaluate_suite(options: argparse.Namespace) -> None:
     _refuse(options, ("prompts",), "is of held-out prompts, which --suite replaces; --problems limits its benchmarks")
     with _computing():
-        _write_suite(options)
+        _run_suite(options)
 
 
-def _write_suite(options: argparse.Namespace) -> None:
+def _run_suite(options: argparse.Namespace) -> None:
     from dcjax.distributed import DistributedConfig
     from dcjax.suite.benchmarks import SuiteConfig
     from dcjax.suite.report import to_markdown, write_result

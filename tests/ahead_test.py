@@ -68,7 +68,7 @@ def test_the_abstract_batch_is_what_a_rollout_gives(monkeypatch, tmp_path):
     def described(batch):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), batch)
 
-    assert described(batches[0]) == described(ahead.abstract_batch(config, trainer.mesh))
+    assert described(batches[0]) == described(assemble.abstract_batch(config, trainer.mesh))
 
 
 def refused(*arguments, **settings):

@@ -20,9 +20,8 @@ from dcjax.serving.layout import serving_mesh
 from dcjax.serving.quantize import serving_format
 from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over, set_aside
-from dcjax.sharding.rules import shardings
+from dcjax.sharding.rules import shardings, with_shardings
 from dcjax.sharding.topology import slice_devices
-from dcjax.types import Batch
 
 pytestmark = pytest.mark.heavy
 
@@ -114,24 +113,8 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
     )
     mesh = make_mesh(mesh_config, slice_devices("v5p:4x4x4"))
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    response = tokens - P
-    batch = Batch(
-        tokens=array(jnp.int32, tokens),
-        prompt_mask=array(jnp.bool, P),
-        response_mask=array(jnp.bool, response),
-        rollout_logps=array(jnp.float32, response),
-        temperature=array(jnp.float32),
-        rewards=array(jnp.float32),
-        group_rewards=array(jnp.float32, G),
-    )
+    batch = assemble.abstract_batch(config, mesh)
     return assemble.compile_train_step(config, mesh).lower(assemble.abstract_state(config, mesh), batch).compile()
-
-
-def with_shardings(shapes, places):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def arrived(text):
