@@ -6,37 +6,26 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from dcjax.config import (
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-)
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig
+from dcjax.config import ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
 from dcjax.rewards.pool import Pending
 from dcjax.sharding.mesh import MeshConfig
 from dcjax.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 ITERATIONS = 3
-CONFIG = Config(
+CONFIG = dataclasses.replace(
+    tiny.CONFIG,
     seed=3,
     steps=ITERATIONS,
-    task=ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9),
-    model=ModelConfig(
-        vocab_size=24, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=8
-    ),
+    # what every mesh divides
+    model=dataclasses.replace(tiny.DENSE, vocab_size=24, num_heads=8, num_kv_heads=8, head_dim=8),
     warm_start=WarmStartConfig(steps=0),
     rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=16),
     # Adam's first steps are signs where gradients exceed epsilon: a large one keeps rounding from deciding them
     optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, microbatch_size=8),
     objective=ObjectiveConfig(initial_multiplier=0.3, dual_lr=20.0, budget=0.0014),
-    evaluation=EvaluationConfig(prompts=16),
     serving=ServingConfig(format="float32", slots=8, steps_per_call=4),
 )
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
