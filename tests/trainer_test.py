@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compiling import jit
 
 from dcjax import trainer as module
 from dcjax.assemble import abstract_state
@@ -169,12 +170,7 @@ class Alternating:
         return Pending.of([float(number % 2) for number in range(len(texts))])
 
 
-score_tokens = jax.jit(
-    token_logps,
-    static_argnums=0,
-    static_argnames="response_length",
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+score_tokens = jit(token_logps, static_argnums=0, static_argnames="response_length")
 
 
 def gaps(model, params, rollout, **replayed):

@@ -4,5 +4,8 @@ from functools import partial
 
 import jax
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
-"""Unoptimised, and without the newer of XLA's two ways to emit code: a training step in a quarter of the time."""
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Compiler options: without optimisation, and without the newer of XLA's two ways to emit code. Together they compile a
+training step in a quarter of the time; each alone saves less."""
+
+jit = partial(jax.jit, compiler_options=UNOPTIMISED)

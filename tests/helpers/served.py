@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import tiny
+from compiling import jit
 
 from dcjax.models import token_logps
 from dcjax.serving import Qwen3Engine
@@ -23,8 +24,6 @@ P, T, SLOTS, STEPS = tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, tiny.SLOTS, tiny.
 END, G = 3, 8
 PROMPTS = [[1, 2, 4], [5], [6, 7, 8, 9, 10, 1]]
 TEMPERATURE = 0.8
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-"""For what is run a few times, so that compiling it is what takes time."""
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def rollout_of(format="float32", config=DENSE, **settings):
     return sample(engine_of(format, config), config, **settings)
 
 
-scores = jax.jit(token_logps, static_argnums=0, static_argnames="response_length", compiler_options=FAST_COMPILE)
+scores = jit(token_logps, static_argnums=0, static_argnames="response_length")
 
 
 def trained_scores(config, rollout, params=None, **replayed):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from jax.experimental.pallas import tpu as pltpu
 
 from dcjax.models.attention import causal_attention, choose
@@ -56,7 +57,7 @@ def oracle(q, k, v, cotangent, segment_ids=None):
     return out, dq, dk, dv
 
 
-@partial(jax.jit, static_argnames="kernel", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jit, static_argnames="kernel")
 def with_gradients(kernel, q, k, v, cotangent, segment_ids=None):
     out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel=kernel, segment_ids=segment_ids), q, k, v)
     return out, *back(cotangent)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -31,15 +32,13 @@ PROMPTS, CAPACITY = np.array([6, 1, 4]), 12
 ROWS, WIDTH = len(PROMPTS), PROMPTS.max()
 NARROW = ["int8", "float8_e4m3fn"]
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def one_by_one(stacked, count):
     """What `stack_layers` was given."""
     return tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stacked) for number in range(count))
 
 
-@functools.partial(fast_jit, static_argnums=(0, 5), static_argnames="looped")
+@functools.partial(jit, static_argnums=(0, 5), static_argnames="looped")
 def run(config, params, tokens, positions, caches, choose=None, looped=False):
     """What tokens leave behind, and their logits; layers and caches come and go one by one."""
     if looped:
@@ -70,7 +69,7 @@ FRONT = np.broadcast_to(np.arange(WIDTH), (ROWS, WIDTH))
 @functools.cache
 def full():
     """Logits of all tokens at once, without a cache."""
-    return np.asarray(fast_jit(forward, static_argnums=0)(DENSE, masters(DENSE), TOKENS))
+    return np.asarray(jit(forward, static_argnums=0)(DENSE, masters(DENSE), TOKENS))
 
 
 def prefill_and_decode(dtype):
@@ -193,15 +192,15 @@ def assert_same_caches(left, right):
 def test_what_is_stacked_has_the_layers_in_front(dtype):
     rng = np.random.default_rng(2)
     layers = jax.tree.map(lambda leaf: rng.integers(-9, 9, leaf.shape).astype(leaf.dtype), empty(dtype=dtype))
-    back = one_by_one(fast_jit(stack_layers)(layers), DENSE.num_layers)
+    back = one_by_one(jit(stack_layers)(layers), DENSE.num_layers)
     assert jax.tree.structure(back) == jax.tree.structure(layers)
     jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours, theirs, strict=True), back, layers)
 
 
-written = functools.partial(fast_jit, static_argnums=0)(
+written = functools.partial(jit, static_argnums=0)(
     lambda dtype, k, v, positions: write(init_cache(DENSE, 2, CAPACITY, jnp.dtype(dtype)), k, v, positions)
 )
-quantized = fast_jit(quantize_rows, static_argnums=1)
+quantized = jit(quantize_rows, static_argnums=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *NARROW])
@@ -245,7 +244,7 @@ def test_attention_on_a_narrow_cache_is_attention_on_what_it_stands_for(dtype):
     ]
     wide = written("float32", *stands_for, positions)
     at = np.array([[1, 2], [0, 1]])
-    attended = fast_jit(attend)
+    attended = jit(attend)
     np.testing.assert_allclose(attended(narrow, q, at), attended(wide, q, at), atol=1e-5)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
@@ -61,7 +62,7 @@ MIXED = ModelConfig(
     mlp_only_layers=(2,),
 )
 
-run = jax.jit(forward, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+run = jit(forward, static_argnums=0)
 loaded = functools.cache(lambda kind: load_hf(FOLDERS[kind]))
 
 

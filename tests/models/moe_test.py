@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,7 @@ FLOAT32 = jnp.dtype(jnp.float32)
 NAMES = {"gate": "experts_gate_proj", "up": "experts_up_proj", "down": "experts_down_proj"}
 
 # what is run a few times takes its time compiling
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-route = fast_jit(moe.route, static_argnums=0)
+route = jit(moe.route, static_argnums=0)
 training_dot = partial(moe.grouped_dot, accumulate=FLOAT32)
 
 
@@ -115,7 +115,7 @@ def scored(config, params, x, upstream, experts=None):
 
 @cache
 def program(config):
-    return fast_jit(jax.value_and_grad(partial(scored, config), argnums=(0, 1), has_aux=True))
+    return jit(jax.value_and_grad(partial(scored, config), argnums=(0, 1), has_aux=True))
 
 
 def run(config, params, x, upstream, experts=None):
@@ -244,7 +244,7 @@ def test_kernel_gradients_are_not_rounded_to_the_rows_dtype():
     expected = np.zeros(kernels.shape)
     for n, group in enumerate(np.repeat(np.arange(4), sizes)):
         expected[group] += np.outer(np.asarray(rows[n], np.float64), np.asarray(upstream[n], np.float64))
-    close(fast_jit(total)(kernels), expected, 1e-6)
+    close(jit(total)(kernels), expected, 1e-6)
 
 
 def cut(cuts, rows):
@@ -266,7 +266,7 @@ def grouped_backward(rows, kernels, sizes, upstream):
     return of_rows, of_kernels
 
 
-@fast_jit
+@jit
 def grouped_with_gradients(rows, kernels, sizes, upstream):
     out, pull = jax.vjp(lambda rows, kernels: training_dot(rows, kernels, sizes), rows, kernels)
     return out, *pull(upstream)
@@ -296,7 +296,7 @@ def test_integer_products_are_exact(cuts):
     np.testing.assert_array_equal(out, grouped_loop(rows, kernels, cut(cuts, 100)))
 
 
-@fast_jit
+@jit
 def integer_product(rows, kernels, sizes):
     return moe.grouped_product(rows, kernels, sizes, jnp.dtype(jnp.int32))
 
@@ -308,7 +308,7 @@ def test_blocks_take_any_product_of_rows():
         assert block.shape[1:] == (3,)
         return jnp.stack([block.sum(1).astype(jnp.bfloat16), jnp.full(len(block), expert, jnp.bfloat16)], axis=1)
 
-    out = fast_jit(lambda rows, sizes: moe.blocked(rows, sizes, product))(rows, sizes)
+    out = jit(lambda rows, sizes: moe.blocked(rows, sizes, product))(rows, sizes)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[:, 0], rows.sum(1).astype(jnp.bfloat16))
     np.testing.assert_array_equal(out[:, 1], np.repeat(np.arange(4), sizes))
@@ -374,7 +374,7 @@ def loss(params, x, experts=None):
 
 def test_rematerialised_gradients_are_the_same():
     params, x = parameters(9), normal(34, 2, 20, HIDDEN)
-    close_trees(fast_jit(jax.grad(jax.checkpoint(loss)))(params, x), run(architecture(), params, x, x)[2])
+    close_trees(jit(jax.grad(jax.checkpoint(loss)))(params, x), run(architecture(), params, x, x)[2])
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -382,7 +382,7 @@ def test_vmapped_gradients_are_those_of_each(stacked):
     each = [parameters(10), parameters(20) if stacked else parameters(10)]
     x = normal(35, 2, 2, 20, HIDDEN)
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *each) if stacked else each[0]
-    together = fast_jit(jax.vmap(jax.grad(loss), in_axes=(0 if stacked else None, 0)))(params, x)
+    together = jit(jax.vmap(jax.grad(loss), in_axes=(0 if stacked else None, 0)))(params, x)
     for i, one in enumerate(each):
         close_trees(take(together, i), run(architecture(), one, x[i], x[i])[2])
 
@@ -396,7 +396,7 @@ def test_scanned_layers_are_those_one_by_one():
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, stacked)[0])
 
-    grads = fast_jit(jax.grad(total))(jax.tree.map(lambda *leaves: np.stack(leaves), *each))
+    grads = jit(jax.grad(total))(jax.tree.map(lambda *leaves: np.stack(leaves), *each))
     between = run(architecture(), each[0], x, x)[0]
     _, _, last, upstream = run(architecture(), each[1], between, np.ones_like(x))
     close_trees(take(grads, 1), last)
@@ -415,7 +415,7 @@ def routing_of(probabilities, experts, logsumexp):
     )
 
 
-metrics_of = fast_jit(moe.router_metrics)
+metrics_of = jit(moe.router_metrics)
 
 
 def test_router_metrics_by_hand():
@@ -447,7 +447,7 @@ def test_router_metrics_of_a_row_without_tokens_are_zero():
 @pytest.mark.parametrize("norm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_choice_may_be_made_from_the_routers_probabilities(norm):
     config, params, x = architecture(2, norm), parameters(4), normal(12, 2, 7, HIDDEN)
-    least = fast_jit(lambda x: moe.moe(config, params, x, training_dot, lambda p: jnp.argsort(p, axis=-1)[..., :2]))
+    least = jit(lambda x: moe.moe(config, params, x, training_dot, lambda p: jnp.argsort(p, axis=-1)[..., :2]))
     out, routing = least(x)
     p = np.apply_along_axis(softmax, -1, np.float64(x) @ np.float64(params["router"]))
     experts = np.argsort(p, axis=-1, kind="stable")[..., :2]

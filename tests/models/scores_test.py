@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiling import jit
 from tiny import masters
 
 from dcjax.models import abstract_params, forward, token_logps
@@ -21,10 +22,9 @@ MOE = dataclasses.replace(tiny.EXPERTS, num_layers=1, remat="none")
 UNTIED = dataclasses.replace(SMALL, tie_embeddings=False)
 B, S, T = 4, 12, 7
 TEMPERATURE = np.array([1.0, 0.3, 0.7, 2.5], np.float32)
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
-logits_of = jax.jit(forward, static_argnums=0, compiler_options=FAST_COMPILE)
-scores_of = jax.jit(token_logps, static_argnums=0, static_argnames="response_length", compiler_options=FAST_COMPILE)
+logits_of = jit(forward, static_argnums=0)
+scores_of = jit(token_logps, static_argnums=0, static_argnames="response_length")
 
 
 def in_chunks(config, chunk, *args, **kwargs):
@@ -71,7 +71,7 @@ def at_tokens(values, tokens):
 CHUNKS = [1, 2, 3, 6, 7, 512]
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jit
 def scores_by_chunk(params, support):
     """Of whole distributions in all CHUNKS, and of supported ones in two."""
     given = params, random_tokens(B, S), ragged_mask()
@@ -109,7 +109,7 @@ def test_gradients_do_not_depend_on_the_chunks():
         scores = in_chunks(SMALL, chunk, params, tokens, mask)
         return jnp.sum(scores.logps * weights[0] + scores.entropy * weights[1])
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jit
     def gradients(params):
         return [jax.grad(loss)(params, chunk) for chunk in (T, 1, 3)]
 
@@ -197,7 +197,7 @@ def test_without_a_row_that_was_truncated_a_support_changes_nothing():
     np.testing.assert_allclose(empty[T].entropy, whole[T].entropy, rtol=1e-6)
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jit
 @functools.partial(jax.grad, has_aux=True)
 def gradient(params, support, counted):
     """Of the sum of what is counted, and the scores."""

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import UNOPTIMISED, jit
 from jax.sharding import PartitionSpec
 from tiny import DENSE, EXPERTS, masters
 
@@ -42,14 +43,13 @@ def of_architectures(*everyday, others=tuple(ARCHITECTURES)):
 
 
 # what is run a few times takes its time compiling
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 ROWS, COLUMNS = 4, 10
 EVERYTHING = np.ones((ROWS, COLUMNS), bool)
 
 fresh = jax.jit(init_params, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@functools.partial(jit, static_argnums=0)
 def run(config, params, tokens, mask=None, segment_ids=None, experts=None):
     """Logits, hidden states, and what the routers did."""
     hidden, record = hidden_states(config, params, tokens, mask, segment_ids=segment_ids, experts=experts)
@@ -110,7 +110,7 @@ def test_segments_and_a_mask_together_are_refused():
 
 def test_no_mask_means_that_every_token_is_real():
     params, tokens = masters(DENSE), random_tokens()
-    unmasked = jax.jit(functools.partial(forward, DENSE), compiler_options=FAST_COMPILE)(params, tokens)
+    unmasked = jit(functools.partial(forward, DENSE))(params, tokens)
     np.testing.assert_allclose(unmasked, run(DENSE, params, tokens, EVERYTHING)[0], atol=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_what_is_kept_for_the_backward_pass_changes_neither_values_nor_gradients
     def differentiate(remat):
         kept = dataclasses.replace(config, remat=remat)
         loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(forward(kept, p, tokens) * weights))).trace(params)
-        return loss.lower().compile(FAST_COMPILE)(params), "remat" in str(loss.jaxpr)
+        return loss.lower().compile(UNOPTIMISED)(params), "remat" in str(loss.jaxpr)
 
     everything, is_recomputed = differentiate("none")
     assert not is_recomputed
@@ -138,7 +138,7 @@ def test_less_is_kept_the_more_is_computed_again():
 
     def temporaries(remat):
         kept = dataclasses.replace(config, remat=remat)
-        loss = jax.jit(jax.grad(lambda p, tokens: jnp.sum(forward(kept, p, tokens))), compiler_options=FAST_COMPILE)
+        loss = jax.jit(jax.grad(lambda p, tokens: jnp.sum(forward(kept, p, tokens))), compiler_options=UNOPTIMISED)
         return loss.lower(abstract_params(config), tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries("none") > 1.5 * temporaries("products") > 1.5 * 1.5 * temporaries("full")
@@ -212,7 +212,7 @@ def test_layers_are_dealt_out_by_kind():
     assert dealt == [dense[0], {"q_proj": 1, "router": 0}, dense[1], {"q_proj": 3, "router": 1}]
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+@jit
 def one_layer(weights, x):
     """What a layer leaves in the residual stream, with experts where its weights have a router."""
     rope = rope_table(np.arange(COLUMNS)[None], COLUMNS, EXPERTS.head_dim, EXPERTS.rope_theta)

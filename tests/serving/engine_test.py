@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiling import jit
 from jetstream.engine import engine_api, tokenizer_pb2
 from scipy import stats
 
@@ -46,7 +47,7 @@ def masters():
 
 @functools.cache
 def full_forward():
-    return jax.jit(functools.partial(forward, CONFIG), compiler_options={"xla_backend_optimization_level": 0})
+    return jit(functools.partial(forward, CONFIG))
 
 
 def next_logits(masters, prompts):

@@ -6,8 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
+from compiling import jit
 from scipy import stats
-from served import DENSE, EXPERTS, FAST_COMPILE, PROMPTS, G, P, T, engine_of, params_of, sample, trained_scores
+from served import DENSE, EXPERTS, PROMPTS, G, P, T, engine_of, params_of, sample, trained_scores
 from tiny import masters
 
 from dcjax.models import forward
@@ -49,7 +50,7 @@ def test_a_rate_out_of_range_is_refused(rate):
 # --- noise ---
 
 
-logits_of = jax.jit(forward, static_argnums=0, compiler_options=FAST_COMPILE)
+logits_of = jit(forward, static_argnums=0)
 
 
 @pytest.mark.parametrize("size", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])

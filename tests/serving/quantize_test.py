@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import re
 
 import jax
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -20,13 +20,12 @@ NARROW = [name for name, format in formats.items() if format.weights is not None
 MATRICES = arrays(np.float32, (4, 32), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
 GROUP_SIZES = np.array([4, 0, 5], np.int32)
 
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 quantize_kernel, quantize_table = (
-    fast_jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
+    jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
 )
-dot, logits, grouped_dot = map(fast_jit, (quantize.dot, quantize.logits, quantize.grouped_dot))
-lookup = fast_jit(quantize.lookup, static_argnums=2)
-unpack = fast_jit(quantize.unpack, static_argnums=(1, 2))
+dot, logits, grouped_dot = map(jit, (quantize.dot, quantize.logits, quantize.grouped_dot))
+lookup = jit(quantize.lookup, static_argnums=2)
+unpack = jit(quantize.unpack, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import UNOPTIMISED
 from served import (
     DENSE,
     END,
     EXPERTS,
-    FAST_COMPILE,
     MIXED,
     OTHER,
     PROMPTS,
@@ -52,7 +52,7 @@ def served_logps(engine, config, rollout):
         tokens[row, : length + T] = rollout.tokens[row, P - length :]
     weights = params_of(engine, config).weights
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE | AS_WRITTEN)
+    @functools.partial(jax.jit, compiler_options=UNOPTIMISED | AS_WRITTEN)
     def run(weights, tokens):
         positions = jnp.broadcast_to(jnp.arange(P + T), tokens.shape)
         caches = tuple(init_cache(config, len(tokens), P + T, engine.format.kv_cache) for _ in range(config.num_layers))

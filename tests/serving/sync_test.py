@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiling import jit
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dcjax.models import abstract_params, logical_axes, presets
@@ -44,8 +45,7 @@ def of(names):
 
 
 quantised_kernel, quantised_table = (
-    jax.jit(function, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
-    for function in (quantize.quantize_kernel, quantize.quantize_table)
+    jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
 )
 
 
@@ -179,7 +179,7 @@ def hidden_of(config, format, masters):
     tokens = np.arange(10).reshape(2, 5)
     positions = np.broadcast_to(np.arange(5), tokens.shape)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def run(weights):
         caches = tuple(init_cache(config, 2, 5, format.kv_cache) for _ in range(config.num_layers))
         x = quantize.lookup(weights["embed_tokens"], tokens, format.activations)

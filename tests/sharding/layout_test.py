@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import UNOPTIMISED
 from jax.experimental.pallas import tpu as pltpu
 
 from dcjax import assemble
@@ -45,7 +46,6 @@ MODEL = ModelConfig(
 ROWS, G, P, T = 8, 4, 4, 7
 # columns that a forward pass is fed
 FED = P + T - 1
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MESHES = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
@@ -92,7 +92,7 @@ def train_one_step(mesh_config):
     masters = jax.device_get(jax.jit(partial(init_params, MODEL))(jax.random.key(0)))
     params = jax.device_put(masters, assemble.params_shardings(CONFIG, mesh))
     state = assemble.initial_state(CONFIG, mesh, tx, params)
-    step = assemble.compile_train_step(CONFIG, mesh).lower(state, BATCH).compile(FAST_COMPILE)
+    step = assemble.compile_train_step(CONFIG, mesh).lower(state, BATCH).compile(UNOPTIMISED)
     return *jax.device_get(step(state, BATCH)), step.as_text()
 
 

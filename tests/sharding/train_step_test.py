@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import UNOPTIMISED
 
 from dcjax import assemble
 from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.heavy
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, head_dim=8)
 ROWS, G, P, T = 16, 4, 4, 6
 # a step is run a few times, so that compiling it is what takes time
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MESHES = {"one": MeshConfig(), "data 2 × fsdp 4": MeshConfig(data=2, fsdp=4)}
 
 
@@ -78,7 +78,7 @@ def trained(batch, masters):
         params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
         before = state = assemble.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, formats["float32"])(state.params, 0)
-        step, metrics = assemble.compile_train_step(config, mesh).lower(state, batch).compile(FAST_COMPILE), []
+        step, metrics = assemble.compile_train_step(config, mesh).lower(state, batch).compile(UNOPTIMISED), []
         for _ in range(2):
             state, measured = step(state, batch)
             metrics.append(jax.device_get(measured))
