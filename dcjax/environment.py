@@ -34,7 +34,8 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     return [
         f"platform: {device.device_kind} ({device.platform}), {devices}, jax {jax.__version__}",
         f"training: {axes}; {kernels}; parameters {precision.parameters}, compute {precision.compute}, "
-        f"sums {precision.accumulation}, head {precision.head}",
+        f"sums {precision.accumulation}, head {precision.head}, "
+        f"float32 products of precision {precision.float32_products}",
         f"serving: {engine.format.name}, KV cache {jnp.dtype(engine.format.kv_cache).name}, {engine.slots} slots; "
         f"copies of the model: {copies}, on {within} devices{apart} each",
     ]

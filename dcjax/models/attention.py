@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -59,6 +60,7 @@ def causal_attention(
     v: Float[Array, "B S K D"],
     *,
     kernel: AttentionKernel,
+    float32: lax.Precision = lax.Precision.HIGHEST,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H D"]:
     """softmax(q kᵀ / √D) v in q's dtype: a query sees the keys at or before its own column.
@@ -71,8 +73,9 @@ def causal_attention(
     a TPU can be compiled on a host without one; `choose` says beforehand whether a kernel and a platform go together.
     """
     chosen = choose(kernel, jax.default_backend(), q.dtype) if kernel == "auto" else kernel
-    attend = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen]
-    return attend(q, k, v, segment_ids)
+    if chosen == "cudnn":  # which takes 16 bits only
+        return _cudnn(q, k, v, segment_ids)
+    return {"xla": _xla, "splash": _splash}[chosen](q, k, v, segment_ids, float32)
 
 
 def _xla(
@@ -80,12 +83,13 @@ def _xla(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     segment_ids: Int[Array, "B S"] | None,
+    float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
     length = q.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     if segment_ids is not None:
         mask &= _same_segment(segment_ids)
-    return attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None])
+    return attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None], float32=float32)
 
 
 def _cudnn(
@@ -108,6 +112,7 @@ def _splash(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     segment_ids: Int[Array, "B S"] | None,
+    float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
     # A Pallas call is not partitioned by jit: this computes on one device's arrays, and sharded ones need shard_map
     # around it, over batch and heads.
@@ -121,8 +126,32 @@ def _splash(
     if segment_ids is not None:
         padded = pad_columns(segment_ids, block)
         ids = splash_attention.SegmentIds(q=padded, kv=padded)
-    attend = _splash_kernel(q.shape[2], q_heads.shape[2], block)
-    return jax.vmap(attend)(q_heads, k_heads, v_heads, ids).swapaxes(1, 2)[:, :length]
+    attend = jax.vmap(_splash_kernel(q.shape[2], q_heads.shape[2], block))
+    if q.dtype == jnp.float32:
+        attend = _asking(float32, attend)
+    return attend(q_heads, k_heads, v_heads, ids).swapaxes(1, 2)[:, :length]
+
+
+def _asking(float32: lax.Precision, function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function, whose products ask for no precision themselves, with this one, forward and backward."""
+    # Mosaic has these two
+    name = "default" if float32 == lax.Precision.DEFAULT else "highest"
+
+    @jax.custom_vjp
+    def asking(*operands):
+        with jax.default_matmul_precision(name):
+            return function(*operands)
+
+    def forward(*operands):
+        with jax.default_matmul_precision(name):
+            return jax.vjp(function, *operands)
+
+    def backward(back, gradient):
+        with jax.default_matmul_precision(name):
+            return back(gradient)
+
+    asking.defvjp(forward, backward)
+    return asking
 
 
 def _splash_kernel(heads: int, length: int, block: int) -> Callable[..., Any]:

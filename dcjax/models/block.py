@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from dcjax.models.config import DTYPES, ModelConfig, Precision
-from dcjax.models.layers import Rope, apply_rope, dense, rms_norm
+from dcjax.models.layers import Arithmetic, Rope, apply_rope, dense, rms_norm
 from dcjax.models.layout import HIDDEN, ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.moe import Choice, GroupedDot, Routing, grouped_dot, moe
 from dcjax.types import Array
@@ -37,14 +37,14 @@ PRODUCT = "product"
 
 
 def training_products(precision: Precision) -> Products:
-    """Products of float arrays that sum in the policy's dtype."""
-    accumulate = DTYPES[precision.accumulation]
+    """Products of float arrays by the policy's arithmetic."""
+    arithmetic = Arithmetic(DTYPES[precision.accumulation], precision.float32)
 
     def dot(x: Array, kernel: Array) -> Array:
-        return checkpoint_name(dense(x, kernel, accumulate), PRODUCT)
+        return checkpoint_name(dense(x, kernel, arithmetic), PRODUCT)
 
     def grouped(rows: Array, kernels: Array, group_sizes: Array) -> Array:
-        return checkpoint_name(grouped_dot(rows, kernels, group_sizes, accumulate), PRODUCT)
+        return checkpoint_name(grouped_dot(rows, kernels, group_sizes, arithmetic), PRODUCT)
 
     return Products(dot, grouped)
 

@@ -86,10 +86,16 @@ def write(
     return LayerCache(put(cache.k, k), put(cache.v, v), put(cache.k_scale, k_scale), put(cache.v_scale, v_scale))
 
 
-def attend(cache: LayerCache, q: Float[Array, "B S H D"], positions: Int[Array, "B S"]) -> Float[Array, "B S H D"]:
+def attend(
+    cache: LayerCache,
+    q: Float[Array, "B S H D"],
+    positions: Int[Array, "B S"],
+    *,
+    float32: lax.Precision = lax.Precision.HIGHEST,
+) -> Float[Array, "B S H D"]:
     """Softmax attention of queries at `positions` on the cached tokens up to and including their own."""
     visible = jnp.arange(cache.k.shape[2]) <= positions[:, None, None, :, None]
-    return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
+    return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale, float32=float32)
 
 
 CachedAttention = Callable[..., tuple[Array, LayerCache]]
@@ -103,11 +109,13 @@ def attend_cached(
     v: Float[Array, "B S K D"],
     positions: Int[Array, "B S"],
     layer: Int[Array, ""] | None = None,
+    *,
+    float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
     """`attend` after `write`, and what was written to."""
     written = write(cache, k, v, positions, layer)
     own = written if layer is None else jax.tree.map(lambda leaf: leaf[layer], written)
-    return attend(own, q, positions), written
+    return attend(own, q, positions, float32=float32), written
 
 
 def stack_layers(layers: Sequence[Any]) -> Any:
@@ -154,7 +162,8 @@ def forward_cached(
 
     def layer(x: Array, weights: Mapping[str, Any], cache: LayerCache, number: Any):
         def attend_here(q, k, v):
-            return attention(cache, q, k, v, positions, *([number] if stacked else []))
+            of_layer = [number] if stacked else []
+            return attention(cache, q, k, v, positions, *of_layer, float32=config.precision.float32)
 
         experts = None if choose is None else partial(choose, number)
         x, cache, routing = block(config, weights, x, rope, attend_here, products, experts, layout)

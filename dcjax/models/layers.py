@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from dcjax.types import Array
@@ -17,29 +19,51 @@ Rope = tuple[Array, Array]
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
+class Arithmetic(NamedTuple):
+    """How products are computed."""
+
+    # dtype of the sums
+    accumulate: jnp.dtype = FLOAT32
+    # of float32 with float32: hardware takes narrower numbers as they are, but would round these unless asked not to
+    float32: lax.Precision = lax.Precision.HIGHEST
+
+    def of(self, dtype: jnp.dtype) -> dict[str, Any]:
+        """What JAX's products are told where both sides are of a dtype."""
+        return {"precision": precision_of(dtype, self.float32), "preferred_element_type": self.accumulate}
+
+
+def precision_of(dtype: jnp.dtype, float32: lax.Precision) -> lax.Precision | None:
+    """The precision of a product whose sides are both of a dtype: `float32` for that one, JAX's own for others."""
+    return float32 if dtype == FLOAT32 else None
+
+
+EXACT = Arithmetic()
+"""Sums in float32, all bits of float32."""
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
-    rows: Float[Array, "*N K"], kernel: Float[Array, "K M"], accumulate: jnp.dtype, out: jnp.dtype
+    rows: Float[Array, "*N K"], kernel: Float[Array, "K M"], arithmetic: Arithmetic, out: jnp.dtype
 ) -> Float[Array, "*N M"]:
-    """rows @ kernel, both in the rows' dtype, summed in `accumulate`, returned in `out`.
+    """rows @ kernel, both in the rows' dtype, returned in `out`.
 
-    Its gradients are products of the same kind: both sides in the rows' dtype, sums in `accumulate`. What reaches a
+    Its gradients are products of the same kind: both sides in the rows' dtype, the same arithmetic. What reaches a
     float32 kernel was not rounded to the rows' dtype on the way, as differentiating the casts would do.
     """
-    return jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=accumulate).astype(out)
+    return jnp.matmul(rows, kernel.astype(rows.dtype), **arithmetic.of(rows.dtype)).astype(out)
 
 
-def _product_forward(rows, kernel, accumulate, out):
-    return product(rows, kernel, accumulate, out), (rows, kernel)
+def _product_forward(rows, kernel, arithmetic, out):
+    return product(rows, kernel, arithmetic, out), (rows, kernel)
 
 
-def _product_backward(accumulate, out, saved, gradient):
+def _product_backward(arithmetic, out, saved, gradient):
     rows, kernel = saved
     gradient = gradient.astype(rows.dtype)
-    to_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T, preferred_element_type=accumulate)
+    to_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T, **arithmetic.of(rows.dtype))
     # not of rows merged into one axis: where a mesh splits two of the merged, it could not split the merged one
     merged = tuple(range(rows.ndim - 1))
-    to_kernel = jnp.tensordot(rows, gradient, (merged, merged), preferred_element_type=accumulate)
+    to_kernel = jnp.tensordot(rows, gradient, (merged, merged), **arithmetic.of(rows.dtype))
     return to_rows.astype(rows.dtype), to_kernel.astype(kernel.dtype)
 
 
@@ -47,10 +71,10 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def dense(
-    x: Float[Array, "... K"], kernel: Float[Array, "K N"], accumulate: jnp.dtype = FLOAT32
+    x: Float[Array, "... K"], kernel: Float[Array, "K N"], arithmetic: Arithmetic = EXACT
 ) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype, summed in `accumulate`."""
-    return product(x, kernel, accumulate, x.dtype)
+    """x @ kernel in x's dtype."""
+    return product(x, kernel, arithmetic, x.dtype)
 
 
 def lookup(table: Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S E"]:
@@ -82,6 +106,24 @@ def apply_rope(x: Float[Array, "B S H D"], rope: Rope) -> Float[Array, "B S H D"
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scores(
+    rows: Float[Array, "B K R D"], keys: Float[Array, "B K C D"], float32: lax.Precision
+) -> Float[Array, "B K R C"]:
+    """rows · keys, in float32. Gradients are products of the sides' dtype, to which the scores' own is rounded."""
+    return jnp.einsum("bkrd,bkcd->bkrc", rows, keys, **Arithmetic(FLOAT32, float32).of(rows.dtype))
+
+
+def _scores_backward(float32, saved, gradient):
+    rows, keys = saved
+    gradient, precision = gradient.astype(rows.dtype), precision_of(rows.dtype, float32)
+    to_rows = jnp.einsum("bkrc,bkcd->bkrd", gradient, keys, precision=precision)
+    return to_rows, jnp.einsum("bkrc,bkrd->bkcd", gradient, rows, precision=precision)
+
+
+_scores.defvjp(lambda rows, keys, float32: (_scores(rows, keys, float32), (rows, keys)), _scores_backward)
+
+
 def attend_grouped(
     q: Float[Array, "B S H D"],
     k: Shaped[Array, "B K C D"],
@@ -89,25 +131,29 @@ def attend_grouped(
     mask: Bool[Array, "#B 1 #G #S C"],
     k_scale: Float[Array, "B K C"] | None = None,
     v_scale: Float[Array, "B K C"] | None = None,
+    *,
+    float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> Float[Array, "B S H D"]:
     """softmax(q kᵀ / √D) v, the H / K query heads of a key-value head merged into the rows of one product.
 
-    Scores and softmax are float32, products of q's dtype. An int8 or fp8 k or v comes with a scale per token, which
-    multiplies scores and weights, so that the integers are never widened to a second copy of a cache.
+    Scores and softmax are float32, products of q's dtype (`float32` is their precision where that is it). An int8 or
+    fp8 k or v comes with a scale per token, which multiplies scores and weights, so that the integers are never widened
+    to a second copy of a cache.
     """
     batch, length, _, head_dim = q.shape
     kv_heads, context = k.shape[1:3]
     rows = (
         q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     )
-    scores = jnp.einsum("bkrd,bkcd->bkrc", rows, k.astype(q.dtype), preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = _scores(rows, k.astype(q.dtype), float32) * head_dim**-0.5
     if k_scale is not None:
         scores *= k_scale[:, :, None]
     grouped = scores.reshape(batch, kv_heads, -1, length, context)
     weights = jax.nn.softmax(jnp.where(mask, grouped, jnp.finfo(jnp.float32).min), axis=-1).reshape(scores.shape)
     if v_scale is not None:
         weights *= v_scale[:, :, None]
-    attended = jnp.einsum("bkrc,bkcd->bkrd", weights.astype(q.dtype), v.astype(q.dtype))
+    precision = precision_of(q.dtype, float32)
+    attended = jnp.einsum("bkrc,bkcd->bkrd", weights.astype(q.dtype), v.astype(q.dtype), precision=precision)
     return attended.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

@@ -18,6 +18,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Bool, Float, Int, Shaped
 
 from dcjax.models.config import ModelConfig
+from dcjax.models.layers import Arithmetic
 from dcjax.types import Array
 
 GroupedDot = Callable[[Array, Any, Array], Array]
@@ -100,7 +101,8 @@ def mix_rows(
     sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
     rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0), order, inverse)
     outputs = _permute(through(rows, sizes), inverse, order).reshape(*weights.shape, -1)
-    return jnp.einsum("bsk,bskd->bsd", weights, outputs, preferred_element_type=jnp.float32)
+    # not as a product of matrices, which hardware could round to fewer bits
+    return jnp.sum(weights[..., None].astype(jnp.float32) * outputs.astype(jnp.float32), axis=2)
 
 
 def mix(
@@ -176,23 +178,23 @@ def router_metrics(routing: Routing, mask: Bool[Array, "B S"]) -> dict[str, Floa
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_dot(
-    rows: Float[Array, "N K"], kernels: Float[Array, "E K M"], group_sizes: Int[Array, "E"], accumulate: jnp.dtype
+    rows: Float[Array, "N K"], kernels: Float[Array, "E K M"], group_sizes: Int[Array, "E"], arithmetic: Arithmetic
 ) -> Float[Array, "N M"]:
-    """The training product: row n times its group's kernel, both in the rows' dtype, summed in `accumulate`.
+    """The training product: row n times its group's kernel, both in the rows' dtype.
 
-    Gradients of kernels go from `accumulate` to the kernels' dtype, without a rounding to the rows' between.
+    Gradients of kernels go from the sums' dtype to the kernels', without a rounding to the rows' between.
     """
-    return grouped_product(rows, kernels, group_sizes, accumulate).astype(rows.dtype)
+    return grouped_product(rows, kernels, group_sizes, arithmetic).astype(rows.dtype)
 
 
-def _grouped_dot_forward(rows, kernels, group_sizes, accumulate):
-    return grouped_dot(rows, kernels, group_sizes, accumulate), (rows, kernels, group_sizes)
+def _grouped_dot_forward(rows, kernels, group_sizes, arithmetic):
+    return grouped_dot(rows, kernels, group_sizes, arithmetic), (rows, kernels, group_sizes)
 
 
-def _grouped_dot_backward(accumulate, saved, gradient):
+def _grouped_dot_backward(arithmetic, saved, gradient):
     rows, kernels, group_sizes = saved
-    of_rows = grouped_product(gradient, kernels, group_sizes, accumulate, transposed=True)
-    of_kernels = _outer_products(rows, gradient, group_sizes, accumulate)
+    of_rows = grouped_product(gradient, kernels, group_sizes, arithmetic, transposed=True)
+    of_kernels = _outer_products(rows, gradient, group_sizes, arithmetic)
     return of_rows.astype(rows.dtype), of_kernels.astype(kernels.dtype), None
 
 
@@ -203,11 +205,11 @@ def grouped_product(
     rows: Shaped[Array, "N K"],
     kernels: Any,
     group_sizes: Int[Array, "E"],
-    accumulate: jnp.dtype,
+    arithmetic: Arithmetic,
     transposed: bool = False,
     read: Callable[[Any, jnp.dtype], jax.Array] = jnp.asarray,
 ) -> Shaped[Array, "N M"]:
-    """Row n times its group's kernel, or the kernel's transpose: sums in `accumulate`, not rounded to the rows' dtype.
+    """Row n times its group's kernel, or the kernel's transpose: sums as they are, not rounded to the rows' dtype.
 
     int8 rows and kernels with int32 sums are how an engine's quantised experts call it; `read` makes arrays [..., K, M]
     of a dtype of what else kernels are stored in, leaves [E, ...]. It has no gradient of its own.
@@ -217,15 +219,13 @@ def grouped_product(
 
     def ragged(rows, kernels, group_sizes):
         dims = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
-        return lax.ragged_dot_general(
-            rows, read(kernels, rows.dtype), group_sizes, dims, preferred_element_type=accumulate
-        )
+        return lax.ragged_dot_general(rows, read(kernels, rows.dtype), group_sizes, dims, **arithmetic.of(rows.dtype))
 
     def in_blocks(rows, kernels, group_sizes):
         def product(block, expert):
             # read here, as a few tokens need a few of the kernels
             kernel = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), kernels)
-            return _dot(block, read(kernel, block.dtype), (1, contracted - 1), accumulate)
+            return _dot(block, read(kernel, block.dtype), (1, contracted - 1), arithmetic)
 
         return blocked(rows, group_sizes, product)
 
@@ -233,13 +233,13 @@ def grouped_product(
 
 
 def _outer_products(
-    rows: Float[Array, "N K"], gradient: Float[Array, "N M"], group_sizes: Int[Array, "E"], accumulate: jnp.dtype
+    rows: Float[Array, "N K"], gradient: Float[Array, "N M"], group_sizes: Int[Array, "E"], arithmetic: Arithmetic
 ) -> Float[Array, "E K M"]:
     """Of each group, rowsᵀ gradient."""
 
     def ragged(rows, gradient, group_sizes):
         dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-        return lax.ragged_dot_general(rows, gradient, group_sizes, dims, preferred_element_type=accumulate)
+        return lax.ragged_dot_general(rows, gradient, group_sizes, dims, **arithmetic.of(rows.dtype))
 
     def in_blocks(rows, gradient, group_sizes):
         size = _block_size(len(rows), len(group_sizes))
@@ -248,11 +248,11 @@ def _outer_products(
         def add(totals, expert, start, used):
             block = lax.dynamic_slice_in_dim(rows, start, size)
             block = jnp.where(jnp.arange(size)[:, None] < used, block, 0)
-            product = _dot(block, lax.dynamic_slice_in_dim(gradient, start, size), (0, 0), accumulate)
+            product = _dot(block, lax.dynamic_slice_in_dim(gradient, start, size), (0, 0), arithmetic)
             return totals.at[expert].add(product.astype(totals.dtype))
 
-        shape = (len(group_sizes), rows.shape[1], gradient.shape[1])
-        return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _held_in(accumulate))).astype(accumulate)
+        shape, sums = (len(group_sizes), rows.shape[1], gradient.shape[1]), arithmetic.accumulate
+        return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _held_in(sums))).astype(sums)
 
     return _by_platform(in_blocks, ragged)(rows, gradient, group_sizes)
 
@@ -312,6 +312,6 @@ def _held_in(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
-def _dot(x: Array, y: Array, contracted: tuple[int, int], accumulate: jnp.dtype) -> Array:
+def _dot(x: Array, y: Array, contracted: tuple[int, int], arithmetic: Arithmetic) -> Array:
     dims = (((contracted[0],), (contracted[1],)), ((), ()))
-    return lax.dot_general(x, y, dims, preferred_element_type=accumulate)
+    return lax.dot_general(x, y, dims, **arithmetic.of(x.dtype))

@@ -276,7 +276,8 @@ def _run_columns(
     rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
 
     def attend(q, k, v):
-        return layout.attention(q, k, v, kernel=config.attention, segment_ids=segment_ids), None
+        how = {"kernel": config.attention, "float32": config.precision.float32}
+        return layout.attention(q, k, v, segment_ids=segment_ids, **how), None
 
     def layer(x, weights, imposed):
         # XLA gives a value the first constraint on it, and what comes in is what is kept
@@ -334,5 +335,6 @@ def logits(
     rows = hidden.astype(DTYPES[config.precision.head])
     # constrained where it is used, and so its gradient is divided too, chunk by chunk
     table = layout.constrain(head_kernel(config, params), TABLE)
-    out = layers.product(rows, table.T, DTYPES[config.precision.accumulation], jnp.dtype(jnp.float32))
+    arithmetic = layers.Arithmetic(DTYPES[config.precision.accumulation], config.precision.float32)
+    out = layers.product(rows, table.T, arithmetic, jnp.dtype(jnp.float32))
     return layout.constrain(out, LOGITS)

@@ -322,11 +322,14 @@ class Decoder:
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
         x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
         shared = serving_layout(self.mesh)
-        return forward_cached(self.config, params.weights, x, positions, caches, quantize.PRODUCTS, choose, *shared)
+        products = quantize.products(self.config)
+        return forward_cached(self.config, params.weights, x, positions, caches, products, choose, *shared)
 
     def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:
         head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
-        logits = pinned(self.mesh, quantize.logits(decoded.hidden[:, 0], head), SCORES)
+        logits = pinned(
+            self.mesh, quantize.logits(decoded.hidden[:, 0], head, quantize.arithmetic(self.config)), SCORES
+        )
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise

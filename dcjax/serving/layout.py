@@ -81,12 +81,14 @@ def _attend(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     positions: Int[Array, "B S"],
+    *,
+    float32: lax.Precision,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
     """`attend_cached`, each device with the sequences of its copy and its share of the heads."""
     held, rows = partition_spec(CACHE, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
     heads = partition_spec(PartitionSpec("batch", None, "heads"), SERVING_RULES)
     return jax.shard_map(
-        attend_cached,
+        partial(attend_cached, float32=float32),
         mesh=mesh,
         in_specs=(held, heads, heads, heads, rows),
         out_specs=(heads, held),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import flax.struct
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from dcjax.models import ModelConfig, abstract_params, moe
 from dcjax.models.block import Products
 from dcjax.models.cache import quantize_rows
-from dcjax.models.layers import dense
+from dcjax.models.layers import EXACT, Arithmetic, dense
 from dcjax.types import Array
 
 FormatName = Literal["float32", "bf16", "fp16", "int8_weight_only", "int8", "fp8_weight_only", "fp8", "int4"]
@@ -232,64 +233,73 @@ def unpack(matrix: PackedMatrix, dtype: jnp.dtype, axis: int) -> Float[jax.Array
     return (nibbles.reshape(shape).astype(jnp.float32) * scale).astype(dtype)
 
 
-Multiply = Callable[[Array, Array, jnp.dtype], Array]
-"""(rows [N, K], values of weights, dtype of the sums) -> [N, M], the values cast to the rows' dtype."""
+Multiply = Callable[[Array, Array, Arithmetic], Array]
+"""(rows [N, K], values of weights, how) -> [N, M], the values cast to the rows' dtype."""
 
 
 def _scaled(
-    x: Float[Array, "N K"], weights: QuantizedMatrix, scale: Float[Array, "#N M"], multiply: Multiply
+    x: Float[Array, "N K"],
+    weights: QuantizedMatrix,
+    scale: Float[Array, "#N M"],
+    multiply: Multiply,
+    arithmetic: Arithmetic,
 ) -> Float[Array, "N M"]:
     """The float32 product of x and quantised weights, `scale` theirs; every product of two narrow numbers is exact."""
     if not weights.quantizes_activations:
-        return multiply(x, weights.values, FLOAT32) * scale
+        return multiply(x, weights.values, arithmetic) * scale
     rows, row_scale = quantize_rows(x, weights.values.dtype)
-    total = _narrow_product(rows, weights.values, multiply)
+    total = _narrow_product(rows, weights.values, multiply, arithmetic)
     return total.astype(jnp.float32) * (row_scale[:, None] * scale)
 
 
-def _narrow_product(rows: Array, values: Array, multiply: Multiply) -> Array:
+def _narrow_product(rows: Array, values: Array, multiply: Multiply, arithmetic: Arithmetic) -> Array:
     if rows.dtype == INT8:
-        return multiply(rows, values, jnp.dtype(jnp.int32))
+        return multiply(rows, values, arithmetic._replace(accumulate=jnp.dtype(jnp.int32)))
 
     def narrow(rows, values):
-        return multiply(rows, values, FLOAT32)
+        return multiply(rows, values, arithmetic)
 
     def widened(rows, values):
         # bfloat16 holds each e4m3 number and float32 each product; float8 itself would go through float32, four times
         # as slow
-        return multiply(rows.astype(BF16), values, FLOAT32)
+        return multiply(rows.astype(BF16), values, arithmetic)
 
     return lax.platform_dependent(rows, values, cpu=widened, default=narrow)
 
 
 def _along(contracted: int) -> Multiply:
-    def multiply(rows, values, accumulate):
+    def multiply(rows, values, arithmetic):
         dims = (((1,), (contracted,)), ((), ()))
-        return lax.dot_general(rows, values.astype(rows.dtype), dims, preferred_element_type=accumulate)
+        return lax.dot_general(rows, values.astype(rows.dtype), dims, **arithmetic.of(rows.dtype))
 
     return multiply
 
 
-def dot(x: Float[Array, "... K"], kernel: Matrix | Float[Array, "K N"]) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype, summed in float32, in int32 where int8 meets int8."""
+def dot(
+    x: Float[Array, "... K"], kernel: Matrix | Float[Array, "K N"], arithmetic: Arithmetic = EXACT
+) -> Float[Array, "... N"]:
+    """x @ kernel in x's dtype; where int8 meets int8, sums are int32."""
     if isinstance(kernel, QuantizedMatrix):
-        rows = _scaled(x.reshape(-1, x.shape[-1]), kernel, kernel.scale[None], _along(0))
+        rows = _scaled(x.reshape(-1, x.shape[-1]), kernel, kernel.scale[None], _along(0), arithmetic)
         return rows.astype(x.dtype).reshape(*x.shape[:-1], -1)
-    return dense(x, unpack(kernel, x.dtype, -2) if isinstance(kernel, PackedMatrix) else kernel)
+    return dense(x, unpack(kernel, x.dtype, -2) if isinstance(kernel, PackedMatrix) else kernel, arithmetic)
 
 
 def grouped_dot(
-    rows: Float[Array, "N K"], kernels: Matrix | Float[Array, "E K M"], group_sizes: Int[Array, "E"]
+    rows: Float[Array, "N K"],
+    kernels: Matrix | Float[Array, "E K M"],
+    group_sizes: Int[Array, "E"],
+    arithmetic: Arithmetic = EXACT,
 ) -> Float[Array, "N M"]:
     """Each row times its group's kernel, in the rows' dtype; sums as in `dot`."""
 
-    def multiply(rows: Array, kernels: Any, accumulate: jnp.dtype) -> Array:
-        return moe.grouped_product(rows, kernels, group_sizes, accumulate, read=_read_kernels)
+    def multiply(rows: Array, kernels: Any, arithmetic: Arithmetic) -> Array:
+        return moe.grouped_product(rows, kernels, group_sizes, arithmetic, read=_read_kernels)
 
     if not isinstance(kernels, QuantizedMatrix):
-        return multiply(rows, kernels, FLOAT32).astype(rows.dtype)
+        return multiply(rows, kernels, arithmetic).astype(rows.dtype)
     groups = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
-    return _scaled(rows, kernels, kernels.scale[groups], multiply).astype(rows.dtype)
+    return _scaled(rows, kernels, kernels.scale[groups], multiply, arithmetic).astype(rows.dtype)
 
 
 def _read_kernels(kernels: PackedMatrix | jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -305,12 +315,21 @@ def lookup(table: Matrix | Float[Array, "V E"], tokens: Int[Array, "B S"], dtype
     return table[tokens].astype(dtype)
 
 
-def logits(x: Float[Array, "B E"], table: Matrix | Float[Array, "V E"]) -> Float[Array, "B V"]:
-    """x @ tableᵀ, accumulated and returned in float32."""
+def logits(
+    x: Float[Array, "B E"], table: Matrix | Float[Array, "V E"], arithmetic: Arithmetic = EXACT
+) -> Float[Array, "B V"]:
+    """x @ tableᵀ in the dtype of the sums."""
     if isinstance(table, QuantizedMatrix):
-        return _scaled(x, table, table.scale[None], _along(1))
-    return _along(1)(x, unpack(table, x.dtype, -1) if isinstance(table, PackedMatrix) else table, FLOAT32)
+        return _scaled(x, table, table.scale[None], _along(1), arithmetic)
+    return _along(1)(x, unpack(table, x.dtype, -1) if isinstance(table, PackedMatrix) else table, arithmetic)
 
 
-PRODUCTS = Products(dot, grouped_dot)
-"""What a layer multiplies with, whatever the kernels are stored in."""
+def arithmetic(config: ModelConfig) -> Arithmetic:
+    """How an engine multiplies: summed in float32, in whatever dtype the model is trained."""
+    return EXACT._replace(float32=config.precision.float32)
+
+
+def products(config: ModelConfig) -> Products:
+    """What a layer multiplies with, whatever the kernels are stored in."""
+    how = arithmetic(config)
+    return Products(partial(dot, arithmetic=how), partial(grouped_dot, arithmetic=how))

@@ -75,6 +75,7 @@ def _attention(
     v: Float[Array, "B S K D"],
     *,
     kernel: AttentionKernel,
+    float32: lax.Precision,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H D"]:
     """`causal_attention`, each device with whole sequences of its rows and heads.
@@ -87,7 +88,7 @@ def _attention(
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     heads = partition_spec(PartitionSpec("batch", None, "attention_heads", None))
     attend = jax.shard_map(
-        lambda q, k, v, ids: causal_attention(q, k, v, kernel=kernel, segment_ids=ids),
+        lambda q, k, v, ids: causal_attention(q, k, v, kernel=kernel, float32=float32, segment_ids=ids),
         mesh=mesh,
         in_specs=(heads, heads, heads, partition_spec(PartitionSpec("batch", None))),
         out_specs=heads,

@@ -97,10 +97,14 @@ def test_a_product_sums_in_the_dtype_asked_for_and_rounds_once():
     # 1 + 4096 · 2^-12 is 2, of which bfloat16 sums taken one by one would see nothing
     rows, kernel = np.ones((1, 4097), BF16), np.full((4097, 1), 2.0**-12, np.float32)
     kernel[0] = 1
-    assert float(product(rows, kernel, FLOAT32, FLOAT32)[0, 0]) == 2.0
-    assert jax.eval_shape(functools.partial(layers.product, accumulate=FLOAT32, out=BF16), rows, kernel).dtype == BF16
+    assert float(product(rows, kernel, layers.EXACT, FLOAT32)[0, 0]) == 2.0
+    assert (
+        jax.eval_shape(functools.partial(layers.product, arithmetic=layers.EXACT, out=BF16), rows, kernel).dtype == BF16
+    )
     # the output dtype alone rounds: 257 has no bfloat16
-    exact, rounded = (product(rows[:, :257], np.ones((257, 1), np.float32), FLOAT32, out) for out in (FLOAT32, BF16))
+    exact, rounded = (
+        product(rows[:, :257], np.ones((257, 1), np.float32), layers.EXACT, out) for out in (FLOAT32, BF16)
+    )
     assert (float(exact[0, 0]), float(rounded[0, 0])) == (257.0, 256.0)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcjax.models import ModelConfig, moe
+from dcjax.models.layers import EXACT, Arithmetic
 
 pytestmark = pytest.mark.heavy
 
@@ -20,7 +21,7 @@ NAMES = {"gate": "experts_gate_proj", "up": "experts_up_proj", "down": "experts_
 
 # what is run a few times takes its time compiling
 route = jit(moe.route, static_argnums=0)
-training_dot = partial(moe.grouped_dot, accumulate=FLOAT32)
+training_dot = partial(moe.grouped_dot, arithmetic=EXACT)
 
 
 def normal(seed, *shape):
@@ -298,7 +299,7 @@ def test_integer_products_are_exact(cuts):
 
 @jit
 def integer_product(rows, kernels, sizes):
-    return moe.grouped_product(rows, kernels, sizes, jnp.dtype(jnp.int32))
+    return moe.grouped_product(rows, kernels, sizes, Arithmetic(jnp.dtype(jnp.int32)))
 
 
 def test_blocks_take_any_product_of_rows():

@@ -183,7 +183,7 @@ def hidden_of(config, format, masters):
     def run(weights):
         caches = tuple(init_cache(config, 2, 5, format.kv_cache) for _ in range(config.num_layers))
         x = quantize.lookup(weights["embed_tokens"], tokens, format.activations)
-        hidden = forward_cached(config, weights, x, positions, caches, quantize.PRODUCTS).hidden
+        hidden = forward_cached(config, weights, x, positions, caches, quantize.products(config)).hidden
         return hidden, quantize.logits(hidden[:, -1], weights.get("lm_head", weights["embed_tokens"]))
 
     return run(weights)

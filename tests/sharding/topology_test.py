@@ -1,5 +1,6 @@
 """Programs of full size, compiled for TPU slices that are not there: what they hold, and what they send."""
 
+import base64
 import dataclasses
 import math
 import re
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from jax.sharding import SingleDeviceSharding
 
 from dcjax import assemble
@@ -94,6 +96,20 @@ def test_splash_compiles_for_a_tpu_in_memory_linear_in_the_length(length, segmen
     assert f"{length},{length}" not in text
     # all temporaries of 16 heads together are below one head's float32 scores
     assert memory.temp_size_in_bytes < 4 * length**2
+
+
+@needs_libtpu
+def test_float32_keeps_its_bits_in_what_a_tpu_runs():
+    """Products of matrices, of rows with their experts' kernels, and of Pallas' attention."""
+    model = dataclasses.replace(tiny.EXPERTS, attention="splash")
+    config, mesh = dataclasses.replace(tiny.CONFIG, model=model), make_mesh(MeshConfig(), slice_devices("v5e:2x2")[:1])
+    step = assemble.compile_train_step(config, mesh)
+    text = step.lower(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh)).compile().as_text()
+    assert len(re.findall(r" (?:dot|convolution)\(", text)) == text.count("operand_precision={highest,highest}") > 20
+    kernels = [base64.b64decode(body) for body in re.findall(r'"body":"([^"]*)"', text)]
+    multiplying = [kernel for kernel in kernels if b"matmul" in kernel]
+    assert len(multiplying) >= 9  # three of each layer's experts, forward and backward, and attention thrice
+    assert all(b"contract_precision<fp32>" in kernel for kernel in multiplying)
 
 
 def compiled_step(preset, mesh_config, *, rows, tokens=8192):
