@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import as_mask
+
 DRAWS = 10_000
 """Of a bootstrap."""
 
@@ -61,9 +63,10 @@ def pass_at_k(correct: Bool[np.ndarray, "P n"], k: int) -> Float[np.ndarray, "P"
     References:
       M. Chen et al., Evaluating large language models trained on code (2021), arXiv:2107.03374, equation 1.
     """
-    samples = correct.shape[1]
+    right = as_mask("correct", correct)
+    samples = right.shape[1]
     _require_k(k, samples)
-    wrong = samples - correct.sum(axis=1)
+    wrong = samples - right.sum(axis=1)
     return 1 - np.array([math.comb(int(count), k) / math.comb(samples, k) for count in wrong])
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Integer, Shaped
 
+from dcjax.arguments import as_integers
 from dcjax.models.config import ModelConfig
 from dcjax.models.layers import round_up
 from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
-from dcjax.models.transformer import RouterRecord, hidden_states, logits
+from dcjax.models.transformer import RouterRecord, checked_inputs, hidden_states, logits
 from dcjax.types import Array, Params
 
 
@@ -29,14 +30,14 @@ class TokenScores:
 def token_logps(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B S"],
-    attention_mask: Bool[Array, "B S"] | None = None,
+    tokens: Integer[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None = None,
     *,
     response_length: int,
     temperature: Float[Array, "B"],
-    segment_ids: Int[Array, "B S"] | None = None,
-    experts: Int[Array, "M B S-1 k"] | None = None,
-    support: Int[Array, "B T K"] | None = None,
+    segment_ids: Integer[Array, "B S"] | None = None,
+    experts: Integer[Array, "M B S-1 k"] | None = None,
+    support: Integer[Array, "B T K"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
@@ -49,7 +50,7 @@ def token_logps(
       config: the architecture.
       params: as `init_params` lays them out.
       tokens: ids.
-      attention_mask: True on real tokens; all True where absent.
+      attention_mask: True, or 1, on real tokens; all True where absent.
       response_length: T, below S.
       temperature: of the sampler, above 0.
       segment_ids: packed sequences, as for `hidden_states`; the first token of each is predicted from nothing, so its
@@ -60,12 +61,14 @@ def token_logps(
       layout: how devices share the work.
 
     Raises:
-      ValueError: a response that leaves no column to predict its first token, or both a mask and segments.
+      ValueError: a response that leaves no column to predict its first token, or as of `hidden_states`.
     """
     if not 0 < response_length < tokens.shape[1]:
         raise ValueError(
             f"response_length is {response_length}; of {tokens.shape[1]} tokens it must leave at least one"
         )
+    tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
+    support = None if support is None else as_integers("support", support)
     # the last token predicts nothing
     mask, segments = (None if x is None else x[:, :-1] for x in (attention_mask, segment_ids))
     hidden, router = hidden_states(

@@ -11,8 +11,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
+from dcjax.arguments import as_integers, as_mask
 from dcjax.models import layers
 from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
@@ -182,11 +183,11 @@ class RouterRecord:
 def hidden_states(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B S"],
-    attention_mask: Bool[Array, "B S"] | None = None,
+    tokens: Integer[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None = None,
     *,
-    segment_ids: Int[Array, "B S"] | None = None,
-    experts: Int[Array, "M B S k"] | None = None,
+    segment_ids: Integer[Array, "B S"] | None = None,
+    experts: Integer[Array, "M B S k"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Normed hidden states in `precision.compute`, and what the routers did where the model has experts.
@@ -195,7 +196,7 @@ def hidden_states(
       config: the architecture.
       params: as `init_params` lays them out.
       tokens: ids; padding may stand anywhere.
-      attention_mask: True on real tokens; all True where absent. Positions count real tokens only.
+      attention_mask: True, or 1, on real tokens; all True where absent. Positions count real tokens only.
       segment_ids: several sequences packed in a row: equal numbers from 1 are one sequence, side by side, and 0 is
         padding. Positions start again in each. In place of `attention_mask`.
       experts: the choice of experts to impose on each sparse layer instead of its router's own (routing replay);
@@ -203,13 +204,12 @@ def hidden_states(
       layout: how devices share the work.
 
     Raises:
-      ValueError: both a mask and segments.
+      ValueError: both a mask and segments, ids that are no integers or, where they are not traced, not in the
+        vocabulary, or a mask that holds other than False and True, or 0 and 1.
     """
+    tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
+    experts = None if experts is None else as_integers("experts", experts)
     if segment_ids is not None:
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask and segment_ids were both given; padding is segment 0, so leave out the mask"
-            )
         positions = _segment_positions(segment_ids)
         return _run(config, params, tokens, positions, segment_ids > 0, segment_ids, experts, layout)
     columns = jnp.arange(tokens.shape[1])[None]
@@ -226,6 +226,21 @@ def hidden_states(
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, rows, to])
     return jnp.take_along_axis(hidden, to[..., None], axis=1), record
+
+
+def checked_inputs(
+    config: ModelConfig,
+    tokens: Integer[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None,
+    segment_ids: Integer[Array, "B S"] | None,
+) -> tuple[Array, Bool[Array, "B S"] | None, Array | None]:
+    """Arguments of `hidden_states` with a mask of booleans, or its errors; ids of padding may be anything."""
+    if attention_mask is not None and segment_ids is not None:
+        raise ValueError("attention_mask and segment_ids were both given; padding is segment 0, so leave out the mask")
+    mask = None if attention_mask is None else as_mask("attention_mask", attention_mask)
+    segments = None if segment_ids is None else as_integers("segment_ids", segment_ids)
+    real = mask if segments is None else segments > 0
+    return as_integers("tokens", tokens, 0, config.vocab_size - 1, where=real), mask, segments
 
 
 def _compact_columns(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -317,11 +332,11 @@ def _period(kinds: Sequence[bool]) -> int:
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B S"],
-    attention_mask: Bool[Array, "B S"] | None = None,
+    tokens: Integer[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None = None,
     *,
-    segment_ids: Int[Array, "B S"] | None = None,
-    experts: Int[Array, "M B S k"] | None = None,
+    segment_ids: Integer[Array, "B S"] | None = None,
+    experts: Integer[Array, "M B S k"] | None = None,
 ) -> Float[Array, "B S V"]:
     """Next-token logits in float32, of all columns at once; arguments and errors as of `hidden_states`."""
     hidden, _ = hidden_states(config, params, tokens, attention_mask, segment_ids=segment_ids, experts=experts)

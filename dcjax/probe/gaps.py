@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dcjax.arguments import masks
 from dcjax.rl.metrics import mismatch_metrics
 from dcjax.types import Array, Rollout
 
@@ -41,12 +42,14 @@ class Stage:
 _metrics = jax.jit(mismatch_metrics)
 
 
+@masks("mask")
 def gap(*, old_logps: Logps, rollout_logps: Logps, mask: Bool[Array, "B T"]) -> Gap:
     """FIGURES of the gap between two policies' log-probs of the same tokens."""
     measured = jax.device_get(_metrics(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask))
     return {name: float(measured[name]) for name in FIGURES}
 
 
+@masks("mask")
 def decompose(trained: Logps, policies: Sequence[tuple[str, str, Logps]], mask: Bool[Array, "B T"]) -> list[Stage]:
     """A stage for each policy: name, detail and log-probs, in the order of the ladder."""
     stages, before = [], trained
@@ -58,6 +61,7 @@ def decompose(trained: Logps, policies: Sequence[tuple[str, str, Logps]], mask: 
     return stages
 
 
+@masks("mask")
 def bucketed(
     difference: Float[np.ndarray, "B T"], of: Float[np.ndarray, "B T"], edges: Sequence[float], mask: np.ndarray
 ) -> list[dict[str, float]]:
@@ -77,6 +81,7 @@ def position_edges(length: int) -> list[int]:
     return [0, *(2**power for power in range(max(length - 1, 0).bit_length() + 1))]
 
 
+@masks("mask")
 def by_layer(
     residuals: Float[np.ndarray, "N T L E"], reference: Float[np.ndarray, "N T L E"], mask: Bool[np.ndarray, "N T"]
 ) -> list[dict[str, float]]:

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.losses import bounded_exp
 from dcjax.rl.masked import masked_mean, masked_sum, widen
 from dcjax.rl.objective import Context, LossTransform, Terms
 from dcjax.types import Array
 
 
+@masks("mask")
 def log_importance(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], level: str
 ) -> Float[Array, "B T"]:
@@ -45,6 +47,7 @@ def log_importance(
     return jnp.broadcast_to(reduce(log_ratio, mask, axis=1)[:, None], mask.shape)
 
 
+@masks("mask")
 def importance_ratios(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], level: str
 ) -> Float[Array, "B T"]:
@@ -53,6 +56,7 @@ def importance_ratios(
     return jnp.where(mask, bounded_exp(log_ratio), 0)
 
 
+@masks("mask")
 def truncated_importance_weights(
     *,
     old_logps: Float[Array, "B T"],
@@ -81,6 +85,7 @@ def truncated_importance_weights(
     return jnp.minimum(ratios, clip_max)
 
 
+@masks("mask")
 def masked_importance_weights(
     *,
     old_logps: Float[Array, "B T"],
@@ -109,6 +114,7 @@ def masked_importance_weights(
     return _within(ratios, 0.0, clip_max)
 
 
+@masks("mask")
 def icepop_weights(
     *,
     old_logps: Float[Array, "B T"],

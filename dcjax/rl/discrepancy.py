@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.losses import MAX_LOG_RATIO
 from dcjax.rl.masked import masked_mean, widen
 from dcjax.types import Array
@@ -24,6 +25,7 @@ LEVELS = ("token", "sequence")
 SIDES = ("two", "one", "signed")
 
 
+@masks("mask")
 def probability_difference(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T"]:
@@ -41,6 +43,7 @@ def probability_difference(
     return _magnitude(jnp.exp(old_logps) - jnp.exp(rollout_logps))
 
 
+@masks("mask")
 def probability_ratio(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T"]:
@@ -59,6 +62,7 @@ def probability_ratio(
     return _magnitude(jnp.expm1(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)))
 
 
+@masks("mask")
 def log_probability_difference(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T"]:
@@ -99,6 +103,7 @@ def measure(signal: Signal, *, level: str = "token", sides: str = "two") -> Disc
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
+    @masks("mask")
     def apply(
         *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T"]:

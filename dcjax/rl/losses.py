@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.masked import masked_mean, widen
 from dcjax.types import Array
 
@@ -28,6 +29,7 @@ def bounded_exp(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
+@masks("mask")
 def clipped_surrogate(
     logps: Float[Array, "B T"],
     *,
@@ -72,6 +74,7 @@ def clipped_surrogate(
     return weights * losses, clipped
 
 
+@masks("mask")
 def gspo(
     logps: Float[Array, "B T"],
     *,
@@ -100,6 +103,7 @@ def gspo(
     return weights * losses, clipped
 
 
+@masks("mask")
 def cispo(
     logps: Float[Array, "B T"],
     *,
@@ -126,6 +130,7 @@ def cispo(
     return -weights * bounded * advantages * logps, bounded != r
 
 
+@masks("mask")
 def policy_gradient(
     logps: Float[Array, "B T"],
     *,
@@ -143,6 +148,7 @@ def policy_gradient(
     return -weights * advantages * logps, jnp.zeros(mask.shape, bool)
 
 
+@masks("mask")
 def negative_log_likelihood(
     logps: Float[Array, "B T"], *, weights: Float[Array, "B T"], mask: Bool[Array, "B T"], **unused: Array
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
@@ -151,6 +157,7 @@ def negative_log_likelihood(
     return -weights * logps, jnp.zeros(mask.shape, bool)
 
 
+@masks("mask")
 def kl_estimate(
     *, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], kind: str
 ) -> Float[Array, "B T"]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.types import Array
 
 Aggregation = Callable[[Array, Array], "LossSum"]
@@ -27,32 +28,38 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@masks("mask")
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
     """Σ x over True entries."""
     return jnp.sum(jnp.where(mask, widen(x), 0), axis=axis)
 
 
+@masks("mask")
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
     """Mean of x over True entries; 0 where there are none."""
     return masked_sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
 
 
+@masks("mask")
 def masked_max(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """Largest x among True entries, for x ≥ 0; 0 where there are none."""
     return jnp.max(jnp.where(mask, x, 0))
 
 
+@masks("mask")
 def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
     """(1/N) Σ_i (1/T_i) Σ_t x_it: the mean over the N responses that have a token of the mean over their T_i tokens."""
     return masked_mean(masked_mean(x, mask, axis=1), jnp.any(mask, axis=1))
 
 
+@masks("mask")
 def token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
     """Σ_it ℓ_it / Σ_i T_i: every token of the minibatch weighs the same (DAPO, arXiv 2503.14476, eq. 8)."""
     total = masked_sum(losses, mask)
     return LossSum(total, jnp.sum(mask).astype(total.dtype))
 
 
+@masks("mask")
 def seq_mean_token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
     """(1/N) Σ_i (1/T_i) Σ_t ℓ_it: every response weighs the same (GRPO, arXiv 2402.03300, eq. 3).
 
@@ -61,6 +68,7 @@ def seq_mean_token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -
     return _over_responses(jnp.sum(masked_mean(losses, mask, axis=1)), mask)
 
 
+@masks("mask")
 def seq_mean_token_sum(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
     """(1/N) Σ_i Σ_t ℓ_it: the gradient of the log-prob of whole responses. N counts those that have a token."""
     return _over_responses(masked_sum(losses, mask), mask)
@@ -84,6 +92,7 @@ def seq_mean_token_sum_norm(horizon: int) -> Aggregation:
     if horizon < 1:
         raise ValueError(f"horizon is {horizon}; it must be at least 1 token")
 
+    @masks("mask")
     def aggregate(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
         total, responses = seq_mean_token_sum(losses, mask)
         return LossSum(total / horizon, responses)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp
 from dcjax.rl.masked import masked_max, masked_mean, response_mean, widen
@@ -25,6 +26,7 @@ BINS = 1024
 """Of the histogram from SMALLEST_DIFFERENCE to 1, equally wide in the logarithm: neighbours differ by 1.8%."""
 
 
+@masks("mask")
 def mismatch_metrics(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
@@ -57,6 +59,7 @@ def mismatch_metrics(
     }
 
 
+@masks("mask")
 def staleness_metrics(
     *, logps: Float[Array, "B T"], old_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
@@ -70,6 +73,7 @@ def staleness_metrics(
     return gap_metrics(logps=logps, reference_logps=old_logps, mask=mask)
 
 
+@masks("mask")
 def gap_metrics(
     *, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
@@ -114,6 +118,7 @@ def gap_metrics(
     }
 
 
+@masks("mask")
 def budget_metrics(
     *,
     discrepancy: Float[Array, "B T"],
@@ -137,6 +142,7 @@ def budget_metrics(
     return {"discrepancy": mean, "excess": mean - budget, "over_budget_fraction": masked_mean(over, mask)}
 
 
+@masks("mask")
 def log_quantiles(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "quantiles"]:
     """The PERCENTILES of x in [0, 1] over True entries, from a histogram of BINS bins with logarithmic edges.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import as_mask
 from dcjax.rl.advantages import relative_to_group, relative_to_mean, relative_to_others
 from dcjax.rl.discrepancy import Discrepancy
 from dcjax.rl.losses import kl_estimate
@@ -61,8 +62,8 @@ LossTransform = Callable[[Terms, Context], Terms]
 
 def initial_terms(batch: Batch) -> Terms:
     """Advantages 0, weights 1, every response token counted, nothing added to its loss."""
-    shape = batch.response_mask.shape
-    return Terms(jnp.zeros(shape), jnp.ones(shape), batch.response_mask, jnp.zeros(shape), {})
+    mask = as_mask("response_mask", batch.response_mask)
+    return Terms(jnp.zeros(mask.shape), jnp.ones(mask.shape), mask, jnp.zeros(mask.shape), {})
 
 
 def chain(*transforms: LossTransform) -> LossTransform:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.masked import masked_mean
 from dcjax.types import Array
 
@@ -64,12 +65,14 @@ def _require_tolerance(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 0")
 
 
+@masks("mask")
 def as_published(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """Each token's own penalty."""
     del mask
     return penalty
 
 
+@masks("mask")
 def centred_on_response(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """pen_t − (1/T_i) Σ_s pen_s over the response's tokens: it moves credit within a response, and sums to 0 there.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dcjax.arguments import as_sequences
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
@@ -148,6 +149,7 @@ def make_train_step(
         rows = batch.rewards.shape[0]
         if rows % (updates * group_size) or rows // updates % microbatch_size:
             raise ValueError(f"a batch of {rows} responses does not divide by {sizes}")
+        batch = as_sequences(batch)
         minibatches = _deal(batch, updates, group_size)
         reference_logps = None if state.reference is None else recompute(state.reference, minibatches)
         old_logps = gap = None

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dcjax.arguments import masks
 from dcjax.rl.corrections import log_importance
 from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp, kl_estimate
 from dcjax.rl.masked import Aggregation, LossSum, masked_sum
@@ -175,6 +176,7 @@ def rollout_correction(correction: Correction) -> LossTransform:
     return apply
 
 
+@masks("mask")
 def correct(
     *,
     old_logps: Float[Array, "B T"],
@@ -206,6 +208,7 @@ def correct(
     return weights, kept, {f"rollout_corr/{name}": value for name, value in metrics.items()}
 
 
+@masks("mask")
 def importance_weights(
     *,
     old_logps: Float[Array, "B T"],
@@ -236,6 +239,7 @@ def importance_weights(
     return weights, metrics
 
 
+@masks("mask")
 def rejection_mask(
     *,
     old_logps: Float[Array, "B T"],
@@ -265,6 +269,7 @@ def rejection_mask(
     }
 
 
+@masks("mask")
 def veto_mask(
     *,
     old_logps: Float[Array, "B T"],
@@ -282,6 +287,7 @@ def veto_mask(
     }
 
 
+@masks("mask")
 def offpolicy_metrics(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
@@ -309,6 +315,7 @@ def offpolicy_metrics(
     }
 
 
+@masks("mask")
 def kl_penalty(
     *, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], kind: str
 ) -> Float[Array, "B T"]:
@@ -326,6 +333,7 @@ def seq_mean_token_sum_norm(loss_scale_factor: int) -> Aggregation:
     if loss_scale_factor < 1:
         raise ValueError(f"loss_scale_factor is {loss_scale_factor}; it must be at least 1 token")
 
+    @masks("mask")
     def aggregate(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
         total = masked_sum(losses, mask)
         return LossSum(total, jnp.full_like(total, loss_scale_factor))

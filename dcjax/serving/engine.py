@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from jetstream.engine import engine_api, tokenizer_pb2
 
+from dcjax.arguments import as_integers
 from dcjax.models import ModelConfig
 from dcjax.models.cache import stack_layers
 from dcjax.models.layers import round_up
@@ -231,8 +232,8 @@ class Qwen3Engine(engine_api.Engine):
         """One prompt, int32 [L] padded on the right, into a Prefix of one row."""
         if existing_prefix is not None:
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
-        _require_within("true_length", [true_length], 1, len(padded_tokens))
-        return self.prefill_many(params, [np.asarray(padded_tokens)[:true_length].tolist()])
+        length = int(as_integers("true_length", true_length, 1, len(padded_tokens)))
+        return self.prefill_many(params, [np.asarray(padded_tokens)[:length].tolist()])
 
     def insert(
         self, prefix: Prefix, decode_state: DecodeState, slot: int, request: Requests | None = None, row: int = 0
@@ -313,7 +314,7 @@ class Qwen3Engine(engine_api.Engine):
         _require_within("length of a prompt", lengths, 1, self.max_prompt_length)
         tokens = np.zeros((len(prompts), self.max_prompt_length), np.int32)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
+            tokens[row, : len(prompt)] = as_integers("a prompt", prompt)
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
         return _prefill(self.decoder, params, tokens, lengths)
 
@@ -351,11 +352,13 @@ class Qwen3Engine(engine_api.Engine):
         keys = np.asarray(keys, np.uint32)
 
         def column(name: str, values, dtype, low, high=math.inf):
+            values = as_integers(name, values) if np.issubdtype(dtype, np.integer) else values
             values = np.broadcast_to(np.asarray(values, dtype), len(keys))
             _require_within(name, values, low, high)
             return values
 
-        stops = np.atleast_2d(np.asarray([self.end_token] if stop_tokens is None else stop_tokens, np.int32))
+        stop_tokens = as_integers("stop_tokens", [self.end_token] if stop_tokens is None else stop_tokens)
+        stops = np.atleast_2d(np.asarray(stop_tokens, np.int32))
         _require_within("number of stop tokens", [stops.shape[1]], 1, self.decoder.max_stop_tokens)
         stops = np.pad(stops, ((0, 0), (0, self.decoder.max_stop_tokens - stops.shape[1])), constant_values=-1)
         limit = self.max_response_length

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from dcjax.arguments import as_sequences
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_keys
@@ -49,8 +50,9 @@ def score_responses(
       keeps_residuals: also returns slots × T × L × E numbers.
 
     Raises:
-      ValueError: a prompt or a setting that the engine does not take.
+      ValueError: a prompt or a setting that the engine does not take, or as of `as_sequences`.
     """
+    rollout = as_sequences(rollout)
     keys = np.asarray(sample_keys(key, np.arange(len(rollout.tokens))))
     parts, residuals, size = [], None, engine.slots_for(len(keys))
     for start in range(0, len(keys), size):
