@@ -152,6 +152,8 @@ def _to_config(fields: _Fields) -> ModelConfig:
 def _check_supported(fields: _Fields, kind: str) -> None:
     if fields.get("quantization_config", None) is not None:
         raise fields.refuse("quantization_config", "absent: quantised weights are not read, only float32, bf16, fp16")
+    if fields.get("transformers_weights", None) is not None:
+        raise fields.refuse("transformers_weights", "absent: weights are read from model.safetensors or its index")
     fields.require("hidden_act", "silu")
     fields.require("use_sliding_window", False)
     fields.require("use_mrope", False)
