@@ -18,6 +18,7 @@ from dcjax.models.hf_config import read_config
 from dcjax.models.hf_files import StoredTensor, open_tensors, quote, read_json_object
 from dcjax.models.hf_names import Leaf, leaves
 from dcjax.models.transformer import logical_axes
+from dcjax.paths import local_path
 from dcjax.sharding.rules import shardings
 from dcjax.types import Params
 
@@ -212,7 +213,7 @@ def load_hf(
         One line, which names the tensor.
       FileNotFoundError: what was looked for and is not there.
     """
-    checkpoint = Checkpoint(Path(path))
+    checkpoint = Checkpoint(local_path(path))
     places = _places(checkpoint, mesh)
     dtypes = {leaf: DTYPES[dtype] if dtype else checkpoint.dtype(leaf) for leaf in checkpoint.leaves}
     checkpoint.verify_tied_head()
