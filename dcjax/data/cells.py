@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -46,7 +45,7 @@ def plain(cell: Any) -> Any:
             return None
         case Decimal():
             return f"{cell:f}"
-        case None | list() | tuple() | Mapping():
+        case None | list() | tuple() | dict():
             return cell
         case int() | float() if not isinstance(cell, bool) and abs(cell) != math.inf:
             return cell
@@ -94,14 +93,14 @@ def question_of(cell: Any) -> str:
             return text.strip()
         case [str() | bytes() as text]:
             return text_of(text).strip()
-        case Mapping() as message:
+        case dict() as message:
             return _content(message).strip()
-        case [*messages] if all(isinstance(message, Mapping) for message in messages):
+        case [*messages] if all(isinstance(message, dict) for message in messages):
             return _content(messages[-1]).strip()
     raise refused(cell, _QUESTION)
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def _content(message: dict[str, Any]) -> str:
     if not message.keys() & {"role", "content"} or plain(message.get("role")) not in _USERS:
         raise refused(message, _QUESTION)
     match plain(message.get("content")):

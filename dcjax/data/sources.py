@@ -93,23 +93,28 @@ def _read_parquet(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
             wanted = {dataset.column(schema, kind).partition(".")[0] for kind in ("question", "answer")}
             wanted |= {dataset.context}
             read = [name for name in names if name.lower() in wanted]
-            rows = (cells for batch in file.iter_batches(columns=read) for cells in zip(*batch.columns, strict=True))
-            for number, cells in enumerate(rows, start=1):
-                yield _to_python(dict(zip(read, cells, strict=True)), f"{path}, row {number}")
+            done = 0
+            for batch in file.iter_batches(columns=read):
+                yield from _to_python(batch, path, done)
+                done += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged or no Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _to_python(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A row of Arrow's scalars as Python has them."""
-    values = {}
-    for name, cell in row.items():
-        try:
-            values[name] = cell.as_py()
-        except (ValueError, OverflowError) as error:
-            # text that is not UTF-8, or a time that Python does not know
-            raise ValueError(f"{where}: column {name!r} cannot be read: {error}") from None
-    return values
+def _to_python(batch: Any, path: Path, done: int) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch, behind `done` others of the file."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        # text that is not UTF-8, or a time that Python does not know: found cell by cell
+        for number in range(batch.num_rows):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column[number].as_py()
+                except (ValueError, OverflowError) as error:
+                    where = f"{path}, row {done + number + 1}: column {name!r}"
+                    raise ValueError(f"{where} cannot be read: {error}") from None
+        raise
 
 
 def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example], dict[str, int]]:
