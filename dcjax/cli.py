@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from dcjax.allocator import keep_freed_memory
 from dcjax.errors import RunError
+from dcjax.paths import local_path
 
 RECIPES = Path("experiments")
 INTERRUPTED = {
@@ -121,8 +122,21 @@ def _leave_out_checkpoints_that_failed(unraisable) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Whose arguments of type Path are what `local_path` makes of them, in every command."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("type", Path, _path)
+
     def error(self, message: str) -> NoReturn:
         raise RunError(f"{message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,7 +326,11 @@ def _leaving(command: str):
 
 def _load_recipe(recipe: str):
     """The Config of a recipe, given as a file or by the name of one in experiments/."""
-    path = Path(recipe) if recipe.endswith(".py") else RECIPES / f"{recipe}.py"
+    try:
+        given = local_path(recipe)
+    except ValueError as error:
+        raise RunError(f"the recipe {error}") from None
+    path = given if recipe.endswith(".py") else RECIPES / f"{recipe}.py"
     if not path.is_file():
         # other experiments, which are no recipes, are scripts of their own
         recipes = (file.stem for file in RECIPES.glob("*.py") if "def config(" in file.read_text())
@@ -348,7 +366,7 @@ def _override(config, recipe: str, arguments: list[str]):
         spelled += [f"--{match[1]}", match[2]] if match and not is_value else [argument]
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), _path_fields():
             return tyro.cli(
                 type(config),
                 default=config,
@@ -363,6 +381,27 @@ def _override(config, recipe: str, arguments: list[str]):
         if stop.code == 0:
             raise
         raise RunError(_one_line(errors.getvalue(), recipe)) from None
+
+
+def _path_fields():
+    """A context in which tyro hands fields of type Path on as they were given: of "" it would make a Path of "."."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path] | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: given[0],
+            is_instance=lambda value: isinstance(value, str | Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
 
 
 def _one_line(message: str, recipe: str) -> str:

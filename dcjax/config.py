@@ -13,6 +13,7 @@ from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.mathematics import MathTask
 from dcjax.distributed import DistributedConfig
 from dcjax.models.config import ModelConfig, presets
+from dcjax.paths import localize
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import FormatName, KVCacheName
 from dcjax.sharding.layout import check_model
@@ -345,7 +346,7 @@ class Config:
     seed: int = 0
     """Of parameters, problems and samples."""
     run_dir: Path | None = None
-    """Where everything is written."""
+    """Where everything is written; paths are local, and "~" is the home directory."""
     pretrained: Path | None = None
     """Hugging Face folder whose architecture and weights training starts from; of the model's fields only remat,
     attention, head_chunk and precision then count."""
@@ -364,6 +365,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
+        localize(self)
         _require("", self, {"steps": 0, "seed": 0})
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; it must be below 2**63")
@@ -521,8 +523,6 @@ def from_dict(nested: dict[str, Any], kind: type = Config) -> Any:
             # of several sections the one that has all these fields; the first where none has
             fits = [choice for choice in choices if set(value) <= set(typing.get_type_hints(choice))]
             return from_dict(value, (fits or choices)[0])
-        if Path in choices and value is not None:
-            return Path(value)
         return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: convert(name, value) for name, value in nested.items()})

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from dcjax.paths import local_path
 from dcjax.rl.theory import (
     Optimum,
     best_lr,
@@ -124,7 +125,7 @@ def main() -> None:
     summary, details = (__doc__ or "").split("\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/toy_theorem"), help="folder of the figures (%(default)s)"
+        "--out", type=local_path, default=Path("runs/toy_theorem"), help="folder of the figures (%(default)s)"
     )
     parser.add_argument("--budget", type=float, default=BUDGET, help="ε of Σ m² = ε, for every form (%(default)s)")
     options = parser.parse_args()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dcjax.train
-from dcjax.cli import main
+from dcjax.cli import _parser, main
 from dcjax.config import Config, ObjectiveConfig, to_dict
 
 pytestmark = pytest.mark.heavy
@@ -237,6 +237,93 @@ def test_fields_that_only_fit_together_are_set_together(started):
 def test_an_equals_sign_in_a_value_is_kept(started, spelled):
     assert main(["train", "tested", *spelled]) == 0
     assert started[0].directory == Path("lr=3")
+
+
+# every argument of every command but train that is a path, behind what the command needs besides
+PATHS = {
+    "report RUN": ["report", ...],
+    "evaluate SOURCE": ["evaluate", ...],
+    "evaluate --data-dir": ["evaluate", "x", "--suite", "paper", "--data-dir", ...],
+    "evaluate --against": ["evaluate", "x", "--suite", "paper", "--against", ...],
+    "evaluate --out": ["evaluate", "x", "--suite", "paper", "--out", ...],
+    "probe SOURCE": ["probe", ...],
+    "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
+    "probe --out": ["probe", "x", "--out", ...],
+    "convert import HF_FOLDER": ["convert", "import", ..., "x"],
+    "convert import OUT": ["convert", "import", "x", ...],
+    "convert export RUN_OR_STEP": ["convert", "export", ..., "x"],
+    "convert export OUT": ["convert", "export", "x", ...],
+    "convert inspect FOLDER": ["convert", "inspect", ...],
+    "data DATA_DIR": ["data", ...],
+}
+
+
+def arguments_of(parser, command=""):
+    """Each argument of type Path of a parser and of those below it, as "COMMAND ARGUMENT"."""
+    for action in parser._actions:
+        if action.type is Path:
+            yield f"{command} {(action.option_strings or [action.metavar or action.dest.upper()])[0]}"
+        if isinstance(action.choices, dict):
+            for name, below in action.choices.items():
+                yield from arguments_of(below, f"{command} {name}".strip())
+
+
+def test_every_path_of_the_command_line_is_known():
+    assert sorted(arguments_of(_parser())) == sorted(PATHS)
+
+
+@pytest.mark.parametrize("given", ["", "gs://bucket/x", "~nobody-has-this-name/x"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_is_not_local_is_refused_before_anything_is_done(refusal, name, given):
+    message = refusal(*(given if part is ... else part for part in PATHS[name]))
+    argument = name.split()[-1]
+    assert f"argument {argument.lower() if argument == 'SOURCE' else argument}: it is {given!r}; " in message
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_may_begin_with_the_home_directory(name, directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory))
+    words = ["~/y" if part is ... else part for part in PATHS[name]]
+    found = [value for value in vars(_parser().parse_args(words)).values() if isinstance(value, Path)]
+    assert directory / "y" in found and Path("~/y") not in found
+
+
+@pytest.mark.parametrize("given", ["", "s3://bucket/x", "~nobody-has-this-name/x"])
+@pytest.mark.parametrize("field", ["run_dir", "pretrained"])
+def test_a_field_that_is_no_local_path_is_refused(refusal, field, given):
+    for spelled in ([f"{field}={given}"], [f"--{field}", given]):
+        assert refusal("train", "tested", *spelled).startswith(f"{field} is {given!r}; ")
+
+
+@pytest.mark.parametrize("given", ["", "s3://bucket/x"])
+@pytest.mark.parametrize("field", ["data_dir", "index_file"])
+def test_a_path_of_the_task_is_refused_alike(refusal, field, given):
+    body = """
+from dcjax.config import Config, RewardConfig
+from dcjax.data.mathematics import MathTask
+
+def config():
+    return Config(task=MathTask(max_prompt_tokens=9), reward=RewardConfig(workers=1))
+"""
+    assert refusal("train", recipe(body), f"task.{field}={given}").startswith(f"task.{field} is {given!r}; ")
+
+
+def test_a_recipe_with_an_address_is_refused_by_its_field(refusal):
+    body = "from dcjax.config import *\ndef config():\n    return Config(run_dir=Path('gs://bucket/x'))"
+    assert "run_dir is 'gs:/bucket/x'; it must be a local path" in refusal("train", recipe(body))
+
+
+@pytest.mark.parametrize("given", ["", "gs://bucket/recipe.py", "~nobody-has-this-name/recipe.py"])
+def test_a_recipe_that_is_no_local_path_is_refused(refusal, given):
+    assert refusal("train", given).startswith(f"the recipe is {given!r}; ")
+
+
+def test_fields_and_recipes_may_begin_with_the_home_directory(started, directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory))
+    assert main(["train", "~/experiments/tested.py", "run_dir=~/run", "--pretrained", "~/model"]) == 0
+    assert (started[0].run_dir, started[0].pretrained) == (directory / "run", directory / "model")
+    assert main(["train", "tested", "run_dir=None", "pretrained=None"]) == 0
+    assert (started[1].run_dir, started[1].pretrained) == (None, None)
 
 
 def test_a_recipe_is_given_by_name_or_by_path(started):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcjax.data.cells import plain, question_of, refused, text_of
 from dcjax.rewards.boxed import boxed_answer
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -54,9 +55,9 @@ class Dataset:
     counts: tuple[int, ...]
     """Examples without duplicates; several where publishers differ."""
     questions: tuple[str, ...]
-    """Columns of the question: text, or a chat whose last message is it."""
+    """Columns of the question, as `question_of` reads it."""
     answers: tuple[str, ...]
-    """Columns of the answer: text, a number, or a list."""
+    """Columns of the answer, as `normalize_answer` reads it."""
     hub: str
     """Repository on the Hugging Face Hub."""
     licence: str
@@ -74,19 +75,17 @@ class Dataset:
         """The example of one row; None where its question or its answer is empty.
 
         Raises:
-          ValueError: the row has no column for one of them.
+          ValueError: the row has no column for one of them, or a cell that is neither empty nor what it should be;
+            the column is named.
         """
         columns = {name.lower(): value for name, value in row.items()}
-        question = _text(_value(columns, self.column(row, "question")))
+        question = _read(columns, self.column(row, "question"), question_of)
         question = question.removeprefix(self.around[0]).removesuffix(self.around[1]).strip()
         column = self.column(row, "answer")
-        answer = _value(columns, column)
-        if column in self.solutions:
-            answer = boxed_answer(answer or "")
-        answer = normalize_answer(answer)
+        answer = _read(columns, column, _boxed if column in self.solutions else normalize_answer)
         if not question or not answer:
             return None
-        if self.context is not None and (context := columns.get(self.context)):
+        if self.context is not None and (context := _read(columns, self.context, text_of)):
             question = f"{context}\n\n{question}".strip()
         return Example(example_id(question), question, answer, self.name)
 
@@ -113,20 +112,37 @@ def example_id(question: str) -> str:
 
 
 def normalize_answer(answer: Any) -> str:
-    r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none."""
-    match answer:
+    r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none.
+
+    Raises:
+      ValueError: what `plain` refuses, a mapping, or a list in a list.
+    """
+    match plain(answer):
         case None:
             return ""
-        case str():
-            text = answer.strip()
+        case str() as text:
+            text = text.strip()
             if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
                 text = text[1:-1].strip()
             whole = _INTEGER.fullmatch(text)
             return str(int(whole[1])) if whole else text
-        case Sequence():
-            return ", ".join(filter(None, map(normalize_answer, answer)))
-        case _:
-            return normalize_answer(str(answer))
+        case [*entries] if not any(isinstance(entry, list | tuple) for entry in entries):
+            return ", ".join(filter(None, map(normalize_answer, entries)))
+        case int() | float() as number:
+            return normalize_answer(str(number))
+    raise refused(answer, "text, a number or a list of them")
+
+
+def _boxed(solution: Any) -> str:
+    return normalize_answer(boxed_answer(text_of(solution)))
+
+
+def _read(columns: Mapping[str, Any], path: str, take: Callable[[Any], str]) -> str:
+    """What `take` makes of the cell at `path`; its error names the column."""
+    try:
+        return take(_value(columns, path))
+    except ValueError as error:
+        raise ValueError(f"column {path!r} {error}") from None
 
 
 def _value(columns: Mapping[str, Any], path: str) -> Any:
@@ -135,13 +151,6 @@ def _value(columns: Mapping[str, Any], path: str) -> Any:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-def _text(question: str | Sequence[Mapping[str, str]] | None) -> str:
-    """The question's text, of a chat that of its last message."""
-    if question is None or isinstance(question, str):
-        return (question or "").strip()
-    return (question[-1].get("content") or "").strip() if question else ""
 
 
 _AIME = "American Invitational Mathematics Examination, Mathematical Association of America, {}"

@@ -17,6 +17,7 @@ from dcjax.data.stream import draw
 from dcjax.data.task import Split, encode_prompts
 from dcjax.data.templates import TemplateName, templates
 from dcjax.data.tokenizers import byte_tokenizer, load_tokenizer
+from dcjax.paths import localize
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class MathTask:
     """What the policy is asked for, and where its answer is looked for."""
 
     def __post_init__(self) -> None:
+        localize(self, "task.")
         find_dataset(self.dataset)
         find_dataset(self.heldout)
         share_of((), self.subset)

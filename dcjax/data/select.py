@@ -55,10 +55,13 @@ def listed(examples: Sequence[Example], index_file: Path) -> list[Example]:
     """The examples whose ids a file lists, one a line, in the order of the file.
 
     Raises:
-      ValueError: the file lists an id that is not there, lists one twice, or lists none.
+      ValueError: the file lists an id that is not there, lists one twice, or lists none, or is not UTF-8.
     """
     by_id = {example.id: example for example in examples}
-    ids = index_file.read_text(encoding="utf-8").split()
+    try:
+        ids = index_file.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{index_file} is not UTF-8: {error}") from None
     if unknown := [name for name in ids if name not in by_id]:
         raise ValueError(f"{index_file} lists {unknown[0]!r}, which is none of the {len(by_id)} examples' ids")
     if len(set(ids)) < max(len(ids), 1):

@@ -12,6 +12,7 @@ from typing import Any
 from dcjax.data.datasets import Dataset, Example
 
 _KINDS = (".parquet", ".jsonl")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def instructions(dataset: Dataset, data_dir: Path | str) -> str:
@@ -52,36 +53,68 @@ def read_rows(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
     """The rows of one file, of a parquet file the columns that `dataset` needs.
 
     Raises:
-      ValueError: no column of the question or of the answer, or no file of its kind.
+      ValueError: no column of the question or of the answer, or no file of its kind: one line, which names the file.
     """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; git lfs pull fetches that")
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     return _read_parquet(dataset, path)
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                wrong = f"{line[error.start : error.end]!r} after {line[: error.start][-20:]!r}"
+                raise ValueError(f"{path}, line {number}: {wrong} is not UTF-8; convert the file to UTF-8") from None
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {line[:60]!r} is no JSON object")
+                raise ValueError(f"{path}, line {number}: {text.rstrip()[:60]!r} is no JSON object")
             yield row
 
 
 def _read_parquet(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        schema = dict.fromkeys(names)
-        wanted = {dataset.column(schema, kind).partition(".")[0] for kind in ("question", "answer")} | {dataset.context}
-        for batch in file.iter_batches(columns=[name for name in names if name.lower() in wanted]):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            schema = dict.fromkeys(names)
+            wanted = {dataset.column(schema, kind).partition(".")[0] for kind in ("question", "answer")}
+            wanted |= {dataset.context}
+            read = [name for name in names if name.lower() in wanted]
+            done = 0
+            for batch in file.iter_batches(columns=read):
+                yield from _to_python(batch, path, done)
+                done += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _to_python(batch: Any, path: Path, done: int) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch, behind `done` others of the file."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        # text that is not UTF-8, or a time that Python does not know: found cell by cell
+        for number in range(batch.num_rows):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column[number].as_py()
+                except (ValueError, OverflowError) as error:
+                    where = f"{path}, row {done + number + 1}: column {name!r}"
+                    raise ValueError(f"{where} cannot be read: {error}") from None
+        raise
 
 
 def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example], dict[str, int]]:
@@ -92,17 +125,18 @@ def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example
       and `conflicting` (the question came before, with another answer).
 
     Raises:
-      ValueError: as `read_rows`, a row without its columns, or no example at all.
+      ValueError: as `read_rows`, a row without its columns, a cell that is not what it should be, or no example at all;
+        the file, the row (from 1, empty lines left out) and the column are named.
     """
     kept: dict[str, Example] = {}
     counts = Counter(rows=0, kept=0, empty=0, duplicate=0, conflicting=0)
     for path in files:
-        for row in read_rows(dataset, path):
+        for number, row in enumerate(read_rows(dataset, path), start=1):
             counts["rows"] += 1
             try:
                 example = dataset.example(row)
             except ValueError as error:
-                raise ValueError(f"{path}, row {counts['rows']}: {error}") from None
+                raise ValueError(f"{path}, row {number}: {error}") from None
             if example is None:
                 counts["empty"] += 1
             elif (first := kept.setdefault(example.question, example)) is example:

@@ -18,6 +18,7 @@ from dcjax.models.hf_config import read_config
 from dcjax.models.hf_files import StoredTensor, open_tensors, quote, read_json_object
 from dcjax.models.hf_names import Leaf, leaves
 from dcjax.models.transformer import logical_axes
+from dcjax.paths import local_path
 from dcjax.sharding.rules import shardings
 from dcjax.types import Params
 
@@ -25,6 +26,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_PARAMETERS = 10**13
 MAX_INDEX_BYTES = 100_000_000
+
+_ONE_SET = "keep those that are meant and move the others out of the folder"
 
 
 class Checkpoint:
@@ -125,13 +128,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _open_folder(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a folder's safetensors files."""
-    if (path / WEIGHTS).is_file():
-        placed, names = {}, [WEIGHTS]
-    elif (path / INDEX).is_file():
-        placed = _read_index(path / INDEX)
-        names = sorted(set(placed.values()))
-    else:
-        raise _no_weights(path)
+    placed, names = _weight_files(path)
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         if not (path / name).is_file():
@@ -149,6 +146,28 @@ def _open_folder(path: Path) -> dict[str, StoredTensor]:
             )
     # a buffer that old versions saved; it follows from rope_theta
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _weight_files(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Where a folder's index places each tensor, if it has an index, and the names of the files with the weights.
+
+    Raises:
+      ValueError: model.safetensors lies beside shards that are not of one index with it. Loaders differ in which they
+        take: transformers the single file, vLLM what the index names.
+      FileNotFoundError: there are no weights.
+    """
+    has_single = (path / WEIGHTS).is_file()
+    if (path / INDEX).is_file():
+        placed = _read_index(path / INDEX)
+        names = sorted(set(placed.values()))
+        if has_single and WEIGHTS not in names:
+            raise ValueError(f"{path} has {WEIGHTS} beside {INDEX}, which names {_some(names)}; {_ONE_SET}")
+        return placed, names
+    if not has_single:
+        raise _no_weights(path)
+    if shards := sorted(file.name for file in path.glob("model-*-of-*.safetensors")):
+        raise ValueError(f"{path} has {WEIGHTS} beside {_some(shards)}; {_ONE_SET}")
+    return {}, [WEIGHTS]
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -178,7 +197,8 @@ def load_hf(
 ) -> tuple[ModelConfig, Params]:
     """A Hugging Face folder's architecture and weights, in the tree of `init_params`.
 
-    Weights come from model.safetensors, or from the files that model.safetensors.index.json names. Each tensor is
+    Weights come from model.safetensors, or from the files that model.safetensors.index.json names; a folder with both
+    is refused, unless the index names the former. Files of other names are not read. Each tensor is
     read through once to see that it is finite and, where the file carries dcjax's checksums, undamaged; then each
     device's part is read and placed, one leaf at a time: the host holds one leaf and one tensor beside the params.
 
@@ -193,7 +213,7 @@ def load_hf(
         One line, which names the tensor.
       FileNotFoundError: what was looked for and is not there.
     """
-    checkpoint = Checkpoint(Path(path))
+    checkpoint = Checkpoint(local_path(path))
     places = _places(checkpoint, mesh)
     dtypes = {leaf: DTYPES[dtype] if dtype else checkpoint.dtype(leaf) for leaf in checkpoint.leaves}
     checkpoint.verify_tied_head()

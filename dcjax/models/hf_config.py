@@ -8,6 +8,7 @@ from typing import Any
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf_files import quote, read_json_object
+from dcjax.paths import local_path
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SIZE = 2**31
@@ -101,7 +102,7 @@ def read_config(path: Path | str) -> ModelConfig:
         weights, or a field that is missing, of the wrong kind or absurd; one line, which quotes the value.
       FileNotFoundError: no config.json there.
     """
-    values, where = read_fields(Path(path))
+    values, where = read_fields(local_path(path))
     return _to_config(_Fields(values, where))
 
 
@@ -152,6 +153,8 @@ def _to_config(fields: _Fields) -> ModelConfig:
 def _check_supported(fields: _Fields, kind: str) -> None:
     if fields.get("quantization_config", None) is not None:
         raise fields.refuse("quantization_config", "absent: quantised weights are not read, only float32, bf16, fp16")
+    if fields.get("transformers_weights", None) is not None:
+        raise fields.refuse("transformers_weights", "absent: weights are read from model.safetensors or its index")
     fields.require("hidden_act", "silu")
     fields.require("use_sliding_window", False)
     fields.require("use_mrope", False)

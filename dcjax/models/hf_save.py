@@ -22,6 +22,7 @@ from dcjax.models.hf import INDEX, WEIGHTS, at_path
 from dcjax.models.hf_config import read_fields, to_fields
 from dcjax.models.hf_files import save_tensors
 from dcjax.models.hf_names import Leaf, leaves
+from dcjax.paths import local_path
 from dcjax.types import Params
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -105,7 +106,8 @@ def save_hf(
       told: called after each tensor.
 
     Raises:
-      ValueError: params that are not the architecture's, or not finite, or beyond the range of `dtype`.
+      ValueError: params that are not the architecture's, or not finite, or beyond the range of `dtype`; or no local
+        path.
       FileExistsError: the folder has something in it.
       FileNotFoundError: no `tokenizer_from`.
     """
@@ -119,9 +121,7 @@ def save_hf(
             Pending(leaf.name(index), as_dtype, leaf.stored_shape, partial(_fetch, array, index, leaf.transposed))
             for index in leaf.indices()
         ]
-    write_folder(
-        Path(path), config, pending, tokenizer_from, token_ids=token_ids, max_shard_bytes=max_shard_bytes, told=told
-    )
+    write_folder(path, config, pending, tokenizer_from, token_ids=token_ids, max_shard_bytes=max_shard_bytes, told=told)
 
 
 def _check_tree(table: tuple[Leaf, ...], params: Params) -> None:
@@ -158,7 +158,7 @@ def _fetch(array: Any, index: tuple[int, ...], transposed: bool) -> np.ndarray:
 
 
 def write_folder(
-    path: Path,
+    path: Path | str,
     config: ModelConfig,
     pending: Sequence[Pending],
     tokenizer_from: Path | str | None,
@@ -168,8 +168,8 @@ def write_folder(
     told: Told | None = None,
 ) -> None:
     """Writes a Hugging Face folder of tensors that are fetched when their file is written; see `save_hf`."""
-    check_vacant(path)
-    carried, copied = _carried(None if tokenizer_from is None else Path(tokenizer_from))
+    path = check_vacant(path)
+    carried, copied = _carried(None if tokenizer_from is None else local_path(tokenizer_from))
     name = max(DTYPES, key=lambda name: sum(tensor.nbytes for tensor in pending if tensor.dtype == DTYPES[name]))
     fields = to_fields(config, name, carried) | dict(token_ids or {})
     with _appearing_whole(path) as partial_path:
@@ -179,14 +179,17 @@ def write_folder(
         _write_shards(partial_path, _shards(pending, max_shard_bytes), told)
 
 
-def check_vacant(path: Path) -> None:
-    """That a folder may be written at `path`.
+def check_vacant(path: Path | str) -> Path:
+    """The local path, where a folder may be written.
 
     Raises:
+      ValueError: as `local_path`.
       FileExistsError: there is a file, or a folder with something in it.
     """
+    path = local_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there and not an empty folder; choose another, nothing is overwritten")
+    return path
 
 
 def _carried(source: Path | None) -> tuple[dict[str, Any], list[Path]]:

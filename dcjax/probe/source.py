@@ -156,7 +156,7 @@ def _prompts(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt:
             raise RunError(f'{path}, line {number}: {line[:60]!r} is no JSON object with a text "prompt"')

@@ -101,3 +101,14 @@ def test_the_command_refuses_what_there_is_not_in_one_line(told):
     status, output, errors = told(SAMPLES, "--names", "gsm8k")
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("dcjax: error: dataset is 'gsm8k'; it must be one of dapo-math-17k")
+
+
+def test_the_command_names_the_file_and_the_cell_that_it_refuses(told, tmp_path):
+    path = tmp_path / "math500.jsonl"
+    path.write_text(json.dumps({"problem": "x", "answer": {"value": "7"}}), encoding="utf-8")
+    status, output, errors = told(tmp_path)
+    assert (status, output) == (2, "")
+    assert errors == (
+        f"dcjax: error: {path}, row 1: column 'answer' is {{'value': '7'}}; "
+        "it must be text, a number or a list of them\n"
+    )

@@ -77,6 +77,12 @@ def test_a_list_must_name_examples_once(text, tmp_path):
         listed([Example("0", "x", "1", "aime24")], path)
 
 
+def test_a_list_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "ids.txt").write_bytes(b"\xff0\n")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/ids\.txt is not UTF-8"):
+        listed(examples(5), tmp_path / "ids.txt")
+
+
 def chosen(**changes):
     """Of the questions "1", "22", ..., "999999999", the odd ones in Chinese; a prompt is as long as its question."""
     pool = [Example(f"{n:012x}", str(n) * n if n % 2 else "问" * n, str(n), "dapo-math-17k") for n in range(1, 10)]

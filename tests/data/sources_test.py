@@ -68,6 +68,95 @@ def test_files_of_another_schema_name_the_columns_found_and_wanted(kind, tmp_pat
         read_examples(AIME, [path])
 
 
+def test_binary_columns_are_the_text_that_they_hold(tmp_path):
+    questions, answers = ["Wie groß?", "x", ""], ["42", "\\frac12", "1"]
+    binary = {"problem": questions, "answer": answers}
+    table = pa.table({name: pa.array([text.encode() for text in texts]) for name, texts in binary.items()})
+    assert table.schema.types == [pa.binary(), pa.binary()]
+    pq.write_table(table, tmp_path / "aime24.parquet")
+    examples, counts = read_examples(AIME, [tmp_path / "aime24.parquet"])
+    assert [(example.question, example.answer) for example in examples] == [("Wie groß?", "42"), ("x", "\\frac12")]
+    assert counts["empty"] == 1
+
+
+def test_a_nan_answer_is_counted_as_empty(tmp_path):
+    table = pa.table({"problem": ["x", "y"], "answer": [1.0, float("nan")]})
+    pq.write_table(table, tmp_path / "aime24.parquet")
+    line = '{"problem": "z", "answer": NaN}\n'
+    (tmp_path / "other.jsonl").write_text(line, encoding="utf-8")
+    examples, counts = read_examples(AIME, [tmp_path / "aime24.parquet", tmp_path / "other.jsonl"])
+    assert [(example.question, example.answer) for example in examples] == [("x", "1")]
+    assert counts == {"rows": 3, "kept": 1, "empty": 2, "duplicate": 0, "conflicting": 0}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_cell_that_is_refused_is_named_by_file_row_and_column(kind, tmp_path):
+    first = write(tmp_path / "a.jsonl", rows(("x", 1), ("y", 2)))
+    answers = [{"value": "7"}, {"value": "8"}]
+    second = write(tmp_path / f"b.{kind}", rows(*zip("zw", answers, strict=True)))
+    message = f"{second}, row 1: column 'answer' is {{'value': '7'}}; it must be text, a number or a list of them"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read_examples(AIME, [first, second])
+
+
+@pytest.mark.parametrize("column", ["problem", "answer"])
+def test_text_that_is_not_utf8_is_named_by_file_row_and_column(column, tmp_path):
+    path = tmp_path / "aime24.parquet"
+    data = pa.array([b"1", b"2", "groß".encode("latin-1")])
+    columns = {"problem": pa.array(["x", "y", "z"]), "answer": pa.array(["1", "2", "3"])}
+    for kind in (pa.binary(), pa.string()):
+        # as writers leave it that do not look
+        cells = pa.Array.from_buffers(kind, 3, data.buffers())
+        pq.write_table(pa.table(columns | {column: cells}), path)
+        with pytest.raises(ValueError, match=rf"^{path}, row 3: column '{column}' [^\n]*$"):
+            read_examples(AIME, [path])
+
+
+def test_a_file_in_latin_1_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "aime24.jsonl"
+    path.write_bytes('{"problem": "x", "answer": 1}\n{"problem": "Wie groß?", "answer": 2}\n'.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=rf"^{path}, line 2: b'\\xdf' after b'.*Wie gro' is not UTF-8; convert the file"
+    ):
+        read_examples(AIME, [path])
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_pointer_of_git_lfs_is_told_from_the_file(kind, tmp_path):
+    path = tmp_path / f"aime24.{kind}"
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"^{path} is a Git LFS pointer, .*git lfs pull"):
+        read_examples(AIME, [path])
+
+
+@pytest.mark.parametrize("keep", [0, 3, -9])
+def test_a_parquet_file_that_is_none_is_named(keep, tmp_path):
+    path = write(tmp_path / "aime24.parquet", rows(("x", "1")))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=rf"^{path} is damaged or no Parquet file: [^\n]+$"):
+        read_examples(AIME, [path])
+
+
+def test_a_parquet_file_whose_pages_are_damaged_is_named(tmp_path):
+    path = tmp_path / "aime24.parquet"
+    pq.write_table(pa.Table.from_pylist(rows(("x", "1" * 999))), path, use_dictionary=False, compression="gzip")
+    data = bytearray(path.read_bytes())
+    data[80:100] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged or no Parquet file: [^\n]+$"):
+        read_examples(AIME, [path])
+
+
+def test_a_line_that_nests_without_end_is_refused(tmp_path):
+    path = tmp_path / "aime24.jsonl"
+    path.write_text('{"answer": ' + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: .* is no JSON object"):
+        read_examples(AIME, [path])
+
+
 def test_a_copy_without_examples_is_an_error(tmp_path):
     path = write(tmp_path / "aime24.jsonl", rows(("", 1)))
     with pytest.raises(ValueError, match=r"aime24\.jsonl has no example of aime24"):

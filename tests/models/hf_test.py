@@ -136,6 +136,11 @@ def test_an_absent_head_dim_is_what_transformers_takes_it_for(copy):
         ("qwen3", {"model_type": ...}, "has no model_type"),
         ("qwen3", {"model_type": ["qwen3"]}, "model_type is ['qwen3']"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "'yarn'"),
+        (
+            "qwen3",
+            {"transformers_weights": "consolidated.safetensors"},
+            "is 'consolidated.safetensors'; it must be abs",
+        ),
         ("qwen3", {"rope_parameters": {"rope_type": "default"}}, "has no rope_theta"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters is"),
         ("qwen3", {"rope_parameters": [1, 2]}, "rope_parameters is [1, 2]"),
@@ -484,6 +489,50 @@ def test_an_index_of_missing_files_and_of_tensors_twice_is_refused(shards):
     shutil.copy(first, second)
     assert "is in model-00001-of-00006.safetensors and again in model-00002" in refusal(folder)
     second.write_bytes(kept)
+    assert_same_bits(load_hf(folder)[1], loaded("qwen3")[1])
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["shards", "no shards"])
+def test_a_single_file_beside_an_index_of_others_is_refused_with_both_names(shards, present):
+    folder = shards()
+    shutil.copy(FOLDERS["qwen3"] / "model.safetensors", folder)
+    for file in [] if present else list(folder.glob("model-*-of-*")):
+        file.unlink()
+    message = refusal(folder)
+    assert f"{folder} has model.safetensors beside model.safetensors.index.json" in message
+    assert "model-00001-of-00006.safetensors" in message and "move the others out" in message
+    (folder / "model.safetensors").unlink()
+    if present:
+        assert_same_bits(load_hf(folder)[1], loaded("qwen3")[1])
+
+
+def test_a_single_file_beside_shards_without_an_index_is_refused(shards):
+    folder = shards()
+    shutil.copy(FOLDERS["qwen3"] / "model.safetensors", folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert "has model.safetensors beside model-00001-of-00006.safetensors" in refusal(folder)
+
+
+def test_an_index_may_name_the_single_file(copy):
+    """As MLX writes them."""
+    folder = copy()
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_bits(load_hf(folder)[1], loaded("qwen3")[1])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*model\.safetensors, which model\.safetensors\.index\.json names"
+    ):
+        load_hf(folder)
+
+
+def test_files_that_no_loader_takes_by_itself_are_let_be(shards):
+    folder = shards()
+    for name in ("consolidated.safetensors", "model.fp16.safetensors", "model-00007-of-00007.safetensors"):
+        (folder / name).write_bytes(b"no weights")
+    (folder / "model.safetensors.index.fp16.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
     assert_same_bits(load_hf(folder)[1], loaded("qwen3")[1])
 
 

@@ -595,6 +595,7 @@ def test_prompts_are_lines_or_objects(tmp_path):
     [
         (b"fine\n{broken\n", r"line 2: '{broken' is no JSON object"),
         (b'{"text": 1}', "line 1"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 1"),
         (b'{"prompt": 1}', "line 1"),
         (b"\n \n", "has no prompt"),
         (b"\xff\xfe", "is not UTF-8"),
