@@ -39,7 +39,7 @@ def test_a_run_directory_is_made_with_its_config(config):
     with open_run(config) as directory:
         assert directory == config.directory
         recorded = json.loads((directory / "config.json").read_text())
-    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data"))
+    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data", "end_tokens"))
     assert recorded == to_dict(config)
     assert load_config(config.directory) == config
     assert versions == {name: importlib.metadata.version(name) for name in VERSIONED} | {

@@ -30,7 +30,7 @@ SIZES = {
     "slots": SLOTS,
     "max_prompt_length": P,
     "max_response_length": T,
-    "end_token": NEVER,
+    "end_tokens": (NEVER,),
     "steps_per_call": STEPS,
 }
 
@@ -443,7 +443,7 @@ def test_a_cache_that_does_not_fit_says_how_many_slots_would(name):
 
 
 def test_the_kv_cache_is_chosen_apart_from_the_format():
-    sizes = {"slots": 2, "max_prompt_length": 2, "max_response_length": 2, "end_token": 0}
+    sizes = {"slots": 2, "max_prompt_length": 2, "max_response_length": 2, "end_tokens": [0]}
     for kv_cache, stored in {"auto": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "float32": "float32"}.items():
         engine = Qwen3Engine(CONFIG, format="int4", kv_cache=kv_cache, **sizes)
         assert jax.eval_shape(engine.init_decode_state).caches[1].v.dtype == stored
