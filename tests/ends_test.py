@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pretend
 import pytest
 import tiny
 
@@ -246,6 +247,31 @@ def test_they_do_when_the_run_or_the_folder_is_probed(trained, published, monkey
     for command in ([str(trained[0])], [str(published), "--prompts-file", str(tmp_path / "prompts")]):
         assert main(["probe", *command, "--format", "float32"]) == 2
     assert asked == [(ENDS, None)] * 2
+
+
+def test_a_run_that_goes_on_samples_under_the_ends_that_it_began_with(published, monkeypatch, tmp_path):
+    """Six of them; the folder says others by then."""
+    six = [1, 4, 7, 9, 11, 16]
+    folder = shutil.copytree(published, tmp_path / "folder")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": six[1:]}))
+    unwarmed = dataclasses.replace(tiny.CONFIG.warm_start, steps=0)
+    config = dataclasses.replace(tiny.CONFIG, steps=4, warm_start=unwarmed, pretrained=folder)
+    command = ["train", str(tiny.write_recipe(tmp_path / "recipe.py", config)), "--run-dir", str(tmp_path / "run")]
+    pretend.install(monkeypatch)
+    asked = []
+
+    def seen(engine, *arguments, **settings):
+        asked.append(engine.end_tokens)
+        return pretend.sample_responses(engine, *arguments, **settings)
+
+    monkeypatch.setattr(dcjax.trainer, "sample_responses", seen)
+    monkeypatch.setattr(dcjax.evaluate, "sample_responses", seen)
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    (folder / "generation_config.json").unlink()
+    began = len(asked)
+    assert main(command) == 0
+    assert asked == [six] * len(asked) and len(asked) > began > 0
 
 
 def test_a_suite_asks_the_run_and_the_folder_under_the_same_ends(trained, published):

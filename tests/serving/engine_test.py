@@ -472,6 +472,15 @@ def test_a_request_that_an_engine_which_records_does_not_take_is_refused(setting
         engine.make_requests(np.zeros((2, 2)), **settings)
 
 
+@pytest.mark.parametrize(("ends", "held"), [(1, 4), (4, 4), (5, 8), (6, 8), (8, 8), (9, 16)])
+def test_an_engine_ends_on_as_many_tokens_as_it_is_given(ends, held):
+    engine = make_engine(end_tokens=tuple(range(ends)))
+    stops = engine.make_requests(np.zeros((2, 2))).stop_tokens
+    assert stops.tolist() == [[*range(ends), *[-1] * (held - ends)]] * 2
+    # few capacities, so that engines of other ends have the same programs
+    assert (engine.decoder == make_engine().decoder) == (held == 4)
+
+
 def test_an_engine_that_records_nothing_takes_any_truncation():
     engine = make_engine()
     requests = engine.make_requests(np.zeros((2, 2)), top_ps=0.5, top_ks=np.array([0, NEVER]))
