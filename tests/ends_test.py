@@ -84,6 +84,14 @@ def test_a_damaged_generation_config_is_refused(tmp_path):
         read_end_tokens(tmp_path)
 
 
+def test_a_generation_config_of_which_only_the_link_was_downloaded_is_refused(tmp_path):
+    path = write_folder(tmp_path) / "generation_config.json"
+    path.unlink()
+    path.symlink_to(tmp_path / "blobs" / "5f3a")
+    with pytest.raises(FileNotFoundError, match=r"generation_config\.json"):
+        read_end_tokens(tmp_path)
+
+
 # --- folders with their tokenizers, and runs ---
 
 

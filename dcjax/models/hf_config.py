@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,14 @@ def read_end_tokens(path: Path | str) -> list[int]:
     Raises:
       ValueError: an eos_token_id that is neither an id of config.json's vocabulary nor a list of them, or a damaged
         file; one line, which quotes the value.
-      FileNotFoundError: no config.json there.
+      FileNotFoundError: no config.json there, or a link to nothing in place of a file.
     """
     values, where = read_fields(Path(path))
     vocab_size = _Fields(values, where).integer("vocab_size")
     ends = set(end_tokens_in(values, where, vocab_size=vocab_size))
     generation = Path(path) / GENERATION_CONFIG
-    if generation.exists():
+    # a link to nothing is an incomplete download, and no model without the file
+    if os.path.lexists(generation):
         published = read_json_object(generation, MAX_CONFIG_BYTES)
         ends |= set(end_tokens_in(published, str(generation), vocab_size=vocab_size))
     return sorted(ends)
