@@ -77,7 +77,7 @@ def main() -> None:
         config = dataclasses.replace(WIDTHS, num_layers=layers, **experts if args.experts else {})
         for name in args.formats:
             sizes = {"slots": SLOTS, "max_prompt_length": PROMPT, "max_response_length": RESPONSE}
-            engine = Qwen3Engine(config, format=name, end_token=config.vocab_size, steps_per_call=STEPS, **sizes)
+            engine = Qwen3Engine(config, format=name, end_tokens=[config.vocab_size], steps_per_call=STEPS, **sizes)
             masters = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
             unrolled = make_sync(config, engine.format)(masters, 0)
             looped = {**unrolled.weights, "layers": stack_layers(unrolled.weights["layers"])}

@@ -100,7 +100,7 @@ def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rol
     """dcjax's rollout."""
     serving = dataclasses.replace(setup.config.serving, format=format)
     config = dataclasses.replace(setup.config, serving=serving)
-    engine = assemble.make_engine(config, setup.mesh, setup.tokenizer.eos_token_id)
+    engine = assemble.make_engine(config, setup.mesh, [setup.tokenizer.eos_token_id])
     served, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
     group_size, temperature = config.rollout.group_size, config.rollout.temperature
     return lambda number: sample_responses(

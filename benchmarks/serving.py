@@ -71,7 +71,7 @@ def make_engine(config: ModelConfig, format: FormatName, slots: int, prompt: int
         slots=slots,
         max_prompt_length=prompt,
         max_response_length=response,
-        end_token=config.vocab_size,
+        end_tokens=[config.vocab_size],
         steps_per_call=steps,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -274,7 +274,7 @@ def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
     return serving_mesh(mesh, config.serving.tensor)
 
 
-def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
+def make_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
     """The engine that deploys the policy, for the run's prompts and responses.
 
     Raises:
@@ -290,7 +290,7 @@ def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
             slots=serving.slots,
             max_prompt_length=rollout.max_prompt_length,
             max_response_length=rollout.max_response_length,
-            end_token=end_token,
+            end_tokens=end_tokens,
             steps_per_call=serving.steps_per_call,
             prefill_tokens=serving.prefill_tokens,
             max_support=rollout.top_k,
@@ -303,11 +303,11 @@ def make_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
         raise RunError(str(error)) from None
 
 
-def make_training_engine(config: Config, mesh: Mesh, end_token: int) -> Qwen3Engine:
+def make_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
     """One that samples from the training policy: in float32, with nothing added.
 
     Raises:
       RunError: as `make_engine`.
     """
     serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
-    return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_token)
+    return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_tokens)

@@ -348,8 +348,8 @@ class Config:
     run_dir: Path | None = None
     """Where everything is written; paths are local, and "~" is the home directory."""
     pretrained: Path | None = None
-    """Hugging Face folder whose architecture and weights training starts from; of the model's fields only remat,
-    attention, head_chunk and precision then count."""
+    """Hugging Face folder whose architecture and weights training starts from, and whose end tokens end a response; of
+    the model's fields only remat, attention, head_chunk and precision then count."""
     task: ArithmeticTask | MathTask = field(default_factory=ArithmeticTask)
     model: ModelConfig = presets["tiny"]
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

@@ -12,6 +12,7 @@ from pathlib import Path
 from dcjax.errors import RunError
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf import INDEX, WEIGHTS, Checkpoint
+from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_names import Leaf
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
 
@@ -37,6 +38,8 @@ class Inspection:
 def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
     """Verifies a Hugging Face folder and writes it again: checksummed, with config.json in both styles.
 
+    Which ids end a response is verified too, and written as it is.
+
     The tensors of one file are in memory at a time; no accelerator is touched.
 
     Args:
@@ -46,12 +49,13 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
       told: called after each tensor.
 
     Raises:
-      RunError: what `load_hf` and `save_hf` refuse.
+      RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse.
     """
     with _errors_told():
         check_vacant(out)
         checkpoint = Checkpoint(source)
         checkpoint.verify_tied_head()
+        read_end_tokens(source)
         pending = []
         for leaf in checkpoint.leaves:
             as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(leaf)
@@ -87,6 +91,7 @@ def export_run(
     from dcjax.assemble import abstract_state
     from dcjax.checkpoint import Checkpoints
     from dcjax.config import on_one_device
+    from dcjax.ends import run_end_tokens
     from dcjax.rl.averaging import averaged_params
     from dcjax.run import load_config, locate
     from dcjax.sharding.mesh import make_mesh
@@ -104,7 +109,11 @@ def export_run(
         state, _ = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
         kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None}
+        ids: dict[str, int | list[int]] = {
+            kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None
+        }
+        ends = run_end_tokens(run_dir, config, tokenizer)
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         save_hf(
             out,
             config.model,

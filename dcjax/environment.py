@@ -31,11 +31,12 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     copies, within = engine.mesh.devices.shape
     apart = "" if set(engine.mesh.devices.flat) == set(mesh.devices.flat) else " of their own"
     devices = f"{jax.device_count()} devices{processes}"
+    ends = ", ".join(map(str, engine.end_tokens))
     return [
         f"platform: {device.device_kind} ({device.platform}), {devices}, jax {jax.__version__}",
         f"training: {axes}; {kernels}; parameters {precision.parameters}, compute {precision.compute}, "
         f"sums {precision.accumulation}, head {precision.head}, "
         f"float32 products of precision {precision.float32_products}",
         f"serving: {engine.format.name}, KV cache {jnp.dtype(engine.format.kv_cache).name}, {engine.slots} slots; "
-        f"copies of the model: {copies}, on {within} devices{apart} each",
+        f"copies of the model: {copies}, on {within} devices{apart} each; end tokens {ends}",
     ]

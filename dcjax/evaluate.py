@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.assemble import abstract_state, make_engine, make_training_engine
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config, on_one_device
-from dcjax.data.task import Problems, encode_prompts
+from dcjax.data.task import Problems, decode_responses, encode_prompts
 from dcjax.distributed import total
+from dcjax.ends import run_end_tokens
 from dcjax.errors import RunError
 from dcjax.judging import Judging, open_scorer
 from dcjax.rewards.scorer import Scorer
@@ -56,15 +58,15 @@ class Evaluation:
     rows: list[Accuracy]
 
 
-def make_engines(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> dict[Policy, Qwen3Engine]:
+def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[Policy, Qwen3Engine]:
     """`deployed` in the run's serving format, `training` in the trainer's float32, for masters on this mesh.
 
     Raises:
       RunError: they cannot be served.
     """
     return {
-        "deployed": make_engine(config, mesh, tokenizer.eos_token_id),
-        "training": make_training_engine(config, mesh, tokenizer.eos_token_id),
+        "deployed": make_engine(config, mesh, end_tokens),
+        "training": make_training_engine(config, mesh, end_tokens),
     }
 
 
@@ -81,10 +83,10 @@ def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problem
 
 
 def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]:
-    """The text of each response, without special tokens."""
+    """The text of each response, as `decode_responses` gives it."""
     width = rollout.response_mask.shape[1]
     rows = zip(rollout.tokens[:, -width:], rollout.response_mask, strict=True)
-    return tokenizer.batch_decode([row[mask] for row, mask in rows], skip_special_tokens=True)
+    return decode_responses(tokenizer, [row[mask] for row, mask in rows], np.asarray(rollout.finished))
 
 
 def evaluate(
@@ -151,7 +153,7 @@ def evaluate_source(
         step = checkpoints.latest()
     state, loop = checkpoints.restore(step, abstract_state(config, mesh))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
-    engines = make_engines(config, mesh, tokenizer)
+    engines = make_engines(config, mesh, run_end_tokens(run_dir, config, tokenizer))
     problems = open_problems(config, tokenizer)
     with open_scorer(config) as scorer:
         rows = evaluate(config, tokenizer, problems, scorer, engines, state.params, loop.step)

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.config import Config
-from dcjax.data.task import Problem
+from dcjax.data.task import Problem, decode_responses
 from dcjax.distributed import share
 from dcjax.errors import RunError
 from dcjax.rewards.pool import Pending, RewardError, RewardPool
@@ -64,8 +64,9 @@ class Judging:
         if not len(mine):
             return
         rows = places[mine].tolist()
-        texts = self._tokenizer.batch_decode([ended.responses[number] for number in mine], skip_special_tokens=True)
-        scores = self._scorer.submit(texts, [self._golds[row] for row in rows], ended.finished[mine])
+        finished = ended.finished[mine]
+        texts = decode_responses(self._tokenizer, [ended.responses[number] for number in mine], finished)
+        scores = self._scorer.submit(texts, [self._golds[row] for row in rows], finished)
         self._begun.append((rows, scores))
 
     def result(self) -> np.ndarray:

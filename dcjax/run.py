@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from dcjax.config import Config, differences, flatten, from_dict, to_dict
 from dcjax.distributed import gather, is_main
 from dcjax.errors import RunError
+from dcjax.models.hf_config import end_tokens_in
 from dcjax.record import write_atomically
 
 VERSIONED = (
@@ -30,17 +31,18 @@ VERSIONED = (
 )
 
 
-BESIDE_CONFIG = ("versions", "platform", "data")
+BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens")
 """What config.json holds beside the config."""
 
 
 @contextlib.contextmanager
-def open_run(config: Config, *, data: dict[str, str] | None = None) -> Iterator[Path]:
+def open_run(config: Config, *, data: dict[str, str] | None = None, end_tokens: Sequence[int] = ()) -> Iterator[Path]:
     """Makes or re-enters `config.directory`, and holds it against other runs meanwhile; process 0 does it for all.
 
     Args:
       config: of the run.
       data: the `Problems.fingerprint` of what it trains on; None where nothing is read.
+      end_tokens: ids that end a response; none where only the tokenizer's own does.
 
     Raises:
       RunError: the directory belongs to another configuration, to a run on other data, or to another process.
@@ -49,8 +51,7 @@ def open_run(config: Config, *, data: dict[str, str] | None = None) -> Iterator[
     if not is_main():
         yield directory
         return
-    if (directory / "config.json").exists():
-        _check_same(config, directory)
+    if goes_on(config):
         _check_same_data(data, directory)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
@@ -58,9 +59,21 @@ def open_run(config: Config, *, data: dict[str, str] | None = None) -> Iterator[
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}; choose another --run-dir") from None
-        recorded = to_dict(config) | {"versions": _versions(), "platform": platform.platform(), "data": data}
-        write_atomically(directory / "config.json", json.dumps(recorded, indent=2).encode())
+        beside = {"versions": _versions(), "platform": platform.platform(), "data": data, "end_tokens": [*end_tokens]}
+        write_atomically(directory / "config.json", json.dumps(to_dict(config) | beside, indent=2).encode())
         yield directory
+
+
+def goes_on(config: Config) -> bool:
+    """Whether `config.directory` holds the run already.
+
+    Raises:
+      RunError: it holds a run of another configuration.
+    """
+    if not (config.directory / "config.json").exists():
+        return False
+    _check_same(config, config.directory)
+    return True
 
 
 def check_processes_agree(config: Config) -> None:
@@ -82,6 +95,16 @@ def check_data_agree(data: dict[str, str]) -> None:
       RunError: they have not.
     """
     _check_agree(data, "give every host the same files in task.data_dir")
+
+
+def check_end_tokens_agree(end_tokens: Sequence[int]) -> None:
+    """That for all processes the same tokens end a response.
+
+    Raises:
+      RunError: they do not.
+    """
+    advice = "give every host the same config.json, generation_config.json and tokenizer with the weights"
+    _check_agree({"end tokens": list(end_tokens)}, advice)
 
 
 def _check_agree(described: dict[str, Any], advice: str) -> None:
@@ -112,6 +135,19 @@ def load_config(directory: Path) -> Config:
       RunError: the directory holds no run, or a damaged config.json.
     """
     return _parse(directory, _read(directory))
+
+
+def recorded_end_tokens(directory: Path, config: Config) -> list[int]:
+    """The ids that were recorded as ends of a response when a run was started; none in older runs.
+
+    Raises:
+      RunError: as `load_config`, or what is recorded are no ids of the run's vocabulary.
+    """
+    recorded, where = _read_all(directory), str(directory / "config.json")
+    try:
+        return end_tokens_in(recorded, where, vocab_size=config.model.vocab_size, name="end_tokens")
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def locate(source: Path) -> tuple[Path, int | None]:

@@ -43,7 +43,7 @@ def _train(trainer: Trainer) -> tuple[Path, Path] | None:
     config = trainer.config
     check_data_agree(trainer.problems.fingerprint)
     with (
-        open_run(config, data=trainer.problems.fingerprint) as directory,
+        open_run(config, data=trainer.problems.fingerprint, end_tokens=trainer.end_tokens) as directory,
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
         try:

@@ -19,6 +19,7 @@ from dcjax.checkpoint import LoopState
 from dcjax.config import Config
 from dcjax.data.task import Problem, encode_prompts
 from dcjax.distributed import Preemption, check_divides, gather, is_main, place, threads_may_launch
+from dcjax.ends import starting_end_tokens
 from dcjax.errors import RunError
 from dcjax.evaluate import Accuracy, Policy, evaluate, make_engines, open_problems, responses
 from dcjax.judging import Judging
@@ -29,6 +30,7 @@ from dcjax.rewards.shaping import soft_overlong_punishment
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
 from dcjax.rollouts import Rollouts
+from dcjax.run import check_end_tokens_agree
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import Ended, sample_responses
 from dcjax.serving.sync import ServingParams
@@ -104,7 +106,8 @@ class Trainer:
       scorer: judges responses, as `open_scorer` gives it.
 
     Raises:
-      RunError: the mesh needs more devices than there are, or the vocabulary does not fit the model.
+      RunError: the mesh needs more devices than there are, the vocabulary does not fit the model, or the ids that end a
+        response are not in it.
     """
 
     def __init__(self, config: Config, scorer: Scorer):
@@ -125,7 +128,9 @@ class Trainer:
             prompts=config.rollout.prompts,
             heldout=config.evaluation.prompts,
         )
-        self.engines = make_engines(config, self.mesh, self.tokenizer)
+        self.end_tokens = starting_end_tokens(config, self.tokenizer)
+        check_end_tokens_agree(self.end_tokens)
+        self.engines = make_engines(config, self.mesh, self.end_tokens)
         self.rollouts = Rollouts(
             self._sample,
             self.engines["deployed"].sync,

@@ -81,7 +81,7 @@ def test_an_error_of_compiling_is_raised_behind_the_warm_start(monkeypatch):
     mesh, reached = make_mesh(CONFIG.mesh), []
     with (
         pytest.raises(RuntimeError, match="no program"),
-        compiled_beside(CONFIG, mesh, make_engines(CONFIG, mesh, build_tokenizer())),
+        compiled_beside(CONFIG, mesh, make_engines(CONFIG, mesh, [build_tokenizer().eos_token_id])),
     ):
         reached.append(True)
     assert reached == [True]

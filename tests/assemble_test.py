@@ -139,7 +139,7 @@ def test_the_training_engine_is_float32_with_nothing_added():
         rollout=RolloutConfig(top_k=4),
     )
     mesh = make_mesh(config.mesh)
-    deployed, training = assemble.make_engine(config, mesh, 3), assemble.make_training_engine(config, mesh, 3)
+    deployed, training = assemble.make_engine(config, mesh, [3]), assemble.make_training_engine(config, mesh, [3])
     assert (deployed.format.name, deployed.format.kv_cache.name) == ("int4", "int8")
     assert deployed.decoder.mismatch.logit_noise == config.mismatch.logit_noise
     assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
@@ -169,11 +169,11 @@ def test_the_training_engine_is_float32_with_nothing_added():
 def test_what_cannot_be_served_is_refused_in_one_line(changes, message):
     config = assemble.with_pretrained_model(Config(**changes))
     with pytest.raises(RunError, match=message):
-        assemble.make_engine(config, make_mesh(config.mesh), 3)
+        assemble.make_engine(config, make_mesh(config.mesh), [3])
 
 
 def test_routing_of_a_pretrained_model_can_be_replayed():
     rollout = RolloutConfig(replay_routing=True, top_k=20)
     config = assemble.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
-    engine = assemble.make_engine(config, make_mesh(config.mesh), 3)
+    engine = assemble.make_engine(config, make_mesh(config.mesh), [3])
     assert engine.decoder.records_experts and engine.decoder.max_support == 20

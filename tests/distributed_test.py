@@ -300,7 +300,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from dcjax.config import Config, OptimizerConfig
 from dcjax.distributed import DistributedConfig, gather, join, place, total
 from dcjax.errors import RunError
-from dcjax.run import check_data_agree, check_processes_agree
+from dcjax.run import check_data_agree, check_end_tokens_agree, check_processes_agree
 from dcjax.serving.layout import serving_mesh
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 from dcjax.sharding.transfer import across
@@ -341,6 +341,9 @@ assert "processes 0 and 1 differ in optimizer.learning_rate 0.1 and 0.2;" in tol
 assert refusal(check_data_agree, {"train": "a"}) is None
 told = refusal(check_data_agree, {"train": "a", "heldout": "longer" * number})
 assert "processes 0 and 1 differ in heldout '' and 'longer';" in told, told
+assert refusal(check_end_tokens_agree, [1, 16]) is None
+told = refusal(check_end_tokens_agree, [1, 16][: number + 1])
+assert "processes 0 and 1 differ in end tokens [1] and [1, 16]; give every host the same" in told, told
 """
 
 

@@ -26,21 +26,24 @@ CONFIG = dataclasses.replace(
 
 def described(config):
     mesh = make_mesh(config.mesh)
-    return describe(config, mesh, make_engine(config, mesh, 1))
+    return describe(config, mesh, make_engine(config, mesh, [1, 16]))
 
 
 def test_platform_kernels_precision_and_serving_are_told():
     platform, training, serving = described(CONFIG)
     assert platform == f"platform: cpu (cpu), 8 devices, jax {jax.__version__}"
     assert training.startswith("training: fsdp 2, tensor 2; attention xla; parameters float32, compute float32")
-    assert serving == "serving: int8, KV cache bfloat16, 4 slots; copies of the model: 4, on 1 devices each"
+    assert (
+        serving
+        == "serving: int8, KV cache bfloat16, 4 slots; copies of the model: 4, on 1 devices each; end tokens 1, 16"
+    )
 
 
 def test_experts_and_devices_that_only_serve_are_told():
     serving = dataclasses.replace(CONFIG.serving, tensor=2, devices=4)
     _, training, serves = described(dataclasses.replace(CONFIG, model=presets["tiny-moe"], serving=serving))
     assert "attention xla, experts by blocks of rows;" in training
-    assert serves.endswith("copies of the model: 2, on 2 devices of their own each")
+    assert "copies of the model: 2, on 2 devices of their own each;" in serves
 
 
 def test_a_kernel_that_the_platform_does_not_run_is_refused():
@@ -74,7 +77,7 @@ def test_what_is_served_apart_is_what_is_served_together():
     mesh = make_mesh(CONFIG.mesh)
     apart = dataclasses.replace(CONFIG, serving=dataclasses.replace(CONFIG.serving, devices=4, tensor=2))
     params = jax.device_put(tiny.masters(CONFIG.model), params_shardings(CONFIG, mesh))
-    ours, theirs = (make_engine(each, mesh, 1).sync(params, 3) for each in (apart, CONFIG))
+    ours, theirs = (make_engine(each, mesh, [1]).sync(params, 3) for each in (apart, CONFIG))
     for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert {device.id for device in leaf.devices()} == {4, 5, 6, 7}
         np.testing.assert_array_equal(jax.device_get(leaf), jax.device_get(other))

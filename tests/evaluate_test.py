@@ -200,6 +200,16 @@ def rollout():
     )
 
 
+def test_an_end_that_the_tokenizer_has_for_a_character_is_no_part_of_the_text_either(rollout):
+    """As where generation_config.json names one; cut at the limit, a response keeps the character."""
+    tokenizer, texts, sampled = rollout
+    comma = tokenizer.convert_tokens_to_ids(",")
+    tokens = np.where(sampled.tokens == tokenizer.eos_token_id, comma, sampled.tokens)
+    assert responses(tokenizer, sampled.replace(tokens=tokens)) == texts
+    cut = sampled.replace(tokens=tokens, finished=np.zeros(4, bool))
+    assert responses(tokenizer, cut) == [texts[0] + ",", texts[1] + ",", texts[2], texts[3] + ","]
+
+
 def test_the_text_of_a_response_is_what_its_mask_covers_without_the_end(rollout):
     tokenizer, texts, sampled = rollout
     assert responses(tokenizer, sampled) == texts

@@ -27,10 +27,10 @@ ANSWERS = [(answer, ended) for gold in range(4) for answer, ended in ((gold, Tru
 RIGHT = [1.0, 0.0, 0.0] * 4
 
 
-def ended(samples):
+def ended(samples, by=TOKENIZER.eos_token_id):
     def tokens(answer, finished):
         ids = TOKENIZER(rf"it is \boxed{{{answer}}}", add_special_tokens=False)["input_ids"]
-        return np.array(ids + [TOKENIZER.eos_token_id] * finished, np.int32)
+        return np.array(ids + [by] * finished, np.int32)
 
     return Ended(
         samples=np.array(samples, int),
@@ -44,6 +44,20 @@ def judged(*parts):
     for part in parts:
         judging.begin(ended(part))
     return judging.result()
+
+
+def test_whatever_token_ended_a_response_is_not_judged():
+    """One that the tokenizer does not hold for special: an answer begun anew, which would be wrong."""
+    seen = []
+
+    def reward(text, gold, *, finished):
+        seen.append(text)
+        return integer_reward(text, gold, finished=finished)
+
+    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    judging.begin(ended(range(12), by=TOKENIZER("}", add_special_tokens=False)["input_ids"][0]))
+    assert judging.result().tolist() == RIGHT
+    assert seen == [rf"it is \boxed{{{answer}}}" for answer, _ in ANSWERS]
 
 
 @given(order=st.permutations(range(12)), cuts=st.sets(st.integers(0, 12), max_size=4))

@@ -10,7 +10,7 @@ import pytest
 
 from dcjax.config import CheckpointConfig, Config, ObjectiveConfig, to_dict
 from dcjax.errors import RunError
-from dcjax.run import VERSIONED, load_config, locate, open_run
+from dcjax.run import VERSIONED, load_config, locate, open_run, recorded_end_tokens
 from dcjax.sharding.mesh import MeshConfig
 
 
@@ -39,12 +39,18 @@ def test_a_run_directory_is_made_with_its_config(config):
     with open_run(config) as directory:
         assert directory == config.directory
         recorded = json.loads((directory / "config.json").read_text())
-    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data"))
+    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data", "end_tokens"))
     assert recorded == to_dict(config)
     assert load_config(config.directory) == config
     assert versions == {name: importlib.metadata.version(name) for name in VERSIONED} | {
         "python": platform.python_version()
     }
+
+
+def test_the_tokens_that_end_a_response_are_recorded(config):
+    for recorded in ((1, 16), [1, 16]):
+        with open_run(config, end_tokens=recorded) as directory:
+            assert recorded_end_tokens(directory, config) == [1, 16]
 
 
 def test_a_run_directory_is_entered_again_with_the_same_config(config):

@@ -29,7 +29,7 @@ class Trainer:
     def __init__(self, folder: Path):
         mesh = make_mesh(CONFIG.mesh)
         self._prompts = work.prompts(folder)
-        self._engine = assemble.make_engine(CONFIG, mesh, work.NO_TOKEN)
+        self._engine = assemble.make_engine(CONFIG, mesh, [work.NO_TOKEN])
         self._train_step = assemble.compile_train_step(CONFIG, mesh)
         params = load_hf(folder / "model", mesh=mesh)[1]
         self.state = assemble.initial_state(CONFIG, mesh, make_optimizer(CONFIG), params)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 Split = Literal["train", "heldout"]
@@ -76,3 +77,17 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Proble
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """The token ids of each text, and no others."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def decode_responses(
+    tokenizer: PreTrainedTokenizerFast, responses: Sequence[np.ndarray], finished: Sequence[bool] | np.ndarray
+) -> list[str]:
+    """The text of each response, without special tokens, and without the token that ended it, special or not.
+
+    Args:
+      tokenizer: of the policy.
+      responses: int [tokens] each, the end token included.
+      finished: whether an end token was generated.
+    """
+    rows = [row[:-1] if ended else row for row, ended in zip(responses, finished, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

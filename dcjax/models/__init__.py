@@ -2,7 +2,7 @@
 
 from dcjax.models.config import ModelConfig, Precision, presets
 from dcjax.models.hf import load_hf
-from dcjax.models.hf_config import read_config
+from dcjax.models.hf_config import read_config, read_end_tokens
 from dcjax.models.hf_save import save_hf
 from dcjax.models.scores import TokenScores, token_logps
 from dcjax.models.transformer import abstract_params, count_params, forward, init_params, logical_axes
@@ -19,6 +19,7 @@ __all__ = [
     "logical_axes",
     "presets",
     "read_config",
+    "read_end_tokens",
     "save_hf",
     "token_logps",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf_files import quote, read_json_object
 from dcjax.paths import local_path
 
+GENERATION_CONFIG = "generation_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+"""Of a config.json, and of a generation_config.json."""
 MAX_SIZE = 2**31
 """Largest value of any one size."""
 MAX_LAYERS = 4096
 MAX_EXPERTS = 2**18
 """Experts of all layers together."""
+MAX_END_TOKENS = 256
+"""Ids that one file names as ends of a response."""
 
 SUPPORTED = "qwen3, qwen3_moe and qwen2"
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -79,6 +84,15 @@ class _Fields:
             raise self.refuse(name, "true or false")
         return value
 
+    def token_ids(self, name: str, vocab_size: int) -> list[int]:
+        """The ids that a field holds, one or a list of them; none where it is absent or null."""
+        value = self.get(name, [])
+        ids = value if isinstance(value, list) else [value]
+        if len(ids) > MAX_END_TOKENS or not all(type(each) is int and 0 <= each < vocab_size for each in ids):
+            right = f"a token of the vocabulary, 0 to {vocab_size - 1}, or a list of at most {MAX_END_TOKENS}"
+            raise self.refuse(name, right)
+        return ids
+
     def require(self, name: str, expected: Any) -> None:
         """Absent, null, or the only value that is supported."""
         value = self.get(name, expected)
@@ -104,6 +118,45 @@ def read_config(path: Path | str) -> ModelConfig:
     """
     values, where = read_fields(local_path(path))
     return _to_config(_Fields(values, where))
+
+
+def read_end_tokens(path: Path | str) -> list[int]:
+    """The ids that a folder's config.json and generation_config.json name as ends of a response, ascending.
+
+    There are none where neither file names one: then only the tokenizer's own ends it.
+
+    Args:
+      path: the folder.
+
+    Raises:
+      ValueError: an eos_token_id that is neither an id of config.json's vocabulary nor a list of them, or a damaged
+        file; one line, which quotes the value.
+      FileNotFoundError: no config.json there, or a link to nothing in place of a file.
+    """
+    values, where = read_fields(Path(path))
+    vocab_size = _Fields(values, where).integer("vocab_size")
+    ends = set(end_tokens_in(values, where, vocab_size=vocab_size))
+    generation = Path(path) / GENERATION_CONFIG
+    # a link to nothing is an incomplete download, and no model without the file
+    if os.path.lexists(generation):
+        published = read_json_object(generation, MAX_CONFIG_BYTES)
+        ends |= set(end_tokens_in(published, str(generation), vocab_size=vocab_size))
+    return sorted(ends)
+
+
+def end_tokens_in(values: Mapping[str, Any], where: str, *, vocab_size: int, name: str = "eos_token_id") -> list[int]:
+    """The ids that one file names as ends of a response: one, a list, or none where the field is absent or null.
+
+    Args:
+      values: what the file says.
+      where: its path, for error messages.
+      vocab_size: of the model, which samples ids below it.
+      name: of the field.
+
+    Raises:
+      ValueError: anything else, a bool among them, or an id that the vocabulary does not have.
+    """
+    return _Fields(values, where).token_ids(name, vocab_size)
 
 
 def read_fields(folder: Path) -> tuple[dict[str, Any], str]:

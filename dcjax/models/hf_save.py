@@ -19,8 +19,8 @@ import numpy as np
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf import INDEX, WEIGHTS, at_path
-from dcjax.models.hf_config import read_fields, to_fields
-from dcjax.models.hf_files import save_tensors
+from dcjax.models.hf_config import GENERATION_CONFIG, MAX_CONFIG_BYTES, read_fields, to_fields
+from dcjax.models.hf_files import read_json_object, save_tensors
 from dcjax.models.hf_names import Leaf, leaves
 from dcjax.paths import local_path
 from dcjax.types import Params
@@ -38,7 +38,7 @@ COPIED = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 """Files that `save_hf` takes over from `tokenizer_from`, those of them that are there."""
 
@@ -84,7 +84,7 @@ def save_hf(
     *,
     dtype: DtypeName | None = None,
     tokenizer_from: Path | str | None = None,
-    token_ids: Mapping[str, int] | None = None,
+    token_ids: Mapping[str, int | list[int]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     told: Told | None = None,
 ) -> None:
@@ -101,7 +101,8 @@ def save_hf(
       dtype: of the weights; None keeps each leaf's.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied, and whose config.json
         gives the token ids and what else dcjax does not know.
-      token_ids: bos_token_id, eos_token_id, pad_token_id for config.json, over those of `tokenizer_from`.
+      token_ids: bos_token_id, eos_token_id (one or a list), pad_token_id for config.json and generation_config.json,
+        over those of `tokenizer_from`.
       max_shard_bytes: payload of one file (bytes).
       told: called after each tensor.
 
@@ -163,7 +164,7 @@ def write_folder(
     pending: Sequence[Pending],
     tokenizer_from: Path | str | None,
     *,
-    token_ids: Mapping[str, int] | None = None,
+    token_ids: Mapping[str, int | list[int]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     told: Told | None = None,
 ) -> None:
@@ -175,7 +176,12 @@ def write_folder(
     with _appearing_whole(path) as partial_path:
         for file in copied:
             _copy(file, partial_path / file.name)
-        (partial_path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_json(partial_path / "config.json", fields)
+        if token_ids:
+            # transformers takes a model's ends from here, and from config.json only where the file is not there
+            generation = partial_path / GENERATION_CONFIG
+            carried = read_json_object(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
+            _write_json(generation, carried | dict(token_ids))
         _write_shards(partial_path, _shards(pending, max_shard_bytes), told)
 
 
@@ -255,4 +261,8 @@ def _write_shards(folder: Path, shards: list[list[Pending]], told: Told | None) 
         placed = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         size = sum(tensor.nbytes for tensors in shards for tensor in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -53,11 +53,11 @@ class Policies:
 
     Args:
       config: of the run, on one device; serving and mismatch are of each policy asked for.
-      end_token: ends a response.
+      end_tokens: ids that end a response.
     """
 
-    def __init__(self, config: Config, end_token: int):
-        self.config, self._end_token, self._mesh = config, end_token, make_mesh(config.mesh)
+    def __init__(self, config: Config, end_tokens: Sequence[int]):
+        self.config, self._end_tokens, self._mesh = config, end_tokens, make_mesh(config.mesh)
         self._engines: dict[Served, Qwen3Engine] = {}
 
     def sample(self, served: Served, weights: Weights, prompts: Sequence[Sequence[int]], key: jax.Array) -> Rollout:
@@ -116,7 +116,7 @@ class Policies:
             most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
             serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
             config = replace(self.config, serving=serving, mismatch=served.mismatch)
-            self._engines[served] = make_engine(config, self._mesh, self._end_token)
+            self._engines[served] = make_engine(config, self._mesh, self._end_tokens)
         return self._engines[served]
 
 

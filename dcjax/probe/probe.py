@@ -124,7 +124,7 @@ def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
     config = source.config
     # recorded for the share of tokens that change their experts
     recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
-    policies = Policies(recording, source.tokenizer.eos_token_id)
+    policies = Policies(recording, source.end_tokens)
     rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
     trained = policies.train(source.weights.params, rollout, temperature=rollout.temperature)
     replayed, replays = trained.logps, _replays(config, rollout)

@@ -15,6 +15,7 @@ from dcjax.checkpoint import Checkpoints
 from dcjax.config import Config, ServingConfig
 from dcjax.data.task import encode_prompts
 from dcjax.data.tokenizers import load_tokenizer
+from dcjax.ends import folder_end_tokens, run_end_tokens
 from dcjax.errors import RunError
 from dcjax.evaluate import HELDOUT_SEED, open_problems
 from dcjax.probe.policies import Weights
@@ -38,6 +39,8 @@ class Source:
     # that it was trained on
     mesh: MeshConfig
     tokenizer: PreTrainedTokenizerFast
+    # ids that end a response
+    end_tokens: list[int]
     prompts: list[list[int]]
     weights: Weights
     # of the weights that are served; None where they are the trainer's own
@@ -106,6 +109,7 @@ def _load_run(path: Path, serving: dict[str, Any], stale_step: int | None, count
         config=config,
         mesh=recorded.mesh,
         tokenizer=tokenizer,
+        end_tokens=run_end_tokens(run_dir, config, tokenizer),
         prompts=encode_prompts(tokenizer, problems),
         weights=Weights(state.params, stale, version),
         stale_step=stale_step,
@@ -125,6 +129,7 @@ def _load_folder(path: Path, serving: dict[str, Any], prompts_file: Path | None,
         config=config,
         mesh=config.mesh,
         tokenizer=tokenizer,
+        end_tokens=folder_end_tokens(path, tokenizer),
         prompts=prompts,
         weights=Weights(starting_params(config, make_mesh(config.mesh)), None, 0),
         stale_step=None,

@@ -146,11 +146,11 @@ class Qwen3Engine(engine_api.Engine):
       slots: samples decoded at once.
       max_prompt_length: longest prompt (tokens).
       max_response_length: longest response (tokens, the end token included).
-      end_token: id that ends a response unless a request names others; itself sampled, scored and returned.
+      end_tokens: ids that end a response unless a request names others; themselves sampled, scored and returned.
       steps_per_call: tokens that are decoded in each slot before ended samples are replaced.
       prefill_tokens: tokens in one pass of the prefill: of several prompts, or a piece of a long one.
       max_support: largest top_k of a request; the tokens that it leaves are recorded. 0 records none, for any top_k.
-      max_stop_tokens: how many ids a request may name.
+      max_stop_tokens: how many ids a request may name; where there are more end tokens, the next power of two.
       records_experts: the choices of an MoE's routers are recorded.
       mismatch: what is added to the engine's own numerics; its staleness is the trainer's affair.
       mesh: of `layout.serving_mesh`; the first device where None.
@@ -172,7 +172,7 @@ class Qwen3Engine(engine_api.Engine):
         slots: int,
         max_prompt_length: int,
         max_response_length: int,
-        end_token: int,
+        end_tokens: Sequence[int],
         steps_per_call: int = 1,
         prefill_tokens: int = 4096,
         max_support: int = 0,
@@ -198,14 +198,15 @@ class Qwen3Engine(engine_api.Engine):
         self.config, self.format = config, quantize.serving_format(format, kv_cache)
         self._mesh = serving_mesh(make_mesh(MeshConfig())) if mesh is None else mesh
         quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
-        self.slots, self.steps_per_call, self.end_token = slots, steps_per_call, end_token
+        self.slots, self.steps_per_call, self.end_tokens = slots, steps_per_call, list(end_tokens)
         self.decoder = Decoder(
             config=config,
             format=self.format,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             max_support=max_support,
-            max_stop_tokens=max_stop_tokens,
+            # few capacities for all models, so that they share programs
+            max_stop_tokens=max(max_stop_tokens, 1 << (len(end_tokens) - 1).bit_length()),
             records_experts=records_experts,
             prefill_tokens=prefill_tokens,
             # of which the rest is not decoded with
@@ -346,7 +347,7 @@ class Qwen3Engine(engine_api.Engine):
     ) -> Requests:
         """Requests for N samples with keys [N, 2], on the host; one value counts for all.
 
-        `limits` are the longest possible and `stop_tokens` the engine's end token where None; rows of stop tokens may
+        `limits` are the longest possible and `stop_tokens` the engine's end tokens where None; rows of stop tokens may
         be filled up with -1.
         """
         keys = np.asarray(keys, np.uint32)
@@ -357,7 +358,7 @@ class Qwen3Engine(engine_api.Engine):
             _require_within(name, values, low, high)
             return values
 
-        stop_tokens = as_integers("stop_tokens", [self.end_token] if stop_tokens is None else stop_tokens)
+        stop_tokens = as_integers("stop_tokens", self.end_tokens if stop_tokens is None else stop_tokens)
         stops = np.atleast_2d(np.asarray(stop_tokens, np.int32))
         _require_within("number of stop tokens", [stops.shape[1]], 1, self.decoder.max_stop_tokens)
         stops = np.pad(stops, ((0, 0), (0, self.decoder.max_stop_tokens - stops.shape[1])), constant_values=-1)

@@ -89,7 +89,7 @@ def sample_responses(
       key: a typed PRNG key.
       top_k: how many tokens can be drawn; 0 is all.
       top_p: the most probable tokens can be drawn, until they hold so much.
-      stop_tokens: ids that end a response; the engine's end token where None.
+      stop_tokens: ids that end a response; the engine's end tokens where None.
       on_ended: is given every sample once, soon after it has ended; the rollout does not depend on it.
 
     Raises:

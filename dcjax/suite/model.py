@@ -16,8 +16,8 @@ from dcjax.config import Config, RewardConfig, on_one_device
 from dcjax.data.mathematics import MathTask
 from dcjax.data.templates import TemplateName
 from dcjax.data.tokenizers import load_tokenizer
+from dcjax.ends import folder_end_tokens, run_end_tokens
 from dcjax.errors import RunError
-from dcjax.models.hf_files import read_json_object
 from dcjax.run import load_config, locate
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.sharding.layout import check_model
@@ -25,10 +25,6 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.source import folder_config, is_folder
 from dcjax.suite.log import Policy
 from dcjax.types import Params
-
-GENERATION_CONFIG = "generation_config.json"
-MOST_BYTES = 1 << 20
-"""Of a generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Model:
             serving=replace(self.config.serving, prefill_tokens=max_prompt_length),
         )
         make = make_engine if policy == "deployed" else make_training_engine
-        return make(config, self.mesh, self.tokenizer.eos_token_id)
+        return make(config, self.mesh, self.stop_tokens)
 
 
 def load_model(path: Path, *, devices: int = 1, **serving: Any) -> Model:
@@ -111,7 +107,7 @@ def _load_run(path: Path, mesh: Mesh, serving: dict[str, Any]) -> Model:
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
-        stop_tokens=[tokenizer.eos_token_id],
+        stop_tokens=run_end_tokens(run_dir, config, tokenizer),
         params=state.params,
         out=run_dir / "suite" / str(loop.step),
     )
@@ -126,7 +122,7 @@ def _load_folder(path: Path, mesh: Mesh, serving: dict[str, Any]) -> Model:
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
-        stop_tokens=_stop_tokens(path, tokenizer),
+        stop_tokens=folder_end_tokens(path, tokenizer),
         params=starting_params(config, mesh),
         out=Path("suite") / path.name,
     )
@@ -142,11 +138,3 @@ def _on(mesh: Mesh, config: Config) -> Config:
         return on_one_device(config)
     check_model(config.model, dict(mesh.shape))
     return replace(config, mesh=MeshConfig())
-
-
-def _stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokenizer's end token, and those that the model was published with."""
-    path = folder / GENERATION_CONFIG
-    published = read_json_object(path, MOST_BYTES).get("eos_token_id") if path.exists() else None
-    more = published if isinstance(published, list) else [published]
-    return sorted({tokenizer.eos_token_id, *(token for token in more if isinstance(token, int))})

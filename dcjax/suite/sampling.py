@@ -112,7 +112,6 @@ def _sample(
             temperature=conditions.temperature,
             top_p=conditions.top_p,
             key=key,
-            stop_tokens=conditions.stop_tokens,
         )
     except ValueError as error:
         raise RunError(str(error)) from None

@@ -19,6 +19,7 @@ from dcjax.distributed import DistributedConfig, as_loss, is_main, join, total
 from dcjax.errors import RunError
 from dcjax.progress import Progress
 from dcjax.rewards.pool import RewardPool
+from dcjax.run import check_end_tokens_agree
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.serving.quantize import FormatName
 from dcjax.suite.benchmarks import Benchmark, SuiteConfig, published_counts
@@ -112,7 +113,9 @@ def evaluate_suite(
       RunError: no such source or data, or settings that the model, the hardware or its memory cannot serve.
     """
     join(distributed)
-    plan = _make_plan(load_model(source, devices=devices, **serving), config, data_dir)
+    model = load_model(source, devices=devices, **serving)
+    check_end_tokens_agree(model.stop_tokens)
+    plan = _make_plan(model, config, data_dir)
     directory = plan.model.out if out is None else out
     try:
         _sample(plan, directory)
@@ -218,5 +221,9 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
                 raise RunError(f"other hosts' samples are not in {directory}; give all of them one that they share")
             scores.append(score_benchmark(benchmark.dataset, [found[problem.id] for problem in problems]))
         policies.append(score_policy(policy, plan.format(policy), scores))
-    settings = asdict(plan.config) | {"template": plan.template, "max_response_length": plan.max_response_length}
+    settings = asdict(plan.config) | {
+        "template": plan.template,
+        "max_response_length": plan.max_response_length,
+        "stop_tokens": plan.model.stop_tokens,
+    }
     return SuiteResult(plan.model.name, plan.model.step, plan.config.suite, settings, policies, plan.notes)

@@ -625,8 +625,9 @@ def test_the_exported_config_is_read_by_transformers(tmp_path, kind):
 def test_tokenizer_files_and_unknown_fields_are_carried_over(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "pytorch_model.bin"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "pytorch_model.bin"):
         (source / name).write_text(name)
+    (source / "generation_config.json").write_text('{"bos_token_id": 3, "eos_token_id": [7, 5], "top_k": 20}')
     carried = {
         "eos_token_id": [5, 7],
         "bos_token_id": 3,
@@ -640,7 +641,8 @@ def test_tokenizer_files_and_unknown_fields_are_carried_over(tmp_path):
     assert (fields["eos_token_id"], fields["bos_token_id"], fields["novelty"]) == ([5, 7], 4, {"a": 1})
     assert fields["hidden_size"] == 64 and "quantization_config" not in fields and "layer_types" not in fields
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
-    assert (tmp_path / "out" / "generation_config.json").exists()
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 4, "eos_token_id": [7, 5], "top_k": 20}
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 

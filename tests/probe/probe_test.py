@@ -72,7 +72,7 @@ def params_of(model, seed=0):
 
 @functools.cache
 def policies(**changes):
-    return Policies(dataclasses.replace(CONFIG, **changes), tokenizer().eos_token_id)
+    return Policies(dataclasses.replace(CONFIG, **changes), [tokenizer().eos_token_id])
 
 
 def source_of(config, *, stale=None, prompts=prompts):
@@ -82,6 +82,7 @@ def source_of(config, *, stale=None, prompts=prompts):
         config=config,
         mesh=MeshConfig(),
         tokenizer=tokenizer(),
+        end_tokens=[tokenizer().eos_token_id],
         prompts=prompts(),
         weights=Weights(params_of(config.model), stale, 2),
         stale_step=None if stale is None else 2,

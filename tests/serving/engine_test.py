@@ -30,7 +30,7 @@ SIZES = {
     "slots": SLOTS,
     "max_prompt_length": P,
     "max_response_length": T,
-    "end_token": NEVER,
+    "end_tokens": (NEVER,),
     "steps_per_call": STEPS,
 }
 
@@ -443,7 +443,7 @@ def test_a_cache_that_does_not_fit_says_how_many_slots_would(name):
 
 
 def test_the_kv_cache_is_chosen_apart_from_the_format():
-    sizes = {"slots": 2, "max_prompt_length": 2, "max_response_length": 2, "end_token": 0}
+    sizes = {"slots": 2, "max_prompt_length": 2, "max_response_length": 2, "end_tokens": [0]}
     for kv_cache, stored in {"auto": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "float32": "float32"}.items():
         engine = Qwen3Engine(CONFIG, format="int4", kv_cache=kv_cache, **sizes)
         assert jax.eval_shape(engine.init_decode_state).caches[1].v.dtype == stored
@@ -470,6 +470,15 @@ def test_a_request_that_an_engine_which_records_does_not_take_is_refused(setting
     engine = make_engine(max_support=4)
     with pytest.raises(ValueError, match=re.escape(message)):
         engine.make_requests(np.zeros((2, 2)), **settings)
+
+
+@pytest.mark.parametrize(("ends", "held"), [(1, 4), (4, 4), (5, 8), (6, 8), (8, 8), (9, 16)])
+def test_an_engine_ends_on_as_many_tokens_as_it_is_given(ends, held):
+    engine = make_engine(end_tokens=tuple(range(ends)))
+    stops = engine.make_requests(np.zeros((2, 2))).stop_tokens
+    assert stops.tolist() == [[*range(ends), *[-1] * (held - ends)]] * 2
+    # few capacities, so that engines of other ends have the same programs
+    assert (engine.decoder == make_engine().decoder) == (held == 4)
 
 
 def test_an_engine_that_records_nothing_takes_any_truncation():

@@ -51,7 +51,7 @@ EIGHT = MeshConfig(fsdp=8)
 def make_engine(config, format="float32", tensor=None, training=EIGHT, **settings):
     """On eight devices, `tensor` of them to a copy of the model, or on one where it is None."""
     training = make_mesh(training)
-    sizes = {"slots": SLOTS, "max_prompt_length": P, "max_response_length": T, "end_token": 1, "steps_per_call": 4}
+    sizes = {"slots": SLOTS, "max_prompt_length": P, "max_response_length": T, "end_tokens": [1], "steps_per_call": 4}
     meshes = {} if tensor is None else {"mesh": serving_mesh(training, tensor), "training_mesh": training}
     # prompts in more than one pass, and one that is not full
     return Qwen3Engine(config, format=format, prefill_tokens=P, **sizes, **meshes, **settings)
@@ -178,6 +178,6 @@ def test_slots_that_copies_cannot_share_and_devices_that_copies_cannot_are_refus
     mesh = make_mesh(MeshConfig(data=8))
     with pytest.raises(ValueError, match=r"serving.tensor is 3; it must divide the number of devices, 8"):
         serving_mesh(mesh, 3)
-    sizes = {"slots": 6, "max_prompt_length": P, "max_response_length": T, "end_token": 1}
+    sizes = {"slots": 6, "max_prompt_length": P, "max_response_length": T, "end_tokens": [1]}
     with pytest.raises(ValueError, match="slots is 6; it must be a multiple of the 4 copies of the model"):
         Qwen3Engine(DENSE, format="int8", mesh=serving_mesh(mesh, 2), **sizes)

@@ -366,6 +366,23 @@ def test_a_prompt_that_does_not_fit_is_refused():
             )
 
 
+def test_six_end_tokens_cut_what_would_go_on_at_the_first_of_them():
+    ends = (2, 4, 7, 11, 13, 19)
+    rollout = sample(engine_of("float32", end_tokens=ends))
+    unending = sample(engine_of("float32"), stop_tokens=[-1])
+    tokens, whole = rollout.tokens[:, P:], unending.tokens[:, P:]
+    found = np.isin(whole, ends)
+    lengths = np.where(found.any(axis=1), found.argmax(axis=1) + 1, T)
+    mask = np.arange(T) < lengths[:, None]
+    np.testing.assert_array_equal(rollout.response_mask, mask)
+    np.testing.assert_array_equal(tokens, np.where(mask, whole, 0))
+    np.testing.assert_array_equal(rollout.finished, found.any(axis=1))
+    # the token that ends a response is scored as it is where the response goes on
+    np.testing.assert_allclose(rollout.rollout_logps, np.where(mask, unending.rollout_logps, 0), atol=1e-5)
+    # more of them than a request may usually name
+    assert len(np.unique(tokens[np.arange(len(tokens)), lengths - 1][rollout.finished])) > 4
+
+
 def test_other_stop_tokens_end_a_response_too():
     rollout = sample(engine_of("float32"), stop_tokens=[2, 11])
     responses, real = rollout.tokens[:, P:], rollout.response_mask

@@ -202,7 +202,7 @@ def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     slots, capacity, devices = 128, 8192, 8
     training = make_mesh(MeshConfig(fsdp=16), slice_devices(V5E))
     model = presets["qwen3-8b"]
-    sizes = {"max_prompt_length": P, "max_response_length": capacity - P, "end_token": 1, "steps_per_call": 8}
+    sizes = {"max_prompt_length": P, "max_response_length": capacity - P, "end_tokens": [1], "steps_per_call": 8}
     # 16 GB a chip
     engine = Qwen3Engine(
         model, format="int8", slots=slots, mesh=serving_mesh(training, devices), memory=16 * 10**9, **sizes

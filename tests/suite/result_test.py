@@ -151,6 +151,19 @@ def table(text, heading):
     return [rows[0], *rows[2:]]
 
 
+def test_a_comparison_under_other_ends_says_so():
+    """As of a folder with a run that an older version began from it."""
+    ours, theirs = (result_of(1, 0.5, name=name) for name in ("ours", "theirs"))
+
+    def ending(result, stops):
+        return dataclasses.replace(result, settings=result.settings | {"stop_tokens": stops})
+
+    told = "\nNot measured alike: responses end in tokens [1] here and [1, 16] there.\n"
+    assert to_markdown(ending(ours, [1]), ending(theirs, [1, 16])).endswith(told)
+    for other in (ending(theirs, [1]), theirs):
+        assert "Not measured alike" not in to_markdown(ending(ours, [1]), other)
+
+
 def test_the_table_holds_what_was_measured_beside_what_was_published():
     result = result_of(0, 0.5)
     text = to_markdown(result, against=result_of(1, 0.5, name="theirs"))

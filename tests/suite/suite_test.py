@@ -34,7 +34,7 @@ from dcjax.suite.suite import evaluate_suite
 pytestmark = pytest.mark.heavy
 
 MODEL = ModelConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_layers=1, max_position_embeddings=160)
-STOPS = [70, 71, 72]
+STOPS = [70, 71, 72, 80, 90]
 # four of them are in a call of the engine, so that one program serves all
 PROBLEMS = {"aime24": 8, "amc23": 4}
 SAMPLES_EACH, LIMIT = 4, 32
@@ -42,7 +42,7 @@ SAMPLES_EACH, LIMIT = 4, 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model, four of whose tokens end a response."""
+    """A random model, six of whose tokens end a response."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     save_hf(path, MODEL, init_params(MODEL, jax.random.key(0)))
     byte_tokenizer().save_pretrained(path)
@@ -250,11 +250,11 @@ def test_a_folders_published_end_tokens_end_responses(folder):
 # --- runs ---
 
 
-def make_run(directory, tokenizer):
+def make_run(directory, tokenizer, end_tokens=()):
     """A run of a random model with one checkpoint."""
     config = Config(model=MODEL, run_dir=directory, serving=ServingConfig(format="float32", slots=4))
     mesh = make_mesh(config.mesh)
-    with open_run(config), Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+    with open_run(config, end_tokens=end_tokens), Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
         state = initial_state(config, mesh, make_optimizer(config), starting_params(config, mesh))
         checkpoints.save(state, LoopState(step=3, data_cursor=0, rollout_key=[0, 0]))
     tokenizer.save_pretrained(directory / "tokenizer")
@@ -268,6 +268,11 @@ def test_a_run_is_evaluated_in_its_own_format_and_its_results_lie_in_it(tmp_path
     assert (result.title, result.policies[0].format) == ("run at step 3", "float32")
     again, _ = evaluate_suite(run / "checkpoints" / "3", small(problems=4), data_dir=SAMPLES)
     assert again == result
+
+
+def test_a_runs_ends_are_those_that_were_recorded_or_its_tokenizers(tmp_path):
+    assert load_model(make_run(tmp_path / "run", byte_tokenizer(), [1, *STOPS])).stop_tokens == [1, *STOPS]
+    assert load_model(make_run(tmp_path / "older", byte_tokenizer())).stop_tokens == [1]
 
 
 def test_a_run_whose_tokenizer_cannot_spell_the_problems_is_refused(tmp_path):
