@@ -25,7 +25,7 @@ from dcjax.rl.averaging import averaged_params
 from dcjax.run import load_config, locate
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName, formats
-from dcjax.serving.rollout import sample_responses
+from dcjax.serving.rollout import require_finite, sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.statistics import wilson_interval
 from dcjax.types import Params, Rollout
@@ -101,6 +101,9 @@ def evaluate(
     """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring.
 
     A response is right that earns at least 1.
+
+    Raises:
+      RunError: a policy whose log-probs are not finite, or a reward that fails.
     """
     settings = config.evaluation
     problems = source.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
@@ -108,7 +111,7 @@ def evaluate(
     rows = []
     for policy, engine in engines.items():
         judging = Judging(scorer, tokenizer, problems, samples_per_prompt=1)
-        sample_responses(
+        rollout = sample_responses(
             engine,
             engine.sync(params, version),
             prompts,
@@ -117,11 +120,19 @@ def evaluate(
             key=jax.random.key(HELDOUT_SEED),
             on_ended=judging.begin,
         )
+        _require_finite(policy, rollout, engine)
         correct = total(int(np.sum(judging.result() >= 1)), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
     return rows
+
+
+def _require_finite(policy: Policy, rollout: Rollout, engine: Qwen3Engine) -> None:
+    try:
+        require_finite(rollout, engine)
+    except ValueError as error:
+        raise RunError(f"the {policy} policy cannot be evaluated: {error}") from None
 
 
 def evaluate_source(

@@ -32,7 +32,7 @@ from dcjax.rl.averaging import averaged_params
 from dcjax.rollouts import Rollouts
 from dcjax.run import check_end_tokens_agree
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.rollout import Ended, sample_responses
+from dcjax.serving.rollout import Ended, require_finite, sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params, Rollout, TrainState
@@ -43,6 +43,8 @@ TRANSCRIPTS = 4
 
 SAMPLING_ROUNDS = 5
 """At most so many in one iteration, where groups of equal rewards are sampled anew."""
+
+LOWER = "lower optimizer.learning_rate"
 
 ALARM = 10
 """Iterations with λ at its bound while the gap rises, before a warning."""
@@ -276,17 +278,18 @@ class Trainer:
             support=rollout.support,
             experts=rollout.experts,
         )
-        bad = np.argwhere(~np.isfinite(batch.rollout_logps) & batch.response_mask)
-        if len(bad):
-            self._stop(loop, batch, f"the engine's log-prob at response, token {tuple(bad[0].tolist())} is not finite")
+        try:
+            require_finite(rollout, self.engines["deployed"])
+        except ValueError as error:
+            self._stop(loop, batch, str(error), "choose another serving.format")
         state, metrics = self._step(state, place(batch, batch_sharding(self.mesh)))
         metrics = assemble.metrics_to_host(metrics)
         if (at := int(metrics.pop("nonfinite_at"))) >= 0:
             where = divmod(at, batch.response_mask.shape[1])
-            self._stop(loop, batch, f"the trainer's log-prob at response, token {where} is not finite")
+            self._stop(loop, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
-            self._stop(loop, batch, f"{', '.join(broken)} not finite")
+            self._stop(loop, batch, f"{', '.join(broken)} not finite", LOWER)
         if metrics.get("dual/saturated") == ALARM:
             bound = config.objective.max_multiplier
             print(
@@ -305,11 +308,11 @@ class Trainer:
             settings["dual/budget"] = budget
         return metrics | settings
 
-    def _stop(self, loop: LoopState, batch: Batch, why: str) -> None:
+    def _stop(self, loop: LoopState, batch: Batch, why: str, remedy: str) -> None:
         path = self.config.directory / "bad_batch.npz"
         if is_main():
             np.savez(path, **{name: value for name, value in vars(batch).items() if value is not None})
         raise RunError(
             f"step {loop.step + 1}: {why}; the batch is in {path}, the last good checkpoint stays; "
-            "lower optimizer.learning_rate or look at the batch"
+            f"{remedy} or look at the batch"
         )

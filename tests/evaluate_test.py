@@ -213,3 +213,20 @@ def test_an_end_that_the_tokenizer_has_for_a_character_is_no_part_of_the_text_ei
 def test_the_text_of_a_response_is_what_its_mask_covers_without_the_end(rollout):
     tokenizer, texts, sampled = rollout
     assert responses(tokenizer, sampled) == texts
+
+
+def test_a_policy_that_overflows_in_its_format_is_not_evaluated(finished_run, refusal, monkeypatch):
+    """A residual stream of 1e5 is more than float16 holds; token 0 for ever was an accuracy of 0 once."""
+    restore = dcjax.evaluate.Checkpoints.restore
+
+    def overflowing(*arguments):
+        state, loop = restore(*arguments)
+        table = state.params["embed_tokens"]
+        return dataclasses.replace(
+            state, params=state.params | {"embed_tokens": table * (1e5 / abs(table).max())}
+        ), loop
+
+    monkeypatch.setattr(dcjax.evaluate.Checkpoints, "restore", overflowing)
+    told = refusal("evaluate", finished_run, "--format", "fp16", "--temperature", "0")
+    assert "the deployed policy cannot be evaluated: the engine's log-prob at response 0, token 0 is nan" in told
+    assert "format 'fp16' holds, 6.55e+04" in told

@@ -653,8 +653,8 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pr
     assert status == 2
     assert len(told) == 1, told
     column = rollouts[1].response_mask[row].sum() - 1
-    assert f"step {STEPS - 2 * EVERY + 2}" in told[0] and f"({row}, {column})" in told[0]
-    assert str(directory / "bad_batch.npz") in told[0]
+    assert f"step {STEPS - 2 * EVERY + 2}" in told[0] and f"response {row}, token {column} is nan" in told[0]
+    assert str(directory / "bad_batch.npz") in told[0] and "choose another serving.format" in told[0]
     batch = bad_batch(directory)
     for name in ("tokens", "prompt_mask", "response_mask", "rollout_logps", "temperature"):
         np.testing.assert_array_equal(batch[name], getattr(rollouts[1], name))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def load_hf(
     is refused, unless the index names the former. Files of other names are not read. Each tensor is
     read through once to see that it is finite and, where the file carries dcjax's checksums, undamaged; then each
     device's part is read and placed, one leaf at a time: the host holds one leaf and one tensor beside the params.
+    The config's `precision.parameters` is their dtype, of leaves in several the narrowest that holds them all.
 
     Args:
       path: the folder; files in it may be links, as in Hugging Face's cache.
@@ -223,7 +225,14 @@ def load_hf(
             checkpoint.tensors[name].read()
         parent = params if len(leaf.path) == 1 else params.setdefault(leaf.path[0], {})
         parent[leaf.path[-1]] = _place(checkpoint, leaf, dtypes[leaf], places[leaf.path])
-    return checkpoint.config, params
+    return _holding(checkpoint.config, dtypes.values()), params
+
+
+def _holding(config: ModelConfig, dtypes: Iterable[np.dtype]) -> ModelConfig:
+    """The config of parameters in these dtypes."""
+    widest = jnp.result_type(*dtypes)
+    name = next(name for name, dtype in DTYPES.items() if dtype == widest)
+    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, parameters=name))
 
 
 def _places(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[tuple[str, ...], Sharding]:

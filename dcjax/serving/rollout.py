@@ -347,6 +347,22 @@ def _assemble(
     )
 
 
+def require_finite(rollout: Rollout, engine: Qwen3Engine) -> None:
+    """That each token was drawn from a distribution.
+
+    Raises:
+      ValueError: a response token's log-prob is not finite, as where numbers overflow in the engine's format.
+    """
+    bad = np.argwhere(~np.isfinite(rollout.rollout_logps) & rollout.response_mask)
+    if len(bad):
+        row, token = bad[0].tolist()
+        largest = float(jnp.finfo(engine.format.activations).max)
+        raise ValueError(
+            f"the engine's log-prob at response {row}, token {token} is {rollout.rollout_logps[row, token]}: its "
+            f"weights are not finite, or something exceeds what format {engine.format.name!r} holds, {largest:.3g}"
+        )
+
+
 def _finished(tokens: Any, lengths: Any, requests: Requests) -> np.ndarray:
     """Whether each sample's last token ends a response."""
     last = tokens[np.arange(len(lengths)), lengths - 1]

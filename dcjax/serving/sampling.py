@@ -104,6 +104,10 @@ def draw(drawn_from: Distribution, *, noise: Float[Array, "B V"]) -> Int[Array, 
 
 
 def log_probs(drawn_from: Distribution, tokens: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Natural logs of the tokens' probabilities, float32: -inf for one that cannot be drawn, 0 in greedy rows."""
+    """Natural logs of the tokens' probabilities, float32: -inf for one that cannot be drawn, 0 in greedy rows.
+
+    No number where the logits are no finite numbers, in greedy rows too.
+    """
     chosen = jnp.take_along_axis(drawn_from.logits, tokens[:, None], axis=-1)[:, 0]
-    return jnp.where(drawn_from.greedy, 0.0, chosen - jax.nn.logsumexp(drawn_from.logits, axis=-1))
+    total = jax.nn.logsumexp(drawn_from.logits, axis=-1)
+    return jnp.where(drawn_from.greedy & jnp.isfinite(total), 0.0, chosen - total)

@@ -16,7 +16,7 @@ from dcjax.errors import RunError
 from dcjax.evaluate import responses
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.rollout import sample_responses
+from dcjax.serving.rollout import require_finite, sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.suite.log import Conditions, Problem, Sampled, SampleLog
 from dcjax.suite.model import Model
@@ -82,7 +82,7 @@ def sample_problems(
       log: of this process.
 
     Raises:
-      RunError: a prompt that the engine does not take.
+      RunError: a prompt that the engine does not take, or log-probs that are not finite.
     """
     key = jax.random.fold_in(jax.random.key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
     size = max(1, SAMPLES_A_CALL // conditions.samples)
@@ -104,7 +104,7 @@ def _sample(
     engine: Qwen3Engine, params: ServingParams, batch: list[Problem], conditions: Conditions, key: jax.Array
 ) -> Rollout:
     try:
-        return sample_responses(
+        rollout = sample_responses(
             engine,
             params,
             [problem.prompt for problem in batch],
@@ -113,8 +113,10 @@ def _sample(
             top_p=conditions.top_p,
             key=key,
         )
+        require_finite(rollout, engine)
     except ValueError as error:
         raise RunError(str(error)) from None
+    return rollout
 
 
 def _read(batch: list[Problem], rollout: Rollout, model: Model, template: Template, pool: RewardPool) -> _Part:

@@ -151,3 +151,14 @@ def test_each_token_of_a_request_is_drawn_anew():
     by_count = drawn(np.arange(64, dtype=np.int32))
     assert len(np.unique(by_count)) > 8
     assert np.unique(drawn(np.full(64, 3, np.int32))).tolist() == [int(by_count[3])]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("max_support", [0, 5])
+def test_logits_that_are_no_numbers_have_no_log_probs(bad, everywhere, max_support):
+    """As of a format that overflowed: a greedy row would say 0, as if it were certain."""
+    logits = np.full((4, VOCAB), bad) if everywhere else np.where(np.arange(VOCAB) == 2, bad, np.zeros((4, VOCAB)))
+    drawn_from = of_rows(logits, [0, 1, 1, 1], [0, 0, 5, 5], [1, 1, 1, 0.9], max_support=max_support)
+    tokens = drawn_with(drawn_from, np.zeros((4, VOCAB), np.float32))
+    assert not np.isfinite(log_probs(drawn_from, tokens)).any()

@@ -199,6 +199,19 @@ def test_an_interrupted_evaluation_goes_on_without_sampling_anything_twice(
     assert evaluated(folder, tmp_path) == result
 
 
+def test_samples_that_were_drawn_from_no_distribution_are_neither_scored_nor_logged(folder, monkeypatch, tmp_path):
+    sample = dcjax.suite.sampling.sample_responses
+
+    def overflowing(*arguments, **settings):
+        rollout = sample(*arguments, **settings)
+        return dataclasses.replace(rollout, rollout_logps=np.full_like(rollout.rollout_logps, np.nan))
+
+    monkeypatch.setattr(dcjax.suite.sampling, "sample_responses", overflowing)
+    with pytest.raises(RunError, match=r"log-prob at response 0, token 0 is nan: .* format 'float32'"):
+        evaluated(folder, tmp_path)
+    assert lines(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_samples_depend_neither_on_the_slots_nor_on_the_devices(whole, folder, tmp_path):
     result, _ = whole
