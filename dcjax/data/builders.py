@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 FIELDS = ("id", "question", "answer")
 """What is stored of an `Example`, as text."""
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 """Of what is stored: higher whenever the same files would give other examples."""
 
 

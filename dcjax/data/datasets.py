@@ -7,13 +7,15 @@ are cut off, for the template to choose (`dcjax.data.templates`).
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from dcjax.rewards.boxed import boxed_answer
+from dcjax.rewards.boxed import last_box
 
 SAMPLES = Path(__file__).parent / "samples"
 """Hand-written problems in each data set's schema: a `data_dir` for tests and first steps, no benchmark."""
@@ -82,7 +84,7 @@ class Dataset:
         column = self.column(row, "answer")
         answer = _value(columns, column)
         if column in self.solutions:
-            answer = boxed_answer(answer or "")
+            answer = last_box(answer or "")
         answer = normalize_answer(answer)
         if not question or not answer:
             return None
@@ -113,7 +115,10 @@ def example_id(question: str) -> str:
 
 
 def normalize_answer(answer: Any) -> str:
-    r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none."""
+    r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none.
+
+    A float becomes the shortest decimal that is read back as the same float: 3e-05 -> "0.00003".
+    """
     match answer:
         case None:
             return ""
@@ -125,6 +130,10 @@ def normalize_answer(answer: Any) -> str:
             return str(int(whole[1])) if whole else text
         case Sequence():
             return ", ".join(filter(None, map(normalize_answer, answer)))
+        case float() if math.isfinite(answer):
+            return normalize_answer(f"{Decimal(repr(answer)):f}")
+        case Decimal() if answer.is_finite():
+            return normalize_answer(f"{answer:f}")
         case _:
             return normalize_answer(str(answer))
 
