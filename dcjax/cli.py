@@ -485,16 +485,13 @@ def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None
 
 
 def _data(options: argparse.Namespace) -> None:
-    from dcjax.data.contamination import boxed_verifier
     from dcjax.data.prepare import prepare_data
-    from dcjax.rewards.math import math_reward
 
     try:
         report = prepare_data(
             options.data_dir,
             **_given(options, "names"),
             download=options.download,
-            verify=boxed_verifier(math_reward),
         )
     except ValueError as error:
         raise RunError(str(error)) from None

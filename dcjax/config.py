@@ -117,6 +117,9 @@ class RewardConfig:
     """Processes of each host that judge; 0 judges in the trainer's own, without limits."""
     timeout: float = 2.0
     """Seconds that one answer may take in a worker; one that takes more scores 0."""
+    warm_up: float = 60.0
+    """Seconds that the reward's first call in a worker may take, which is made before any answer is judged there; one
+    that takes more ends the run."""
     memory: int = 1024
     """MiB that answers may add to a worker; one that takes more scores 0."""
     overlong_buffer: int = 0
@@ -127,8 +130,9 @@ class RewardConfig:
 
     def __post_init__(self):
         _require("reward.", self, {"workers": 0, "memory": 1, "overlong_buffer": 0, "overlong_factor": 0})
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise ValueError(f"reward.timeout is {self.timeout}; it must be above 0 seconds")
+        for name in ("timeout", "warm_up"):
+            if not (math.isfinite(seconds := getattr(self, name)) and seconds > 0):
+                raise ValueError(f"reward.{name} is {seconds}; it must be above 0 seconds")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dcjax.data.task import Problems, decode_responses, encode_prompts
 from dcjax.distributed import total
 from dcjax.ends import run_end_tokens
 from dcjax.errors import RunError
-from dcjax.judging import Judging, open_scorer
+from dcjax.judging import Judging, check_golds, open_scorer
 from dcjax.rewards.scorer import Scorer
 from dcjax.rl.averaging import averaged_params
 from dcjax.run import load_config, locate
@@ -166,6 +166,7 @@ def evaluate_source(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
     engines = make_engines(config, mesh, run_end_tokens(run_dir, config, tokenizer))
     problems = open_problems(config, tokenizer)
+    check_golds(config, problems)
     with open_scorer(config) as scorer:
         rows = evaluate(config, tokenizer, problems, scorer, engines, state.params, loop.step)
         if config.optimizer.ema_decay:

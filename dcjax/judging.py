@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,12 +10,19 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.config import Config
-from dcjax.data.task import Problem, decode_responses
-from dcjax.distributed import share
+from dcjax.data.datasets import Example
+from dcjax.data.task import Problem, Problems, decode_responses
+from dcjax.data.templates import templates
+from dcjax.distributed import is_main, share
 from dcjax.errors import RunError
+from dcjax.rewards.golds import unreadable
 from dcjax.rewards.pool import Pending, RewardError, RewardPool
+from dcjax.rewards.processes import Reward
 from dcjax.rewards.scorer import InProcess, Scorer, load_reward
 from dcjax.serving.rollout import Ended
+
+TOLD = 20
+"""Golds that cannot be read, of a run, that are named."""
 
 
 def open_scorer(config: Config) -> AbstractContextManager[Scorer]:
@@ -25,12 +33,79 @@ def open_scorer(config: Config) -> AbstractContextManager[Scorer]:
     """
     settings = config.reward
     try:
-        reward = config.task.reward if settings.function is None else load_reward(settings.function)
+        reward = _reward(config)
         if not settings.workers:
             return nullcontext(InProcess(reward))
-        return RewardPool(reward, workers=settings.workers, timeout=settings.timeout, memory=settings.memory * 2**20)
+        return RewardPool(
+            reward,
+            workers=settings.workers,
+            timeout=settings.timeout,
+            memory=settings.memory * 2**20,
+            warm_up=settings.warm_up,
+        )
     except ValueError as error:
         raise RunError(str(error)) from None
+
+
+def _reward(config: Config) -> Reward:
+    return config.task.reward if config.reward.function is None else load_reward(config.reward.function)
+
+
+def check_golds(config: Config, problems: Problems) -> None:
+    """Names the golds that a run's reward cannot read, before anything is sampled; as `tell_unreadable`.
+
+    Raises:
+      RunError: `reward.function` cannot be used, or as `tell_unreadable`.
+    """
+    try:
+        tell_unreadable(problems.golds, _reward(config))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
+    """The golds of which a template's reward knows no other spelling; told of on standard error, on process 0 only.
+
+    Args:
+      golds: examples whose answers responses will be judged by.
+      reward: judges them; where it is a user's own, nothing is known of what it reads, and the list is empty.
+
+    Raises:
+      RunError: the processes that read them could not be started.
+    """
+    if not is_main() or reward not in [template.reward for template in templates.values()]:
+        return []
+    try:
+        texts = unreadable(example.answer for example in golds)
+    except RuntimeError as error:
+        raise RunError(one_line(error)) from None
+    found = [example for example in golds if example.answer in texts]
+    for example in found[:TOLD]:
+        print(f"dcjax: {example.dataset}: gold {example.answer!r} of {example.id} cannot be read", file=sys.stderr)
+    if found:
+        more = f" ({len(found) - TOLD} more are not listed; dcjax data lists all)" if len(found) > TOLD else ""
+        print(
+            f"dcjax: {len(found)} of {len(golds)} golds cannot be read{more}: of these only their own text is right, "
+            "and any other spelling scores 0",
+            file=sys.stderr,
+        )
+    return found
+
+
+def one_line(error: RuntimeError) -> str:
+    """What a pool says, without the traceback between."""
+    first, *rest = str(error).strip().splitlines()
+    return f"{first} {rest[-1]}" if rest else first
+
+
+def tell_timeouts(timeouts: int, answers: int) -> None:
+    """Tells, on standard error, of a batch of which most answers took too long: its rewards say nothing."""
+    if 2 * timeouts > answers:
+        print(
+            f"dcjax: {timeouts} of {answers} answers took longer than an answer may (reward.timeout) and score 0; "
+            "allow more time, or fewer workers on busy cores",
+            file=sys.stderr,
+        )
 
 
 class Judging:
@@ -73,13 +148,17 @@ class Judging:
         """Waits for the scores of all samples; float32, in their order, of this process's share.
 
         Raises:
-          RunError: the reward raised on one of them.
+          RunError: the reward raised on one of them, or takes too long at its first call.
         """
-        scores = np.zeros(len(self._golds), np.float32)
+        scores, timeouts = np.zeros(len(self._golds), np.float32), 0
         try:
             for rows, part in self._begun:
                 scores[rows] = part.result()
+                timeouts += part.timeouts
         except RewardError as error:
             *_, last = str(error).strip().splitlines()
             raise RunError(f"the reward function failed: {last}; a reward returns a number for every text") from error
+        except RuntimeError as error:
+            raise RunError(one_line(error)) from error
+        tell_timeouts(timeouts, len(scores))
         return scores

@@ -22,7 +22,7 @@ from dcjax.distributed import Preemption, check_divides, gather, is_main, place,
 from dcjax.ends import starting_end_tokens
 from dcjax.errors import RunError
 from dcjax.evaluate import Accuracy, Policy, evaluate, make_engines, open_problems, responses
-from dcjax.judging import Judging
+from dcjax.judging import Judging, check_golds
 from dcjax.optimizer import make_optimizer, make_schedule
 from dcjax.record import Transcripts
 from dcjax.rewards.scorer import Scorer
@@ -119,6 +119,7 @@ class Trainer:
             self.problems = open_problems(config, self.tokenizer)
             for split in ("train", "heldout"):
                 self.problems.problems(split, config.seed, 0, 1)
+            check_golds(config, self.problems)
             self.mesh = assemble.training_mesh(config)
         except ValueError as error:
             raise RunError(str(error)) from None

@@ -79,6 +79,7 @@ LOWER_BOUNDS = {
     "rollout.max_response_length": (1, 0),
     "reward.workers": (0, -1),
     "reward.timeout": (1e-3, 0.0),
+    "reward.warm_up": (1e-3, 0.0),
     "reward.memory": (1, 0),
     "reward.overlong_buffer": (0, -1),
     "reward.overlong_factor": (0.0, -1.0),

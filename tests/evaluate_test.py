@@ -12,6 +12,7 @@ from launching import complaints
 import dcjax.evaluate
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
+from dcjax.errors import RunError
 from dcjax.evaluate import evaluate_source, responses
 from dcjax.record import read_metrics
 from dcjax.run import load_config, open_run
@@ -81,6 +82,15 @@ def test_a_checkpoint_is_evaluated_as_the_line_of_its_step_says(finished_run, ev
     result = evaluated(finished_run / "checkpoints" / str(step))
     assert result["step"] == step
     assert {policy: row["accuracy"] for policy, row in by_policy(result).items()} == logged(finished_run, step)
+
+
+def test_golds_are_looked_at_before_anything_is_sampled(finished_run, refusal, monkeypatch):
+    def check(config, problems):
+        raise RunError(f"looked at {problems.golds}")
+
+    monkeypatch.setattr(dcjax.evaluate, "check_golds", check)
+    monkeypatch.setattr(dcjax.evaluate, "sample_responses", None)
+    assert refusal("evaluate", finished_run) == "dcjax: error: looked at ()"
 
 
 def test_the_run_is_not_so_bad_that_accuracies_cannot_tell_checkpoints_apart(finished_run):

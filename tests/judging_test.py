@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcjax.config import Config, RewardConfig
-from dcjax.data.mathematics import MathProblem
+from dcjax.config import Config, RewardConfig, RolloutConfig
+from dcjax.data.datasets import Example
+from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
-from dcjax.judging import Judging, open_scorer
+from dcjax.judging import TOLD, Judging, check_golds, open_scorer
 from dcjax.rewards.boxed import integer_reward
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.rewards.scorer import InProcess
@@ -110,3 +111,77 @@ def test_a_reward_that_raises_ends_the_run_in_one_line():
     judging.begin(ended(range(12)))
     with pytest.raises(RunError, match=r"the reward function failed: KeyError: 'unit'; a reward returns a number"):
         judging.result()
+
+
+class Stopping:
+    """Says that so many answers of each batch took too long."""
+
+    counters = None
+
+    def __init__(self, timeouts):
+        self.timeouts = timeouts
+
+    def submit(self, texts, golds, finished):
+        pending = Pending.of([0.0] * len(texts))
+        pending.timeouts = self.timeouts
+        return pending
+
+
+@pytest.mark.parametrize("timeouts, told", [(0, False), (3, False), (4, True)])
+def test_a_batch_of_which_most_answers_take_too_long_is_told_of(capsys, timeouts, told):
+    judging = Judging(Stopping(timeouts), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    for part in (range(6), range(6, 12)):
+        judging.begin(ended(part))
+    judging.result()
+    errors = capsys.readouterr().err
+    line = (
+        f"dcjax: {2 * timeouts} of 12 answers took longer than an answer may (reward.timeout) and score 0; allow more "
+    )
+    assert errors.startswith(line) if told else errors == ""
+
+
+def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "slow_reward_for_this_test.py").write_text(
+        "import time\ndef judge(text, gold, *, finished): time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = RewardConfig(function="slow_reward_for_this_test:judge", workers=1, warm_up=0.2)
+    with open_scorer(Config(reward=reward)) as scorer:
+        judging = Judging(scorer, TOKENIZER, PROBLEMS, samples_per_prompt=G)
+        judging.begin(ended(range(12)))
+        with pytest.raises(RunError, match=r"first call in a worker took more than warm_up, 0\.2 s; raise") as caught:
+            judging.result()
+        assert "\n" not in str(caught.value)
+
+
+def of_golds(*golds):
+    return MathProblems([], [], [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)], {})
+
+
+MATH = Config(
+    task=MathTask(),
+    rollout=RolloutConfig(max_prompt_length=1024),
+    reward=RewardConfig(workers=1),
+)
+
+
+def test_golds_that_cannot_be_read_are_named_before_a_run(capsys):
+    check_golds(MATH, of_golds("7", r"A \cap B", "5.", "np.arcsin(10/13)"))
+    assert capsys.readouterr().err.splitlines() == [
+        r"dcjax: minerva: gold 'A \\cap B' of id1 cannot be read",
+        "dcjax: minerva: gold 'np.arcsin(10/13)' of id3 cannot be read",
+        "dcjax: 2 of 4 golds cannot be read: of these only their own text is right, and any other spelling scores 0",
+    ]
+    check_golds(MATH, of_golds("7", "5.", r"\frac{1}{2}"))
+    assert capsys.readouterr().err == ""
+
+
+def test_of_many_golds_that_cannot_be_read_some_are_named(capsys):
+    check_golds(MATH, of_golds(*["{" * number for number in range(1, TOLD + 6)]))
+    *named, last = capsys.readouterr().err.splitlines()
+    assert len(named) == TOLD and "25 of 25 golds cannot be read (5 more are not listed; dcjax data lists all)" in last
+
+
+def test_nothing_is_said_of_golds_that_a_users_own_reward_reads(capsys):
+    check_golds(Config(reward=RewardConfig(function="dcjax.rewards.boxed:integer_reward")), of_golds(r"A \cap B"))
+    assert capsys.readouterr().err == ""

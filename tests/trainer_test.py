@@ -12,6 +12,7 @@ from dcjax import trainer as module
 from dcjax.assemble import abstract_state
 from dcjax.checkpoint import Checkpoints
 from dcjax.config import ObjectiveConfig, RewardConfig
+from dcjax.errors import RunError
 from dcjax.models import token_logps
 from dcjax.rewards.pool import Counters, Pending
 from dcjax.rewards.scorer import InProcess
@@ -328,3 +329,14 @@ def test_without_limits_there_is_nothing_to_count():
     trainer = Trainer(SMALL, ALWAYS_RIGHT)
     _, _, metrics, _ = trainer.iterate(*trainer.begin())
     assert not [name for name in metrics if name.startswith("reward/")]
+
+
+def test_golds_are_looked_at_before_anything_is_made(monkeypatch):
+    def check(config, problems):
+        assert config is CONFIG and problems.golds == ()
+        raise RunError("looked at")
+
+    monkeypatch.setattr(module, "check_golds", check)
+    monkeypatch.setattr(module, "make_engines", None)
+    with pytest.raises(RunError, match="looked at"):
+        Trainer(CONFIG, HERE)

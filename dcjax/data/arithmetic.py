@@ -143,6 +143,11 @@ class ArithmeticTask:
         return self
 
     @property
+    def golds(self) -> tuple[()]:
+        """Empty: the task's own answers are integers."""
+        return ()
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         """Empty: the task itself says all."""
         return {}

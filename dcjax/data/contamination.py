@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dcjax.data.datasets import Example
-from dcjax.rewards.processes import Reward
+from dcjax.rewards.golds import unreadable
+from dcjax.rewards.math import math_reward
 
 NGRAM = 13
 """Words in a row whose like in a training question counts as overlap (as in GPT-3, arXiv 2005.14165, appendix C)."""
@@ -65,23 +66,29 @@ def _ngrams(question: list[str], n: int) -> Iterator[tuple[str, ...]]:
     return (tuple(question[start : start + n]) for start in range(len(question) - n + 1))
 
 
-def refused_golds(examples: Sequence[Example], verify: Callable[[str, str], bool]) -> list[Example]:
-    """The examples whose answer is not right by itself: nobody can earn their reward.
+@dataclass(frozen=True)
+class Golds:
+    """The examples of a data set whose answers are in the way of a fair verdict."""
 
-    Args:
-      examples: any.
-      verify: whether an answer is equal to a gold one; may raise ValueError for a gold one that it cannot read.
+    unreadable: tuple[Example, ...]
+    """Only their own text is right, and no other spelling of it."""
+    refused: tuple[Example, ...]
+    """Not even that is right in a box, so that nobody can earn their reward: too long, or of braces without a match."""
+
+
+def check_golds(examples: Sequence[Example]) -> Golds:
+    r"""The golds that `math_reward` cannot read, and those that it refuses when they come back in `\boxed{}`.
+
+    Raises:
+      RuntimeError: as `dcjax.rewards.golds.unreadable`.
     """
-
-    def is_refused(answer: str) -> bool:
-        try:
-            return not verify(answer, answer)
-        except ValueError:
-            return True
-
-    return [example for example in examples if is_refused(example.answer)]
+    names = unreadable(example.answer for example in examples)
+    return Golds(
+        tuple(example for example in examples if example.answer in names),
+        tuple(example for example in examples if not math_reward(box(example.answer), example.answer, finished=True)),
+    )
 
 
-def boxed_verifier(reward: Reward) -> Callable[[str, str], bool]:
-    r"""What `refused_golds` takes, of a reward that looks for answers in `\boxed{}`."""
-    return lambda answer, gold: reward(rf"\boxed{{{answer}}}", gold, finished=True) == 1.0
+def box(answer: str) -> str:
+    """The answer as a response gives it."""
+    return rf"\boxed{{{answer}}}"

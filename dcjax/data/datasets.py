@@ -10,11 +10,12 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from dcjax.data.cells import plain, question_of, refused, text_of
-from dcjax.rewards.boxed import boxed_answer
+from dcjax.rewards.boxed import last_box
 
 SAMPLES = Path(__file__).parent / "samples"
 """Hand-written problems in each data set's schema: a `data_dir` for tests and first steps, no benchmark."""
@@ -114,6 +115,8 @@ def example_id(question: str) -> str:
 def normalize_answer(answer: Any) -> str:
     r"""An answer as text: 27.0 and "027" -> "27", "$\frac12$" -> r"\frac12", ["$1$", "$2$"] -> "1, 2"; "" for none.
 
+    A float becomes the shortest decimal that is read back as the same float: 3e-05 -> "0.00003".
+
     Raises:
       ValueError: what `plain` refuses, a mapping, or a list in a list.
     """
@@ -129,12 +132,12 @@ def normalize_answer(answer: Any) -> str:
         case [*entries] if not any(isinstance(entry, list | tuple) for entry in entries):
             return ", ".join(filter(None, map(normalize_answer, entries)))
         case int() | float() as number:
-            return normalize_answer(str(number))
+            return normalize_answer(f"{Decimal(repr(number)):f}")
     raise refused(answer, "text, a number or a list of them")
 
 
 def _boxed(solution: Any) -> str:
-    return normalize_answer(boxed_answer(text_of(solution)))
+    return normalize_answer(last_box(text_of(solution)))
 
 
 def _read(columns: Mapping[str, Any], path: str, take: Callable[[Any], str]) -> str:

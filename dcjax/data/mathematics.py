@@ -40,6 +40,8 @@ class MathProblems:
 
     train: list[MathProblem]
     heldout: list[MathProblem]
+    golds: list[Example]
+    """Of both: what the problems were made of."""
     fingerprint: dict[str, str]
     """How many problems of each data set are used, and a SHA-256 of them in their order."""
 
@@ -145,7 +147,7 @@ class MathTask:
         used = {"train": self._problems(tokenizer, train), "heldout": self._problems(tokenizer, heldout)}
         names = {"train": self.dataset, "heldout": self.heldout}
         described = {f"{split} {names[split]}": _describe(problems) for split, problems in used.items()}
-        return MathProblems(**used, fingerprint=described)
+        return MathProblems(**used, golds=[*train, *heldout], fingerprint=described)
 
     def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[MathProblem]:
         prompt = templates[self.template].prompt

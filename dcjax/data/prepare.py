@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcjax.data.contamination import Overlap, find_overlap, refused_golds
-from dcjax.data.datasets import Example, datasets, find_dataset
+from dcjax.data.contamination import Golds, Overlap, check_golds, find_overlap
+from dcjax.data.datasets import datasets, find_dataset
 from dcjax.data.sources import find_files, instructions
 from dcjax.data.store import load_examples, prepare, read_metadata
 
@@ -23,8 +23,8 @@ class Prepared:
     """As `read_examples` counts."""
     published: tuple[int, ...]
     """How many examples there should be."""
-    refused: tuple[Example, ...]
-    """Those whose answer does not verify against itself."""
+    golds: Golds
+    """Of its answers."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Report:
     """Of each evaluation set with the training set."""
 
     def __str__(self) -> str:
-        lines = [f"{'data set':15}{'rows':>10}{'kept':>8}{'published':>11}  dropped"]
+        lines = [f"{'data set':15}{'rows':>10}{'kept':>8}{'published':>11}{'unreadable':>12}{'refused':>9}  dropped"]
         for each in self.prepared:
             counts = each.counts
             dropped = [f"{counts[why]:,} {why}" for why in ("empty", "duplicate", "conflicting") if counts[why]]
             published = " or ".join(map(str, each.published))
+            unreadable, refused = len(each.golds.unreadable), len(each.golds.refused)
             lines.append(
-                f"{each.name:15}{counts['rows']:>10,}{counts['kept']:>8,}{published:>11}  {', '.join(dropped) or '-'}"
+                f"{each.name:15}{counts['rows']:>10,}{counts['kept']:>8,}{published:>11}{unreadable:>12,}{refused:>9,}"
+                f"  {', '.join(dropped) or '-'}"
             )
         for each in self.overlaps:
             lines.append(
@@ -54,7 +56,14 @@ class Report:
             lines += [f"  same   {train} {other}" for train, other in each.exact]
             lines += [f"  alike  {train} {other}" for train, other in each.ngram]
         for each in self.prepared:
-            lines += [f"{each.name}: gold {gold.answer!r} of {gold.id} is refused" for gold in each.refused]
+            for gold in each.golds.unreadable:
+                lines.append(
+                    f"{each.name}: gold {gold.answer!r} of {gold.id} cannot be read; only its own text is right"
+                )
+            for gold in each.golds.refused:
+                lines.append(
+                    f"{each.name}: gold {gold.answer!r} of {gold.id} is refused, even as its own text in a box"
+                )
         return "\n".join(lines + [f"{name}: not there; {told}" for name, told in self.missing.items()])
 
 
@@ -63,7 +72,6 @@ def prepare_data(
     names: Sequence[str] = tuple(datasets),
     *,
     download: bool = False,
-    verify: Callable[[str, str], bool] | None = None,
     cache_dir: Path | None = None,
 ) -> Report:
     """Prepares the data sets that have a copy in `data_dir`, and checks them.
@@ -72,7 +80,6 @@ def prepare_data(
       data_dir: holds the copies, as `dcjax.data.sources.instructions` says.
       names: which; in `datasets`.
       download: whether to fetch those without a copy from the Hugging Face Hub first.
-      verify: as `refused_golds` takes; gold answers are not checked where None.
       cache_dir: as in `prepare`.
 
     Raises:
@@ -91,8 +98,8 @@ def prepare_data(
             download_dataset(name, data_dir)
         metadata = read_metadata(prepare(name, data_dir, cache_dir=cache_dir))
         examples[name] = load_examples(name, data_dir, cache_dir=cache_dir)
-        refused = refused_golds(examples[name], verify) if verify is not None else []
-        prepared.append(Prepared(name, metadata["sha256"], metadata["counts"], dataset.counts, tuple(refused)))
+        golds = check_golds(examples[name])
+        prepared.append(Prepared(name, metadata["sha256"], metadata["counts"], dataset.counts, golds))
     train = [example for name in examples if datasets[name].split == "train" for example in examples[name]]
     held = [examples[name] for name in examples if datasets[name].split == "test"]
     return Report(prepared, missing, [find_overlap(train, evaluation) for evaluation in held] if train else [])

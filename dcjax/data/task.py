@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from dcjax.data.datasets import Example
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Problems(Protocol):
 
     def problems(self, split: Split, seed: int, start: int, count: int) -> Sequence[Problem]:
         """Problems start, ..., start + count - 1 of a split: a pure function of the arguments."""
+        ...
+
+    @property
+    def golds(self) -> Sequence[Example]:
+        """The examples of files whose answers judge responses. Empty without files."""
         ...
 
     @property

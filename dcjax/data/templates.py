@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from dcjax.data.datasets import DAPO_INSTRUCTIONS
-from dcjax.rewards.boxed import boxed_answer
+from dcjax.rewards.boxed import last_box
 from dcjax.rewards.math import answer_line, answer_line_reward, math_reward
 from dcjax.rewards.processes import Reward
 
@@ -46,7 +46,7 @@ templates: dict[TemplateName, Template] = {
     "boxed": Template(
         before="",
         after="\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        extract=boxed_answer,
+        extract=last_box,
         reward=math_reward,
     ),
     # as published in DAPO-Math-17k

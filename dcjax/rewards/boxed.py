@@ -1,12 +1,15 @@
 r"""Rewards for answers given in a LaTeX box: the last `\boxed{...}` of a response against a gold answer."""
 
 import re
+from collections import deque
 
 from dcjax.rewards.verify import equal
 
 MAX_ANSWER_LENGTH = 300  # characters; the cost of an honest answer is bounded, and so is a hostile one's
 
 _BOX = r"\boxed{"
+# a box that opens, or one written round the number alone: `\boxed 42`
+_ANY_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*+\{|\s++([-+]?\.?[0-9][0-9.,/]*+)(?=[\s$}]|\\[\])]|$))")
 INTEGER = re.compile(r"[+-]?[0-9]+")  # [0-9] and not \d, which also matches the digits of other scripts
 
 
@@ -24,9 +27,27 @@ def boxed_answer(text: str) -> str | None:
         close after at most `MAX_ANSWER_LENGTH` characters.
     """
     box = text.rfind(_BOX)
-    if box < 0:
+    return None if box < 0 else _to_closing_brace(text, box + len(_BOX))
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last box in `text`, however it is written, exactly as written.
+
+    A box is `\boxed{...}` or `\fbox{...}`, spaces and newlines before the brace or not, or a number without braces
+    between spaces or at an end, `\boxed 42`; `\boxed` followed by anything else opens none. Otherwise as
+    `boxed_answer`.
+    """
+    found = deque(_ANY_BOX.finditer(text), maxlen=1)
+    if not found:
         return None
-    start = box + len(_BOX)
+    (last,) = found
+    if last[1] is not None:
+        return last[1] if len(last[1]) <= MAX_ANSWER_LENGTH else None
+    return _to_closing_brace(text, last.end())
+
+
+def _to_closing_brace(text: str, start: int) -> str | None:
+    """What stands from `start` to the brace that closes there; None where none does in time."""
     candidate = text[start : start + MAX_ANSWER_LENGTH + 1]
     depth, escaped = 1, False
     for position, character in enumerate(candidate):

@@ -5,46 +5,51 @@ An answer that SymPy computes with may take any time and memory: run these funct
 
 from __future__ import annotations
 
+import functools
 import re
 
-from dcjax.rewards.boxed import INTEGER, boxed_answer
-from dcjax.rewards.verify import equal
+from dcjax.rewards import verify
+from dcjax.rewards.boxed import last_box
+from dcjax.rewards.numbers import read_number, same_number
 
 ANSWER_LINE_WINDOW = 300  # characters at a response's end in which an answer line counts, as in verl
 
-_ANSWER_LINE = re.compile(r"(?i)answer[ \t]*:([^\n]+)")
+_ANSWER = re.compile(r"(?i)answer[ \t]*:")
 _MATH_MODE = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"))
-# Powers and factorials that take SymPy seconds at least: three exponents deep, six digits, a factorial's factorial.
-_EXPLODES = re.compile(r"\^\{[^{}]*\^\{[^{}]*\^|\^\s*\{?\s*[+-]?[0-9]{6,}|[0-9]{6,}\s*!|![\s)}]*!")
+_MARKS = " \t\r*`"  # Markdown's emphasis and code
+# A million or more, however it is written: digits, 3e8, 10^{8}.
+_DIGITS = r"(?:[0-9]{6,}+|[0-9]*+\.?+[0-9]*+[eE]\+?0*(?:[6-9]|[1-9][0-9]))"
+_TEN_TO_THE = r"10\s*\^[\s{]*0*(?:[6-9]|[1-9][0-9])"
+# Powers and factorials that take SymPy seconds at least: three exponents deep, of a million, a factorial's factorial.
+_EXPLODES = re.compile(
+    rf"\^\{{[^{{}}]*\^\{{[^{{}}]*\^|\^[\s{{(]*[+-]?{_DIGITS}|\^\s*\{{[^{{}}^]*{_TEN_TO_THE}"
+    rf"|(?:{_DIGITS}|{_TEN_TO_THE})[\s)}}]*!|![\s)}}]*!"
+)
 _MAX_DEPTH = 20  # brackets open at one point; the parser's time grows exponentially with them
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
 
 
 def math_reward(text: str, gold: str, *, finished: bool) -> float:
-    r"""1.0 for a finished response whose last `\boxed{}` holds an answer equal to `gold`, else 0.0.
+    r"""1.0 for a finished response whose last box holds an answer equal to `gold`, else 0.0.
 
-    Equality is that of integers where both are literals, else math-verify's, which evaluates what it is given:
-    `12-4` equals 8. Its known deviations from a mathematician's verdict are listed in docs/rewards.md.
+    The box is what `last_box` finds. Text identical to the gold answer is equal to it. Two numbers are compared as
+    `same_number` says, everything else by math-verify, which evaluates what it is given: `12-4` equals 8. Numbers are
+    equal exactly where both are exact, and within 1e-6 of the larger where one is a rounded decimal. Known deviations
+    from a mathematician's verdict are listed in docs/rewards.md. Of a gold answer that is not `readable` only its own
+    text is right, whatever its spaces.
 
     Args:
       text: the response, decoded without special tokens.
       gold: the right answer in LaTeX, without its box.
       finished: whether the end token was generated; a response cut off earns nothing.
-
-    Raises:
-      ValueError: math-verify cannot read `gold` (only noticed where an answer is compared with it).
     """
-    if not finished:
-        return 0.0
-    return _judge(boxed_answer(text), gold)
+    return _judge(last_box(text), gold) if finished else 0.0
 
 
 def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
     r"""1.0 for a finished response whose last line `Answer: X` holds an answer equal to `gold`, else 0.0.
 
     X is what `answer_line` finds. Otherwise as `math_reward`.
-
-    Raises:
-      ValueError: math-verify cannot read `gold` (only noticed where an answer is compared with it).
     """
     return _judge(answer_line(text), gold) if finished else 0.0
 
@@ -52,33 +57,60 @@ def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
 def answer_line(text: str) -> str | None:
     """The X of the last line `Answer: X` in the last `ANSWER_LINE_WINDOW` characters; None where there is none.
 
-    As in verl's DAPO recipe, whose template asks for it. X may be in math mode or in a box, and may end in a full stop.
+    As in verl's DAPO recipe, whose template asks for it; X may also stand on a line of its own after `Answer:`. It may
+    be in math mode, in code or in a box, and may end in a full stop.
     """
-    lines = _ANSWER_LINE.findall(text[-ANSWER_LINE_WINDOW:])
-    if not lines:
-        return None
-    return boxed_answer(lines[-1]) if r"\boxed" in lines[-1] else _bare(lines[-1])
+    window = text[-ANSWER_LINE_WINDOW:]
+    for found in reversed(list(_ANSWER.finditer(window))):
+        if after := window[found.end() :].lstrip(f"{_MARKS}\n"):
+            line = _displayed(after) or after.partition("\n")[0]
+            return last_box(line) if r"\boxed" in line or r"\fbox" in line else _bare(line)
+    return None
+
+
+def _displayed(text: str) -> str | None:
+    """What a text begins with, if that is in display math up to the end of a line; it may have several lines."""
+    for opening, closing in _MATH_MODE[1:3]:
+        if text.startswith(opening):
+            content, _, after = text[len(opening) :].partition(closing)
+            if not after.partition("\n")[0].strip(f"{_MARKS}."):
+                return content
+    return None
 
 
 def _bare(line: str) -> str:
     """The line without emphasis, a final full stop and the delimiters of math mode."""
-    answer = line.strip(" \t\r*").removesuffix(".").strip(" \t*")
+    answer = line.strip(_MARKS).removesuffix(".").strip(_MARKS)
     for opening, closing in _MATH_MODE:
         if answer.startswith(opening) and answer.endswith(closing) and len(answer) > len(opening) + len(closing):
             return answer[len(opening) : -len(closing)].removesuffix(".")
     return answer
 
 
+@functools.lru_cache(maxsize=4096)
+def readable(gold: str) -> bool:
+    """Whether other spellings of a gold answer can be told from wrong answers; where not, only its own text is right.
+
+    Takes as long as judging an answer, in a process that may be stopped: see `dcjax.rewards.golds`.
+    """
+    return read_number(gold) is not None or (not _is_hostile(gold) and verify.readable(gold))
+
+
 def _judge(answer: str | None, gold: str) -> float:
     """Whether there is an answer, and it equals gold."""
-    if answer is None:
+    answer, gold = (answer or "").strip(), gold.strip()
+    if not answer:
         return 0.0
-    answer, gold = answer.strip(), gold.strip()
-    if INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
-        return float(int(answer) == int(gold))
-    if not answer or (answer != gold and _is_hostile(answer)):
+    if answer == gold:
+        return 1.0
+    given, expected = read_number(answer), read_number(gold)
+    if given is not None and expected is not None:
+        return float(same_number(given, expected))
+    if _is_hostile(answer):
         return 0.0
-    return float(equal(answer, gold))
+    if not readable(gold):
+        return float(_TOKEN.findall(answer) == _TOKEN.findall(gold))
+    return float(verify.equal(answer, gold))
 
 
 def _is_hostile(answer: str) -> bool:

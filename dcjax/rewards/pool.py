@@ -49,6 +49,8 @@ class Pending:
     """The scores of one `RewardPool.submit`, when they are there."""
 
     def __init__(self, size: int):
+        self.timeouts = 0
+        """Answers that took too long so far; all of them once there is a result."""
         self._scores = np.zeros(size, np.float32)
         self._left = size
         self._tracebacks: dict[int, str] = {}
@@ -70,7 +72,7 @@ class Pending:
 
         Raises:
           RewardError: the reward function raised on an answer; the first such answer's traceback is quoted.
-          RuntimeError: the pool was closed, or its processes could not be started.
+          RuntimeError: the pool was closed, its processes could not be started, or the reward's first call failed.
         """
         self._over.wait()
         if self._failure is not None:
@@ -112,9 +114,12 @@ class _Worker:
         self.process, self.connection = process, connection
         self.job: _Job | None = None
         self.deadline = math.inf
+        # whether the reward's first call is over
+        self.warm = False
 
-    def begin(self, job: _Job, timeout: float) -> None:
-        self.job, self.deadline = job, time.monotonic() + timeout
+    def begin(self, job: _Job, *, timeout: float, warm_up: float) -> None:
+        self.job, self._timeout = job, timeout
+        self.deadline = time.monotonic() + (timeout if self.warm else warm_up)
         with suppress(OSError):  # it has just died, and will be heard of
             self.connection.send(job.answer)
 
@@ -127,6 +132,9 @@ class _Worker:
         job = self.job
         if job is None:  # nobody asked it
             return False
+        if reply == processes.WARM:
+            self.warm, self.deadline = True, time.monotonic() + self._timeout
+            return True
         if reply.startswith(processes.SCORE):
             job.pending._set(job.index, *processes.FLOAT64.unpack(reply[1:]))
         else:
@@ -187,6 +195,9 @@ class RewardPool:
     neither its `__main__` nor JAX; that takes seconds, meanwhile the pool takes answers. Scores do not depend on the
     number of workers, nor on what each has scored before, as long as honest answers stay far from the limits.
 
+    Each worker calls the reward once before its first answer, with a response that is the gold answer, in a box and on
+    an answer line, and whatever comes of it: what the reward loads at its first call is not in any answer's time.
+
     An answer at which a worker exceeds a limit scores 0, and the worker is replaced. Where a worker dies otherwise,
     killed from outside perhaps, its answer is tried once more, and scores 0 if that worker dies too.
 
@@ -194,17 +205,22 @@ class RewardPool:
       reward: a picklable function of an importable module.
       workers: processes; no more than there are cores, since time-outs are by the clock.
       timeout: seconds that one answer may take.
-      memory: bytes of address space that answers may add to a worker's own (Linux).
+      memory: bytes of address space that answers may add to a worker's own (Linux); the first call likewise.
+      warm_up: seconds that the reward's first call in a worker may take; where it takes more, the pool is over.
 
     Raises:
       ValueError: a setting out of range, or a reward that workers could not import.
     """
 
-    def __init__(self, reward: Reward, *, workers: int, timeout: float = 2.0, memory: int = 1 << 30):
+    def __init__(
+        self, reward: Reward, *, workers: int, timeout: float = 2.0, memory: int = 1 << 30, warm_up: float = 60.0
+    ):
         if workers < 1:
             raise ValueError(f"workers is {workers}; it must be at least 1")
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be more than 0 seconds")
+        if not warm_up > 0:
+            raise ValueError(f"warm_up is {warm_up}; it must be more than 0 seconds")
         if memory < 1 << 20:
             raise ValueError(f"memory is {memory} bytes; it must be at least {1 << 20}")
         self._pickled = pickle.dumps(reward)
@@ -213,7 +229,8 @@ class RewardPool:
                 f"reward is {reward!r} of `__main__`, which workers do not import; give it a module of its own"
             )
         self.counters = Counters()
-        self._size, self._timeout, self._memory = workers, timeout, memory
+        self._size, self._memory = workers, memory
+        self._limits = {"timeout": timeout, "warm_up": warm_up}
         self._jobs: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()  # of what submit and the dispatcher's end both touch
@@ -302,7 +319,7 @@ class RewardPool:
         """Gives the idle something to do, waits until something happens, and sees to it."""
         for worker in self._workers:
             if worker.job is None and self._jobs:
-                worker.begin(self._jobs.popleft(), self._timeout)
+                worker.begin(self._jobs.popleft(), **self._limits)
         deadline = min(worker.deadline for worker in self._workers)
         seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         heard = self._listen([worker.connection for worker in self._workers], seconds)
@@ -314,18 +331,34 @@ class RewardPool:
                 self._workers[place] = server.fork()
 
     def _account(self, worker: _Worker, status: int, *, overdue: bool) -> None:
-        """Counts a worker that is gone, and scores its answer or puts it back."""
+        """Counts a worker that is gone, and scores its answer or puts it back.
+
+        Raises:
+          RuntimeError: it went at the reward's first call, and not by an accident.
+        """
         self.counters.restarts += 1
         job = worker.job
         if job is None:
             return
-        if overdue:
-            self.counters.timeouts += 1
-        elif status == processes.OUT_OF_MEMORY:
-            self.counters.memory_kills += 1
-        else:
+        died = not overdue and status != processes.OUT_OF_MEMORY
+        if died:
             job.deaths += status != processes.RETIRED
             if job.deaths < ATTEMPTS:
                 self._jobs.appendleft(job)
                 return
+        if not worker.warm:
+            raise RuntimeError(self._first_call(status, overdue=overdue))
+        self.counters.timeouts += overdue
+        self.counters.memory_kills += not (overdue or died)
+        job.pending.timeouts += overdue
         job.pending._set(job.index, 0.0)
+
+    def _first_call(self, status: int, *, overdue: bool) -> str:
+        """What became of the reward's first call in a worker that is gone, and what to do about it."""
+        if overdue:
+            limit = f"took more than warm_up, {self._limits['warm_up']:g} s; raise reward.warm_up, or load less in it"
+        elif status == processes.OUT_OF_MEMORY:
+            limit = f"needs more than {self._memory >> 20} MiB; raise reward.memory, or load it with the module"
+        else:
+            limit = f"ended {ATTEMPTS} workers, the last with status {status}; try it in a process of its own"
+        return f"the reward function's first call in a worker {limit}"

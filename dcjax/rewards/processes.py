@@ -34,8 +34,8 @@ OUT_OF_MEMORY = 3
 """Exit status of a worker whose answer needs more memory than it may have."""
 
 FORK = "fork"
-SCORE, RAISED = b"=", b"!"
-"""The first byte of a reply; a float64 follows, or a traceback."""
+SCORE, RAISED, WARM = b"=", b"!", b"~"
+"""The first byte of a reply; a float64 follows, a traceback, or nothing: the reward's first call is over."""
 FLOAT64 = struct.Struct("d")
 
 
@@ -96,15 +96,24 @@ def _end(child: int) -> int:
 def work(pool: Connection, reward: Reward, memory: int) -> int:
     """Scores answers until the pool's end of the pipe closes or memory grows short; returns the exit status.
 
+    Before the first answer the reward is called with that answer's gold as the response, and the pool told `WARM`: what
+    it loads then is the worker's own, and its time not the answer's.
+
     Args:
       pool: gives (text, gold, finished), and takes replies.
       reward: the function.
-      memory: bytes of address space that may be added to those which the reward's imports take.
+      memory: bytes of address space that the first call may add to those which the reward's imports take, and answers
+        to what it leaves.
     """
     _limit(resource.RLIMIT_CORE, 0)
-    own = _address_space()
-    _limit(resource.RLIMIT_AS, own + memory)
+    _limit(resource.RLIMIT_AS, _address_space() + memory, for_good=False)
     try:
+        text, gold, finished = pool.recv()
+        _reply(reward, f"\\boxed{{{gold}}}\nAnswer: {gold}", gold, True)
+        pool.send_bytes(WARM)
+        own = _address_space()
+        _limit(resource.RLIMIT_AS, own + memory)
+        pool.send_bytes(_reply(reward, text, gold, finished))
         while _address_space() - own <= memory // 2:
             text, gold, finished = pool.recv()
             pool.send_bytes(_reply(reward, text, gold, finished))
@@ -115,10 +124,10 @@ def work(pool: Connection, reward: Reward, memory: int) -> int:
     return RETIRED
 
 
-def _limit(which: int, value: int) -> None:
+def _limit(which: int, value: int, *, for_good: bool = True) -> None:
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
+    resource.setrlimit(which, (value, value if for_good else hard))
 
 
 def _address_space() -> int:

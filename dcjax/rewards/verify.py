@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+from typing import Any
+
+from dcjax.rewards.numbers import TOLERANCE
+from dcjax.rewards.spelling import spell
 
 WARM_UP = (
     *(r"\frac{1}{2}", "-0.5", r"\sqrt{3}\pi", "x^{2}+1", "1,234", r"2\cdot 10^{3}"),
@@ -12,10 +17,20 @@ WARM_UP = (
 )
 """What answers are made of."""
 
+DECIMALS, DIGITS = 6, 15
+"""math-verify's own: the decimals that it rounds to, and the digits to which it evaluates."""
+
+MAX_PLACES = 350
+"""Zeros after the point of a small number that are still reckoned with; doubles have 324."""
+
 
 @functools.lru_cache(maxsize=4096)
 def equal(answer: str, gold: str) -> bool:
     """Whether math-verify judges the LaTeX `answer` equal to `gold`; remembered, because a policy's answers are few.
+
+    Three things are not as it has them. Both texts are spelt first as `spell` says. Two numbers of which one comes from
+    decimals are equal within `TOLERANCE`, relative to the larger. And where numbers stand within something else, or
+    both are exact, its absolute precision is raised by the zeros with which the smallest number in `gold` begins.
 
     Takes about a millisecond for an honest answer and no bounded time or memory for a hostile one.
 
@@ -26,13 +41,31 @@ def equal(answer: str, gold: str) -> bool:
     from sympy.core import random
 
     random.seed(0)  # SymPy tries equations at random points; verdicts must not depend on those drawn before
-    expected = _read(gold)
+    spelt, spelt_gold = spell(answer, gold)
+    expected, given = _read(spelt_gold), _read(spelt)
     if not expected:
         raise ValueError(
             f"gold is {gold!r}, which math-verify cannot read; give a number or LaTeX: '7', '\\frac{{1}}{{2}}'"
         )
+    try:
+        if len(expected) == len(given) == 1 and _is_inexact_number(expected[0], given[0]):
+            return _is_near(given[0], expected[0])
+        places = _places(expected)
+    except MemoryError:
+        raise
+    except Exception:  # of SymPy, which cannot compute everything that can be written; math-verify has it so too
+        return False
     # The comparison is asymmetric: the gold answer comes first.
-    return math_verify.verify(expected, _read(answer), timeout_seconds=None)
+    precision = {"float_rounding": DECIMALS + places, "numeric_precision": DIGITS + places}
+    return math_verify.verify(expected, given, timeout_seconds=None, **precision)
+
+
+def readable(gold: str) -> bool:
+    """Whether math-verify reads `gold`, and finds it equal to itself; as much time and memory as for `equal`."""
+    try:
+        return equal(gold, gold)
+    except ValueError:
+        return False
 
 
 def warm_up() -> None:
@@ -40,6 +73,50 @@ def warm_up() -> None:
     for answer in WARM_UP:
         equal(answer, answer)
     equal("x^{2}-1", "(x-1)(x+1)")
+
+
+def _is_inexact_number(one: Any, other: Any) -> bool:
+    """Whether both are numbers, and one of them comes from decimals."""
+    from sympy import Expr, Float
+
+    if not all(isinstance(each, Expr) and each.is_number for each in (one, other)):
+        return False
+    return one.has(Float) or other.has(Float)
+
+
+def _is_near(given: Any, expected: Any) -> bool:
+    """Whether two numbers are as near each other as `TOLERANCE` says; neither need be real."""
+    from sympy import Rational
+
+    error, *sizes = map(_size, (given - expected, given, expected))
+    if not all(number.is_Number and number.is_finite for number in (error, *sizes)):
+        return False  # one of them divides by zero, or cannot be computed
+    return bool(error <= Rational(TOLERANCE.numerator, TOLERANCE.denominator) * max(sizes))
+
+
+def _size(number: Any) -> Any:
+    """Its absolute value as a SymPy Float, where it can be computed."""
+    return abs(number.doit()).evalf(2 * DIGITS)
+
+
+def _places(expressions: list) -> int:
+    """The zeros after the point with which the smallest number in the expressions begins; 0 where all are above 0.1.
+
+    A number is the largest part of an expression that has no symbol; those that are 0 do not count.
+    """
+    from mpmath import log10, mpf
+    from sympy import Basic, Expr, MatrixBase
+
+    places, parts = 0, list(expressions)
+    while parts:
+        part = parts.pop()
+        if isinstance(part, MatrixBase):
+            parts += part.flat()
+        elif not (isinstance(part, Expr) and part.is_number):
+            parts += part.args if isinstance(part, Basic) else ()
+        elif (size := _size(part)).is_Float and size > 0:
+            places = max(places, -math.floor(log10(mpf(size))) - 1)
+    return min(places, MAX_PLACES)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -59,6 +59,8 @@ class Sampled:
     """The samples of one problem; the lists have an item for each."""
 
     problem: str
+    # the right answer that the rewards are by
+    gold: str
     # as written; None where a response has none or was cut
     answers: list[str | None]
     rewards: list[float]
@@ -87,9 +89,9 @@ class SampleLog:
         self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the log, and `__exit__` closes it)
 
     def missing(self, conditions: Conditions, problems: Sequence[Problem]) -> list[Problem]:
-        """Those of the problems that had not been sampled when the log was opened."""
+        """Those of the problems that had not been sampled, or by another right answer, when the log was opened."""
         done = self._done.get(conditions.fingerprint, {})
-        return [problem for problem in problems if problem.id not in done]
+        return [problem for problem in problems if (problem.id, problem.answer) not in done]
 
     def append(self, conditions: Conditions, sampled: Sampled) -> None:
         """Writes one problem's line, and flushes it to the operating system."""
@@ -108,18 +110,19 @@ class SampleLog:
         self._file.close()
 
 
-def read_samples(directory: Path) -> dict[str, dict[str, Sampled]]:
-    """All processes' lines: by fingerprint of the conditions, then by problem.
+def read_samples(directory: Path) -> dict[str, dict[tuple[str, str], Sampled]]:
+    """All processes' lines: by fingerprint of the conditions, then by problem and right answer.
 
     Raises:
       RunError: as `SampleLog`.
     """
-    found: dict[str, dict[str, Sampled]] = {}
+    found: dict[str, dict[tuple[str, str], Sampled]] = {}
     for path in sorted(directory.glob("samples-*.jsonl")):
         for record in _records(path):
-            found.setdefault(record["conditions"], {})[record["problem"]] = Sampled(
-                **{name: record[name] for name in Sampled.__annotations__}
-            )
+            # lines of earlier versions do not say the gold; none is empty
+            record.setdefault("gold", "")
+            sampled = Sampled(**{name: record[name] for name in Sampled.__annotations__})
+            found.setdefault(record["conditions"], {})[sampled.problem, sampled.gold] = sampled
     return found
 
 

@@ -40,6 +40,7 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
         f"{settings['max_response_length']:,} tokens, template {settings['template']}, seed {settings['seed']}. "
         "Accuracies in percent, with 95% intervals over problems.",
         *(f"- {note}" for note in result.notes),
+        *_unreadable(result),
         *_section("avg@k", _accuracy_rows(result)),
         *_section("Beside it", _detail_rows(result)),
         *_section("Deployed less training policy", _gap_rows(result)),
@@ -52,6 +53,16 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
         if theirs is not None and ours != theirs:
             lines += ["", f"Not measured alike: responses end in tokens {ours} here and {theirs} there."]
     return "\n".join(lines) + "\n"
+
+
+def _unreadable(result: SuiteResult) -> list[str]:
+    """The golds that cannot be read, a line for each benchmark, and how they count."""
+    counts = {score.benchmark: score.problems for score in result.policies[0].benchmarks}
+    return [
+        f"- {benchmark}: {len(golds)} of {counts[benchmark]} golds cannot be read; only their own text is right, and "
+        f"any other answer counts as wrong: {', '.join(f'{gold!r} of {problem}' for problem, gold in golds.items())}"
+        for benchmark, golds in result.unreadable.items()
+    ]
 
 
 def _section(title: str, rows: list[Row]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ class SuiteResult:
     policies: list[PolicyScores]
     # what is not as the papers do it
     notes: list[str]
+    # golds that cannot be read, by benchmark and problem's id: of these only their own text counted as right
+    unreadable: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

@@ -14,6 +14,7 @@ from dcjax.data.templates import Template
 from dcjax.distributed import share
 from dcjax.errors import RunError
 from dcjax.evaluate import responses
+from dcjax.judging import one_line, tell_timeouts
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import require_finite, sample_responses
@@ -135,13 +136,28 @@ def _read(batch: list[Problem], rollout: Rollout, model: Model, template: Templa
 
 
 def _write(part: _Part, missing: list[Problem], conditions: Conditions, log: SampleLog) -> int:
-    """Logs what was missing of a part, once its scores are there; how many problems were missing on all hosts."""
-    rewards = part.scores.result().tolist()
+    """Logs what was missing of a part, once its scores are there; how many problems were missing on all hosts.
+
+    Raises:
+      RunError: the pool cannot score.
+    """
+    try:
+        rewards = part.scores.result().tolist()
+    except RuntimeError as error:
+        raise RunError(one_line(error)) from error
+    tell_timeouts(part.scores.timeouts, len(rewards))
     for place, problem in enumerate(part.problems):
         rows = slice(place * conditions.samples, (place + 1) * conditions.samples)
         if problem in missing:
             log.append(
                 conditions,
-                Sampled(problem.id, part.answers[rows], rewards[rows], part.lengths[rows], part.finished[rows]),
+                Sampled(
+                    problem.id,
+                    problem.answer,
+                    part.answers[rows],
+                    rewards[rows],
+                    part.lengths[rows],
+                    part.finished[rows],
+                ),
             )
     return len(missing)

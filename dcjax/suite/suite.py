@@ -17,6 +17,7 @@ from dcjax.data.store import load_examples
 from dcjax.data.templates import TemplateName, templates
 from dcjax.distributed import DistributedConfig, as_loss, is_main, join, total
 from dcjax.errors import RunError
+from dcjax.judging import tell_unreadable
 from dcjax.progress import Progress
 from dcjax.rewards.pool import RewardPool
 from dcjax.run import check_end_tokens_agree
@@ -45,6 +46,8 @@ class _Plan:
     config: SuiteConfig
     template: TemplateName
     problems: dict[Benchmark, list[Problem]]
+    # whose golds cannot be read, on process 0
+    unreadable: list[Example]
     max_prompt_length: int
     max_response_length: int
     weights: int
@@ -129,10 +132,11 @@ def evaluate_suite(
 
 def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
     template = config.template or model.template
-    problems, notes = {}, []
+    problems, golds, notes = {}, [], []
     for benchmark in config.benchmarks:
-        examples = _examples(benchmark, data_dir)
-        problems[benchmark] = to_problems(model, templates[template], examples[: config.problems])
+        examples = _examples(benchmark, data_dir)[: config.problems]
+        problems[benchmark] = to_problems(model, templates[template], examples)
+        golds += examples
         if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
             notes.append(f"{benchmark.title}: {count} problems, not the published {published[0]}")
         if (samples := config.samples_of(benchmark)) != benchmark.samples:
@@ -151,6 +155,7 @@ def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
         config=config,
         template=template,
         problems=problems,
+        unreadable=tell_unreadable(golds, templates[template].reward),
         max_prompt_length=longest,
         max_response_length=min(room, config.max_response_length),
         weights=int(fingerprint(model.params)),
@@ -217,13 +222,17 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
         scores = []
         for benchmark, problems in plan.problems.items():
             found = logged.get(plan.conditions(policy, benchmark).fingerprint, {})
-            if len(found.keys() & {problem.id for problem in problems}) < len(problems):
+            asked = [(problem.id, problem.answer) for problem in problems]
+            if len(found.keys() & set(asked)) < len(problems):
                 raise RunError(f"other hosts' samples are not in {directory}; give all of them one that they share")
-            scores.append(score_benchmark(benchmark.dataset, [found[problem.id] for problem in problems]))
+            scores.append(score_benchmark(benchmark.dataset, [found[each] for each in asked]))
         policies.append(score_policy(policy, plan.format(policy), scores))
     settings = asdict(plan.config) | {
         "template": plan.template,
         "max_response_length": plan.max_response_length,
         "stop_tokens": plan.model.stop_tokens,
     }
-    return SuiteResult(plan.model.name, plan.model.step, plan.config.suite, settings, policies, plan.notes)
+    unreadable: dict[str, dict[str, str]] = {}
+    for example in plan.unreadable:
+        unreadable.setdefault(example.dataset, {})[example.id] = example.answer
+    return SuiteResult(plan.model.name, plan.model.step, plan.config.suite, settings, policies, plan.notes, unreadable)

@@ -1,11 +1,13 @@
 import hashlib
 import re
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dcjax.data.datasets import DAPO_INSTRUCTIONS, datasets, find_dataset, normalize_answer
+from dcjax.rewards.math import math_reward
 
 DAPO = datasets["dapo-math-17k"]
 # rows as the publishers and their mirrors have them, with the question and the answer that a reader finds in them
@@ -37,6 +39,11 @@ ROWS = {
         "minerva",
         {"problem": "What mass?", "solution": r"At first \boxed{2}, then \boxed{\frac{1}{8}}.", "type": "", "idx": 0},
         ("What mass?", r"\frac{1}{8}"),
+    ),
+    "Minerva's solutions in TeX's own spelling": (
+        "minerva",
+        {"problem": "What mass?", "solution": r"$\boxed 2$ or $\fbox{3}$"},
+        ("What mass?", "3"),
     ),
     "Minerva's answers": ("minerva", {"question": "What mass?", "answer": "4e33"}, ("What mass?", "4e33")),
     "OlympiadBench": (
@@ -116,7 +123,14 @@ def test_an_unknown_name_is_an_error_that_lists_the_others():
         ("1" * 5000, "1" * 5000),
         ("+5", "5"),
         ("-012", "-12"),
-        (1e20, "1e+20"),
+        *[(1e20, "100000000000000000000"), (1e16, "10000000000000000"), (3e-05, "0.00003"), (-1.5e-7, "-0.00000015")],
+        *[
+            (-0.0, "0"),
+            (Decimal("1E+3"), "1000"),
+            (Decimal("0.10"), "0.10"),
+            ([3e-05, 2.0], "0.00003, 2"),
+            ("3e-05", "3e-05"),
+        ],
         (" $\\frac12$ ", "\\frac12"),
         ("$1$ and $2$", "$1$ and $2$"),
         ("$", "$"),
@@ -135,6 +149,14 @@ def test_answers_become_text(answer, text):
 def test_integers_keep_their_value_in_every_spelling(number):
     spellings = [number, str(number), f"${number}$", f" {number}.0", [number]]
     assert {normalize_answer(spelling) for spelling in spellings} == {str(number)}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_float_is_stored_as_a_decimal_that_is_read_back_equal_and_verifies(number):
+    text = normalize_answer(number)
+    assert float(text) == number and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text)
+    for spelling in (repr(number), repr(number).replace("e", r"\times10^{") + "}" * ("e" in repr(number))):
+        assert math_reward(rf"\boxed{{{spelling}}}", text, finished=True) == 1.0
 
 
 @given(st.text())

@@ -6,20 +6,20 @@ import pytest
 
 from dcjax.cli import main
 from dcjax.data import prepare
-from dcjax.data.contamination import boxed_verifier
 from dcjax.data.datasets import SAMPLES, datasets
 from dcjax.data.prepare import prepare_data
-from dcjax.rewards.math import math_reward
 
 
 def test_the_report_of_the_samples(tmp_path):
-    report = prepare_data(SAMPLES, verify=boxed_verifier(math_reward), cache_dir=tmp_path)
+    report = prepare_data(SAMPLES, cache_dir=tmp_path)
     assert [each.name for each in report.prepared] == list(datasets)
     assert sum(each.counts["kept"] for each in report.prepared) == 29 + 6 + 6 + 7 + 7 + 6 + 7
-    assert not report.missing and not any(each.refused for each in report.prepared)
+    assert not report.missing and not any(each.golds.unreadable + each.golds.refused for each in report.prepared)
     lines = str(report).splitlines()
-    assert lines[1].split() == ["dapo-math-17k", "33", "29", "17398", "3", "duplicate,", "1", "conflicting"]
-    assert lines[7].split() == ["olympiadbench", "7", "7", "674", "or", "675", "-"]
+    assert lines[1].split() == [
+        *["dapo-math-17k", "33", "29", "17398", "0", "0", "3", "duplicate,", "1", "conflicting"]
+    ]
+    assert lines[7].split() == ["olympiadbench", "7", "7", "674", "or", "675", "0", "0", "-"]
     assert "amc23: 1 questions as in training, 0 alike (14.3% of 7)" in lines
     assert "aime24: 0 questions as in training, 1 alike (16.7% of 6)" in lines
 
@@ -32,10 +32,24 @@ def test_what_is_there_is_prepared_and_what_is_not_is_told(tmp_path):
     assert f"math500: not there; put it at {tmp_path}/math500.parquet" in str(report)
 
 
-def test_refused_golds_are_in_the_report(tmp_path):
-    report = prepare_data(SAMPLES, ["aime24"], verify=lambda answer, gold: gold != "82", cache_dir=tmp_path)
-    (refused,) = report.prepared[0].refused
-    assert f"aime24: gold '82' of {refused.id} is refused" in str(report)
+def test_golds_that_cannot_be_read_are_counted_for_each_data_set_and_listed(tmp_path):
+    """Of minervamath, whose golds are of many spellings, and a column of floats."""
+    minerva = ["5.", "-1./3", "4.5e33", r"\frac{1}{m} t", r"A \cap B", "np.arcsin(10/13)", "x" * 301, "}"]
+    floats = [27.0, 1e16, 3e-05, 0.1, -0.5]
+    for name, golds in {"minerva": minerva, "amc23": floats}.items():
+        rows = [{"question": f"What is number {number}?", "answer": gold} for number, gold in enumerate(golds)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    report = prepare_data(tmp_path, ["minerva", "amc23"], cache_dir=tmp_path / "cache")
+    checked = {each.name: each.golds for each in report.prepared}
+    assert [gold.answer for gold in checked["minerva"].unreadable] == [r"A \cap B", "np.arcsin(10/13)", "}"]
+    assert [gold.answer for gold in checked["minerva"].refused] == ["x" * 301, "}"]
+    assert checked["amc23"].unreadable == checked["amc23"].refused == ()
+    lines = str(report).splitlines()
+    assert [line.split()[4:6] for line in lines[1:3]] == [["3", "2"], ["0", "0"]]
+    (named,) = (line for line in lines if "cap B" in line)
+    first = checked["minerva"].unreadable[0].id
+    assert named == rf"minerva: gold 'A \\cap B' of {first} cannot be read; only its own text is right"
+    assert sum("is refused, even as its own text in a box" in line for line in lines) == 2
 
 
 def test_a_download_is_asked_for_by_repository_and_pattern(tmp_path, monkeypatch):
@@ -85,7 +99,7 @@ def test_the_command_prints_the_report_or_its_json(told):
     report = json.loads(output)
     assert status == 0 and output.count("\n") == 1
     assert [each["counts"]["kept"] for each in report["prepared"]] == [29, 7]
-    assert not any(each["refused"] for each in report["prepared"])
+    assert [each["golds"] for each in report["prepared"]] == [{"unreadable": [], "refused": []}] * 2
 
 
 def test_the_command_downloads_only_where_it_is_told_to(told, tmp_path, monkeypatch):

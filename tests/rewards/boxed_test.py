@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.rewards.boxed import MAX_ANSWER_LENGTH, boxed_answer, integer_reward
+from dcjax.rewards.boxed import MAX_ANSWER_LENGTH, boxed_answer, integer_reward, last_box
 
 BRACE_TEXT = st.lists(st.sampled_from([r"\boxed{", "{", "}", "\\", "7", "-", " "])).map("".join)
 
@@ -58,6 +58,51 @@ def test_the_content_of_the_last_box(text, content):
     assert boxed_answer(text) == content
 
 
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"\boxed {7}", "7"),
+        ("\\boxed \n\t{7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"\fbox {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1+\fbox{7}+2}", "7"),
+        (r"\fbox{1} and \boxed{7}", "7"),
+        (r"\boxed 7", "7"),
+        ("\\boxed\n7\n", "7"),
+        (r"\boxed -0.5 m", "-0.5"),
+        (r"\boxed 1/2$", "1/2"),
+        (r"\boxed{\boxed 7}", "7"),
+        (r"\boxed 7. So", "7."),
+        (r"\boxed{7} in a \boxed form", "7"),
+        (r"\boxed{7} in \boxed.", "7"),
+        (r"\boxed{7} in \boxedform{8}", "7"),
+        (r"\boxed 7x", None),
+        (r"\boxed7", None),
+        (r"\boxed x", None),
+        (r"\boxed", None),
+        (r"\fbox ", None),
+        (r"\boxed ...", None),
+        ("boxed{7}", None),
+        (r"\boxed {7", None),
+        (r"\boxed " + "7" * (MAX_ANSWER_LENGTH + 1), None),
+    ],
+)
+def test_the_last_box_however_it_is_written(text, content):
+    assert last_box(text) == content
+
+
+@settings(deadline=None)
+@given(BRACE_TEXT)
+def test_where_a_box_is_written_exactly_both_find_it(text):
+    if r"\boxed{" in text:
+        assert last_box(text) == boxed_answer(text)
+
+
+@pytest.mark.parametrize("text", [r"\boxed {7}", r"\boxed 7", "\\boxed\n{7}", r"\fbox{7}"])
+def test_a_box_that_is_not_written_exactly_earns_nothing_of_integers(text):
+    assert reward(text) == 0.0
+
+
 def test_contents_up_to_the_longest():
     assert boxed_answer(rf"\boxed{{{'7' * MAX_ANSWER_LENGTH}}}") == "7" * MAX_ANSWER_LENGTH
     assert boxed_answer(rf"\boxed{{{'7' * (MAX_ANSWER_LENGTH + 1)}}}") is None
@@ -82,13 +127,31 @@ def test_what_is_found_is_balanced_and_in_the_last_box(text):
 
 
 @pytest.mark.parametrize(
-    "unit", [r"\boxed{", "{", "}", "\\", r"\boxed", r"\boxed{7}", r"\boxed{{", "\\b", "a", "7", "\\boxed{\n"]
+    "unit",
+    [
+        r"\boxed ",
+        r"\boxed 7",
+        r"\fbox{",
+        " ",
+        r"\boxed{",
+        "{",
+        "}",
+        "\\",
+        r"\boxed",
+        r"\boxed{7}",
+        r"\boxed{{",
+        "\\b",
+        "a",
+        "7",
+        "\\boxed{\n",
+    ],
 )
 @pytest.mark.parametrize("ending", ["", "}", r"\boxed{", r"\boxed{7}"])
 def test_two_megabytes_of_anything_take_no_time(unit, ending):
     text = unit * (2_000_000 // len(unit)) + ending
     began = time.process_time()
     boxed_answer(text)
+    last_box(text)
     integer_reward(text, "8", finished=True)
     # A few milliseconds in truth. What is quadratic takes hours, and what recurses overflows the stack.
     assert time.process_time() - began < 5.0

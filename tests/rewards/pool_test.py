@@ -122,6 +122,35 @@ def test_what_hangs_scores_zero_in_time_and_the_others_are_scored(deed):
     assert pool.counters == Counters(timeouts=2, restarts=2)
 
 
+def test_what_a_reward_does_at_its_first_call_is_in_no_answers_time():
+    """Nor after a worker was replaced."""
+    with RewardPool(functions.slow_at_first, workers=2, timeout=LIMIT) as pool:
+        pending = pool.submit(["7"] * 5 + ["hang"] + ["7"] * 6, [str(2 * LIMIT)] * 12, [True] * 12)
+        assert pending.result().tolist() == [1.0] * 5 + [0.0] + [1.0] * 6
+    assert pool.counters == Counters(timeouts=1, restarts=1) and pending.timeouts == 1
+
+
+@pytest.mark.parametrize(
+    "reward, gold, told",
+    [
+        ("slow_at_first", "60", r"took more than warm_up, 0\.5 s; raise reward\.warm_up, or load less in it"),
+        ("large_at_first", str(1 << 29), r"needs more than 256 MiB; raise reward\.memory"),
+        ("dies_at_first", "", "ended 2 workers, the last with status 7; try it in a process of its own"),
+    ],
+)
+def test_a_first_call_that_fails_ends_the_pool_clearly(reward, gold, told):
+    with RewardPool(getattr(functions, reward), workers=1, timeout=9.0, memory=1 << 28, warm_up=LIMIT) as pool:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"the reward function's first call in a worker {told}"):
+                pool.score(["7"] * 3, [gold] * 3, [True] * 3)
+
+
+def test_memory_that_the_first_call_takes_is_not_the_answers():
+    with RewardPool(functions.large_at_first, workers=1, memory=1 << 28, timeout=60.0) as pool:
+        assert pool.score(["7"] * 3, [str(1 << 25)] * 3, [True] * 3).tolist() == [1.0] * 3
+    assert pool.counters == Counters()
+
+
 def test_what_takes_too_much_memory_scores_zero():
     with obeying(workers=1, memory=1 << 28) as pool:
         scores = tell(pool, ("allocate", str(1 << 26)), ("allocate", str(1 << 29)), ("length", "12"))
@@ -194,6 +223,7 @@ def test_settings_out_of_range_are_told_of():
     for settings, message in [
         ({"workers": 0}, "workers is 0; it must be at least 1"),
         ({"timeout": 0.0}, "timeout is 0.0; it must be more than 0 seconds"),
+        ({"warm_up": 0.0}, "warm_up is 0.0; it must be more than 0 seconds"),
         ({"memory": 1000}, "memory is 1000 bytes; it must be at least 1048576"),
     ]:
         with pytest.raises(ValueError, match=message):

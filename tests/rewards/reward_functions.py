@@ -81,6 +81,25 @@ def jax_is_imported(_: str) -> bool:
     return "jax" in sys.modules or "__main__.py" in str(getattr(sys.modules["__main__"], "__file__", ""))
 
 
+def slow_at_first(text: str, gold: str, *, finished: bool) -> float:
+    """Takes as many seconds as its gold says, once in a process; then 1.0 for any answer but `hang`."""
+    if not KEPT:
+        KEPT.append(b"loaded")
+        time.sleep(float(gold))
+    if text == "hang":
+        time.sleep(60)
+    return 1.0
+
+
+def large_at_first(text: str, gold: str, *, finished: bool) -> float:
+    KEPT.append(b"x" * int(gold))
+    return 1.0
+
+
+def dies_at_first(text: str, gold: str, *, finished: bool) -> float:
+    os._exit(7)
+
+
 DEEDS = {
     deed.__name__: deed
     for deed in (

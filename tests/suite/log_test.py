@@ -25,8 +25,8 @@ CONDITIONS = Conditions(
 PROBLEMS = [Problem(f"p{number}", [5, 6], "7") for number in range(3)]
 
 
-def sampled(problem, answer="7"):
-    return Sampled(problem, [answer, None], [1.0, 0.0], [12, 64], [True, False])
+def sampled(problem, answer="7", gold="7"):
+    return Sampled(problem, gold, [answer, None], [1.0, 0.0], [12, 64], [True, False])
 
 
 def test_what_was_logged_is_read_back_by_its_conditions_and_is_not_missing_any_more(tmp_path):
@@ -37,11 +37,29 @@ def test_what_was_logged_is_read_back_by_its_conditions_and_is_not_missing_any_m
         log.append(CONDITIONS, sampled("p2"))
         log.append(other, sampled("p1"))
     found = read_samples(tmp_path / "new")
-    assert found[CONDITIONS.fingerprint] == {"p0": sampled("p0", 'a "quoted"\n\ud800 answer'), "p2": sampled("p2")}
-    assert found[other.fingerprint] == {"p1": sampled("p1")}
+    quoted = sampled("p0", 'a "quoted"\n\ud800 answer')
+    assert found[CONDITIONS.fingerprint] == {("p0", "7"): quoted, ("p2", "7"): sampled("p2")}
+    assert found[other.fingerprint] == {("p1", "7"): sampled("p1")}
     with SampleLog(tmp_path / "new", 0) as log:
         assert log.missing(CONDITIONS, PROBLEMS) == [PROBLEMS[1]]
         assert log.missing(other, PROBLEMS) == [PROBLEMS[0], PROBLEMS[2]]
+
+
+def test_what_was_scored_by_another_gold_is_missing(tmp_path):
+    """As where a row of the data was mended, or the line is of a version that did not write the gold."""
+    with SampleLog(tmp_path, 0) as log:
+        log.append(CONDITIONS, sampled("p0", gold="8"))
+        log.append(CONDITIONS, sampled("p1"))
+        log.append(CONDITIONS, sampled("p2"))
+    path = tmp_path / "samples-0.jsonl"
+    *rest, last = path.read_text().splitlines()
+    old = {name: value for name, value in json.loads(last).items() if name != "gold"}
+    path.write_text("\n".join([*rest, json.dumps(old)]) + "\n")
+    with SampleLog(tmp_path, 1) as log:
+        assert log.missing(CONDITIONS, PROBLEMS) == [PROBLEMS[0], PROBLEMS[2]]
+        log.append(CONDITIONS, sampled("p0"))
+    found = read_samples(tmp_path)[CONDITIONS.fingerprint]
+    assert found["p0", "7"] == sampled("p0") and found["p0", "8"] == sampled("p0", gold="8")
 
 
 def test_a_line_tells_what_it_is_of(tmp_path):
@@ -54,6 +72,7 @@ def test_a_line_tells_what_it_is_of(tmp_path):
         "policy": "deployed",
         "seed": 0,
         "problem": "p0",
+        "gold": "7",
         "answers": ["7", None],
         "rewards": [1.0, 0.0],
         "lengths": [12, 64],

@@ -34,7 +34,7 @@ def samples_of(rng, problems, samples, accuracy):
         kept = [None if answer == "none" else answer for answer in answers]
         rewards = [float(answer == "1") for answer in kept]
         lengths = rng.integers(1, 100, samples).tolist()
-        found.append(Sampled(f"p{number}", kept, rewards, lengths, [answer is not None for answer in kept]))
+        found.append(Sampled(f"p{number}", "1", kept, rewards, lengths, [answer is not None for answer in kept]))
     return found
 
 

@@ -5,7 +5,6 @@ import re
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -23,12 +22,14 @@ from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, init_params, save_hf
 from dcjax.optimizer import make_optimizer
-from dcjax.rewards.pool import RewardPool
+from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.run import open_run
 from dcjax.sharding.mesh import make_mesh
 from dcjax.suite.benchmarks import SUITES, Benchmark, SuiteConfig
 from dcjax.suite.log import read_samples
 from dcjax.suite.model import load_model
+from dcjax.suite.report import write_result
+from dcjax.suite.result import read_result
 from dcjax.suite.suite import evaluate_suite
 
 pytestmark = pytest.mark.heavy
@@ -84,7 +85,7 @@ class PoolInProcess:
     def submit(self, texts, golds, finished):
         answers = zip(texts, golds, finished, strict=True)
         scores = [self._reward(text, gold, finished=ended) for text, gold, ended in answers]
-        return types.SimpleNamespace(result=lambda: np.array(scores, np.float32))
+        return Pending.of(scores)
 
 
 def read_as_boxes(tokenizer, rollout):
@@ -216,6 +217,45 @@ def test_samples_that_were_drawn_from_no_distribution_are_neither_scored_nor_log
 def test_samples_depend_neither_on_the_slots_nor_on_the_devices(whole, folder, tmp_path):
     result, _ = whole
     assert evaluated(folder, tmp_path, slots=16, devices=2) == result
+
+
+@pytest.fixture
+def one_gold(monkeypatch):
+    """Changes the gold of the first problem of AMC23."""
+
+    def change(gold):
+        def with_gold(dataset, data_dir):
+            first, *rest = examples_of(dataset, data_dir)
+            return [dataclasses.replace(first, answer=gold) if dataset == "amc23" else first, *rest]
+
+        monkeypatch.setattr(dcjax.suite.suite, "load_examples", with_gold)
+
+    return change
+
+
+def test_a_gold_that_cannot_be_read_is_reported_and_a_gold_that_was_mended_is_judged_by(
+    whole, folder, calls, one_gold, capsys, tmp_path
+):
+    one_gold(r"A \cap B")
+    result = evaluated(folder, tmp_path)
+    errors = capsys.readouterr().err
+    assert errors.startswith(
+        "dcjax: amc23: gold 'A \\\\cap B' of amc23-0 cannot be read\ndcjax: 1 of 12 golds cannot be read:"
+    )
+    assert result.unreadable == {"amc23": {"amc23-0": r"A \cap B"}}
+    assert all(row.benchmarks[1].by_problem["amc23-0"] == 0 for row in result.policies)
+    files = write_result(result, tmp_path)
+    assert read_result(tmp_path) == result
+    told = (
+        "- amc23: 1 of 4 golds cannot be read; only their own text is right, and any other answer counts as wrong: 'A"
+    )
+    assert told in files["table"].read_text()
+
+    calls.prompts.clear()
+    one_gold("0")
+    assert evaluated(folder, tmp_path) == whole[0]
+    # the batch of the problem, of both policies
+    assert calls.prompts == [4, 4]
 
 
 def test_samples_of_a_part_are_those_of_the_whole(whole, folder, tmp_path):
