@@ -148,17 +148,23 @@ class Judging:
         """Waits for the scores of all samples; float32, in their order, of this process's share.
 
         Raises:
-          RunError: the reward raised on one of them, or takes too long at its first call.
+          RunError: the reward raised on one of them, is not finite, or takes too long at its first call.
         """
         scores, timeouts = np.zeros(len(self._golds), np.float32), 0
-        try:
-            for rows, part in self._begun:
-                scores[rows] = part.result()
-                timeouts += part.timeouts
-        except RewardError as error:
-            *_, last = str(error).strip().splitlines()
-            raise RunError(f"the reward function failed: {last}; a reward returns a number for every text") from error
-        except RuntimeError as error:
-            raise RunError(one_line(error)) from error
+        for rows, part in self._begun:
+            scores[rows] = self._result(rows, part)
+            timeouts += part.timeouts
         tell_timeouts(timeouts, len(scores))
         return scores
+
+    def _result(self, rows: list[int], part: Pending) -> np.ndarray:
+        try:
+            return part.result()
+        except RewardError as error:
+            response = self._first + rows[error.answer]
+            raise RunError(
+                f"the reward function failed on response {response}: {error.told}; a reward returns a number for "
+                "every text"
+            ) from error
+        except RuntimeError as error:
+            raise RunError(one_line(error)) from error

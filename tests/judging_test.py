@@ -96,21 +96,34 @@ def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
         open_scorer(Config(reward=RewardConfig(function="my:own", workers=workers)))
 
 
-def test_a_reward_that_raises_ends_the_run_in_one_line():
-    class Failing:
-        counters = None
+def raising(text, gold, *, finished):
+    return {"0": 1.0}[gold]
 
-        def submit(self, texts, golds, finished):
-            pending = Pending(len(texts))
-            pending._set_error(0, "Traceback (most recent call last):\n  ...\nKeyError: 'unit'")
-            for index in range(1, len(texts)):
-                pending._set(index, 1.0)
-            return pending
 
-    judging = Judging(Failing(), TOKENIZER, PROBLEMS, samples_per_prompt=G)
-    judging.begin(ended(range(12)))
-    with pytest.raises(RunError, match=r"the reward function failed: KeyError: 'unit'; a reward returns a number"):
+def no_number(text, gold, *, finished):
+    return 1.0 if gold == "0" else float("nan")
+
+
+def too_large(text, gold, *, finished):
+    return 1.0 if gold == "0" else 1e300  # an infinity in float32
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (raising, "KeyError: '1'"),
+        (no_number, "ValueError: the reward is nan, for gold '1'; it must be a finite number"),
+        (too_large, r"ValueError: the reward is 1e\+300, for gold '1'; it must be a finite number"),
+    ],
+)
+def test_a_reward_that_raises_or_is_not_finite_ends_the_run_in_one_line(reward, told):
+    """No number was a wrong answer in evaluation once, and laid to the learning rate in training."""
+    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    judging.begin(ended([1, 4, 7]))
+    judging.begin(ended([0, 2, 3, 5, 6, 8, 9, 10, 11]))
+    with pytest.raises(RunError, match=f"failed on response 4: {told}; a reward returns a number") as caught:
         judging.result()
+    assert "\n" not in str(caught.value)
 
 
 class Stopping:

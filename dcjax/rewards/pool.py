@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -31,7 +32,16 @@ ATTEMPTS = 2
 
 
 class RewardError(RuntimeError):
-    """The reward function raised; the message holds its traceback."""
+    """The reward function raised on an answer.
+
+    Attributes:
+      answer: its number among those that were submitted together.
+      told: what it raised, the traceback's last line.
+    """
+
+    def __init__(self, answer: int, traceback: str):
+        super().__init__(f"the reward function raised on answer {answer}:\n{traceback}")
+        self.answer, self.told = answer, traceback.strip().splitlines()[-1]
 
 
 @dataclass
@@ -60,11 +70,14 @@ class Pending:
             self._over.set()
 
     @classmethod
-    def of(cls, scores: Sequence[float]) -> Pending:
-        """Scores that are there already."""
+    def of(cls, scores: Sequence[float | Exception]) -> Pending:
+        """Scores that are there already, and what was raised in place of others."""
         pending = cls(len(scores))
         for index, score in enumerate(scores):
-            pending._set(index, score)
+            if isinstance(score, Exception):
+                pending._set_error(index, "".join(traceback.format_exception(score)))
+            else:
+                pending._set(index, score)
         return pending
 
     def result(self) -> Float32[np.ndarray, "N"]:
@@ -79,7 +92,7 @@ class Pending:
             raise RuntimeError(f"answers were not scored: {self._failure}") from self._failure
         if self._tracebacks:
             first = min(self._tracebacks)
-            raise RewardError(f"the reward function raised on answer {first}:\n{self._tracebacks[first]}")
+            raise RewardError(first, self._tracebacks[first])
         return self._scores
 
     def _set(self, index: int, score: float) -> None:
@@ -88,8 +101,8 @@ class Pending:
         if not self._left:
             self._over.set()
 
-    def _set_error(self, index: int, traceback: str) -> None:
-        self._tracebacks[index] = traceback
+    def _set_error(self, index: int, raised: str) -> None:
+        self._tracebacks[index] = raised
         self._set(index, 0.0)
 
     def _fail(self, failure: Exception | None) -> None:

@@ -37,6 +37,7 @@ FORK = "fork"
 SCORE, RAISED, WARM = b"=", b"!", b"~"
 """The first byte of a reply; a float64 follows, a traceback, or nothing: the reward's first call is over."""
 FLOAT64 = struct.Struct("d")
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 
 
 def serve(control: Connection) -> None:
@@ -134,9 +135,21 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def score(reward: Reward, text: str, gold: str, finished: bool) -> float:
+    """The reward of a response.
+
+    Raises:
+      ValueError: it is not finite in float32.
+    """
+    (value,) = FLOAT64.unpack(FLOAT64.pack(reward(text, gold, finished=finished)))
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"the reward is {value}, for gold {gold!r}; it must be a finite number")
+    return value
+
+
 def _reply(reward: Reward, text: str, gold: str, finished: bool) -> bytes:
     try:
-        return SCORE + FLOAT64.pack(reward(text, gold, finished=finished))
+        return SCORE + FLOAT64.pack(score(reward, text, gold, finished))
     except MemoryError:
         raise
     except BaseException:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from dcjax.rewards.pool import Pending, RewardPool
-from dcjax.rewards.processes import Reward
+from dcjax.rewards.processes import Reward, score
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,15 @@ class InProcess:
     def submit(
         self, texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool] | Bool[np.ndarray, "N"]
     ) -> Pending:
-        """As `RewardPool.submit`, but exceptions of the reward are raised here."""
+        """As `RewardPool.submit`; scored before it returns."""
         answers = zip(texts, golds, map(bool, finished), strict=True)
-        return Pending.of([float(self.reward(text, gold, finished=end)) for text, gold, end in answers])
+        return Pending.of([self._score(*answer) for answer in answers])
+
+    def _score(self, text: str, gold: str, finished: bool) -> float | Exception:
+        try:
+            return score(self.reward, text, gold, finished)
+        except Exception as error:
+            return error
 
 
 Scorer = RewardPool | InProcess

@@ -207,6 +207,17 @@ def test_an_exception_of_the_reward_reaches_the_caller_with_its_traceback(deed, 
     assert pool.counters == Counters()
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-1e39"])
+def test_a_reward_that_is_not_finite_is_an_error(number):
+    with obeying() as pool, pytest.raises(RewardError, match="raised on answer 1:") as raised:
+        tell(pool, ("length", "12"), ("number", number))
+    assert raised.value.answer == 1
+    assert (
+        raised.value.told
+        == f"ValueError: the reward is {float(number)}, for gold {number!r}; it must be a finite number"
+    )
+
+
 def test_a_reward_with_arguments_bound_and_any_text_travel():
     texts = ["\ud800", "\x00", "", "x" * 3_000_000, "七"]
     with RewardPool(partial(functions.length), workers=2) as pool:

@@ -33,6 +33,10 @@ def ignore_signals(_: str) -> None:
     time.sleep(60)
 
 
+def number(written: str) -> float:
+    return float(written)
+
+
 def allocate(size: str) -> int:
     return len(bytearray(int(size)))
 
@@ -104,6 +108,6 @@ DEEDS = {
     deed.__name__: deed
     for deed in (
         *(sleep, spin_in_c, ignore_signals, allocate, keep, die, leave, die_at_first, say_process, error, end_python),
-        *(process, jax_is_imported),
+        *(process, jax_is_imported, number),
     )
 }
