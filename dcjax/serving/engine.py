@@ -233,7 +233,8 @@ class Qwen3Engine(engine_api.Engine):
         """One prompt, int32 [L] padded on the right, into a Prefix of one row."""
         if existing_prefix is not None:
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
-        length = int(as_integers("true_length", true_length, 1, len(padded_tokens)))
+        length = int(as_integers("true_length", true_length))
+        _require_within("true_length", [length], 1, len(padded_tokens))
         return self.prefill_many(params, [np.asarray(padded_tokens)[:length].tolist()])
 
     def insert(

@@ -75,7 +75,7 @@ def _attention(
     v: Float[Array, "B S K D"],
     *,
     kernel: AttentionKernel,
-    float32: lax.Precision,
+    float32: lax.Precision = lax.Precision.HIGHEST,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H D"]:
     """`causal_attention`, each device with whole sequences of its rows and heads.

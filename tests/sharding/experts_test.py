@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from dcjax.models import ModelConfig, moe
+from dcjax.models.layers import EXACT
 from dcjax.models.layout import ONE_DEVICE
 from dcjax.sharding import experts
 from dcjax.sharding.layout import mesh_layout
@@ -31,7 +32,7 @@ MESHES = {
 }
 EVERYDAY = ("expert 4 × tensor 2", "fsdp 2 × expert 2 × context 2")
 MESHES_IN_TURN = [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
-dot = partial(moe.grouped_dot, accumulate=jnp.dtype(jnp.float32))
+dot = partial(moe.grouped_dot, arithmetic=EXACT)
 
 
 def normal(seed, *shape):
