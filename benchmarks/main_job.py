@@ -28,22 +28,22 @@ import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax import assemble
-from dcjax.allocator import keep_freed_memory
-from dcjax.checkpoint import Checkpoints
-from dcjax.config import Config
+from dcjax.cli.allocator import keep_freed_memory
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
-from dcjax.evaluate import open_problems, responses
-from dcjax.optimizer import make_optimizer
+from dcjax.loop.checkpoint import Checkpoints
+from dcjax.loop.evaluate import open_problems, responses
+from dcjax.loop.run_directory import load_config
+from dcjax.loop.warm_start import warm_start
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config
+from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rewards.scorer import InProcess
 from dcjax.rl.advantages import group_rewards
-from dcjax.run import load_config
 from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
-from dcjax.warm_start import warm_start
 
 QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
 SERVED: tuple[FormatName, ...] = ("float32", "bf16", "int8")

@@ -27,17 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax import assemble
-from dcjax.allocator import keep_freed_memory
-from dcjax.config import Config
+from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import init_params
-from dcjax.optimizer import make_optimizer
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config
+from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.objective import Context, LossTransform, initial_terms
 from dcjax.rl.presets import dc_direct, dc_grpo, grpo, thresholded_dual_grpo
+from dcjax.rl.transforms import Context, LossTransform, initial_terms
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Array, Batch
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcjax.config import Config, OptimizerConfig
 from dcjax.models import ModelConfig
+from dcjax.recipe.config import Config, OptimizerConfig
 
 Tree = Any
 """A pytree of arrays."""

@@ -34,11 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax.allocator import keep_freed_memory
+from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, abstract_params, init_params, logical_axes, presets
 from dcjax.models.cache import LayerCache, attend, init_cache, write
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.layout import serving_mesh
+from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import FormatName, formats, serving_format
 from dcjax.serving.sync import ServingParams, make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcjax.progress import Progress
+from dcjax.reporting.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ It expects the model's folder at models/Qwen3-8B (or `--pretrained FOLDER`), and
 from dataclasses import replace
 from pathlib import Path
 
-from dcjax.config import (
+from dcjax.data.mathematics import MathTask
+from dcjax.models.config import Precision, presets
+from dcjax.recipe.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
@@ -18,8 +20,6 @@ from dcjax.config import (
     ServingConfig,
     WarmStartConfig,
 )
-from dcjax.data.mathematics import MathTask
-from dcjax.models.config import Precision, presets
 from dcjax.sharding.mesh import MeshConfig
 
 

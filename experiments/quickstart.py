@@ -1,6 +1,6 @@
 """DC-GRPO on chained arithmetic: a tiny Qwen3 in float32, sampled by an int8 engine. Minutes on a laptop."""
 
-from dcjax.config import Config, ObjectiveConfig, OptimizerConfig
+from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig
 
 
 def config() -> Config:

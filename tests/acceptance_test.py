@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from launching import ended, processes
 
-from dcjax.record import read_metrics
+from dcjax.reporting.record import read_metrics
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parent.parent / "experiments" / "quickstart.py"

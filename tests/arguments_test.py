@@ -11,14 +11,14 @@ import tiny
 from compiling import jit
 from served import DENSE, EXPERTS, engine_of, params_of, rollout_of
 
-from dcjax import statistics
 from dcjax.arguments import as_integers, as_mask
 from dcjax.models import forward, token_logps
 from dcjax.models.transformer import checked_inputs
-from dcjax.probe import gaps
+from dcjax.reporting import statistics
 from dcjax.rl import corrections, discrepancy, losses, masked, metrics, penalties, verl
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.scoring import score_responses
+from dcjax.tools.probe import gaps
 
 MASK = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
 DTYPES = (np.int8, np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dcjax.config import Config, RewardConfig, from_dict, to_dict
-from dcjax.convert import import_folder
 from dcjax.data.mathematics import MathTask
 from dcjax.errors import RunError
 from dcjax.models import load_hf, read_config, save_hf
 from dcjax.models.config import presets
 from dcjax.paths import local_path
+from dcjax.recipe.config import Config, RewardConfig, from_dict, to_dict
+from dcjax.tools.convert import import_folder
 
 ADDRESSES = ["gs://bucket/x", "s3://bucket", "hdfs:///x", "file:///tmp/x", "hf://datasets/a/b", "gs://", "a+b.c-1://x"]
 

@@ -10,13 +10,13 @@ import pytest
 import tiny
 from served import DENSE, EXPERTS, engine_of
 
-from dcjax import assemble
 from dcjax.models import Precision, abstract_params, forward
 from dcjax.models.attention import causal_attention
+from dcjax.recipe import build as assemble
 from dcjax.serving import engine as engines
 from dcjax.serving import rollout as rollouts
 from dcjax.serving import scoring
-from dcjax.serving.layout import serving_mesh
+from dcjax.serving.parallel import serving_mesh
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.heavy

@@ -11,13 +11,13 @@ from collections import Counter
 import pretend
 import pytest
 
-import dcjax.trainer
+import dcjax.loop.trainer
 from dcjax.cli import main
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.store import load_examples
 from dcjax.data.stream import draw
-from dcjax.record import read_metrics, read_transcripts
-from dcjax.run import load_config
+from dcjax.loop.run_directory import load_config
+from dcjax.reporting.record import read_metrics, read_transcripts
 
 pytestmark = pytest.mark.heavy
 
@@ -28,7 +28,7 @@ EXAMPLES = 29
 RECIPE = f"""
 from pathlib import Path
 
-from dcjax.config import *
+from dcjax.recipe.config import *
 from dcjax.data.mathematics import MathTask
 from dcjax.models import ModelConfig
 
@@ -78,8 +78,8 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked():
     with pytest.MonkeyPatch.context() as patch:
-        asked = Asked(dcjax.trainer.Judging)
-        patch.setattr(dcjax.trainer, "Judging", asked)
+        asked = Asked(dcjax.loop.trainer.Judging)
+        patch.setattr(dcjax.loop.trainer, "Judging", asked)
         yield asked
 
 
@@ -202,8 +202,8 @@ import os
 import signal
 import sys
 
-if "STOPPED" in os.environ and "dcjax.trainer" in sys.modules:
-    from dcjax.trainer import Trainer
+if "STOPPED" in os.environ and "dcjax.loop.trainer" in sys.modules:
+    from dcjax.loop.trainer import Trainer
 
     update = Trainer._update
 

@@ -11,10 +11,10 @@ import model  # pyrefly: ignore[missing-import]
 import numpy as np
 import work  # pyrefly: ignore[missing-import]
 
-from dcjax import assemble
-from dcjax.allocator import keep_freed_memory
+from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import forward, load_hf
-from dcjax.optimizer import make_optimizer
+from dcjax.recipe import build as assemble
+from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh

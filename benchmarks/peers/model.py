@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import work  # pyrefly: ignore[missing-import]
 
-from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
 from dcjax.models import ModelConfig, count_params, forward, init_params, save_hf
+from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
 
 MODEL = ModelConfig(
     vocab_size=work.VOCABULARY,

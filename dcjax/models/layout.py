@@ -1,6 +1,6 @@
 """What a forward pass asks of the devices that share it.
 
-Models name the axes of their arrays; who has a mesh (`dcjax.sharding.layout`) says where they are, and passes it in.
+Models name the axes of their arrays; who has a mesh (`models.parallel`) says where they are, and passes it in.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ from dcjax.rl.loss_scale import dynamic_loss_scale
 from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient
 from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.objective import (
+from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
+from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo
+from dcjax.rl.step import make_train_step
+from dcjax.rl.transforms import (
     Context,
     Terms,
     batch_baseline_advantages,
@@ -32,9 +35,6 @@ from dcjax.rl.objective import (
     kl_penalty,
     leave_one_out_advantages,
 )
-from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
-from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo
-from dcjax.rl.step import make_train_step
 
 __all__ = [
     "Context",

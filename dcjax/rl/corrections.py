@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from dcjax.arguments import masks
 from dcjax.rl.losses import bounded_exp
 from dcjax.rl.masked import masked_mean, masked_sum, widen
-from dcjax.rl.objective import Context, LossTransform, Terms
+from dcjax.rl.transforms import Context, LossTransform, Terms
 from dcjax.types import Array
 
 

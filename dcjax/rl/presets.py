@@ -16,14 +16,14 @@ import optax
 
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.dual import dual_ascent
-from dcjax.rl.objective import (
+from dcjax.rl.penalties import PenaltyShape, hinge
+from dcjax.rl.transforms import (
     LossTransform,
     chain,
     direct_penalty,
     discrepancy_penalty,
     group_relative_advantages,
 )
-from dcjax.rl.penalties import PenaltyShape, hinge
 
 MULTIPLIER = 0.1
 """λ0 of paper A for 8B; .05 for 30B-A3B."""

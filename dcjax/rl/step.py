@@ -16,7 +16,7 @@ from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation, masked_mean, response_mean, token_mean
 from dcjax.rl.metrics import budget_metrics, mismatch_metrics, staleness_metrics
-from dcjax.rl.objective import Context, LossTransform, initial_terms
+from dcjax.rl.transforms import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 ApplyFn = Callable[[Params, Batch], tuple[Array, Array, dict[str, Array]]]

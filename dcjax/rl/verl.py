@@ -24,7 +24,7 @@ from dcjax.arguments import masks
 from dcjax.rl.corrections import log_importance
 from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp, kl_estimate
 from dcjax.rl.masked import Aggregation, LossSum, masked_sum
-from dcjax.rl.objective import Context, LossTransform, Terms
+from dcjax.rl.transforms import Context, LossTransform, Terms
 from dcjax.types import Array, Metrics
 
 EPSILON = 1e-8

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int, UInt32
 from dcjax.models import ModelConfig
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
-from dcjax.serving import layout, quantize, sampling
-from dcjax.serving.layout import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
+from dcjax.serving import parallel, quantize, sampling
 from dcjax.serving.mismatch import MismatchConfig
+from dcjax.serving.parallel import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array
@@ -333,7 +333,7 @@ class Decoder:
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise
-        return layout.distribution(self.mesh, logits, state.requests.sampling, self.max_support)
+        return parallel.distribution(self.mesh, logits, state.requests.sampling, self.max_support)
 
     def _recorded(self, decoded: Decoded) -> Array | None:
         """Experts [B, S, M, k], if they are recorded at all; 16 bits count all that there are."""
@@ -342,7 +342,7 @@ class Decoder:
         return jnp.moveaxis(decoded.experts, 0, 2).astype(jnp.int16)
 
     def _most_probable(self, layer: int, probabilities: Array) -> Array:
-        return layout.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok)
+        return parallel.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok)
 
     def _flips(self, state: DecodeState) -> Callable[[int, Array], Array]:
         """A choice of experts of which some are wrong: the first that was not chosen, for the last that was."""
@@ -350,7 +350,7 @@ class Decoder:
         def choose(layer: int, probabilities: Array) -> Array:
             draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, layer)))
             flipped = draws(_keys(state, ROUTING_FLIPS)) < self.mismatch.routing_flips
-            ranked = layout.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok + 1)
+            ranked = parallel.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok + 1)
             last = jnp.where(flipped[:, None], ranked[..., -1], ranked[..., -2])
             return jnp.concatenate([ranked[..., :-2], last[..., None]], axis=-1)
 

@@ -22,8 +22,8 @@ from dcjax.models.cache import stack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving import quantize
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Prefix, Requests
-from dcjax.serving.layout import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
+from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import ServingParams, abstract_serving, make_sync, served_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh

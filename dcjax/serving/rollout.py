@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Emitted, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.layout import EVERYWHERE, named, pinned
+from dcjax.serving.parallel import EVERYWHERE, named, pinned
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Params, Rollout
 

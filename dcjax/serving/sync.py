@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from dcjax.models import ModelConfig, abstract_params, logical_axes
 from dcjax.models.transformer import take_layer
-from dcjax.serving.layout import COPIES, named
+from dcjax.serving.parallel import COPIES, named
 from dcjax.serving.quantize import (
     Format,
     PackedMatrix,

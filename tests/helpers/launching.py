@@ -60,7 +60,7 @@ def ended(process, within=None):
 
 def send_sigterm_at(patch, method, *, call):
     """To this process, when a method of Trainer is called for the so manyth time."""
-    from dcjax.trainer import Trainer
+    from dcjax.loop.trainer import Trainer
 
     act, calls = getattr(Trainer, method), itertools.count(1)
 

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import optax
 
-import dcjax.assemble
-import dcjax.evaluate
+import dcjax.loop.evaluate
+import dcjax.loop.trainer
+import dcjax.recipe.build
 import dcjax.serving.engine
-import dcjax.suite.sampling
-import dcjax.trainer
+import dcjax.tools.suite.answers
 from dcjax.serving.rollout import Ended
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Rollout
@@ -73,7 +73,7 @@ def step(state, batch):
 
 def install_samples(patch):
     """Until the patch is undone, engines only pretend."""
-    for module in (dcjax.trainer, dcjax.evaluate, dcjax.suite.sampling):
+    for module in (dcjax.loop.trainer, dcjax.loop.evaluate, dcjax.tools.suite.answers):
         patch.setattr(module, "sample_responses", sample_responses)
     patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: ServingParams)
 
@@ -81,4 +81,4 @@ def install_samples(patch):
 def install(patch):
     """Until the patch is undone, trainers only pretend."""
     install_samples(patch)
-    patch.setattr(dcjax.assemble, "compile_train_step", lambda config, mesh: step)
+    patch.setattr(dcjax.recipe.build, "compile_train_step", lambda config, mesh: step)

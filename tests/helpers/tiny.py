@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcjax.config import (
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.models import ModelConfig, abstract_params
+from dcjax.recipe.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
@@ -23,8 +25,6 @@ from dcjax.config import (
     WarmStartConfig,
     to_dict,
 )
-from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.models import ModelConfig, abstract_params
 
 TASK = ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9)
 
@@ -77,6 +77,6 @@ def masters(config: ModelConfig, seed: int = 0):
 def write_recipe(path: Path, config: Config = CONFIG) -> Path:
     """Makes a file from which `dcjax train` takes a config."""
     path.write_text(
-        f"from dcjax.config import from_dict\n\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
+        f"from dcjax.recipe.config import from_dict\n\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
     )
     return path

@@ -12,7 +12,7 @@ import pytest
 from compiling import jit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dcjax.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, LoopState
 from dcjax.rl.averaging import params_ema
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay

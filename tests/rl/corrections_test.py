@@ -17,7 +17,7 @@ from dcjax.rl.corrections import (
     masked_importance_weights,
     truncated_importance_weights,
 )
-from dcjax.rl.objective import Context, chain, drop_zero_variance, initial_terms
+from dcjax.rl.transforms import Context, chain, drop_zero_variance, initial_terms
 from dcjax.types import Batch
 
 # ratios: 4, 1/2 and, hidden, nonsense; 1, 1, 1; a response without a token

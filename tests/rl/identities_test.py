@@ -16,7 +16,8 @@ from dcjax.rl.discrepancy import log_probability_difference, measure, probabilit
 from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.objective import (
+from dcjax.rl.penalties import centred_on_response, gate, hinge, linear, shifted
+from dcjax.rl.transforms import (
     Context,
     chain,
     direct_penalty,
@@ -27,7 +28,6 @@ from dcjax.rl.objective import (
     kl_penalty,
     leave_one_out_advantages,
 )
-from dcjax.rl.penalties import centred_on_response, gate, hinge, linear, shifted
 from dcjax.types import Batch
 
 ROWS, G, T = 6, 3, 5

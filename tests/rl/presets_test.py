@@ -9,9 +9,9 @@ from compiling import jit
 
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.discrepancy import log_probability_difference
-from dcjax.rl.objective import Context, initial_terms
 from dcjax.rl.penalties import gate
 from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo
+from dcjax.rl.transforms import Context, initial_terms
 from dcjax.types import Batch
 
 REWARDS = np.array([1, 0, 1, 1], np.float32)

@@ -13,9 +13,9 @@ import tiny
 from compiling import jit
 from jax.extend.core import jaxprs_in_params
 
-from dcjax import assemble
-from dcjax.config import Config
 from dcjax.models import forward
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config
 from dcjax.rl import (
     chain,
     clipped_surrogate,

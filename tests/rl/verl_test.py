@@ -9,7 +9,7 @@ from compiling import jit
 from dcjax.rl import verl
 from dcjax.rl.corrections import masked_importance_weights
 from dcjax.rl.masked import token_mean
-from dcjax.rl.objective import Context, initial_terms
+from dcjax.rl.transforms import Context, initial_terms
 from dcjax.types import Batch
 
 # ratios: 4, 1/2 and, hidden, nonsense; 1, 1, 1; a response without a token

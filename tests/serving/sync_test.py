@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dcjax.models import abstract_params, logical_axes, presets
 from dcjax.models.cache import forward_cached, init_cache
 from dcjax.serving import quantize
-from dcjax.serving.layout import serving_mesh
+from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import PackedMatrix, QuantizedMatrix, formats
 from dcjax.serving.sync import make_sync, stored_parameters
 from dcjax.sharding.mesh import MeshConfig, make_mesh

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from dcjax.config import ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
+from dcjax.loop.trainer import Trainer
+from dcjax.recipe.config import ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
 from dcjax.rewards.pool import Pending
 from dcjax.sharding.mesh import MeshConfig
-from dcjax.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 ITERATIONS = 3

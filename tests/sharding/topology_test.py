@@ -13,12 +13,12 @@ import pytest
 import tiny
 from jax.sharding import SingleDeviceSharding
 
-from dcjax import assemble
-from dcjax.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
 from dcjax.models import Precision, abstract_params, logical_axes, presets
 from dcjax.models.attention import causal_attention
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
 from dcjax.serving.engine import Qwen3Engine, _programs
-from dcjax.serving.layout import serving_mesh
+from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import serving_format
 from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over, set_aside

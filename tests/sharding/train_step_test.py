@@ -10,10 +10,10 @@ import optax
 import pytest
 from compiling import UNOPTIMISED
 
-from dcjax import assemble
-from dcjax.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.models import ModelConfig, init_params
-from dcjax.optimizer import make_optimizer
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh

@@ -1,0 +1,198 @@
+"""Checkpoints: the TrainState by Orbax, and beside it where the loop stands."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from dcjax.errors import Interrupted, RunError
+from dcjax.sharding.hosts import as_loss, is_main, total
+from dcjax.types import TrainState
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What the loop carries beside the TrainState."""
+
+    step: int
+    """RL iterations done."""
+    data_cursor: int
+    """Train prompts consumed."""
+    rollout_key: list[int]
+    """Raw data of the PRNG key that the next rollout's key is split from."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory/STEP`; saved in the background, visible only when whole.
+
+    Args:
+      directory: made unless it is only read.
+      keep: newest checkpoints kept; None to only read.
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None = None):
+        self.directory = directory.resolve()
+        if keep is not None:
+            if is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+            # the others must not look before it is there
+            total(0)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            # Orbax makes no directory for processes that are named; unnamed, they would meet in programs on all
+            # devices, which may be at other work
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            ),
+            read_only=keep is None,
+            # made in the background, a directory that cannot be made leaves threads that wait minutes for it
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int:
+        """The newest step that can be restored.
+
+        Raises:
+          RunError: there is none.
+        """
+        if not (steps := self.steps()):
+            raise RunError(f"no checkpoint in {self.directory}; dcjax train writes the first one after the warm start")
+        return steps[-1]
+
+    def save(self, state: TrainState, loop: LoopState) -> None:
+        """Starts saving, unless that step or a later one is saved; the arrays may be donated as soon as this returns.
+
+        Raises:
+          RunError: this or an earlier save failed, for want of space say.
+        """
+        described = asdict(loop) | {"fingerprint": int(fingerprint(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
+        self._guard(lambda: self._manager.save(loop.step, args=items))
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, LoopState]:
+        """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings), whatever mesh it was saved from.
+
+        Raises:
+          RunError: there is none, or it is damaged.
+        """
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise RunError(f"no checkpoint of step {step} in {self.directory}; there: {there}")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+            state, described = restored["state"], restored["loop"]
+            if int(fingerprint(state)) != described.pop("fingerprint"):
+                raise ValueError("its arrays are not the ones that were saved")
+            return state, LoopState(**described)
+        except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
+            raise as_loss(error) or RunError(
+                f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}"
+            ) from error
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, LoopState] | None:
+        """The newest checkpoint that can be read, or None in a run without any.
+
+        A damaged one is named on standard error, and the one before it is tried. Once that is read, the damaged ones
+        are renamed to STEP.damaged, so that the run can save those steps again.
+
+        Raises:
+          RunError: there are checkpoints and all are damaged; they are left as they are.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            restored = None
+            try:
+                restored = self.restore(step, like)
+            except Interrupted:
+                raise
+            except RunError as error:
+                print(f"dcjax: {error}; trying the one before it", file=sys.stderr)
+            # what one process cannot read, all pass over
+            if total(restored is None):
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return restored
+        if damaged:
+            raise RunError(f"all checkpoints in {self.directory} are damaged; choose another --run-dir to start anew")
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Interrupted):
+            # saved already where it could be; a save that is under way waits for a host that is gone
+            return
+        try:
+            self.close()
+        except RunError:
+            # a save that failed while the loop was already failing would hide why
+            if error is None:
+                raise
+
+    def wait(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          RunError: it failed.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the last save, and ends the threads behind it.
+
+        Raises:
+          RunError: it failed.
+        """
+        self.wait()
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        damaged = self.directory / str(step)
+        aside = damaged.with_name(f"{step}.damaged")
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+        # the others must not look before it is gone
+        total(0)
+        self._manager.reload()
+
+    def _guard(self, write: Any) -> None:
+        try:
+            write()
+        except Exception as error:  # background threads hand on OSError, ValueError or XlaRuntimeError for a full disk
+            raise as_loss(error) or RunError(f"cannot write to {self.directory}: {_first_line(error)}") from error
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """uint32 [] of every bit of a tree's arrays: a sum without rounding, and so the same on every mesh."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        narrow = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        # the odd factor keeps arrays that changed places apart
+        total = total * 31 + jnp.sum(narrow.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

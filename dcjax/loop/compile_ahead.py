@@ -1,0 +1,61 @@
+"""The programs of a run's first iteration, compiled beside its warm start rather than behind it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dcjax.recipe import build as assemble
+from dcjax.recipe.config import Config
+from dcjax.recipe.optimizer import make_optimizer
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.rollout import compile_sampling
+from dcjax.types import Params
+
+
+@contextlib.contextmanager
+def compiled_beside(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) -> Iterator[None]:
+    """Compiles, in a thread, what comes first behind the warm start that is under way; its end waits for the rest.
+
+    Nothing where there is no warm start, and on several devices, whose programs are compiled where they first run.
+    An error of compiling is raised behind the warm start.
+    """
+    if not config.warm_start.steps or mesh.size > 1 or config.serving.devices or jax.process_count() > 1:
+        yield
+        return
+    compiler = ThreadPoolExecutor(1, "compiler")
+    try:
+        programs = [compiler.submit(compile_next) for compile_next in _in_order(config, mesh, engines)]
+        yield
+        for program in programs:
+            program.result()
+    finally:
+        # what is not begun is left out where the warm start failed
+        compiler.shutdown(cancel_futures=True)
+
+
+def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) -> Iterator[Callable[[], None]]:
+    """What compiles the first evaluation, the first rollout and the first update."""
+    params = assemble.abstract_starting_params(config, mesh)
+    yield partial(_compile_state, config, mesh, params)
+    for engine in engines.values():
+        yield partial(compile_sampling, engine, params, prompts=config.evaluation.prompts, samples_per_prompt=1)
+    sizes = {"prompts": config.rollout.prompts, "samples_per_prompt": config.rollout.group_size}
+    yield partial(compile_sampling, engines["deployed"], params, **sizes)
+    yield partial(_compile_update, config, mesh)
+
+
+def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
+    initializer = assemble.state_initializer(config, mesh, make_optimizer(config), assemble.Kept.by(config))
+    initializer.lower(params).compile()
+
+
+def _compile_update(config: Config, mesh: Mesh) -> None:
+    step: Any = assemble.compile_train_step(config, mesh)
+    step.lower(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh)).compile()

@@ -1,0 +1,170 @@
+"""What a run's responses are judged by, and how they are while others are still sampled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from dcjax.data.datasets import Example
+from dcjax.data.task import Problem, Problems, decode_responses
+from dcjax.data.templates import templates
+from dcjax.errors import RunError
+from dcjax.recipe.config import Config
+from dcjax.rewards.golds import unreadable
+from dcjax.rewards.pool import Pending, RewardError, RewardPool
+from dcjax.rewards.processes import Reward
+from dcjax.rewards.scorer import InProcess, Scorer, load_reward
+from dcjax.serving.rollout import Ended
+from dcjax.sharding.hosts import is_main, share
+
+TOLD = 20
+"""Golds that cannot be read, of a run, that are named."""
+
+
+def open_scorer(config: Config) -> AbstractContextManager[Scorer]:
+    """The run's reward in its worker processes, or in this one.
+
+    Raises:
+      RunError: `reward.function` cannot be used.
+    """
+    settings = config.reward
+    try:
+        reward = _reward(config)
+        if not settings.workers:
+            return nullcontext(InProcess(reward))
+        return RewardPool(
+            reward,
+            workers=settings.workers,
+            timeout=settings.timeout,
+            memory=settings.memory * 2**20,
+            warm_up=settings.warm_up,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def _reward(config: Config) -> Reward:
+    return config.task.reward if config.reward.function is None else load_reward(config.reward.function)
+
+
+def check_golds(config: Config, problems: Problems) -> None:
+    """Names the golds that a run's reward cannot read, before anything is sampled; as `tell_unreadable`.
+
+    Raises:
+      RunError: `reward.function` cannot be used, or as `tell_unreadable`.
+    """
+    try:
+        tell_unreadable(problems.golds, _reward(config))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
+    """The golds of which a template's reward knows no other spelling; told of on standard error, on process 0 only.
+
+    Args:
+      golds: examples whose answers responses will be judged by.
+      reward: judges them; where it is a user's own, nothing is known of what it reads, and the list is empty.
+
+    Raises:
+      RunError: the processes that read them could not be started.
+    """
+    if not is_main() or reward not in [template.reward for template in templates.values()]:
+        return []
+    try:
+        texts = unreadable(example.answer for example in golds)
+    except RuntimeError as error:
+        raise RunError(one_line(error)) from None
+    found = [example for example in golds if example.answer in texts]
+    for example in found[:TOLD]:
+        print(f"dcjax: {example.dataset}: gold {example.answer!r} of {example.id} cannot be read", file=sys.stderr)
+    if found:
+        more = f" ({len(found) - TOLD} more are not listed; dcjax data lists all)" if len(found) > TOLD else ""
+        print(
+            f"dcjax: {len(found)} of {len(golds)} golds cannot be read{more}: of these only their own text is right, "
+            "and any other spelling scores 0",
+            file=sys.stderr,
+        )
+    return found
+
+
+def one_line(error: RuntimeError) -> str:
+    """What a pool says, without the traceback between."""
+    first, *rest = str(error).strip().splitlines()
+    return f"{first} {rest[-1]}" if rest else first
+
+
+def tell_timeouts(timeouts: int, answers: int) -> None:
+    """Tells, on standard error, of a batch of which most answers took too long: its rewards say nothing."""
+    if 2 * timeouts > answers:
+        print(
+            f"dcjax: {timeouts} of {answers} answers took longer than an answer may (reward.timeout) and score 0; "
+            "allow more time, or fewer workers on busy cores",
+            file=sys.stderr,
+        )
+
+
+class Judging:
+    """The scores of one rollout, begun as its samples end: of this process's share of the problems.
+
+    Args:
+      scorer: judges them.
+      tokenizer: turns them into text.
+      problems: of all processes.
+      samples_per_prompt: as of the rollout.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerFast,
+        problems: Sequence[Problem],
+        *,
+        samples_per_prompt: int,
+    ):
+        mine = share(len(problems))
+        self._scorer, self._tokenizer = scorer, tokenizer
+        self._first = mine.start * samples_per_prompt
+        self._golds = [problem.answer for problem in problems[mine] for _ in range(samples_per_prompt)]
+        self._begun: list[tuple[list[int], Pending]] = []
+
+    def begin(self, ended: Ended) -> None:
+        """Begins with samples that have ended."""
+        places = ended.samples - self._first
+        mine = np.flatnonzero((places >= 0) & (places < len(self._golds)))
+        if not len(mine):
+            return
+        rows = places[mine].tolist()
+        finished = ended.finished[mine]
+        texts = decode_responses(self._tokenizer, [ended.responses[number] for number in mine], finished)
+        scores = self._scorer.submit(texts, [self._golds[row] for row in rows], finished)
+        self._begun.append((rows, scores))
+
+    def result(self) -> np.ndarray:
+        """Waits for the scores of all samples; float32, in their order, of this process's share.
+
+        Raises:
+          RunError: the reward raised on one of them, is not finite, or takes too long at its first call.
+        """
+        scores, timeouts = np.zeros(len(self._golds), np.float32), 0
+        for rows, part in self._begun:
+            scores[rows] = self._result(rows, part)
+            timeouts += part.timeouts
+        tell_timeouts(timeouts, len(scores))
+        return scores
+
+    def _result(self, rows: list[int], part: Pending) -> np.ndarray:
+        try:
+            return part.result()
+        except RewardError as error:
+            response = self._first + rows[error.answer]
+            raise RunError(
+                f"the reward function failed on response {response}: {error.told}; a reward returns a number for "
+                "every text"
+            ) from error
+        except RuntimeError as error:
+            raise RunError(one_line(error)) from error

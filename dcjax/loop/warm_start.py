@@ -1,0 +1,123 @@
+"""The supervised warm start: imitate generated solutions, so that RL starts from a model that can sometimes reason."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from dcjax.data.arithmetic import ArithmeticTask, supervised_batch
+from dcjax.errors import RunError
+from dcjax.recipe.build import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
+from dcjax.recipe.config import Config, what_is_compiled
+from dcjax.recipe.optimizer import scale_loss
+from dcjax.reporting.progress import Progress
+from dcjax.reporting.record import MetricsLog
+from dcjax.rl.losses import negative_log_likelihood
+from dcjax.rl.step import TrainStep, make_train_step
+from dcjax.rl.transforms import chain
+from dcjax.sharding.hosts import is_main, place
+from dcjax.sharding.rules import batch_sharding
+from dcjax.types import Batch, Params
+
+EARLY_SHARE = 0.8
+"""Of the updates, before the share of scratchpads changes."""
+LOG_EVERY = 10
+"""Updates between lines of warm_start.jsonl."""
+
+
+def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> Params:
+    """Starting parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
+
+    Raises:
+      RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate.
+    """
+    settings = config.warm_start
+    tx, update = _compile_update(what_is_compiled(config), mesh)
+    state = initial_state(config, mesh, tx, starting_params(config, mesh))
+    with _told(config) as tell:
+        for count in range(1, settings.steps + 1):
+            state, metrics = update(state, place(_batch(config, tokenizer, count), batch_sharding(mesh)))
+            if count % LOG_EVERY == 0 or count == settings.steps:
+                values = metrics_to_host(metrics)
+                shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
+                if not all(map(math.isfinite, shown.values())):
+                    raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
+                tell(count, shown)
+    return state.params
+
+
+@cache
+def _compile_update(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
+    tx = _optimizer(config)
+    supervised_step = make_train_step(
+        partial(apply_policy, config, mesh),
+        tx,
+        negative_log_likelihood,
+        chain(),
+        group_size=1,
+        microbatch_size=math.gcd(config.warm_start.batch_size, config.optimizer.microbatch_size),
+    )
+    return tx, compile_step(config, mesh, tx, supervised_step)
+
+
+@contextlib.contextmanager
+def _told(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What writes and shows an update's values; on process 0 only."""
+    if not is_main():
+        yield lambda count, shown: None
+        return
+    with (
+        MetricsLog(config.directory, "warm_start", last_step=None) as log,
+        Progress(config.warm_start.steps, initial=0, description="warm start") as progress,
+    ):
+
+        def tell(count: int, shown: dict[str, float]) -> None:
+            log.write(count, shown)
+            progress.update(count, loss=f"{shown['loss']:.3f}")
+
+        yield tell
+
+
+def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    settings = config.warm_start
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=max(settings.steps, settings.warmup_steps + 1),
+        end_value=settings.learning_rate / 10,
+    )
+    descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    return optax.with_extra_args_support(scale_loss(config, descent))
+
+
+def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
+    settings, rollout = config.warm_start, config.rollout
+    if not isinstance(config.task, ArithmeticTask):
+        raise RunError(f"warm_start.steps is {settings.steps}; this task has no solutions to imitate, so it must be 0")
+    early = step <= EARLY_SHARE * settings.steps
+    examples = supervised_batch(
+        config.task,
+        tokenizer,
+        seed=config.seed,
+        step=step,
+        batch_size=settings.batch_size,
+        scratchpad_fraction=settings.early_scratchpads if early else settings.late_scratchpads,
+        prompt_length=rollout.max_prompt_length,
+        response_length=rollout.max_response_length,
+    )
+    rows = settings.batch_size
+    return Batch(
+        **examples,
+        rollout_logps=np.zeros(examples["response_mask"].shape, np.float32),
+        temperature=np.ones(rows, np.float32),
+        rewards=np.zeros(rows, np.float32),
+        group_rewards=np.zeros((rows, 1), np.float32),
+    )

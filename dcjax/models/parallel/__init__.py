@@ -1,0 +1,1 @@
+"""How devices share a forward and backward pass."""

@@ -1,0 +1,1 @@
+"""What a run is: its sections, and what they build."""

@@ -1,0 +1,313 @@
+"""From a `Config` to the objects that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dcjax.errors import RunError
+from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
+from dcjax.models.parallel.forward import check_model, mesh_layout
+from dcjax.recipe.config import Config, what_is_compiled
+from dcjax.recipe.objective import (
+    make_aggregation,
+    make_discrepancy,
+    make_mean_discrepancy,
+    make_objective,
+    make_surrogate,
+)
+from dcjax.recipe.optimizer import make_optimizer
+from dcjax.rl.step import TrainStep, make_train_step
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.mismatch import NO_MISMATCH
+from dcjax.serving.parallel import serving_mesh
+from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
+from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
+from dcjax.types import Array, Batch, Metrics, Params, TrainState
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+    """The training policy's log-probs and entropies of a batch's responses, under the sampler's transform of logits.
+
+    And, where the model has experts, what its routers did, by row.
+    """
+    scores = token_logps(
+        config.model,
+        params,
+        batch.tokens,
+        batch.attention_mask,
+        response_length=batch.response_mask.shape[1],
+        temperature=batch.temperature,
+        experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
+        support=batch.support,
+        layout=mesh_layout(mesh),
+    )
+    return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
+
+
+def params_shardings(config: Config, mesh: Mesh) -> Params:
+    """Where each parameter lives."""
+    return shardings(mesh, logical_axes(config.model))
+
+
+def with_pretrained_model(config: Config) -> Config:
+    """The config with the architecture that `pretrained` has, if it names a folder.
+
+    Raises:
+      RunError: the folder holds no model that is supported, or one that the mesh does not divide.
+    """
+    if config.pretrained is None:
+        return config
+    model = config.model
+    computed = {name: getattr(model, name) for name in ("remat", "attention", "head_chunk", "precision")}
+    try:
+        model = dataclasses.replace(read_config(config.pretrained), **computed)
+        check_model(model, dataclasses.asdict(config.mesh))
+        return dataclasses.replace(config, model=model)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def starting_params(config: Config, mesh: Mesh) -> Params:
+    """Parameters before any update, created where they live: of `pretrained`, or fresh from the seed.
+
+    Raises:
+      RunError: the weights in the folder are damaged, or not of its architecture.
+    """
+    if config.pretrained is not None:
+        try:
+            return load_hf(config.pretrained, dtype=config.model.precision.parameters, mesh=mesh)[1]
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    return _fresh_params(config.model, mesh)(jax.random.key(config.seed))
+
+
+@cache
+def _fresh_params(model: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Params]:
+    return jax.jit(partial(init_params, model), out_shardings=shardings(mesh, logical_axes(model)))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Past parameters that a TrainState holds beside its own."""
+
+    # those that RL started from
+    reference: bool = False
+    # those before each of so many iterations
+    history: int = 0
+
+    @classmethod
+    def by(cls, config: Config) -> Kept:
+        """What RL needs."""
+        return cls(
+            reference=bool(config.objective.kl_coefficient), history=config.rollout.ahead or config.mismatch.staleness
+        )
+
+
+def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept = Kept()) -> Any:
+    """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
+    return _state_shardings(config.model, mesh, tx, kept)
+
+
+@cache
+def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+    params = shardings(mesh, logical_axes(model))
+    everywhere: Any = replicated(mesh)
+    shapes = abstract_params(model)
+    opt_state = optax.tree.map_params(
+        tx.init,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        step=everywhere,
+        params=params,
+        opt_state=opt_state,
+        grad_norm_smoothed=everywhere,
+        reference=params if kept.reference else None,
+        history=(params,) * kept.history,
+    )
+
+
+def _create_state(tx: Optimizer, kept: Kept, params: Params) -> TrainState:
+    def copied() -> Params:
+        # the step donates the parameters' own buffers
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        grad_norm_smoothed=jnp.zeros(()),
+        reference=copied() if kept.reference else None,
+        history=tuple(copied() for _ in range(kept.history)),
+    )
+
+
+def abstract_starting_params(config: Config, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of `starting_params`."""
+    return with_shardings(abstract_params(config.model), params_shardings(config, mesh))
+
+
+def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: Kept = Kept()) -> TrainState:
+    """Step 0 from given parameters, which are donated."""
+    return state_initializer(config, mesh, tx, kept)(params)
+
+
+def state_initializer(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+    """`initial_state`'s program, from params to a state."""
+    return _initializer(config.model, mesh, tx, kept)
+
+
+@cache
+def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Callable[[Params], TrainState]:
+    places = _state_shardings(model, mesh, tx, kept)
+    return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
+    tx, kept = make_optimizer(config), Kept.by(config)
+    shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
+    return with_shardings(shapes, state_shardings(config, mesh, tx, kept))
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what an iteration trains on."""
+    rollout, model, rows = config.rollout, config.model, config.rollout.sequences
+    prompt, response = rollout.max_prompt_length, rollout.max_response_length
+    routed = (prompt + response - 1, sum(model.sparse_layers), model.num_experts_per_tok)
+
+    def array(dtype: type, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
+
+    return Batch(
+        tokens=array(np.int32, prompt + response),
+        prompt_mask=array(np.bool_, prompt),
+        response_mask=array(np.bool_, response),
+        rollout_logps=array(np.float32, response),
+        temperature=array(np.float32),
+        rewards=array(np.float32),
+        group_rewards=array(np.float32, rollout.group_size),
+        support=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
+        experts=array(np.int16, *routed) if rollout.replay_routing else None,
+    )
+
+
+def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: Kept = Kept()) -> TrainStep:
+    """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
+    state = state_shardings(config, mesh, tx, kept)
+    return jax.jit(
+        step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
+    )
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    """The RL step, the same one for configs of the same program."""
+    return _compile_train_step(what_is_compiled(config), mesh)
+
+
+@cache
+def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
+    step = make_train_step(
+        partial(apply_policy, config, mesh),
+        tx,
+        make_surrogate(objective),
+        make_objective(objective),
+        aggregate=make_aggregation(objective, config.rollout.max_response_length),
+        discrepancy=make_discrepancy(objective),
+        mean_discrepancy=make_mean_discrepancy(objective),
+        group_size=config.rollout.group_size,
+        microbatch_size=optimizer.microbatch_size,
+        updates=optimizer.updates,
+        ahead=config.rollout.ahead > 0,
+    )
+    return compile_step(config, mesh, tx, step, Kept.by(config))
+
+
+def metrics_to_host(metrics: Metrics) -> dict[str, float]:
+    """A step's metrics as floats. One whose gradients overflowed at its loss scale, and were left out, has no norm."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values.get("overflow"):
+        del values["grad_norm"]
+    return values
+
+
+def training_mesh(config: Config) -> Mesh:
+    """The run's mesh, on devices that do not only serve.
+
+    Raises:
+      ValueError: too few devices, or serving ones that hosts cannot give equally many of.
+    """
+    count, size = config.serving.devices, math.prod(dataclasses.asdict(config.mesh).values())
+    if count and size + count > jax.device_count():
+        raise ValueError(
+            f"serving.devices is {count}, behind {size} of the mesh; {jax.device_count()} were found, "
+            "so the sum must be at most that"
+        )
+    return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
+
+
+def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Where the engine runs: on the training mesh's devices, or on those that only serve.
+
+    Raises:
+      ValueError: devices that copies of the model cannot share.
+    """
+    if count := config.serving.devices:
+        mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices(), count)[1])
+    return serving_mesh(mesh, config.serving.tensor)
+
+
+def make_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
+    """The engine that deploys the policy, for the run's prompts and responses.
+
+    Raises:
+      RunError: the model, the hardware or its memory cannot serve that.
+    """
+    serving, rollout = config.serving, config.rollout
+    try:
+        return Qwen3Engine(
+            config.model,
+            format=serving.format,
+            kv_cache=serving.kv_cache,
+            keep=serving.keep,
+            slots=serving.slots,
+            max_prompt_length=rollout.max_prompt_length,
+            max_response_length=rollout.max_response_length,
+            end_tokens=end_tokens,
+            steps_per_call=serving.steps_per_call,
+            prefill_tokens=serving.prefill_tokens,
+            max_support=rollout.top_k,
+            records_experts=rollout.replay_routing,
+            mismatch=config.mismatch,
+            mesh=rollout_mesh(config, mesh),
+            training_mesh=mesh,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def make_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
+    """One that samples from the training policy: in float32, with nothing added.
+
+    Raises:
+      RunError: as `make_engine`.
+    """
+    serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
+    return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_tokens)

@@ -1,0 +1,160 @@
+"""Checkpoints between Hugging Face's layout and dcjax's runs: import, export, inspect."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcjax.errors import RunError
+from dcjax.models.config import DTYPES, DtypeName, ModelConfig
+from dcjax.models.hf import INDEX, WEIGHTS, Checkpoint
+from dcjax.models.hf_config import read_end_tokens
+from dcjax.models.hf_names import Leaf
+from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a Hugging Face folder holds, by its config.json and the headers of its files."""
+
+    config: ModelConfig
+    parameters: int
+    """All, a tied head counted once."""
+    active_parameters: int
+    """Those that one token passes through: of a layer's experts only num_experts_per_tok."""
+    dtypes: dict[str, int]
+    """Tensors by the dtype they are stored in, in safetensors' names."""
+    files: int
+    bytes: int
+    """Of the safetensors files."""
+    checksums: bool
+    """Whether every tensor has dcjax's checksum."""
+
+
+def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
+    """Verifies a Hugging Face folder and writes it again: checksummed, with config.json in both styles.
+
+    Which ids end a response is verified too, and written as it is.
+
+    The tensors of one file are in memory at a time; no accelerator is touched.
+
+    Args:
+      source: a folder, as `load_hf` reads it.
+      out: a folder to make.
+      dtype: to convert to; None keeps what is stored.
+      told: called after each tensor.
+
+    Raises:
+      RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse.
+    """
+    with _errors_told():
+        check_vacant(out)
+        checkpoint = Checkpoint(source)
+        checkpoint.verify_tied_head()
+        read_end_tokens(source)
+        pending = []
+        for leaf in checkpoint.leaves:
+            as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(leaf)
+            pending += [
+                Pending(name, as_dtype, leaf.stored_shape, checkpoint.tensors[name].read)
+                for name in map(leaf.name, leaf.indices())
+            ]
+        write_folder(out, checkpoint.config, pending, source, told=told)
+
+
+def export_run(
+    source: Path, out: Path, *, dtype: DtypeName | None = None, averaged: bool = False, told: Told | None = None
+) -> int:
+    """Writes a run's policy as a Hugging Face folder, with the run's tokenizer.
+
+    Args:
+      source: a run directory, for its newest checkpoint, or RUN/checkpoints/STEP.
+      out: a folder to make.
+      dtype: of the weights; None is as trained.
+      averaged: the moving average of the weights in place of the last ones.
+      told: called after each tensor.
+
+    Returns:
+      The checkpoint's step.
+
+    Raises:
+      RunError: no such run or checkpoint, a damaged one, one without an average that was asked for, or what `save_hf`
+        refuses.
+    """
+    # with JetStream they take seconds to import, which import and inspect need not wait for
+    from transformers import PreTrainedTokenizerFast
+
+    from dcjax.loop.checkpoint import Checkpoints
+    from dcjax.loop.end_tokens import run_end_tokens
+    from dcjax.loop.run_directory import load_config, locate
+    from dcjax.recipe.build import abstract_state
+    from dcjax.recipe.config import on_one_device
+    from dcjax.rl.averaging import averaged_params
+    from dcjax.sharding.mesh import make_mesh
+
+    run_dir, step = locate(source)
+    with _errors_told():
+        check_vacant(out)
+        if (source / WEIGHTS).exists() or (source / INDEX).exists():
+            raise RunError(f"{source} is a Hugging Face folder and not a run; dcjax convert import reads it")
+        config = on_one_device(load_config(run_dir))
+        if not (run_dir / "tokenizer").is_dir():
+            raise RunError(f"no tokenizer in {run_dir}; dcjax train writes it when it starts")
+        checkpoints = Checkpoints(run_dir / "checkpoints")
+        step = checkpoints.latest() if step is None else step
+        state, _ = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
+        kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids: dict[str, int | list[int]] = {
+            kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None
+        }
+        ends = run_end_tokens(run_dir, config, tokenizer)
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        save_hf(
+            out,
+            config.model,
+            averaged_params(state.opt_state, state.params) if averaged else state.params,
+            dtype=dtype,
+            tokenizer_from=run_dir / "tokenizer",
+            token_ids=ids,
+            told=told,
+        )
+    return step
+
+
+def inspect_folder(source: Path) -> Inspection:
+    """What a Hugging Face folder holds; only config.json and the files' headers are read.
+
+    Raises:
+      RunError: what `load_hf` refuses without reading weights.
+    """
+    with _errors_told():
+        checkpoint = Checkpoint(source)
+    tensors = checkpoint.tensors.values()
+    files = {tensor.path for tensor in tensors}
+    return Inspection(
+        config=checkpoint.config,
+        parameters=sum(math.prod(leaf.shape) for leaf in checkpoint.leaves),
+        active_parameters=sum(_active(checkpoint.config, leaf) for leaf in checkpoint.leaves),
+        dtypes=dict(Counter(tensor.kind for tensor in tensors)),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files),
+        checksums=all(tensor.checksum is not None for tensor in tensors),
+    )
+
+
+def _active(config: ModelConfig, leaf: Leaf) -> int:
+    size = math.prod(leaf.shape)
+    return size if leaf.experts is None else size // leaf.experts * config.num_experts_per_tok
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(str(error)) from error

@@ -1,0 +1,146 @@
+"""One model's policies, and what each says of the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from dcjax.errors import RunError
+from dcjax.models import ModelConfig, token_logps
+from dcjax.models.layers import round_up
+from dcjax.models.parallel.forward import mesh_layout
+from dcjax.recipe.build import make_engine
+from dcjax.recipe.config import Config
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.rollout import sample_responses
+from dcjax.serving.scoring import DecodeScores, score_responses
+from dcjax.serving.sync import ServingParams
+from dcjax.sharding.mesh import make_mesh
+from dcjax.sharding.rules import batch_sharding, split
+from dcjax.tools.probe.gaps import Logps
+from dcjax.tools.probe.ladder import Served
+from dcjax.types import Array, Params, Rollout
+
+
+class Weights(NamedTuple):
+    """What the trainer holds, and what is served of it."""
+
+    params: Params
+    # None where the params are served
+    stale: Params | None
+    # of the served weights, which noise on them depends on
+    version: int
+
+
+class Scored(NamedTuple):
+    """Of the training policy."""
+
+    logps: Logps
+    # as `Rollout.experts`; None without experts
+    experts: Int[np.ndarray, "B S-1 M k"] | None
+
+
+class Policies:
+    """One model's training policy and engines for its served ones, each made once.
+
+    Args:
+      config: of the run, on one device; serving and mismatch are of each policy asked for.
+      end_tokens: ids that end a response.
+    """
+
+    def __init__(self, config: Config, end_tokens: Sequence[int]):
+        self.config, self._end_tokens, self._mesh = config, end_tokens, make_mesh(config.mesh)
+        self._engines: dict[Served, Qwen3Engine] = {}
+
+    def sample(self, served: Served, weights: Weights, prompts: Sequence[Sequence[int]], key: jax.Array) -> Rollout:
+        """One response to each prompt.
+
+        Raises:
+          RunError: a prompt that does not fit, or as `score`.
+        """
+        engine, rollout = self._engine(served), self.config.rollout
+        settings = {"temperature": rollout.temperature, "top_k": rollout.top_k, "top_p": rollout.top_p}
+        try:
+            return sample_responses(
+                engine, _params(engine, served, weights), prompts, samples_per_prompt=1, key=key, **settings
+            )
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+    def score(
+        self, served: Served, weights: Weights, rollout: Rollout, key: jax.Array, *, keeps_residuals: bool = False
+    ) -> DecodeScores:
+        """Log-probs of the whole softmax at the rollout's temperatures, and the residual stream where it is kept.
+
+        Raises:
+          RunError: the model, the hardware or its memory cannot serve that, or not in finite numbers.
+        """
+        engine = self._engine(served)
+        params = _params(engine, served, weights)
+        scores = score_responses(engine, params, rollout, key=key, keeps_residuals=keeps_residuals)
+        _require_finite(f"format {served.format}", scores.logps)
+        return scores
+
+    def train(
+        self, params: Params, rollout: Rollout, *, temperature: Array, replays: Rollout | None = None, mesh=None
+    ) -> Scored:
+        """Of the training forward, over the whole softmax; with `replays` over its support and with its experts."""
+        config, width = self.config, rollout.response_mask.shape[1]
+        mesh = self._mesh if mesh is None else mesh
+        mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.support)
+        parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
+        for start in range(0, len(mask), size):
+            # the last batch is filled up, so that one program serves all
+            rows = np.resize(np.arange(start, len(mask))[:size], size)
+            batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            parts.append(jax.device_get(_train(config.model, width, mesh, params, *batch)))
+        logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
+        logps = np.where(rollout.response_mask, logps, 0.0)
+        _require_finite("the trainer", logps)
+        return Scored(logps, experts)
+
+    def _engine(self, served: Served) -> Qwen3Engine:
+        served = replace(served, stale=False)
+        if served not in self._engines:
+            # one prompt in each pass of the prefill: its cache's roundings then do not depend on how many are beside it
+            most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
+            serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
+            config = replace(self.config, serving=serving, mismatch=served.mismatch)
+            self._engines[served] = make_engine(config, self._mesh, self._end_tokens)
+        return self._engines[served]
+
+
+def _params(engine: Qwen3Engine, served: Served, weights: Weights) -> ServingParams:
+    return engine.sync(weights.stale if served.stale else weights.params, weights.version)
+
+
+def _require_finite(what: str, logps: Logps) -> None:
+    if len(bad := np.argwhere(~np.isfinite(logps))):
+        raise RunError(f"{what} gives log-prob {logps[tuple(bad[0])]} at response, token {tuple(bad[0].tolist())}")
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, support):
+    imposed = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
+    scores = token_logps(
+        model,
+        params,
+        tokens,
+        mask,
+        response_length=width,
+        temperature=temperature,
+        experts=imposed,
+        support=support,
+        layout=mesh_layout(mesh),
+    )
+    return scores.logps, None if scores.router is None else jnp.moveaxis(scores.router.experts, 0, 2)

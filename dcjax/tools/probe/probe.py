@@ -1,0 +1,259 @@
+"""Where the gap between the policies comes from: the same tokens, scored by one policy after another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from dcjax.errors import RunError
+from dcjax.recipe.build import params_shardings
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import make_discrepancy, make_mean_discrepancy
+from dcjax.reporting.progress import Progress
+from dcjax.rl.dual import CALIBRATION_FACTOR
+from dcjax.serving.quantize import FormatName, KVCacheName, formats, serving_format
+from dcjax.serving.sync import stored_parameters
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.tools.probe.gaps import (
+    Gap,
+    Logps,
+    Stage,
+    bucketed,
+    by_layer,
+    changed_experts,
+    decompose,
+    gap,
+    position_edges,
+    worst_tokens,
+)
+from dcjax.tools.probe.ladder import Rung, Served, ladder
+from dcjax.tools.probe.policies import Policies, Scored
+from dcjax.tools.probe.source import Source
+from dcjax.types import Rollout
+
+PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
+"""Edges of the buckets by the training policy's probability."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured; docs/probe.md tells how to read it."""
+
+    source: str
+    step: int | None
+    format: FormatName
+    kv_cache: KVCacheName
+    responses: int
+    tokens: int
+    stages: list[Stage]
+    # of training: what `mismatch/*` in metrics.jsonl is of
+    total: Gap
+    recommended_budget: float
+    # by name: a gap on the same tokens and the bytes of the weights, or why there is none
+    formats: dict[str, dict[str, Any]]
+    by_position: list[dict[str, float]]
+    by_probability: list[dict[str, float]]
+    by_layer: list[dict[str, float]]
+    worst_tokens: list[dict[str, Any]]
+    sharding: dict[str, Any]
+    sampling: dict[str, Any]
+    # None without experts
+    routing: dict[str, Any] | None
+
+
+@dataclass
+class _Measurement:
+    """One source under the probe: what it sampled, and what each policy says of it."""
+
+    source: Source
+    policies: Policies
+    rungs: list[Rung]
+    key: jax.Array
+    rollout: Rollout
+    # of the whole softmax at the sampler's temperature, without replay
+    trained: Scored
+    # of the distribution that training compares with what was sampled: truncated, and with the sampler's experts
+    # where the run replays them
+    replayed: Logps
+    logps: dict[Served, Logps] = field(default_factory=dict)
+    # of the first and the last rung, of the responses that are decoded at once
+    residuals: dict[Served, np.ndarray] = field(default_factory=dict)
+    # why a format is not there
+    refused: dict[Served, str] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> np.ndarray:
+        return np.asarray(self.rollout.response_mask)
+
+    @property
+    def sampled(self) -> Logps:
+        """What the engine sampled with, of the whole softmax as the ladder is."""
+        return np.where(self.mask, self.rollout.rollout_logps + self.rollout.log_mass, 0.0)
+
+
+def probe(source: Source, *, seed: int = 0) -> Probe:
+    """Samples each prompt once from the deployed engine, and scores the same tokens by all policies.
+
+    Raises:
+      RunError: a seed out of range, what is asked for cannot be served, or a prompt does not fit.
+    """
+    if not 0 <= seed < 2**63:
+        raise RunError(f"seed is {seed}; it must be at least 0 and below 2**63")
+    config = source.config
+    rungs = ladder(
+        config.serving, config.mismatch, trained_in=config.model.precision.compute, stale_step=source.stale_step
+    )
+    others = [served for name in formats if (served := Served.of(name)) not in {rung.served for rung in rungs}]
+    with Progress(len(rungs) + len(others) + 3, initial=0, description="policy") as progress:
+        measured = _sample(source, rungs, jax.random.key(seed))
+        progress.update(2, scored="sampled, trainer")
+        asked = [*((rung.name, rung.served) for rung in rungs), *((served.format, served) for served in others)]
+        for number, (name, served) in enumerate(asked):
+            _score(measured, served, required=number < len(rungs))
+            progress.update(number + 3, scored=name.replace("_", " "))
+        result = _measure(measured)
+        progress.update(len(asked) + 3, scored="layers, beside the ladder")
+    return result
+
+
+def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
+    config = source.config
+    # recorded for the share of tokens that change their experts
+    recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
+    policies = Policies(recording, source.end_tokens)
+    rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
+    trained = policies.train(source.weights.params, rollout, temperature=rollout.temperature)
+    replayed, replays = trained.logps, _replays(config, rollout)
+    if replays is not None:
+        replayed = policies.train(
+            source.weights.params, rollout, temperature=rollout.temperature, replays=replays
+        ).logps
+    return _Measurement(source, policies, rungs, key, rollout, trained, replayed)
+
+
+def _replays(config: Config, rollout: Rollout) -> Rollout | None:
+    """The rollout with what the run's trainer replays of it; None where that is nothing."""
+    if rollout.support is None and not config.rollout.replay_routing:
+        return None
+    return replace(rollout, experts=rollout.experts if config.rollout.replay_routing else None)
+
+
+def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
+    keeps_residuals = served in (measured.rungs[0].served, measured.rungs[-1].served)
+    try:
+        scores = measured.policies.score(
+            served, measured.source.weights, measured.rollout, measured.key, keeps_residuals=keeps_residuals
+        )
+        measured.logps[served] = scores.logps
+        if scores.residuals is not None:
+            measured.residuals[served] = scores.residuals
+    except RunError as error:
+        if required:
+            raise
+        measured.refused[served] = str(error)
+
+
+def _measure(measured: _Measurement) -> Probe:
+    source, mask, rollout = measured.source, measured.mask, measured.rollout
+    old, sampled = measured.replayed, rollout.rollout_logps
+    policies = [(rung.name, rung.detail, measured.logps[rung.served]) for rung in measured.rungs]
+    difference = np.abs(np.exp(old) - np.exp(sampled))
+    positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+
+    def decode(ids: list[int]) -> str:
+        return str(source.tokenizer.decode(ids))
+
+    return Probe(
+        source=source.name,
+        step=source.step,
+        format=measured.rungs[-1].served.format,
+        kv_cache=measured.rungs[-1].served.kv_cache,
+        responses=len(mask),
+        tokens=int(mask.sum()),
+        stages=decompose(measured.trained.logps, [*policies, ("as_sampled", "", measured.sampled)], mask),
+        total=gap(old_logps=old, rollout_logps=sampled, mask=mask),
+        recommended_budget=_budget(source.config, old, sampled, mask),
+        formats={name: _format(measured, name) for name in formats},
+        by_position=bucketed(difference, positions, position_edges(mask.shape[1]), mask),
+        by_probability=bucketed(difference, np.exp(old), PROBABILITIES, mask),
+        by_layer=_by_layer(measured),
+        worst_tokens=worst_tokens(rollout, old_logps=old, rollout_logps=sampled, decode=decode),
+        sharding=_sharding(measured),
+        sampling=_sampling(measured),
+        routing=_routing(measured),
+    )
+
+
+def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float:
+    """What objective.budget auto makes of one such iteration, in the unit of the run's own δ."""
+    delta = make_discrepancy(config.objective)(old_logps=old, rollout_logps=sampled, mask=mask)
+    return CALIBRATION_FACTOR * float(make_mean_discrepancy(config.objective)(delta, mask))
+
+
+def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
+    """Without what the run adds on purpose, and of its present weights."""
+    served, config = Served.of(name), measured.source.config
+    if served in measured.refused:
+        return {"not_served": measured.refused[served]}
+    stored = stored_parameters(config.model, serving_format(name), config.serving.keep)
+    return gap(old_logps=measured.trained.logps, rollout_logps=measured.logps[served], mask=measured.mask) | {
+        "bytes": sum(parameter.bytes for parameter in stored),
+        "float32_bytes": sum(parameter.float32_bytes for parameter in stored),
+        "quantized": [parameter.name for parameter in stored if parameter.quantized],
+    }
+
+
+def _by_layer(measured: _Measurement) -> list[dict[str, float]]:
+    """Of the deployed policy, against the first rung, on as many responses as are decoded at once."""
+    residuals, reference = (measured.residuals[measured.rungs[place].served] for place in (-1, 0))
+    return by_layer(residuals, reference, measured.mask[: len(residuals)])
+
+
+def _sharding(measured: _Measurement) -> dict[str, Any]:
+    """The training forward on the run's mesh, or over two devices where that is one, against one device."""
+    source, rollout = measured.source, measured.rollout
+    several = source.mesh if math.prod(astuple(source.mesh)) > 1 else MeshConfig(tensor=2)
+    try:
+        config, mesh = replace(source.config, mesh=several), make_mesh(several)
+        params = jax.device_put(source.weights.params, params_shardings(config, mesh))
+    except ValueError as error:
+        return {"not_measured": str(error)}
+    scored = measured.policies.train(params, rollout, temperature=rollout.temperature, mesh=mesh)
+    sizes = {name: size for name, size in vars(several).items() if size > 1}
+    return {"mesh": sizes} | gap(old_logps=measured.trained.logps, rollout_logps=scored.logps, mask=measured.mask)
+
+
+def _sampling(measured: _Measurement) -> dict[str, Any]:
+    """The trainer's distribution without temperature and truncation, against the one with them."""
+    settings, rollout = measured.source.config.rollout, measured.rollout
+    replays = _replays(measured.source.config, rollout)
+    plain = measured.policies.train(
+        measured.source.weights.params,
+        rollout,
+        temperature=np.ones_like(rollout.temperature),
+        replays=None if replays is None else replace(replays, support=None),
+    )
+    return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")} | gap(
+        old_logps=plain.logps, rollout_logps=measured.replayed, mask=measured.mask
+    )
+
+
+def _routing(measured: _Measurement) -> dict[str, Any] | None:
+    """How many tokens the trainer sends to other experts than the sampler did, and the gap with and without replay."""
+    rollout, mask, trained = measured.rollout, measured.mask, measured.trained
+    if trained.experts is None:
+        return None
+    params, replays = measured.source.weights.params, replace(rollout, support=None)
+    replayed = measured.policies.train(params, rollout, temperature=rollout.temperature, replays=replays)
+    real = np.concatenate([rollout.prompt_mask, mask], axis=1)
+    # the last token of a response is never fed
+    shares = changed_experts(trained.experts, np.asarray(rollout.experts), real[:, :-1] & real[:, 1:])
+    gaps = {
+        name: gap(old_logps=scored.logps, rollout_logps=measured.sampled, mask=mask)
+        for name, scored in (("without_replay", trained), ("with_replay", replayed))
+    }
+    return {"changed_experts": shares} | gaps

@@ -1,0 +1,163 @@
+"""Samples of a suite's problems by one policy, scored while the next ones are drawn."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from dcjax.data.datasets import Example
+from dcjax.data.task import encode
+from dcjax.data.templates import Template
+from dcjax.errors import RunError
+from dcjax.loop.evaluate import responses
+from dcjax.loop.judging import one_line, tell_timeouts
+from dcjax.rewards.pool import Pending, RewardPool
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.rollout import require_finite, sample_responses
+from dcjax.serving.sync import ServingParams
+from dcjax.sharding.hosts import share
+from dcjax.tools.suite.log import Conditions, Problem, Sampled, SampleLog
+from dcjax.tools.suite.model import Model
+from dcjax.types import Rollout
+
+SAMPLES_A_CALL = 256
+"""At most, of the engine: many, since slots run empty at its end, and not more than an interruption may cost."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This host's share of a batch, whose scores are awaited."""
+
+    problems: list[Problem]
+    # of all their samples
+    answers: list[str | None]
+    lengths: list[int]
+    finished: list[bool]
+    scores: Pending
+
+
+def to_problems(model: Model, template: Template, examples: Sequence[Example]) -> list[Problem]:
+    """A benchmark's problems, in order.
+
+    Raises:
+      RunError: the model's tokenizer cannot spell one.
+    """
+    prompts = encode(model.tokenizer, [template.prompt(model.tokenizer, example.question) for example in examples])
+    unknown = model.tokenizer.unk_token_id
+    for example, prompt in zip(examples, prompts, strict=True):
+        if unknown is not None and unknown in prompt:
+            raise RunError(
+                f"the tokenizer of {model.name} cannot spell problem {example.id} of {example.dataset}; "
+                "a suite needs a model whose tokenizer covers any text"
+            )
+    pairs = zip(examples, prompts, strict=True)
+    return [Problem(example.id, prompt, example.answer) for example, prompt in pairs]
+
+
+def sample_problems(
+    engine: Qwen3Engine,
+    params: ServingParams,
+    model: Model,
+    problems: Sequence[Problem],
+    *,
+    conditions: Conditions,
+    template: Template,
+    pool: RewardPool,
+    log: SampleLog,
+) -> Iterator[int]:
+    """Samples what the log lacks of one benchmark, and logs this host's share; yields how many more all have done.
+
+    The keys of a problem's samples depend on its place in the benchmark, on how many samples there are a problem, and
+    on the seed: neither on the slots, nor on the hosts, nor on what was logged before.
+
+    Args:
+      engine, params: of the policy.
+      model: whose tokenizer reads responses.
+      problems: the benchmark's, from the first one on.
+      conditions: of the samples.
+      template: reads answers.
+      pool: scores them, by the template's reward.
+      log: of this process.
+
+    Raises:
+      RunError: a prompt that the engine does not take, or log-probs that are not finite.
+    """
+    key = jax.random.fold_in(jax.random.key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
+    size = max(1, SAMPLES_A_CALL // conditions.samples)
+    awaited: tuple[_Part, list[Problem]] | None = None
+    for number, start in enumerate(range(0, len(problems), size)):
+        batch = list(problems[start : start + size])
+        if not (missing := log.missing(conditions, batch)):
+            continue
+        rollout = _sample(engine, params, batch, conditions, jax.random.fold_in(key, number))
+        part = _read(batch, rollout, model, template, pool)
+        if awaited is not None:
+            yield _write(*awaited, conditions, log)
+        awaited = part, missing
+    if awaited is not None:
+        yield _write(*awaited, conditions, log)
+
+
+def _sample(
+    engine: Qwen3Engine, params: ServingParams, batch: list[Problem], conditions: Conditions, key: jax.Array
+) -> Rollout:
+    try:
+        rollout = sample_responses(
+            engine,
+            params,
+            [problem.prompt for problem in batch],
+            samples_per_prompt=conditions.samples,
+            temperature=conditions.temperature,
+            top_p=conditions.top_p,
+            key=key,
+        )
+        require_finite(rollout, engine)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    return rollout
+
+
+def _read(batch: list[Problem], rollout: Rollout, model: Model, template: Template, pool: RewardPool) -> _Part:
+    """Begins to score this host's share of a batch."""
+    mine, samples = share(len(batch)), len(rollout.finished) // len(batch)
+    problems, rows = batch[mine], slice(mine.start * samples, mine.stop * samples)
+    rollout = jax.tree.map(lambda leaf: leaf[rows], rollout)
+    texts, finished = responses(model.tokenizer, rollout), rollout.finished.tolist()
+    return _Part(
+        problems=problems,
+        answers=[template.extract(text) if ended else None for text, ended in zip(texts, finished, strict=True)],
+        lengths=rollout.response_mask.sum(axis=1).tolist(),
+        finished=finished,
+        scores=pool.submit(texts, [problem.answer for problem in problems for _ in range(samples)], finished),
+    )
+
+
+def _write(part: _Part, missing: list[Problem], conditions: Conditions, log: SampleLog) -> int:
+    """Logs what was missing of a part, once its scores are there; how many problems were missing on all hosts.
+
+    Raises:
+      RunError: the pool cannot score.
+    """
+    try:
+        rewards = part.scores.result().tolist()
+    except RuntimeError as error:
+        raise RunError(one_line(error)) from error
+    tell_timeouts(part.scores.timeouts, len(rewards))
+    for place, problem in enumerate(part.problems):
+        rows = slice(place * conditions.samples, (place + 1) * conditions.samples)
+        if problem in missing:
+            log.append(
+                conditions,
+                Sampled(
+                    problem.id,
+                    problem.answer,
+                    part.answers[rows],
+                    rewards[rows],
+                    part.lengths[rows],
+                    part.finished[rows],
+                ),
+            )
+    return len(missing)

@@ -1,0 +1,140 @@
+"""What was sampled, problem by problem, in files of JSON lines: a killed evaluation goes on behind the last line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from dcjax.errors import RunError
+from dcjax.reporting.record import naming
+from dcjax.serving.quantize import FormatName
+
+Policy = Literal["deployed", "training"]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the samples of a problem depend on, beside the problem: under equal conditions they are the same samples."""
+
+    benchmark: str
+    policy: Policy
+    # of the weights, bit by bit
+    weights: int
+    # the engine's settings, `mismatch` as it is added to the deployed policy
+    format: FormatName
+    kv_cache: str
+    keep: list[str]
+    mismatch: dict[str, float]
+    samples: int
+    seed: int
+    temperature: float
+    top_p: float
+    max_response_length: int
+    stop_tokens: list[int]
+    template: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a benchmark, as it is put to a policy."""
+
+    id: str
+    prompt: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The samples of one problem; the lists have an item for each."""
+
+    problem: str
+    # the right answer that the rewards are by
+    gold: str
+    # as written; None where a response has none or was cut
+    answers: list[str | None]
+    rewards: list[float]
+    # tokens
+    lengths: list[int]
+    # whether it ended by itself
+    finished: list[bool]
+
+
+class SampleLog:
+    """The file of one process, and what all processes' files held when it was opened.
+
+    Args:
+      directory: made if missing; the same for all processes.
+      process: number of this one.
+
+    Raises:
+      RunError: a damaged line stands before others; at the end of a file it is what a killed process leaves.
+    """
+
+    def __init__(self, directory: Path, process: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"samples-{process}.jsonl"
+        _drop_torn_line(path)
+        self._path, self._done = path, read_samples(directory)
+        self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the log, and `__exit__` closes it)
+
+    def missing(self, conditions: Conditions, problems: Sequence[Problem]) -> list[Problem]:
+        """Those of the problems that had not been sampled, or by another right answer, when the log was opened."""
+        done = self._done.get(conditions.fingerprint, {})
+        return [problem for problem in problems if (problem.id, problem.answer) not in done]
+
+    def append(self, conditions: Conditions, sampled: Sampled) -> None:
+        """Writes one problem's line, and flushes it to the operating system."""
+        named = {"conditions": conditions.fingerprint, "benchmark": conditions.benchmark, "policy": conditions.policy}
+        line = json.dumps(named | {"seed": conditions.seed} | asdict(sampled), allow_nan=False)
+        with naming(self._path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_samples(directory: Path) -> dict[str, dict[tuple[str, str], Sampled]]:
+    """All processes' lines: by fingerprint of the conditions, then by problem and right answer.
+
+    Raises:
+      RunError: as `SampleLog`.
+    """
+    found: dict[str, dict[tuple[str, str], Sampled]] = {}
+    for path in sorted(directory.glob("samples-*.jsonl")):
+        for record in _records(path):
+            # lines of earlier versions do not say the gold; none is empty
+            record.setdefault("gold", "")
+            sampled = Sampled(**{name: record[name] for name in Sampled.__annotations__})
+            found.setdefault(record["conditions"], {})[sampled.problem, sampled.gold] = sampled
+    return found
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    # what follows the last newline is being written, or was when its process was killed
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise RunError(f"{path}, line {number}: not a JSON object; remove the line to sample it anew") from None
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -1,0 +1,238 @@
+"""`dcjax evaluate SOURCE --suite NAME`: benchmarks, sampled many times a problem by both policies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dcjax.data.datasets import Example
+from dcjax.data.store import load_examples
+from dcjax.data.templates import TemplateName, templates
+from dcjax.errors import RunError
+from dcjax.loop.checkpoint import fingerprint
+from dcjax.loop.judging import tell_unreadable
+from dcjax.loop.run_directory import check_end_tokens_agree
+from dcjax.reporting.progress import Progress
+from dcjax.rewards.pool import RewardPool
+from dcjax.serving.mismatch import NO_MISMATCH
+from dcjax.serving.quantize import FormatName
+from dcjax.sharding.hosts import DistributedConfig, as_loss, is_main, join, total
+from dcjax.tools.suite.answers import sample_problems, to_problems
+from dcjax.tools.suite.benchmarks import Benchmark, SuiteConfig, published_counts
+from dcjax.tools.suite.log import Conditions, Policy, Problem, SampleLog, read_samples
+from dcjax.tools.suite.model import Model, load_model
+from dcjax.tools.suite.result import SuiteResult, score_benchmark, score_policy
+
+POLICIES: tuple[Policy, ...] = ("deployed", "training")
+
+DETECTED = DistributedConfig()
+"""Hosts find each other as JAX detects it."""
+
+WORKERS = 8
+"""Processes that score answers, where there are as many cores: some thousands a second."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be sampled of one model, decided before the first sample."""
+
+    model: Model
+    config: SuiteConfig
+    template: TemplateName
+    problems: dict[Benchmark, list[Problem]]
+    # whose golds cannot be read, on process 0
+    unreadable: list[Example]
+    max_prompt_length: int
+    max_response_length: int
+    weights: int
+    notes: list[str]
+
+    def format(self, policy: Policy) -> FormatName:
+        """What a policy's engine computes in."""
+        return self.model.config.serving.format if policy == "deployed" else "float32"
+
+    def missing(self, policy: Policy, log: SampleLog) -> int:
+        """How many problems the log lacks of a policy."""
+        parts = self.problems.items()
+        return sum(len(log.missing(self.conditions(policy, benchmark), problems)) for benchmark, problems in parts)
+
+    def conditions(self, policy: Policy, benchmark: Benchmark) -> Conditions:
+        """Of a policy's samples on a benchmark."""
+        serving, config = self.model.config.serving, self.config
+        deployed = policy == "deployed"
+        return Conditions(
+            benchmark=benchmark.dataset,
+            policy=policy,
+            weights=self.weights,
+            format=self.format(policy),
+            kv_cache=serving.kv_cache if deployed else "auto",
+            keep=list(serving.keep) if deployed else [],
+            mismatch=asdict(self.model.config.mismatch if deployed else NO_MISMATCH),
+            samples=config.samples_of(benchmark),
+            seed=config.seed,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_response_length=self.max_response_length,
+            stop_tokens=self.model.stop_tokens,
+            template=self.template,
+        )
+
+
+def evaluate_suite(
+    source: Path,
+    config: SuiteConfig,
+    *,
+    data_dir: Path,
+    out: Path | None = None,
+    devices: int = 1,
+    distributed: DistributedConfig = DETECTED,
+    **serving: Any,
+) -> tuple[SuiteResult, Path] | None:
+    """The accuracies of a model's deployed policy, in its format, and of its training policy, in float32.
+
+    Hosts sample together, and share the scoring. Whatever is sampled is logged problem by problem, and not sampled
+    again by the next call with the same arguments, on any number of hosts.
+
+    Args:
+      source: a run directory, RUN/checkpoints/STEP, or a Hugging Face folder.
+      config: what is sampled.
+      data_dir: holds the benchmarks' local copies.
+      out: where samples are logged; where None, RUN/suite/STEP, or ./suite/FOLDER.
+      devices: that share the weights and the samples; several hosts take all that they have.
+      distributed: how hosts find each other.
+      serving: fields of `ServingConfig` in place of the run's; None is the run's.
+
+    Returns:
+      The result and the directory; None on all hosts but the first.
+
+    Raises:
+      Interrupted: another host has gone.
+      RunError: no such source or data, or settings that the model, the hardware or its memory cannot serve.
+    """
+    join(distributed)
+    model = load_model(source, devices=devices, **serving)
+    check_end_tokens_agree(model.stop_tokens)
+    plan = _make_plan(model, config, data_dir)
+    directory = plan.model.out if out is None else out
+    try:
+        _sample(plan, directory)
+        total(0)  # all have written theirs
+    except Exception as error:
+        if (loss := as_loss(error)) is None:
+            raise
+        raise loss from error
+    return (_result(plan, directory), directory) if is_main() else None
+
+
+def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
+    template = config.template or model.template
+    problems, golds, notes = {}, [], []
+    for benchmark in config.benchmarks:
+        examples = _examples(benchmark, data_dir)[: config.problems]
+        problems[benchmark] = to_problems(model, templates[template], examples)
+        golds += examples
+        if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
+            notes.append(f"{benchmark.title}: {count} problems, not the published {published[0]}")
+        if (samples := config.samples_of(benchmark)) != benchmark.samples:
+            notes.append(f"{benchmark.title}: {samples} samples a problem, not {benchmark.samples}")
+    longest = max(len(problem.prompt) for part in problems.values() for problem in part)
+    positions = model.config.model.max_position_embeddings
+    if (room := positions - longest) < 1:
+        raise RunError(f"the longest prompt takes {longest} tokens; {model.name} has {positions} positions")
+    if room < config.max_response_length:
+        notes.append(
+            f"responses are cut at {room:,} tokens, not {config.max_response_length:,}: the model has {positions:,} "
+            f"positions, and the longest prompt takes {longest:,}"
+        )
+    return _Plan(
+        model=model,
+        config=config,
+        template=template,
+        problems=problems,
+        unreadable=tell_unreadable(golds, templates[template].reward),
+        max_prompt_length=longest,
+        max_response_length=min(room, config.max_response_length),
+        weights=int(fingerprint(model.params)),
+        notes=notes,
+    )
+
+
+def _examples(benchmark: Benchmark, data_dir: Path) -> Sequence[Example]:
+    try:
+        return load_examples(benchmark.dataset, data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise RunError(str(error)) from None
+
+
+def _sample(plan: _Plan, directory: Path) -> None:
+    """Logs what is not logged yet, each host its share."""
+    with SampleLog(directory, jax.process_index()) as log:
+        missing = {policy: plan.missing(policy, log) for policy in POLICIES}
+        left = sum(missing.values())
+        # none goes on before all have read what there was
+        if total(left) != left * jax.process_count():
+            raise RunError(f"hosts read other samples in {directory}; give all of them one directory that they share")
+        if not left:
+            return
+        count = len(POLICIES) * sum(map(len, plan.problems.values()))
+        done = count - left
+        with (
+            RewardPool(templates[plan.template].reward, workers=min(WORKERS, os.cpu_count() or 1)) as pool,
+            _shown(count, done) as show,
+        ):
+            for policy in (policy for policy in POLICIES if missing[policy]):
+                for benchmark, more in _sample_policy(plan, policy, pool, log):
+                    done += more
+                    show(done, policy, benchmark)
+
+
+@contextlib.contextmanager
+def _shown(count: int, done: int) -> Iterator[Callable[[int, Policy, Benchmark], None]]:
+    """What shows how many problems are done, on process 0."""
+    if not is_main():
+        yield lambda done, policy, benchmark: None
+        return
+    with Progress(count, initial=done, description="problem") as progress:
+        yield lambda done, policy, benchmark: progress.update(done, policy=policy, benchmark=benchmark.title)
+
+
+def _sample_policy(plan: _Plan, policy: Policy, pool: RewardPool, log: SampleLog) -> Iterator[tuple[Benchmark, int]]:
+    """Samples one benchmark after another; yields how many more of which are done."""
+    engine = plan.model.engine(
+        policy, max_prompt_length=plan.max_prompt_length, max_response_length=plan.max_response_length
+    )
+    params = engine.sync(plan.model.params, plan.model.step or 0)
+    for benchmark, problems in plan.problems.items():
+        conditions, template = plan.conditions(policy, benchmark), templates[plan.template]
+        scored = {"conditions": conditions, "template": template, "pool": pool, "log": log}
+        for more in sample_problems(engine, params, plan.model, problems, **scored):
+            yield benchmark, more
+
+
+def _result(plan: _Plan, directory: Path) -> SuiteResult:
+    logged = read_samples(directory)
+    policies = []
+    for policy in POLICIES:
+        scores = []
+        for benchmark, problems in plan.problems.items():
+            found = logged.get(plan.conditions(policy, benchmark).fingerprint, {})
+            asked = [(problem.id, problem.answer) for problem in problems]
+            if len(found.keys() & set(asked)) < len(problems):
+                raise RunError(f"other hosts' samples are not in {directory}; give all of them one that they share")
+            scores.append(score_benchmark(benchmark.dataset, [found[each] for each in asked]))
+        policies.append(score_policy(policy, plan.format(policy), scores))
+    settings = asdict(plan.config) | {
+        "template": plan.template,
+        "max_response_length": plan.max_response_length,
+        "stop_tokens": plan.model.stop_tokens,
+    }
+    unreadable: dict[str, dict[str, str]] = {}
+    for example in plan.unreadable:
+        unreadable.setdefault(example.dataset, {})[example.id] = example.answer
+    return SuiteResult(plan.model.name, plan.model.step, plan.config.suite, settings, policies, plan.notes, unreadable)

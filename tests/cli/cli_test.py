@@ -1,0 +1,567 @@
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dcjax.loop.train
+from dcjax.cli import _parser, main
+from dcjax.recipe.config import Config, ObjectiveConfig, to_dict
+
+pytestmark = pytest.mark.heavy
+
+RECIPE = """
+from dcjax.recipe.config import Config, EvaluationConfig, OptimizerConfig, RolloutConfig, WarmStartConfig
+
+def config():
+    return Config(
+        name="tested",
+        steps=1,
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(prompts=4),
+        rollout=RolloutConfig(prompts=4, group_size=4),
+        optimizer=OptimizerConfig(microbatch_size=8),
+    )
+"""
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    """Where each test stands: an empty directory but for `experiments/tested.py`."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "tested.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    # wide enough for tyro not to break a flag's line
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+@pytest.fixture
+def refusal(capfd, directory):
+    """Runs a command that must be refused: one line on stderr, status 2, and no file made or changed."""
+
+    def run(*arguments):
+        before = contents(directory)
+        status = main([str(argument) for argument in arguments])
+        output, errors = capfd.readouterr()
+        assert status == 2
+        assert output == ""
+        assert errors.startswith("dcjax: error: ")
+        assert errors.endswith("\n") and errors.count("\n") == 1, errors
+        assert contents(directory) == before
+        return errors.removeprefix("dcjax: error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Configs that `dcjax train` would have run; none is."""
+    configs = []
+
+    def train(config):
+        configs.append(config)
+        return Path("report.png"), Path("report.html")
+
+    monkeypatch.setattr(dcjax.loop.train, "train", train)
+    return configs
+
+
+def contents(directory):
+    """Each path below a directory, with what a file holds."""
+    return {
+        path.relative_to(directory): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+def recipe(body, name="other"):
+    """The path of a new recipe file."""
+    path = Path(f"{name}.py")
+    path.write_text(body)
+    return str(path)
+
+
+def help_of(capfd, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    return output
+
+
+def recipe_config():
+    namespace = {}
+    exec(RECIPE, namespace)
+    return namespace["config"]()
+
+
+def fields_of(config, prefix=""):
+    """Each leaf of a nested config as (dotted name, value)."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def make_run(directory, config=None, **recorded):
+    """A run directory that holds a config.json and nothing else."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(to_dict(config or Config()) | recorded))
+    return directory
+
+
+def process(*arguments, **environment):
+    """A real `dcjax` process, ended."""
+    command = [sys.executable, "-m", "dcjax", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment)
+
+
+def test_a_real_process_shows_the_commands():
+    finished = process("--help")
+    assert finished.returncode == 0
+    assert finished.stderr == b""
+    for command in ("train", "evaluate", "report"):
+        assert re.search(rf"^ +{command} +\w", finished.stdout.decode(), re.MULTILINE)
+
+
+def test_a_real_process_that_fails_has_status_2_and_writes_one_line():
+    finished = process("train", "tested", "--objective.budget", "-1", "--run-dir", "run")
+    assert finished.returncode == 2
+    assert finished.stdout == b""
+    assert finished.stderr.decode().startswith("dcjax: error: objective.budget is -1.0; it must be at least 0")
+    assert finished.stderr.count(b"\n") == 1
+    assert not Path("run").exists()
+
+
+def test_help_is_readable_where_the_terminal_has_no_greek():
+    finished = process("train", "tested", "--help", PYTHONIOENCODING="ascii")
+    assert finished.returncode == 0
+    assert b"Traceback" not in finished.stderr
+    assert b"--objective.initial_multiplier" in finished.stdout
+
+
+def test_help_that_is_read_in_part_is_no_error():
+    """As in `dcjax train --help | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen([sys.executable, "-m", "dcjax", "--help"], stdout=writing, stderr=subprocess.PIPE) as started:
+        os.close(writing)
+        errors = started.stderr.read()
+    assert errors == b""
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_each_command_explains_itself(capfd, command):
+    assert f"usage: dcjax {command}" in help_of(capfd, command, "--help")
+
+
+def test_train_help_names_every_field_with_its_meaning_and_default(capfd):
+    text = help_of(capfd, "train", "tested", "--help")
+    # the frame of tyro's boxes
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    fields = dict(fields_of(recipe_config()))
+    assert len(fields) > 50
+    for name, value in fields.items():
+        (at,) = (i for i, line in enumerate(lines) if re.match(rf"--{re.escape(name)}\b(?!\.)", line))
+        below = (i for i in range(at + 1, len(lines)) if lines[i].startswith("--") or "options" in lines[i])
+        explained = " ".join(lines[at + 1 : next(below, len(lines))])
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        meaning, found, _ = explained.partition(f"(default: {shown})")
+        assert found, (name, value, explained)
+        assert len(meaning.split()) >= 2, (name, meaning)
+
+
+def test_the_quickstart_is_the_default_recipe(started, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    assert main(["train"]) == 0
+    assert main(["train", "quickstart"]) == 0
+    assert main(["train", str(EXPERIMENTS / "quickstart.py")]) == 0
+    assert main(["train", "--seed", "3"]) == 0
+    first, second, third, seeded = started
+    assert first == second == third
+    assert first.name == "quickstart"
+    assert seeded == dataclasses.replace(first, seed=3)
+
+
+# other experiments are scripts of their own, and no recipes
+RECIPES = sorted(path for path in EXPERIMENTS.glob("*.py") if "def config(" in path.read_text())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_a_valid_config(started, path):
+    assert main(["train", str(path)]) == 0
+    assert isinstance(started[0], Config)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ["--objective.initial_multiplier", "0.25", "--steps", "7"],
+        ["--objective.initial-multiplier", "0.25", "--steps", "7"],
+        ["--objective.initial_multiplier=0.25", "--steps=7"],
+        ["--objective.initial-multiplier=0.25", "--steps=7"],
+        ["objective.initial_multiplier=0.25", "steps=7"],
+        ["objective.initial-multiplier=0.25", "steps=7"],
+        ["steps=7", "--objective.initial-multiplier", "0.25"],
+    ],
+    ids=" ".join,
+)
+def test_a_field_is_set_in_either_spelling(started, spelled):
+    assert main(["train", "tested"]) == 0
+    assert main(["train", "tested", *spelled]) == 0
+    plain, config = started
+    assert (config.steps, config.objective.initial_multiplier) == (7, 0.25)
+    objective = dataclasses.replace(plain.objective, initial_multiplier=0.25)
+    assert config == dataclasses.replace(plain, steps=7, objective=objective)
+
+
+def test_fields_that_only_fit_together_are_set_together(started):
+    """Prompts, updates and microbatches are validated when all are known, not one after the other."""
+    assert main(["train", "tested", "optimizer.updates=3", "rollout.prompts=6"]) == 0
+    assert (started[0].optimizer.updates, started[0].rollout.prompts) == (3, 6)
+
+
+@pytest.mark.parametrize("spelled", [["run_dir=lr=3"], ["--run_dir=lr=3"], ["--run_dir", "lr=3"]], ids=" ".join)
+def test_an_equals_sign_in_a_value_is_kept(started, spelled):
+    assert main(["train", "tested", *spelled]) == 0
+    assert started[0].directory == Path("lr=3")
+
+
+# every argument of every command but train that is a path, behind what the command needs besides
+PATHS = {
+    "report RUN": ["report", ...],
+    "evaluate SOURCE": ["evaluate", ...],
+    "evaluate --data-dir": ["evaluate", "x", "--suite", "paper", "--data-dir", ...],
+    "evaluate --against": ["evaluate", "x", "--suite", "paper", "--against", ...],
+    "evaluate --out": ["evaluate", "x", "--suite", "paper", "--out", ...],
+    "probe SOURCE": ["probe", ...],
+    "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
+    "probe --out": ["probe", "x", "--out", ...],
+    "convert import HF_FOLDER": ["convert", "import", ..., "x"],
+    "convert import OUT": ["convert", "import", "x", ...],
+    "convert export RUN_OR_STEP": ["convert", "export", ..., "x"],
+    "convert export OUT": ["convert", "export", "x", ...],
+    "convert inspect FOLDER": ["convert", "inspect", ...],
+    "data DATA_DIR": ["data", ...],
+}
+
+
+def arguments_of(parser, command=""):
+    """Each argument of type Path of a parser and of those below it, as "COMMAND ARGUMENT"."""
+    for action in parser._actions:
+        if action.type is Path:
+            yield f"{command} {(action.option_strings or [action.metavar or action.dest.upper()])[0]}"
+        if isinstance(action.choices, dict):
+            for name, below in action.choices.items():
+                yield from arguments_of(below, f"{command} {name}".strip())
+
+
+def test_every_path_of_the_command_line_is_known():
+    assert sorted(arguments_of(_parser())) == sorted(PATHS)
+
+
+@pytest.mark.parametrize("given", ["", "gs://bucket/x", "~nobody-has-this-name/x"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_is_not_local_is_refused_before_anything_is_done(refusal, name, given):
+    message = refusal(*(given if part is ... else part for part in PATHS[name]))
+    argument = name.split()[-1]
+    assert f"argument {argument.lower() if argument == 'SOURCE' else argument}: it is {given!r}; " in message
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_may_begin_with_the_home_directory(name, directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory))
+    words = ["~/y" if part is ... else part for part in PATHS[name]]
+    found = [value for value in vars(_parser().parse_args(words)).values() if isinstance(value, Path)]
+    assert directory / "y" in found and Path("~/y") not in found
+
+
+@pytest.mark.parametrize("given", ["", "s3://bucket/x", "~nobody-has-this-name/x"])
+@pytest.mark.parametrize("field", ["run_dir", "pretrained"])
+def test_a_field_that_is_no_local_path_is_refused(refusal, field, given):
+    for spelled in ([f"{field}={given}"], [f"--{field}", given]):
+        assert refusal("train", "tested", *spelled).startswith(f"{field} is {given!r}; ")
+
+
+@pytest.mark.parametrize("given", ["", "s3://bucket/x"])
+@pytest.mark.parametrize("field", ["data_dir", "index_file"])
+def test_a_path_of_the_task_is_refused_alike(refusal, field, given):
+    body = """
+from dcjax.recipe.config import Config, RewardConfig
+from dcjax.data.mathematics import MathTask
+
+def config():
+    return Config(task=MathTask(max_prompt_tokens=9), reward=RewardConfig(workers=1))
+"""
+    assert refusal("train", recipe(body), f"task.{field}={given}").startswith(f"task.{field} is {given!r}; ")
+
+
+def test_a_recipe_with_an_address_is_refused_by_its_field(refusal):
+    body = "from dcjax.recipe.config import *\ndef config():\n    return Config(run_dir=Path('gs://bucket/x'))"
+    assert "run_dir is 'gs:/bucket/x'; it must be a local path" in refusal("train", recipe(body))
+
+
+@pytest.mark.parametrize("given", ["", "gs://bucket/recipe.py", "~nobody-has-this-name/recipe.py"])
+def test_a_recipe_that_is_no_local_path_is_refused(refusal, given):
+    assert refusal("train", given).startswith(f"the recipe is {given!r}; ")
+
+
+def test_fields_and_recipes_may_begin_with_the_home_directory(started, directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory))
+    assert main(["train", "~/experiments/tested.py", "run_dir=~/run", "--pretrained", "~/model"]) == 0
+    assert (started[0].run_dir, started[0].pretrained) == (directory / "run", directory / "model")
+    assert main(["train", "tested", "run_dir=None", "pretrained=None"]) == 0
+    assert (started[1].run_dir, started[1].pretrained) == (None, None)
+
+
+def test_a_recipe_is_given_by_name_or_by_path(started):
+    assert main(["train", "tested"]) == 0
+    assert main(["train", "experiments/tested.py"]) == 0
+    assert started[0] == started[1]
+
+
+def test_a_recipe_may_define_a_dataclass_of_its_own(started):
+    body = """
+from __future__ import annotations
+from dataclasses import dataclass
+from dcjax.recipe.config import Config
+
+@dataclass
+class Lengths:
+    steps: int = 9
+
+def config():
+    return Config(steps=Lengths().steps)
+"""
+    assert main(["train", recipe(body)]) == 0
+    assert started[0].steps == 9
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["evaluate"], ["report"], ["report", "a", "b"]])
+def test_a_command_line_that_is_none_points_to_the_help(refusal, arguments):
+    assert "--help" in refusal(*arguments)
+
+
+def test_an_unknown_recipe_lists_those_there_are(refusal):
+    message = refusal("train", "tessted")
+    assert "tessted" in message and message.endswith("tested")
+
+
+def test_an_unknown_recipe_file_is_named(refusal):
+    assert "missing/recipe.py" in refusal("train", "missing/recipe.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("def config(:", "SyntaxError"),
+        ("def config():\n    raise KeyError('lost')", "KeyError: 'lost'"),
+        ("raise RuntimeError('two\\nlines')", "two lines"),
+        ("import sys\nsys.exit(1)", "SystemExit"),
+        ("", "config"),
+        ("config = 3", "not callable"),
+        ("def config():\n    return {'steps': 3}", "returned dict; it must return a dcjax.recipe.config.Config"),
+        ("def config():\n    pass", "returned NoneType"),
+        ("def config(steps):\n    pass", "steps"),
+        (
+            "from dcjax.recipe.config import *\ndef config():\n    return Config(steps=-1)",
+            "steps is -1; it must be at least 0",
+        ),
+        ("\0", "other.py"),
+    ],
+    ids=range(11),
+)
+def test_a_recipe_that_cannot_be_run_is_named_with_the_reason(refusal, body, expected):
+    message = refusal("train", recipe(body), "--run-dir", "run")
+    assert "other.py" in message and expected in message
+
+
+@pytest.mark.parametrize("spelled", [["--steppes", "3"], ["--steppes=3"], ["steppes=3"]], ids=" ".join)
+def test_an_unknown_field_brings_the_nearest_to_mind(refusal, spelled):
+    message = refusal("train", "tested", *spelled, "--run-dir", "run")
+    assert "--steppes" in message and "--steps INT" in message
+
+
+def test_an_unknown_field_of_a_section_brings_the_nearest_to_mind(refusal):
+    message = refusal("train", "tested", "--rollout.groupsize", "3")
+    assert "--rollout.groupsize" in message and "--rollout.group_size INT" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=many", ["many", "--steps INT"]),
+        ("steps=", ["--steps INT"]),
+        ("optimizer.learning_rate=fast", ["fast", "--optimizer.learning_rate FLOAT"]),
+        ("serving.format=int7", ["int7", "float32", "bf16", "int8"]),
+        ("objective.algorithm=ppo", ["ppo", "dc_grpo", "grpo"]),
+        ("objective.budget=-1", ["objective.budget is -1.0", "at least 0"]),
+        ("objective.budget=nan", ["objective.budget is nan"]),
+        ("rollout.group_size=1", ["rollout.group_size is 1", "at least 2"]),
+        ("optimizer.updates=3", ["rollout.prompts 4", "optimizer.updates 3"]),
+        ("optimizer.microbatch_size=5", ["16 sequences", "optimizer.microbatch_size 5"]),
+        ("rollout.max_prompt_length=6", ["rollout.max_prompt_length is 6", "needs 13 tokens"]),
+        ("rollout.max_response_length=12", ["rollout.max_response_length is 12", "needs"]),
+        ("mesh.fsdp=3", ["mesh.fsdp is 3", "does not divide the 64 embed"]),
+        ("mesh.data=3", ["mesh.data × mesh.fsdp × mesh.expert, 3"]),
+        ("mesh.tensor=16", ["mesh.tensor × mesh.context is 16", "4 query heads"]),
+        ("model.vocab_size=18", ["model.vocab_size is 18", "needs 19"]),
+        ("model.num_heads=3", ["model.num_heads 3", "model.num_kv_heads 2"]),
+        ("seed=-1", ["seed is -1", "at least 0"]),
+        ("seed=99999999999999999999", ["seed is 99999999999999999999"]),
+        ("name=a/b", ["'a/b'"]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_what_would_be_right(refusal, override, expected):
+    message = refusal("train", "tested", override, "--run-dir", "run")
+    for words in expected:
+        assert words in message, message
+
+
+def test_a_task_without_held_out_problems_is_refused_before_training(refusal):
+    tiny = ["task.min_operations=1", "task.max_operations=1", "task.max_operand=1", "task.max_value=1"]
+    message = refusal("train", "tested", *tiny, "--run-dir", "run")
+    assert "task" in message and "heldout" in message
+
+
+def test_a_flag_without_its_value_is_named(refusal):
+    assert "--run_dir" in refusal("train", "tested", "--run-dir")
+
+
+def test_a_word_that_is_no_override_is_named(refusal):
+    assert "stray" in refusal("train", "tested", "stray")
+
+
+def test_a_run_directory_below_a_file_cannot_be_made(refusal, directory):
+    (directory / "file").write_text("mine")
+    assert "file" in refusal("train", "tested", "--run-dir", "file/run")
+    assert "file" in refusal("train", "tested", "--run-dir", "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_directory_that_may_not_be_written_is_refused(refusal, directory):
+    locked = directory / "locked"
+    locked.mkdir(mode=0o500)
+    assert "locked" in refusal("train", "tested", "--run-dir", "locked/run")
+    assert "locked" in refusal("train", "tested", "--run-dir", "locked")
+
+
+def test_a_run_directory_of_another_config_is_refused_with_the_differing_fields(refusal, directory):
+    there = dataclasses.replace(recipe_config(), seed=5, objective=ObjectiveConfig(budget=0.125))
+    make_run(directory / "run", there)
+    message = refusal("train", "tested", "--run-dir", "run", "--seed", "6", "--checkpoint.every", "3")
+    assert "seed 6 (there 5)" in message
+    assert f"objective.budget {ObjectiveConfig().budget} (there 0.125)" in message
+    assert message.count("there") == 2
+
+
+def test_a_run_directory_that_another_process_holds_is_refused(refusal, directory):
+    make_run(directory / "run", recipe_config())
+    with open(directory / "run" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        message = refusal("train", "tested", "--run-dir", "run")
+    assert "another process" in message and "run" in message
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"steps": -1}', '{"wisdom": 3}', '{"task": 3}'])
+def test_a_damaged_config_is_named(refusal, directory, damage):
+    make_run(directory / "run")
+    (directory / "run" / "config.json").write_text(damage)
+    assert "run/config.json" in refusal("evaluate", "run")
+
+
+@pytest.mark.parametrize("source", ["missing", "missing/checkpoints/3", "."])
+def test_evaluating_what_is_no_run_is_refused(refusal, source):
+    assert "no run in" in refusal("evaluate", source)
+
+
+def test_evaluating_a_run_without_checkpoints_says_when_there_will_be_one(refusal, directory):
+    make_run(directory / "run")
+    message = refusal("evaluate", "run")
+    assert "no checkpoint in" in message and "after the warm start" in message
+
+
+def test_evaluating_a_missing_step_lists_those_there_are(refusal, directory):
+    make_run(directory / "run")
+    message = refusal("evaluate", "run/checkpoints/3")
+    assert "no checkpoint of step 3" in message and "none" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--format", "int7", "float32, bf16, fp16, int8_weight_only, int8, fp8_weight_only, fp8, int4"),
+        ("--prompts", "0", "evaluation.prompts is 0; it must be at least 1"),
+        ("--prompts", "few", "few"),
+        ("--temperature", "-1", "evaluation.temperature is -1.0; it must be at least 0"),
+        ("--temperature", "nan", "evaluation.temperature is nan"),
+        ("--tempo", "1", "--tempo"),
+    ],
+)
+def test_evaluating_with_a_setting_that_cannot_be_is_refused(refusal, directory, option, value, expected):
+    make_run(directory / "run")
+    assert expected in refusal("evaluate", "run", option, value)
+
+
+def test_a_report_of_what_is_no_run_is_refused(refusal, directory):
+    assert "missing/metrics.jsonl" in refusal("report", "missing")
+    make_run(directory / "run")
+    assert "run/metrics.jsonl" in refusal("report", "run")
+    (directory / "run" / "metrics.jsonl").write_text("not JSON\n{}\n")
+    assert "line 1" in refusal("report", "run")
+
+
+def test_a_report_says_where_it_is(capfd, directory):
+    make_run(directory / "run")
+    (directory / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert main(["report", "run"]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert output == f"plot:   {Path('run/report.png')}\nreport: {Path('run/report.html')}\n"
+    assert Path("run/report.png").stat().st_size > 0 and Path("run/report.html").stat().st_size > 0
+
+
+def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcjax.loop.train, "train", interrupted)
+    assert main(["train", "tested"]) == 130
+    errors = capfd.readouterr().err
+    assert errors.count("\n") == 1 and "the same command goes on" in errors
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "expected"),
+    [
+        (("evaluate", "run"), "dcjax.loop.evaluate.evaluate_source", "interrupted"),
+        (("report", "run"), "dcjax.reporting.run_report.write_report", "interrupted"),
+        (
+            ("convert", "inspect", "in"),
+            "dcjax.tools.convert.inspect_folder",
+            "interrupted; nothing is left half-written",
+        ),
+        (("convert", "import", "in", "out"), "dcjax.tools.convert.import_folder", "nothing is left half-written"),
+        (("convert", "export", "run", "out"), "dcjax.tools.convert.export_run", "nothing is left half-written"),
+    ],
+)
+def test_an_interrupted_command_that_does_not_resume_does_not_say_so(capfd, monkeypatch, command, function, expected):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    assert main(command) == 130
+    errors = capfd.readouterr().err
+    assert errors.startswith("dcjax: ") and errors.endswith(f"{expected}\n") and errors.count("\n") == 1

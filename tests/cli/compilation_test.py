@@ -1,0 +1,228 @@
+"""Programs are kept between processes, and told of while they are made."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import jax
+import pytest
+
+from dcjax.cli import compilation
+from dcjax.cli.compilation import keep_programs, programs_folder, told_of
+
+pytestmark = pytest.mark.heavy
+
+PROCESS = """
+import json, sys
+import jax
+from dcjax.cli.compilation import keep_programs
+
+read = []
+jax.monitoring.register_event_listener(lambda event, **about: read.append(event))
+keep_programs()
+value = jax.jit(lambda x: jax.numpy.sin(x) + 1)(jax.numpy.float32(0.5)).item()
+hits = sum(event.endswith("/cache_hits") for event in read)
+print(json.dumps({"value": value, "hits": hits, "bound": jax.config.jax_compilation_cache_max_size}))
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A cache folder of one's own, that no earlier setting of JAX stands before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def run(code=PROCESS):
+    """What a process of its own printed, and what it said on standard error."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), [line for line in done.stderr.splitlines() if line.startswith("dcjax")]
+
+
+def kept():
+    return sorted(programs_folder().glob("*-cache"))
+
+
+def test_a_second_process_reads_what_the_first_compiled(home):
+    first, _ = run()
+    assert first["hits"] == 0 and first["bound"] == compilation.MAX_BYTES
+    assert kept() and home in kept()[0].parents
+    assert programs_folder().stat().st_mode & 0o777 == 0o700
+    second, told = run()
+    assert second["hits"] == len(kept())
+    assert second["value"] == first["value"] and told == []
+
+
+def test_damaged_programs_are_compiled_again_without_a_word(home):
+    first, _ = run()
+    run()  # which notes the checksums of what the first wrote
+    flipped, torn, *others = kept()
+    sound = flipped.read_bytes()
+    flipped.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+    # as a process leaves it that is killed while it writes
+    torn.write_bytes(torn.read_bytes()[:40])
+    torn.with_name(torn.name.replace("-cache", "-atime")).unlink()
+    again, told = run()
+    assert again["hits"] == len(others)
+    assert again["value"] == first["value"] and told == []
+    assert flipped.read_bytes() != sound[:-9] and run()[0]["hits"] == len(others) + 2
+
+
+def test_what_is_kept_stays_within_the_bound(home):
+    """Of programs that take about 2.5 kB each; what was used last stays."""
+    bounded = PROCESS.replace(
+        "keep_programs()", "import dcjax.cli.compilation as c; c.MAX_BYTES = 8_000; keep_programs()"
+    )
+    seen = set()
+    for factor in (2, 3, 4):
+        run(bounded.replace("+ 1", f"+ jax.numpy.cos(x * {factor})"))
+        assert sum(path.stat().st_size for path in kept()) <= 8_000
+        seen |= set(kept())
+    assert len(kept()) < len(seen)
+    assert run(bounded.replace("+ 1", "+ jax.numpy.cos(x * 4)"))[0]["hits"] == 2
+
+
+@pytest.mark.parametrize("noted", ["", "[1]", "no JSON", '{"a": 1}'])
+def test_checksums_that_are_lost_or_odd_cost_nothing(home, noted):
+    folder = programs_folder()
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "x-cache").write_bytes(b"program")
+    (folder / "x-atime").write_bytes(b"12345678")
+    (folder / compilation.CHECKSUMS).write_text(noted)
+    compilation._prepare(folder)
+    assert json.loads((folder / compilation.CHECKSUMS).read_text()) == {"x-cache": zlib.crc32(b"program")}
+    assert {path.name for path in folder.iterdir()} == {"x-cache", "x-atime", ".lockfile", compilation.CHECKSUMS}
+
+
+def test_a_folder_into_which_others_can_write_is_not_used(home, capsys):
+    programs_folder().mkdir(parents=True)
+    programs_folder().chmod(0o777)
+    keep_programs()
+    told = capsys.readouterr().err
+    assert told.startswith("dcjax: compiled programs are not kept: ") and told.count("\n") == 1
+    assert "others can write into it" in told and str(programs_folder()) in told
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_cannot_be_made_costs_a_line(home, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    found, told = run()
+    assert found["hits"] == 0 and len(told) == 1
+    assert told[0].startswith("dcjax: compiled programs are not kept: ") and "Not a directory" in told[0]
+
+
+def test_a_folder_that_another_process_holds_for_long_costs_a_line(home, capsys, monkeypatch):
+    programs_folder().mkdir(parents=True, mode=0o700)
+
+    class Held(compilation.filelock.FileLock):
+        def __init__(self, path, timeout):
+            super().__init__(path, timeout=0.05)
+
+    with compilation.filelock.FileLock(programs_folder() / ".lockfile"):
+        monkeypatch.setattr(compilation.filelock, "FileLock", Held)
+        keep_programs()
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_programs_are_of_a_compiler_and_a_kind_of_cpu(home, monkeypatch):
+    ours = programs_folder()
+    assert programs_folder() == ours
+    monkeypatch.setattr(compilation, "_cpu_features", lambda: ["avx2", "fma"])
+    other = programs_folder()
+    monkeypatch.setattr(compilation.metadata, "version", lambda name: "0.0.1")
+    assert len({ours, other, programs_folder()}) == 3
+
+
+def test_without_a_cache_nothing_is_kept(home):
+    code = "from dcjax.cli import main; print(main([{0}'evaluate', '{1}']))"
+    missing = home / "no-run"
+    assert run(code.format("'--no-compilation-cache', ", missing))[0] == 2
+    assert not programs_folder().exists()
+    assert run(code.format("", missing))[0] == 2
+    assert programs_folder().exists()
+
+
+def test_a_folder_that_jax_has_already_is_left_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    assert list(tmp_path.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def compile_for(seconds, name="jit(train_step)"):
+    """What JAX tells of a program that compiles for so long."""
+    jax.monitoring.record_scalar(compilation._COMPILATION, 0.0, fun_name=name)
+    time.sleep(seconds)
+    jax.monitoring.record_event_duration_secs(compilation._COMPILATION, 31.4, fun_name=name)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(compilation, "SILENT", 0.05)
+
+
+def test_a_long_compilation_is_told_of_while_it_goes_on(quick):
+    seen, stream = [], io.StringIO()
+    with told_of(stream):
+        jax.monitoring.record_scalar(compilation._COMPILATION, 0.0, fun_name="jit(_begin)")
+        for _ in range(400):
+            if stream.getvalue():
+                break
+            time.sleep(0.01)
+        seen.append(stream.getvalue())
+        jax.monitoring.record_event_duration_secs(compilation._COMPILATION, 31.4, fun_name="jit(_begin)")
+    assert seen == ["compiling begin …"]
+    assert stream.getvalue() == "compiling begin … 31 s\n"
+
+
+def test_a_short_compilation_is_not_told_of():
+    stream = io.StringIO()
+    with told_of(stream):
+        jax.monitoring.record_scalar(compilation._COMPILATION, 0.0, fun_name="jit(add)")
+        jax.monitoring.record_event_duration_secs(compilation._COMPILATION, 0.02, fun_name="jit(add)")
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/other", 31.0, fun_name="jit(add)")
+    assert stream.getvalue() == ""
+
+
+def test_behind_the_context_nothing_is_told(quick):
+    stream = io.StringIO()
+    with told_of(stream):
+        pass
+    compile_for(0.2)
+    assert stream.getvalue() == ""
+
+
+def test_what_threads_compile_is_told_of_behind_the_line_that_is_begun(quick):
+    stream = io.StringIO()
+    with told_of(stream):
+        jax.monitoring.record_scalar(compilation._COMPILATION, 0.0, fun_name="jit(train_step)")
+        while not stream.getvalue():
+            time.sleep(0.01)
+        beside = threading.Thread(target=compile_for, args=(0, "jit(decode)"))
+        beside.start()
+        beside.join()
+        jax.monitoring.record_event_duration_secs(compilation._COMPILATION, 5.0, fun_name="jit(train_step)")
+    assert stream.getvalue() == "compiling train step … 5 s\ncompiling decode … 31 s\n"
+
+
+def test_on_a_terminal_a_line_is_left_above_the_bars(quick):
+    stream = Terminal()
+    with told_of(stream):
+        compile_for(0.3)
+    assert "compiling train step … 31 s\n" in stream.getvalue()

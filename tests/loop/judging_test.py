@@ -1,0 +1,200 @@
+"""What responses are judged by, in whatever order they end, on however many hosts."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcjax.data.datasets import Example
+from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
+from dcjax.data.tokenizers import byte_tokenizer
+from dcjax.errors import RunError
+from dcjax.loop.judging import TOLD, Judging, check_golds, open_scorer
+from dcjax.recipe.config import Config, RewardConfig, RolloutConfig
+from dcjax.rewards.boxed import integer_reward
+from dcjax.rewards.pool import Pending, RewardPool
+from dcjax.rewards.scorer import InProcess
+from dcjax.serving.rollout import Ended
+
+pytestmark = pytest.mark.heavy
+
+TOKENIZER = byte_tokenizer()
+G, PROBLEMS = 3, [MathProblem("?", str(gold)) for gold in range(4)]
+# of each problem: right, wrong, right but cut
+ANSWERS = [(answer, ended) for gold in range(4) for answer, ended in ((gold, True), (gold + 1, True), (gold, False))]
+RIGHT = [1.0, 0.0, 0.0] * 4
+
+
+def ended(samples, by=TOKENIZER.eos_token_id):
+    def tokens(answer, finished):
+        ids = TOKENIZER(rf"it is \boxed{{{answer}}}", add_special_tokens=False)["input_ids"]
+        return np.array(ids + [by] * finished, np.int32)
+
+    return Ended(
+        samples=np.array(samples, int),
+        responses=[tokens(*ANSWERS[sample]) for sample in samples],
+        finished=np.array([ANSWERS[sample][1] for sample in samples], bool),
+    )
+
+
+def judged(*parts):
+    judging = Judging(InProcess(integer_reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    for part in parts:
+        judging.begin(ended(part))
+    return judging.result()
+
+
+def test_whatever_token_ended_a_response_is_not_judged():
+    """One that the tokenizer does not hold for special: an answer begun anew, which would be wrong."""
+    seen = []
+
+    def reward(text, gold, *, finished):
+        seen.append(text)
+        return integer_reward(text, gold, finished=finished)
+
+    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    judging.begin(ended(range(12), by=TOKENIZER("}", add_special_tokens=False)["input_ids"][0]))
+    assert judging.result().tolist() == RIGHT
+    assert seen == [rf"it is \boxed{{{answer}}}" for answer, _ in ANSWERS]
+
+
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(0, 12), max_size=4))
+def test_the_order_in_which_samples_end_does_not_matter(order, cuts):
+    bounds = [0, *sorted(cuts), 12]
+    parts = [sorted(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
+    scores = judged(*parts)
+    assert scores.dtype == np.float32 and scores.tolist() == RIGHT
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_hosts_judge_their_shares_which_are_all_of_it(monkeypatch, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    scores = []
+    for number in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        scores.append(judged([1, 4, 5, 9, 11], [0, 2, 3, 6, 7, 8, 10]))
+    assert np.concatenate(scores).tolist() == RIGHT
+    assert max(map(len, scores)) <= -(-4 // processes) * G
+
+
+def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
+    with open_scorer(Config()) as scorer:
+        assert scorer == InProcess(integer_reward)
+    function = "dcjax.rewards.math:math_reward"
+    with open_scorer(Config(reward=RewardConfig(function=function, workers=1))) as scorer:
+        assert isinstance(scorer, RewardPool)
+        # what the task's own reward would refuse
+        assert scorer.submit([r"\boxed{12-4}"], ["8"], [True]).result().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
+    with pytest.raises(RunError, match=r"reward\.function is 'my:own', which cannot be imported"):
+        open_scorer(Config(reward=RewardConfig(function="my:own", workers=workers)))
+
+
+def raising(text, gold, *, finished):
+    return {"0": 1.0}[gold]
+
+
+def no_number(text, gold, *, finished):
+    return 1.0 if gold == "0" else float("nan")
+
+
+def too_large(text, gold, *, finished):
+    return 1.0 if gold == "0" else 1e300  # an infinity in float32
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (raising, "KeyError: '1'"),
+        (no_number, "ValueError: the reward is nan, for gold '1'; it must be a finite number"),
+        (too_large, r"ValueError: the reward is 1e\+300, for gold '1'; it must be a finite number"),
+    ],
+)
+def test_a_reward_that_raises_or_is_not_finite_ends_the_run_in_one_line(reward, told):
+    """No number was a wrong answer in evaluation once, and laid to the learning rate in training."""
+    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    judging.begin(ended([1, 4, 7]))
+    judging.begin(ended([0, 2, 3, 5, 6, 8, 9, 10, 11]))
+    with pytest.raises(RunError, match=f"failed on response 4: {told}; a reward returns a number") as caught:
+        judging.result()
+    assert "\n" not in str(caught.value)
+
+
+class Stopping:
+    """Says that so many answers of each batch took too long."""
+
+    counters = None
+
+    def __init__(self, timeouts):
+        self.timeouts = timeouts
+
+    def submit(self, texts, golds, finished):
+        pending = Pending.of([0.0] * len(texts))
+        pending.timeouts = self.timeouts
+        return pending
+
+
+@pytest.mark.parametrize("timeouts, told", [(0, False), (3, False), (4, True)])
+def test_a_batch_of_which_most_answers_take_too_long_is_told_of(capsys, timeouts, told):
+    judging = Judging(Stopping(timeouts), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    for part in (range(6), range(6, 12)):
+        judging.begin(ended(part))
+    judging.result()
+    errors = capsys.readouterr().err
+    line = (
+        f"dcjax: {2 * timeouts} of 12 answers took longer than an answer may (reward.timeout) and score 0; allow more "
+    )
+    assert errors.startswith(line) if told else errors == ""
+
+
+def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "slow_reward_for_this_test.py").write_text(
+        "import time\ndef judge(text, gold, *, finished): time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = RewardConfig(function="slow_reward_for_this_test:judge", workers=1, warm_up=0.2)
+    with open_scorer(Config(reward=reward)) as scorer:
+        judging = Judging(scorer, TOKENIZER, PROBLEMS, samples_per_prompt=G)
+        judging.begin(ended(range(12)))
+        with pytest.raises(RunError, match=r"first call in a worker took more than warm_up, 0\.2 s; raise") as caught:
+            judging.result()
+        assert "\n" not in str(caught.value)
+
+
+def of_golds(*golds):
+    return MathProblems([], [], [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)], {})
+
+
+MATH = Config(
+    task=MathTask(),
+    rollout=RolloutConfig(max_prompt_length=1024),
+    reward=RewardConfig(workers=1),
+)
+
+
+def test_golds_that_cannot_be_read_are_named_before_a_run(capsys):
+    check_golds(MATH, of_golds("7", r"A \cap B", "5.", "np.arcsin(10/13)"))
+    assert capsys.readouterr().err.splitlines() == [
+        r"dcjax: minerva: gold 'A \\cap B' of id1 cannot be read",
+        "dcjax: minerva: gold 'np.arcsin(10/13)' of id3 cannot be read",
+        "dcjax: 2 of 4 golds cannot be read: of these only their own text is right, and any other spelling scores 0",
+    ]
+    check_golds(MATH, of_golds("7", "5.", r"\frac{1}{2}"))
+    assert capsys.readouterr().err == ""
+
+
+def test_of_many_golds_that_cannot_be_read_some_are_named(capsys):
+    check_golds(MATH, of_golds(*["{" * number for number in range(1, TOLD + 6)]))
+    *named, last = capsys.readouterr().err.splitlines()
+    assert len(named) == TOLD and "25 of 25 golds cannot be read (5 more are not listed; dcjax data lists all)" in last
+
+
+def test_nothing_is_said_of_golds_that_a_users_own_reward_reads(capsys):
+    check_golds(Config(reward=RewardConfig(function="dcjax.rewards.boxed:integer_reward")), of_golds(r"A \cap B"))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,134 @@
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcjax.tools.probe.gaps import FIGURES, Stage
+from dcjax.tools.probe.probe import Probe
+from dcjax.tools.probe.tables import draw, stage_label, to_json, to_text, write_probe
+
+
+def gap(mean):
+    return dict.fromkeys(FIGURES, mean) | {"prob_diff_max": 10 * mean}
+
+
+RESULT = Probe(
+    source="run $x^",
+    step=40,
+    format="int8",
+    kv_cache="int8",
+    responses=3,
+    tokens=17,
+    stages=[
+        Stage("decode_path", "float32", gap(1e-7), gap(1e-7)),
+        Stage("kv_cache", "int8", gap(0.0123), gap(0.0456)),
+        Stage("as_sampled", "", gap(0.0), gap(0.0456)),
+    ],
+    total=gap(0.0456),
+    recommended_budget=0.0684,
+    formats={
+        "float32": gap(1e-7) | {"bytes": 4096, "float32_bytes": 4096, "quantized": []},
+        "int8": gap(0.0456) | {"bytes": 1024, "float32_bytes": 4096, "quantized": ["q_proj"]},
+        "int4": {"not_served": "groups of 32 do not fit"},
+    },
+    by_position=[{"from": 0, "to": 1, "tokens": 3, "prob_diff_mean": 0.1, "prob_diff_max": 0.2}],
+    by_probability=[{"from": 0.9, "to": 0.99, "tokens": 17, "prob_diff_mean": 0.03, "prob_diff_max": 0.2}],
+    by_layer=[{"layer": 0, "relative_error": 0.011}, {"layer": 1, "relative_error": 0.022}],
+    worst_tokens=[
+        {
+            "response": 1,
+            "position": 2,
+            "before": "1+2=",
+            "token": r"\x1b[",
+            "behind": "3",
+            "trained": 0.75,
+            "sampled": 0.25,
+            "prob_diff": 0.5,
+        }
+    ],
+    sharding={"not_measured": "one device"},
+    sampling={"temperature": 0.7, "top_k": 0, "top_p": 1.0} | gap(0.31),
+    routing=None,
+)
+ROUTED = dataclasses.replace(
+    RESULT,
+    step=None,
+    sharding={"mesh": {"tensor": 2}} | gap(2e-6),
+    routing={
+        "changed_experts": {"any_layer": 0.125, "mean_layer": 0.0625},
+        "with_replay": gap(0.01),
+        "without_replay": gap(0.02),
+    },
+)
+
+
+def row(text, start):
+    (line,) = (line for line in text.splitlines() if line.strip().startswith(start))
+    return line
+
+
+def test_the_table_has_a_row_for_each_stage_with_its_own_and_the_whole_gap():
+    line = row(to_text(RESULT), "kv cache (int8)")
+    assert "0.0123" in line and "0.123" in line and "in all 0.0456" in line
+    assert "0" in row(to_text(RESULT), "as sampled").split()
+
+
+def test_the_table_tells_what_was_not_measured_and_not_served():
+    text = to_text(RESULT)
+    assert "sharding was not measured: one device" in text
+    assert "int4: groups of 32 do not fit" in text
+    assert "1,024 (0.250)" in text
+    assert "temperature 0.7, top_k 0, top_p 1" in text
+    assert "recommended budget: 0.0684" in text
+    assert r"1+2=[\x1b[]3" in text
+    assert "run $x^ at step 40, served in int8" in text
+
+
+def test_the_table_of_a_model_with_experts_has_their_rows():
+    text = to_text(ROUTED)
+    assert "12.50% of the tokens" in text and "6.25% in the mean layer" in text
+    assert "0.02" in row(text, "without routing replay") and "0.01" in row(text, "with routing replay")
+    assert "2e-06" in row(text, "sharding (tensor 2)")
+    assert text.startswith("run $x^, served")
+
+
+@pytest.mark.parametrize("result", [RESULT, ROUTED])
+def test_no_line_is_wider_than_a_wide_terminal(result):
+    assert max(map(len, to_text(result).splitlines())) <= 150
+
+
+def test_json_is_one_line_that_reads_back_as_the_result():
+    line = to_json(RESULT)
+    assert "\n" not in line
+    assert json.loads(line) == json.loads(json.dumps(dataclasses.asdict(RESULT)))
+
+
+def test_json_refuses_what_is_no_number():
+    with pytest.raises(ValueError):
+        to_json(dataclasses.replace(RESULT, recommended_budget=math.nan))
+
+
+@pytest.mark.parametrize("result", [RESULT, ROUTED])
+def test_the_picture_has_six_panels_in_colour(result):
+    image = np.asarray(Image.open(io.BytesIO(draw(result))).convert("RGB")).astype(int)
+    assert image.shape == (924, 1650, 3)
+    half, third = image.shape[0] // 2, image.shape[1] // 3
+    for top in (0, half):
+        for left in range(0, 3 * third, third):
+            panel = image[top : top + half, left : left + third]
+            assert (np.ptp(panel, axis=2) > 100).sum() > 50
+
+
+def test_both_files_are_written(tmp_path):
+    data, picture = write_probe(RESULT, tmp_path / "a" / "b")
+    assert json.loads(data.read_text()) == json.loads(to_json(RESULT))
+    assert picture.read_bytes() == draw(RESULT)
+
+
+def test_a_stage_reads_as_words():
+    assert stage_label("stale_weights", "step 3") == "stale weights (step 3)"
+    assert stage_label("as_sampled", "") == "as sampled"
