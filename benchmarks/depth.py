@@ -22,7 +22,7 @@ from timing import environment, pin  # pyrefly: ignore[missing-import]
 
 from dcjax.models import ModelConfig, init_params
 from dcjax.models.cache import stack_layers
-from dcjax.serving.decoder import AS_WRITTEN, Decoder
+from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import ServingParams, make_sync
@@ -51,7 +51,7 @@ def measure(decoder: Decoder, params: ServingParams) -> dict[str, float]:
     }
     found = {}
     for name, (function, inputs, count) in programs.items():
-        lowered = jax.jit(function, compiler_options=AS_WRITTEN).lower(*inputs)
+        lowered = jax.jit(function, compiler_options=NO_EXCESS_PRECISION).lower(*inputs)
         found[f"compile_{name}"], program = cpu_seconds(lowered.compile)
         found[name] = min(cpu_seconds(lambda p=program, i=inputs: p(*i))[0] for _ in range(ROUNDS)) / count
     return found

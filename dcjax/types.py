@@ -44,7 +44,7 @@ class Rollout:
     # log of the share of the whole softmax that the tokens held which could be drawn; 0 where all could
     log_mass: Float[Array, "B T"]
     # those tokens, -1 behind them, or all -1 where all could be drawn; None where the engine records none
-    support: Int[Array, "B T K"] | None = None
+    candidate_tokens: Int[Array, "B T K"] | None = None
     # experts that the M sparse layers chose for all tokens but the last; None where the engine records none
     experts: Int[Array, "B S-1 M k"] | None = None
 
@@ -61,7 +61,7 @@ class Batch:
     rewards: Float[Array, "B"]
     group_rewards: Float[Array, "B G"]
     # as the rollout's: the trainer draws from the same tokens, and sends them to the same experts, as the sampler
-    support: Int[Array, "B T K"] | None = None
+    candidate_tokens: Int[Array, "B T K"] | None = None
     experts: Int[Array, "B S-1 M k"] | None = None
 
     @property

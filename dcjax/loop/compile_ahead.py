@@ -52,7 +52,9 @@ def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) ->
 
 
 def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
-    initializer = assemble.state_initializer(config, mesh, make_optimizer(config), assemble.Kept.by(config))
+    initializer = assemble.state_initializer(
+        config, mesh, make_optimizer(config), assemble.PastParams.needed_by(config)
+    )
     initializer.lower(params).compile()
 
 

@@ -152,7 +152,7 @@ class Trainer:
             params = warm_start(self.config, self.mesh, self.tokenizer)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         loop = LoopState(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
-        tx, kept = make_optimizer(self.config), assemble.Kept.by(self.config)
+        tx, kept = make_optimizer(self.config), assemble.PastParams.needed_by(self.config)
         return assemble.initial_state(self.config, self.mesh, tx, params, kept), loop
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -276,7 +276,7 @@ class Trainer:
             temperature=rollout.temperature,
             rewards=rewards,
             group_rewards=np.asarray(group_rewards(rewards, group_size=config.rollout.group_size)),
-            support=rollout.support,
+            candidate_tokens=rollout.candidate_tokens,
             experts=rollout.experts,
         )
         try:

@@ -37,7 +37,7 @@ def token_logps(
     temperature: Float[Array, "B"],
     segment_ids: Integer[Array, "B S"] | None = None,
     experts: Integer[Array, "M B S-1 k"] | None = None,
-    support: Integer[Array, "B T K"] | None = None,
+    candidate_tokens: Integer[Array, "B T K"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
@@ -56,7 +56,7 @@ def token_logps(
       segment_ids: packed sequences, as for `hidden_states`; the first token of each is predicted from nothing, so its
         score means nothing.
       experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
-      support: of each response token, the tokens that the sampler could draw, -1 behind them; a row of -1 stands for
+      candidate_tokens: of each response token, the tokens that could be drawn, -1 behind them; a row of -1 stands for
         the whole vocabulary, as its absence does.
       layout: how devices share the work.
 
@@ -68,7 +68,7 @@ def token_logps(
             f"response_length is {response_length}; of {tokens.shape[1]} tokens it must leave at least one"
         )
     tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
-    support = None if support is None else as_integers("support", support)
+    candidate_tokens = None if candidate_tokens is None else as_integers("candidate_tokens", candidate_tokens)
     # the last token predicts nothing
     mask, segments = (None if x is None else x[:, :-1] for x in (attention_mask, segment_ids))
     hidden, router = hidden_states(
@@ -76,27 +76,27 @@ def token_logps(
     )
     hidden, targets = hidden[:, -response_length:], tokens[:, -response_length:]
 
-    def score(hidden, targets, support):
+    def score(hidden, targets, candidate_tokens):
         hidden = layout.constrain(hidden, RESIDUAL)
         scaled = logits(config, params, hidden, layout) / temperature[:, None, None]
-        return _score(scaled if support is None else _restrict(scaled, support), targets)
+        return _score(scaled if candidate_tokens is None else _restrict(scaled, candidate_tokens), targets)
 
     chunks = -(-response_length // config.head_chunk)
     columns = round_up(-(-response_length // chunks), layout.column_multiple)
     if columns == response_length:
-        return TokenScores(*score(hidden, targets, support), router)
-    parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, support))
+        return TokenScores(*score(hidden, targets, candidate_tokens), router)
+    parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, candidate_tokens))
     scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), parts)
     logps, entropy = (x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length] for x in scored)
     return TokenScores(logps, entropy, router)
 
 
-def _restrict(logits: Float[Array, "B C V"], support: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
+def _restrict(logits: Float[Array, "B C V"], candidate_tokens: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
     """So low a logit for tokens that could not be drawn that their probability is 0, but still finite."""
     rows, columns = jnp.arange(len(logits))[:, None, None], jnp.arange(logits.shape[1])[:, None]
-    ids = jnp.where(support < 0, logits.shape[-1], support)
+    ids = jnp.where(candidate_tokens < 0, logits.shape[-1], candidate_tokens)
     kept = jnp.zeros(logits.shape, bool).at[rows, columns, ids].set(True, mode="drop")
-    whole = jnp.all(support < 0, axis=-1, keepdims=True)
+    whole = jnp.all(candidate_tokens < 0, axis=-1, keepdims=True)
     return jnp.where(kept | whole, logits, jnp.finfo(logits.dtype).min / 2)
 
 

@@ -51,7 +51,7 @@ def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tu
         response_length=batch.response_mask.shape[1],
         temperature=batch.temperature,
         experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
-        support=batch.support,
+        candidate_tokens=batch.candidate_tokens,
         layout=mesh_layout(mesh),
     )
     return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
@@ -100,7 +100,7 @@ def _fresh_params(model: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Param
 
 
 @dataclass(frozen=True)
-class Kept:
+class PastParams:
     """Past parameters that a TrainState holds beside its own."""
 
     # those that RL started from
@@ -109,20 +109,20 @@ class Kept:
     history: int = 0
 
     @classmethod
-    def by(cls, config: Config) -> Kept:
+    def needed_by(cls, config: Config) -> PastParams:
         """What RL needs."""
         return cls(
             reference=bool(config.objective.kl_coefficient), history=config.rollout.ahead or config.mismatch.staleness
         )
 
 
-def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept = Kept()) -> Any:
+def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: PastParams = PastParams()) -> Any:
     """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
     return _state_shardings(config.model, mesh, tx, kept)
 
 
 @cache
-def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Any:
     params = shardings(mesh, logical_axes(model))
     everywhere: Any = replicated(mesh)
     shapes = abstract_params(model)
@@ -143,7 +143,7 @@ def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) 
     )
 
 
-def _create_state(tx: Optimizer, kept: Kept, params: Params) -> TrainState:
+def _create_state(tx: Optimizer, kept: PastParams, params: Params) -> TrainState:
     def copied() -> Params:
         # the step donates the parameters' own buffers
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
@@ -163,25 +163,27 @@ def abstract_starting_params(config: Config, mesh: Mesh) -> Params:
     return with_shardings(abstract_params(config.model), params_shardings(config, mesh))
 
 
-def initial_state(config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: Kept = Kept()) -> TrainState:
+def initial_state(
+    config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: PastParams = PastParams()
+) -> TrainState:
     """Step 0 from given parameters, which are donated."""
     return state_initializer(config, mesh, tx, kept)(params)
 
 
-def state_initializer(config: Config, mesh: Mesh, tx: Optimizer, kept: Kept) -> Any:
+def state_initializer(config: Config, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Any:
     """`initial_state`'s program, from params to a state."""
     return _initializer(config.model, mesh, tx, kept)
 
 
 @cache
-def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: Kept) -> Callable[[Params], TrainState]:
+def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Callable[[Params], TrainState]:
     places = _state_shardings(model, mesh, tx, kept)
     return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
-    tx, kept = make_optimizer(config), Kept.by(config)
+    tx, kept = make_optimizer(config), PastParams.needed_by(config)
     shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
     return with_shardings(shapes, state_shardings(config, mesh, tx, kept))
 
@@ -203,12 +205,14 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
         temperature=array(np.float32),
         rewards=array(np.float32),
         group_rewards=array(np.float32, rollout.group_size),
-        support=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
+        candidate_tokens=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
         experts=array(np.int16, *routed) if rollout.replay_routing else None,
     )
 
 
-def compile_step(config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: Kept = Kept()) -> TrainStep:
+def compile_step(
+    config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: PastParams = PastParams()
+) -> TrainStep:
     """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
     state = state_shardings(config, mesh, tx, kept)
     return jax.jit(
@@ -237,7 +241,7 @@ def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         updates=optimizer.updates,
         ahead=config.rollout.ahead > 0,
     )
-    return compile_step(config, mesh, tx, step, Kept.by(config))
+    return compile_step(config, mesh, tx, step, PastParams.needed_by(config))
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:
@@ -293,7 +297,7 @@ def make_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3E
             end_tokens=end_tokens,
             steps_per_call=serving.steps_per_call,
             prefill_tokens=serving.prefill_tokens,
-            max_support=rollout.top_k,
+            max_candidates=rollout.top_k,
             records_experts=rollout.replay_routing,
             mismatch=config.mismatch,
             mesh=rollout_mesh(config, mesh),

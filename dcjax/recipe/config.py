@@ -469,7 +469,7 @@ def on_one_device(config: Config) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig(), serving=serving)
 
 
-WHERE_NOT_WHAT = (
+FREE_TO_CHANGE_ON_RESUME = (
     "run_dir",
     "checkpoint",
     "mesh",
@@ -543,6 +543,6 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which two `to_dict`s describe different runs: name -> (ours, theirs)."""
     ours, theirs = flatten(ours), flatten(theirs)
-    names = [name for name in ours | theirs if not {name, name.split(".")[0]} & set(WHERE_NOT_WHAT)]
+    names = [name for name in ours | theirs if not {name, name.split(".")[0]} & set(FREE_TO_CHANGE_ON_RESUME)]
     pairs = {name: (ours.get(name), theirs.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -27,7 +27,7 @@ from dcjax.types import Array
 NOISE_AHEAD = 2**22
 """Random numbers that are drawn at once, before the steps that use them."""
 
-AS_WRITTEN = {"xla_allow_excess_precision": False}
+NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 """Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and divides them."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
@@ -83,7 +83,7 @@ class Emitted:
     valid: Bool[Array, "slots"]
     # of `sampling.Distribution`
     log_mass: Float[Array, "slots"]
-    support: Int[Array, "slots K"]
+    candidate_tokens: Int[Array, "slots K"]
     # of the token that was fed; None unless recorded
     experts: Int[Array, "slots M k"] | None
     # the residual stream behind each layer; None unless asked for
@@ -103,7 +103,7 @@ class Decoder:
     max_prompt_length: int
     max_response_length: int
     # largest top_k, whose tokens are then recorded; 0 records none
-    max_support: int
+    max_candidates: int
     max_stop_tokens: int
     records_experts: bool
     prefill_tokens: int
@@ -271,7 +271,7 @@ class Decoder:
             logps=sampling.log_probs(drawn_from, tokens),
             valid=state.active,
             log_mass=drawn_from.log_mass,
-            support=drawn_from.support,
+            candidate_tokens=drawn_from.candidate_tokens,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
         )
@@ -333,7 +333,7 @@ class Decoder:
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise
-        return parallel.distribution(self.mesh, logits, state.requests.sampling, self.max_support)
+        return parallel.distribution(self.mesh, logits, state.requests.sampling, self.max_candidates)
 
     def _recorded(self, decoded: Decoded) -> Array | None:
         """Experts [B, S, M, k], if they are recorded at all; 16 bits count all that there are."""

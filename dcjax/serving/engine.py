@@ -21,7 +21,7 @@ from dcjax.models import ModelConfig
 from dcjax.models.cache import stack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving import quantize
-from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Prefix, Requests
+from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Prefix, Requests
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams
@@ -30,7 +30,7 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import with_shardings
 from dcjax.types import Array, Params
 
-_prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=AS_WRITTEN)
+_prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=NO_EXCESS_PRECISION)
 
 
 @flax.struct.dataclass
@@ -103,7 +103,7 @@ def _programs(decoder: Decoder) -> _Programs:
             _generate,
             static_argnums=(0, 3),
             donate_argnums=2,
-            compiler_options=AS_WRITTEN,
+            compiler_options=NO_EXCESS_PRECISION,
             out_shardings=(places, None),
         ),
     )
@@ -149,7 +149,7 @@ class Qwen3Engine(engine_api.Engine):
       end_tokens: ids that end a response unless a request names others; themselves sampled, scored and returned.
       steps_per_call: tokens that are decoded in each slot before ended samples are replaced.
       prefill_tokens: tokens in one pass of the prefill: of several prompts, or a piece of a long one.
-      max_support: largest top_k of a request; the tokens that it leaves are recorded. 0 records none, for any top_k.
+      max_candidates: largest top_k of a request; the tokens that it leaves are recorded. 0 records none, for any top_k.
       max_stop_tokens: how many ids a request may name; where there are more end tokens, the next power of two.
       records_experts: the choices of an MoE's routers are recorded.
       mismatch: what is added to the engine's own numerics; its staleness is the trainer's affair.
@@ -175,7 +175,7 @@ class Qwen3Engine(engine_api.Engine):
         end_tokens: Sequence[int],
         steps_per_call: int = 1,
         prefill_tokens: int = 4096,
-        max_support: int = 0,
+        max_candidates: int = 0,
         max_stop_tokens: int = 4,
         records_experts: bool = False,
         mismatch: MismatchConfig = NO_MISMATCH,
@@ -186,7 +186,7 @@ class Qwen3Engine(engine_api.Engine):
         sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens}
         for name, size in sizes.items():
             _require_within(name, [size], 1)
-        _require_within("max_support", [max_support], 0, config.vocab_size)
+        _require_within("max_candidates", [max_candidates], 0, config.vocab_size)
         if mismatch.routing_flips and config.num_experts <= config.num_experts_per_tok:
             raise ValueError(
                 f"mismatch.routing_flips is {mismatch.routing_flips}; it needs a model with experts that a token "
@@ -204,7 +204,7 @@ class Qwen3Engine(engine_api.Engine):
             format=self.format,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
-            max_support=max_support,
+            max_candidates=max_candidates,
             # few capacities for all models, so that they share programs
             max_stop_tokens=max(max_stop_tokens, 1 << (len(end_tokens) - 1).bit_length()),
             records_experts=records_experts,
@@ -366,13 +366,13 @@ class Qwen3Engine(engine_api.Engine):
         limit = self.max_response_length
         drawn = SamplingParams(
             temperatures=column("temperature", temperatures, np.float32, 0),
-            top_ks=column("top_k", top_ks, np.int32, 0, self.decoder.max_support or self.config.vocab_size),
+            top_ks=column("top_k", top_ks, np.int32, 0, self.decoder.max_candidates or self.config.vocab_size),
             top_ps=column("top_p", top_ps, np.float32, float(np.finfo(np.float32).tiny), 1),
         )
-        if self.decoder.max_support and (unbounded := (drawn.top_ks == 0) & (drawn.top_ps < 1)).any():
+        if self.decoder.max_candidates and (unbounded := (drawn.top_ks == 0) & (drawn.top_ps < 1)).any():
             raise ValueError(
                 f"top_p is {drawn.top_ps[unbounded][0]:g} without top_k; this engine records what is left of truncated "
-                f"distributions, so it takes a top_k of 1 to {self.decoder.max_support} with it"
+                f"distributions, so it takes a top_k of 1 to {self.decoder.max_candidates} with it"
             )
         return Requests(
             limits=column("limit of a response", limit if limits is None else limits, np.int32, 1, limit),

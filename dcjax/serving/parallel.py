@@ -129,17 +129,17 @@ def most_probable(mesh: Mesh, probabilities: Float[Array, "B S E"], count: int) 
 
 
 def distribution(
-    mesh: Mesh, logits: Float[Array, "B V"], params: SamplingParams, max_support: int
+    mesh: Mesh, logits: Float[Array, "B V"], params: SamplingParams, max_candidates: int
 ) -> sampling.Distribution:
     """`sampling.distribution`, each copy's of its own rows; whole rows are gathered only where they are truncated."""
     if mesh.size == 1:
-        return sampling.distribution(logits, params, max_support=max_support)
+        return sampling.distribution(logits, params, max_candidates=max_candidates)
     shares: Any = partition_spec(SCORES, SERVING_RULES)
     rows: Any = partition_spec(ROWS, SERVING_RULES)
     width = logits.shape[1] // mesh.shape[WITHIN]
     divided = partial(
         sampling.distribution,
-        max_support=max_support,
+        max_candidates=max_candidates,
         gather=lambda share: lax.all_gather(share, WITHIN, axis=1, tiled=True),
         own=lambda whole: lax.dynamic_slice_in_dim(whole, lax.axis_index(WITHIN) * width, width, axis=1),
     )

@@ -14,13 +14,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from dcjax.serving.decoder import AS_WRITTEN, Decoder, DecodeState, Emitted, Prefix, Requests
+from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Emitted, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import EVERYWHERE, named, pinned
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Params, Rollout
 
-TURNS = 64
+REFILLS_PER_CALL = 64
 """Times that one call decodes `steps_per_call` tokens and refills: then the host has a say."""
 
 
@@ -32,7 +32,7 @@ class Samples:
     logps: Float[Array, "N T"]
     versions: Int[Array, "N T"]
     log_mass: Float[Array, "N T"]
-    support: Int[Array, "N T K"]
+    candidate_tokens: Int[Array, "N T K"]
     # of the token before each
     experts: Int[Array, "N T M k"] | None
     lengths: Int[Array, "N"]
@@ -132,9 +132,9 @@ class Sampling:
         self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
-        """Decodes up to TURNS times `steps_per_call` tokens in every slot; whether all samples have ended."""
+        """Decodes REFILLS_PER_CALL times `steps_per_call` tokens a slot, or until all samples have ended; whether they have."""
         engine = self._engine
-        inputs = (params, self._prefix, self._rows, self._requests, np.int32(TURNS), self._state)
+        inputs = (params, self._prefix, self._rows, self._requests, np.int32(REFILLS_PER_CALL), self._state)
         self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
         self._ended = np.asarray(ended)
         return bool(self._ended.all())
@@ -177,7 +177,13 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
     programs, slots = _programs(decoder), engine.slots_for(total)
     programs.begin.lower(decoder, slots, total).compile()
     state = jax.eval_shape(programs.begin, decoder, slots, total)
-    inputs = (params, prefix, np.zeros(total, np.int32), engine.make_requests(np.zeros((total, 2))), np.int32(TURNS))
+    inputs = (
+        params,
+        prefix,
+        np.zeros(total, np.int32),
+        engine.make_requests(np.zeros((total, 2))),
+        np.int32(REFILLS_PER_CALL),
+    )
     programs.decode.lower(decoder, engine.steps_per_call, *inputs, state).compile()
 
 
@@ -198,7 +204,7 @@ def _programs(decoder: Decoder) -> _Programs:
             decode,
             static_argnums=(0, 1),
             donate_argnums=7,
-            compiler_options=AS_WRITTEN,
+            compiler_options=NO_EXCESS_PRECISION,
             out_shardings=(places, everywhere),
         ),
     )
@@ -217,7 +223,7 @@ def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
                 logps=jnp.zeros(shape, jnp.float32),
                 versions=jnp.full(shape, -1, jnp.int32),
                 log_mass=jnp.zeros(shape, jnp.float32),
-                support=jnp.full((*shape, decoder.max_support), -1, jnp.int32),
+                candidate_tokens=jnp.full((*shape, decoder.max_candidates), -1, jnp.int32),
                 experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
                 lengths=jnp.zeros(total, jnp.int32),
             ),
@@ -312,7 +318,7 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
         logps=put(samples.logps, emitted.logps),
         versions=put(samples.versions, jnp.broadcast_to(version, rows.shape)),
         log_mass=put(samples.log_mass, emitted.log_mass),
-        support=put(samples.support, emitted.support),
+        candidate_tokens=put(samples.candidate_tokens, emitted.candidate_tokens),
         # None on both sides unless recorded
         experts=jax.tree.map(put, samples.experts, emitted.experts),
         lengths=jnp.asarray(samples.lengths).at[running].add(jnp.sum(emitted.valid, axis=0), mode="drop"),
@@ -342,7 +348,7 @@ def _assemble(
         versions=samples.versions,
         finished=_finished(samples.tokens, samples.lengths, requests),
         log_mass=samples.log_mass,
-        support=samples.support if samples.support.shape[-1] else None,
+        candidate_tokens=samples.candidate_tokens if samples.candidate_tokens.shape[-1] else None,
         experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts[rows], mask),
     )
 

@@ -33,7 +33,7 @@ class Distribution:
     # log of the share of softmax(logits / temperature) that the kept tokens hold: 0 where nothing was cut off
     log_mass: Float[Array, "B"]
     # the kept tokens, most probable first and -1 behind them, or all -1 where nothing was cut off
-    support: Int[Array, "B K"]
+    candidate_tokens: Int[Array, "B K"]
     # the largest logit is taken, with certainty
     greedy: Bool[Array, "B"]
 
@@ -42,13 +42,13 @@ def distribution(
     logits: Float[Array, "B V"],
     params: SamplingParams,
     *,
-    max_support: int = 0,
+    max_candidates: int = 0,
     gather: Callable[[Array], Array] = lambda share: share,
     own: Callable[[Array], Array] = lambda whole: whole,
 ) -> Distribution:
     """The rows' distributions.
 
-    With `max_support` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k
+    With `max_candidates` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k
     must lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole
     rows are sorted, though only if one of them is truncated. Where devices share the vocabulary, `gather` makes whole
     rows of this device's share of them, and `own` takes that share of whole ones.
@@ -59,7 +59,7 @@ def distribution(
 
     def cut(share: Array) -> Distribution:
         scaled = gather(share)
-        width = max_support or scaled.shape[1]
+        width = max_candidates or scaled.shape[1]
         values, ids = jax.lax.top_k(scaled, width)
         kept = truncated[:, None] & _kept(values, params.top_ks, params.top_ps)
         # row by row, so that devices that share the rows need not look for them
@@ -68,11 +68,11 @@ def distribution(
         )
         inside = jnp.where(chosen | ~truncated[:, None], scaled, -jnp.inf)
         mass = jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
-        support = jnp.where(kept, ids, -1)[:, :max_support].astype(jnp.int32)
-        return Distribution(own(inside), jnp.where(truncated, mass, 0.0), support, greedy)
+        candidate_tokens = jnp.where(kept, ids, -1)[:, :max_candidates].astype(jnp.int32)
+        return Distribution(own(inside), jnp.where(truncated, mass, 0.0), candidate_tokens, greedy)
 
     def whole(scaled: Array) -> Distribution:
-        nothing = jnp.full((len(scaled), max_support), -1, jnp.int32)
+        nothing = jnp.full((len(scaled), max_candidates), -1, jnp.int32)
         return Distribution(scaled, jnp.zeros(len(scaled), scaled.dtype), nothing, greedy)
 
     return jax.lax.cond(jnp.any(truncated), cut, whole, scaled)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dcjax.arguments import as_sequences
-from dcjax.serving.decoder import AS_WRITTEN, Decoder, Prefix, Requests
+from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_keys
 from dcjax.serving.sync import ServingParams
@@ -79,7 +79,7 @@ def score_responses(
     return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=AS_WRITTEN)
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=NO_EXCESS_PRECISION)
 def _score(
     decoder: Decoder,
     keeps_residuals: bool,

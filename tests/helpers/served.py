@@ -29,7 +29,9 @@ TEMPERATURE = 0.8
 @functools.cache
 def engine_of(format="float32", config=DENSE, *, mismatch=(), **changes):
     """It serves both kinds of truncation, and records what it can; `mismatch` as pairs."""
-    sizes = tiny.SIZES | {"end_tokens": (END,), "max_support": 6, "records_experts": bool(config.num_experts)} | changes
+    sizes = (
+        tiny.SIZES | {"end_tokens": (END,), "max_candidates": 6, "records_experts": bool(config.num_experts)} | changes
+    )
     return Qwen3Engine(config, format=format, mismatch=MismatchConfig(**dict(mismatch)), **sizes)
 
 

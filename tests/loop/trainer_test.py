@@ -199,7 +199,7 @@ def test_routing_and_truncation_are_replayed_in_the_update():
     assert rollout.response_mask.sum() > 40
     assert metrics["mismatch/prob_diff_max"] < 1e-5
     # without the one, and without the other
-    assert gaps(config.model, masters, rollout, support=rollout.support).max() > 1e-2
+    assert gaps(config.model, masters, rollout, candidate_tokens=rollout.candidate_tokens).max() > 1e-2
     assert np.abs(rollout.log_mass).max() > 1e-1
 
 
@@ -307,7 +307,7 @@ def judged(config):
 def test_responses_are_judged_while_others_are_sampled_and_what_they_earn_does_not_depend_on_that(monkeypatch):
     whole, metrics, asked = judged(SMALL)
     assert asked == 1 == metrics["reward/timeouts"] and metrics["reward/restarts"] == 0
-    monkeypatch.setattr(rollout, "TURNS", 1)
+    monkeypatch.setattr(rollout, "REFILLS_PER_CALL", 1)
     parts, metrics, asked = judged(SMALL)
     assert asked > 3 and asked == metrics["reward/timeouts"]
     np.testing.assert_array_equal(parts.rollout.tokens, whole.rollout.tokens)

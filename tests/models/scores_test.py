@@ -49,13 +49,13 @@ SUPPORT = 5
 def random_support():
     """Of each response token some of the vocabulary with the token itself, or nothing, which is all of it."""
     rng, targets = np.random.default_rng(3), random_tokens(B, S)[:, -T:]
-    support = np.full((B, T, SUPPORT), -1, np.int32)
+    candidate_tokens = np.full((B, T, SUPPORT), -1, np.int32)
     for row, column in np.ndindex(B, T):
         others = rng.permutation(np.setdiff1d(np.arange(SMALL.vocab_size), targets[row, column]))
         count = rng.integers(0, SUPPORT)
         chosen = np.append(others[:count], targets[row, column]) if rng.random() < 0.8 else []
-        support[row, column, : len(chosen)] = rng.permutation(chosen)
-    return support
+        candidate_tokens[row, column, : len(chosen)] = rng.permutation(chosen)
+    return candidate_tokens
 
 
 def log_softmax(logits):
@@ -72,11 +72,11 @@ CHUNKS = [1, 2, 3, 6, 7, 512]
 
 
 @jit
-def scores_by_chunk(params, support):
+def scores_by_chunk(params, candidate_tokens):
     """Of whole distributions in all CHUNKS, and of supported ones in two."""
     given = params, random_tokens(B, S), ragged_mask()
     whole = {chunk: in_chunks(SMALL, chunk, *given) for chunk in CHUNKS}
-    return whole, {chunk: in_chunks(SMALL, chunk, *given, support=support) for chunk in (2, T)}
+    return whole, {chunk: in_chunks(SMALL, chunk, *given, candidate_tokens=candidate_tokens) for chunk in (2, T)}
 
 
 @functools.cache
@@ -176,12 +176,12 @@ def test_a_response_must_leave_a_token_to_predict_it_from(length):
 
 @pytest.mark.parametrize("chunk", [2, T])
 def test_what_the_sampler_could_draw_is_all_that_is_scored(chunk):
-    tokens, mask, support = random_tokens(B, S), ragged_mask(), random_support()
-    scores = scores_by_chunk(masters(SMALL), support)[1][chunk]
+    tokens, mask, candidate_tokens = random_tokens(B, S), ragged_mask(), random_support()
+    scores = scores_by_chunk(masters(SMALL), candidate_tokens)[1][chunk]
     distribution, _ = distribution_of(SMALL)
     sizes = set()
     for row, column in np.argwhere(mask[:, -T:]):
-        kept = support[row, column][support[row, column] >= 0]
+        kept = candidate_tokens[row, column][candidate_tokens[row, column] >= 0]
         sizes.add(len(kept))
         kept = kept if len(kept) else np.arange(SMALL.vocab_size)
         left = log_softmax(distribution[row, column, kept])
@@ -199,9 +199,9 @@ def test_without_a_row_that_was_truncated_a_support_changes_nothing():
 
 @jit
 @functools.partial(jax.grad, has_aux=True)
-def gradient(params, support, counted):
+def gradient(params, candidate_tokens, counted):
     """Of the sum of what is counted, and the scores."""
-    scores = in_chunks(UNTIED, T, params, random_tokens(B, S), support=support)
+    scores = in_chunks(UNTIED, T, params, random_tokens(B, S), candidate_tokens=candidate_tokens)
     return jnp.sum(jnp.where(counted, scores.logps + scores.entropy, 0)), scores
 
 
@@ -215,12 +215,12 @@ def test_entropy_of_a_flat_head_is_the_log_of_the_vocabulary():
 
 def test_gradients_through_a_support_are_those_of_the_logits_that_are_left():
     """A token outside has no gradient, one that could not be drawn at all a finite log-prob and finite gradients."""
-    tokens, params, support = random_tokens(B, S), masters(UNTIED), random_support()
-    support[0, 0] = [(tokens[0, S - T] + 1) % UNTIED.vocab_size, -1, -1, -1, -1]
-    grads, scores = gradient(params, support, np.arange(B * T).reshape(B, T) == 1)
-    kept = support[0, 1][support[0, 1] >= 0]
+    tokens, params, candidate_tokens = random_tokens(B, S), masters(UNTIED), random_support()
+    candidate_tokens[0, 0] = [(tokens[0, S - T] + 1) % UNTIED.vocab_size, -1, -1, -1, -1]
+    grads, scores = gradient(params, candidate_tokens, np.arange(B * T).reshape(B, T) == 1)
+    kept = candidate_tokens[0, 1][candidate_tokens[0, 1] >= 0]
     assert 1 < len(kept) < UNTIED.vocab_size
     assert np.flatnonzero(np.abs(grads["lm_head"]).max(axis=1)).tolist() == sorted(kept)
     assert np.isfinite(scores.logps).all() and scores.logps[0, 0] < -1e30
-    grads, _ = gradient(params, support, np.ones((B, T), bool))
+    grads, _ = gradient(params, candidate_tokens, np.ones((B, T), bool))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

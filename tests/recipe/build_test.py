@@ -144,7 +144,7 @@ def test_the_training_engine_is_float32_with_nothing_added():
     assert deployed.decoder.mismatch.logit_noise == config.mismatch.logit_noise
     assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
     assert training.decoder.mismatch == MismatchConfig()
-    assert training.decoder.max_support == deployed.decoder.max_support == 4
+    assert training.decoder.max_candidates == deployed.decoder.max_candidates == 4
     params = tiny.masters(config.model)
     jax.tree.map(
         np.testing.assert_array_equal, training.sync(params, 0).weights["embed_tokens"], params["embed_tokens"]
@@ -176,4 +176,4 @@ def test_routing_of_a_pretrained_model_can_be_replayed():
     rollout = RolloutConfig(replay_routing=True, top_k=20)
     config = assemble.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
     engine = assemble.make_engine(config, make_mesh(config.mesh), [3])
-    assert engine.decoder.records_experts and engine.decoder.max_support == 20
+    assert engine.decoder.records_experts and engine.decoder.max_candidates == 20

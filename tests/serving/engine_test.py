@@ -296,11 +296,11 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("max_support", [0, 8])
-def test_first_tokens_follow_the_softmax_of_their_setting_within_one_batch(masters, max_support):
+@pytest.mark.parametrize("max_candidates", [0, 8])
+def test_first_tokens_follow_the_softmax_of_their_setting_within_one_batch(masters, max_candidates):
     samples, prompt = 1024 * len(DRAWN), [3, 1, 4]
-    drawn = dict(DRAWN) if max_support else DRAWN | {"top-p": (1.0, 0, 0.75)}
-    engine = make_engine(slots=samples, steps_per_call=1, max_response_length=1, max_support=max_support)
+    drawn = dict(DRAWN) if max_candidates else DRAWN | {"top-p": (1.0, 0, 0.75)}
+    engine = make_engine(slots=samples, steps_per_call=1, max_response_length=1, max_candidates=max_candidates)
     params = engine.sync(masters, 0)
     setting_of = np.arange(samples) % len(drawn)
     columns = np.array(list(drawn.values()))[setting_of].T
@@ -360,7 +360,7 @@ def test_the_loop_that_decodes_and_refills_updates_the_cache_in_place(masters, n
     params = engine.sync(masters, 0)
     prefix = engine.prefill_many(params, PROMPTS)
     requests = engine.make_requests(sample_keys(jax.random.key(0), np.arange(12)))
-    programs, turns = rollout._programs(engine.decoder), np.int32(rollout.TURNS)
+    programs, turns = rollout._programs(engine.decoder), np.int32(rollout.REFILLS_PER_CALL)
     state = programs.begin(engine.decoder, SLOTS, 12)
     given = (params, prefix, np.repeat(np.arange(6, dtype=np.int32), 2), requests, turns, state)
     compiled = programs.decode.lower(engine.decoder, STEPS, *given).compile()
@@ -405,7 +405,7 @@ def test_prefilling_on_top_of_a_prefix_is_refused(masters):
         ({"kv_cache": "int7"}, "kv_cache is 'int7'; it must be one of auto, float32, "),
         ({"slots": 0}, "slots is 0; this engine takes at least 1"),
         ({"prefill_tokens": 0}, "prefill_tokens is 0; this engine takes at least 1"),
-        ({"max_support": NEVER + 1}, f"max_support is {NEVER + 1}; this engine takes 0 to {NEVER}"),
+        ({"max_candidates": NEVER + 1}, f"max_candidates is {NEVER + 1}; this engine takes 0 to {NEVER}"),
         ({"records_experts": True}, "records_experts is True; it needs a model with experts"),
         (
             {"mismatch": MismatchConfig(routing_flips=0.5)},
@@ -467,7 +467,7 @@ def test_the_kv_cache_is_chosen_apart_from_the_format():
     ],
 )
 def test_a_request_that_an_engine_which_records_does_not_take_is_refused(settings, message):
-    engine = make_engine(max_support=4)
+    engine = make_engine(max_candidates=4)
     with pytest.raises(ValueError, match=re.escape(message)):
         engine.make_requests(np.zeros((2, 2)), **settings)
 

@@ -22,7 +22,7 @@ def served(deep):
     """An engine, what it samples, and what it says of that: in several passes of the prefill, calls and refills."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "DEEP", tiny.DENSE.num_layers + (0 if deep else 1))
-        patch.setattr(rollout, "TURNS", 2)
+        patch.setattr(rollout, "REFILLS_PER_CALL", 2)
         sizes = tiny.SIZES | {"prefill_tokens": 2 * tiny.PROMPT_LENGTH}
         made = Qwen3Engine(tiny.DENSE, format="int8", end_tokens=[3], **sizes)
         params = made.sync(tiny.masters(tiny.DENSE), 5)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dcjax.models import ModelConfig, init_params, logical_axes
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.rollout import TURNS, Sampling, _programs, sample_responses
+from dcjax.serving.rollout import REFILLS_PER_CALL, Sampling, _programs, sample_responses
 from dcjax.serving.scoring import score_responses
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
@@ -63,7 +63,7 @@ def served(engine, config, training=EIGHT):
 
 @functools.cache
 def alone(config, format, top_k=0):
-    engine = make_engine(config, format, max_support=top_k)
+    engine = make_engine(config, format, max_candidates=top_k)
     settings = {"samples_per_prompt": G, "temperature": 1.0, "top_k": top_k, "key": KEY}
     return sample_responses(engine, engine.sync(masters(config), 3), PROMPTS, **settings)
 
@@ -85,11 +85,11 @@ def test_tokens_are_those_of_one_device(config, format, tensor, training, top_k)
     expected = alone(config, format, top_k)
     lengths = expected.response_mask.sum(axis=1)
     assert lengths.min() < T // 2 and lengths.max() == T
-    engine = make_engine(config, format, tensor, training, max_support=top_k)
+    engine = make_engine(config, format, tensor, training, max_candidates=top_k)
     params = served(engine, config, training)
     settings = {"samples_per_prompt": G, "temperature": 1.0, "top_k": top_k, "key": KEY}
     rollout = sample_responses(engine, params, PROMPTS, **settings)
-    for name in ("tokens", "response_mask", "versions", "finished", "support"):
+    for name in ("tokens", "response_mask", "versions", "finished", "candidate_tokens"):
         np.testing.assert_array_equal(getattr(rollout, name), getattr(expected, name))
     np.testing.assert_allclose(rollout.rollout_logps, expected.rollout_logps, atol=3e-5)
     np.testing.assert_allclose(rollout.log_mass, expected.log_mass, atol=3e-5)
@@ -122,7 +122,7 @@ def groups(line):
 
 def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait_for_each_other():
     # as the one before, whose programs it shares
-    engine = make_engine(MIXED, "int8", 2, EIGHT, max_support=4)
+    engine = make_engine(MIXED, "int8", 2, EIGHT, max_candidates=4)
     params = served(engine, MIXED)
     settings = {"samples_per_prompt": G, "key": KEY, "top_ks": 4}
     sampling = Sampling(engine, params, PROMPTS, **settings)
@@ -133,7 +133,7 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     layer = params.weights["layers"][1]
     assert layer["experts_up_proj"].values.sharding.shard_shape((8, 64, 32)) == (4, 64, 32)
     assert layer["o_proj"].values.sharding.spec == PartitionSpec("tensor", None)
-    given = (params, prefix, sampling._rows, sampling._requests, np.int32(TURNS), state)
+    given = (params, prefix, sampling._rows, sampling._requests, np.int32(REFILLS_PER_CALL), state)
     text = _programs(engine.decoder).decode.lower(engine.decoder, 4, *given).compile().as_text()
     # arrays of one copy alone: nothing has the cache of all slots, or of all heads
     capacity = P + T

@@ -28,7 +28,7 @@ from tiny import masters
 from dcjax.models.cache import forward_cached, init_cache
 from dcjax.serving import decoder, quantize
 from dcjax.serving import rollout as module
-from dcjax.serving.decoder import AS_WRITTEN
+from dcjax.serving.decoder import NO_EXCESS_PRECISION
 from dcjax.serving.rollout import Sampling, sample_responses
 
 pytestmark = pytest.mark.heavy
@@ -52,7 +52,7 @@ def served_logps(engine, config, rollout):
         tokens[row, : length + T] = rollout.tokens[row, P - length :]
     weights = params_of(engine, config).weights
 
-    @functools.partial(jax.jit, compiler_options=UNOPTIMISED | AS_WRITTEN)
+    @functools.partial(jax.jit, compiler_options=UNOPTIMISED | NO_EXCESS_PRECISION)
     def run(weights, tokens):
         positions = jnp.broadcast_to(jnp.arange(P + T), tokens.shape)
         caches = tuple(init_cache(config, len(tokens), P + T, engine.format.kv_cache) for _ in range(config.num_layers))
@@ -128,7 +128,7 @@ def test_the_formats_sample_their_own_distributions(name):
 
 
 def assert_same_samples(other, expected):
-    for field in ("tokens", "prompt_mask", "response_mask", "versions", "finished", "temperature", "support"):
+    for field in ("tokens", "prompt_mask", "response_mask", "versions", "finished", "temperature", "candidate_tokens"):
         np.testing.assert_array_equal(getattr(other, field), getattr(expected, field), err_msg=field)
     for field in ("rollout_logps", "log_mass"):
         np.testing.assert_allclose(getattr(other, field), getattr(expected, field), rtol=0, atol=1e-5, err_msg=field)
@@ -137,7 +137,7 @@ def assert_same_samples(other, expected):
 def test_slots_steps_a_call_pieces_of_prompts_and_when_noise_is_drawn_change_no_sample(monkeypatch):
     """All at once, with experts recorded; each of its own with the slow tests."""
     monkeypatch.setattr(decoder, "NOISE_AHEAD", 0)
-    monkeypatch.setattr(module, "TURNS", 2)
+    monkeypatch.setattr(module, "REFILLS_PER_CALL", 2)
     # 7 does not divide the tokens of a response, and 4 not the prompts' width
     engine = engine_of("float32", MIXED, slots=3, steps_per_call=7, prefill_tokens=4)
     other, expected = sample(engine, MIXED), rollout_of("float32", MIXED)
@@ -178,13 +178,13 @@ def test_prompts_leave_the_same_behind_however_they_are_prefilled(prefill_tokens
 @SLOW
 def test_neither_when_noise_is_drawn_nor_how_long_a_call_runs_changes_a_sample(monkeypatch):
     monkeypatch.setattr(decoder, "NOISE_AHEAD", 0)
-    monkeypatch.setattr(module, "TURNS", 2)
+    monkeypatch.setattr(module, "REFILLS_PER_CALL", 2)
     # another engine, so that its programs are compiled with these
     assert_same_samples(sample(engine_of("float32", max_stop_tokens=3)), rollout_of("float32"))
 
 
 def test_how_long_a_call_runs_changes_no_sample(monkeypatch):
-    monkeypatch.setattr(module, "TURNS", 2)
+    monkeypatch.setattr(module, "REFILLS_PER_CALL", 2)
     engine = engine_of("float32")
     params = params_of(engine)
     sampling = Sampling(engine, params, PROMPTS, samples_per_prompt=G, key=jax.random.key(1), temperatures=TEMPERATURE)
@@ -197,7 +197,7 @@ def test_how_long_a_call_runs_changes_no_sample(monkeypatch):
 
 
 def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
-    monkeypatch.setattr(module, "TURNS", 1)
+    monkeypatch.setattr(module, "REFILLS_PER_CALL", 1)
     parts = []
     rollout = sample(engine_of("float32"), on_ended=parts.append)
     assert_same_samples(rollout, rollout_of("float32"))
@@ -211,7 +211,7 @@ def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
 
 
 def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch):
-    monkeypatch.setattr(module, "TURNS", 1)
+    monkeypatch.setattr(module, "REFILLS_PER_CALL", 1)
     engine = engine_of("float32")
     # a final norm of its own leaves the cache as it is, so that the training forward of either tells the log-probs
     both = [masters(DENSE), masters(DENSE) | {"norm": masters(DENSE)["norm"] * 2.5}]
@@ -239,23 +239,23 @@ def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch)
 def test_truncated_log_probs_are_the_trainers_where_the_support_is_replayed_and_only_there(top_k, top_p):
     rollout = rollout_of("float32", top_k=top_k, top_p=top_p)
     real = rollout.response_mask
-    replayed = trained_logps(DENSE, rollout, support=rollout.support)
+    replayed = trained_logps(DENSE, rollout, candidate_tokens=rollout.candidate_tokens)
     assert np.abs(replayed - rollout.rollout_logps)[real].max() <= 1e-4
     whole = trained_logps(DENSE, rollout)
     assert np.abs(whole - rollout.rollout_logps)[real].min() > 1e-3
     # what was cut off is all that lies between
     np.testing.assert_allclose((whole - rollout.log_mass)[real], rollout.rollout_logps[real], atol=1e-4)
     # each token is one of those that could be drawn, which are as many as were asked for, or fewer
-    assert (rollout.support == rollout.tokens[:, P:, None]).any(axis=-1)[real].all()
-    kept = (rollout.support >= 0).sum(axis=-1)[real]
+    assert (rollout.candidate_tokens == rollout.tokens[:, P:, None]).any(axis=-1)[real].all()
+    kept = (rollout.candidate_tokens >= 0).sum(axis=-1)[real]
     assert (kept == top_k).all() if top_p == 1 else (kept.min() < kept.max() <= top_k)
-    assert (rollout.support[~real] == -1).all() and (rollout.log_mass[~real] == 0).all()
+    assert (rollout.candidate_tokens[~real] == -1).all() and (rollout.log_mass[~real] == 0).all()
 
 
 def test_what_is_not_truncated_is_recorded_as_whole():
     rollout = rollout_of("float32")
-    assert (rollout.support == -1).all() and (rollout.log_mass == 0).all()
-    replayed = trained_logps(DENSE, rollout, support=rollout.support)
+    assert (rollout.candidate_tokens == -1).all() and (rollout.log_mass == 0).all()
+    replayed = trained_logps(DENSE, rollout, candidate_tokens=rollout.candidate_tokens)
     np.testing.assert_allclose(replayed, trained_logps(DENSE, rollout), rtol=1e-5)
 
 

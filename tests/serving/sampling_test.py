@@ -16,10 +16,10 @@ ROUNDING = 1e-5
 """A share so close to top_p may fall on either side of it in float32."""
 
 
-@functools.partial(jax.jit, static_argnames="max_support")
-def distribution(logits, temperatures, top_ks, top_ps, *, max_support=0):
+@functools.partial(jax.jit, static_argnames="max_candidates")
+def distribution(logits, temperatures, top_ks, top_ps, *, max_candidates=0):
     params = SamplingParams(temperatures=temperatures, top_ks=top_ks, top_ps=top_ps)
-    return sampling.distribution(logits, params, max_support=max_support)
+    return sampling.distribution(logits, params, max_candidates=max_candidates)
 
 
 log_probs = jax.jit(sampling.log_probs)
@@ -55,16 +55,16 @@ ROW = st.tuples(
 
 @settings(max_examples=100)
 @given(st.lists(ROW, min_size=ROWS, max_size=ROWS), st.sampled_from([0, MOST]), st.integers(0, VOCAB - 1))
-def test_what_is_kept_and_how_much_it_held_is_that_of_numpy(rows, max_support, target):
-    if max_support:
+def test_what_is_kept_and_how_much_it_held_is_that_of_numpy(rows, max_candidates, target):
+    if max_candidates:
         # wider truncation is refused by the engine
         rows = [(logits, t, min(k, MOST) or (MOST if p < 1 else 0), p) for logits, t, k, p in rows]
-    drawn_from = jax.device_get(of_rows(*zip(*rows, strict=True), max_support=max_support))
+    drawn_from = jax.device_get(of_rows(*zip(*rows, strict=True), max_candidates=max_candidates))
     logps = np.asarray(log_probs(drawn_from, np.full(ROWS, target)))
     for row, (logits, temperature, top_k, top_p) in enumerate(rows):
         if temperature == 0:
             assert drawn_from.greedy[row] and drawn_from.log_mass[row] == 0 and logps[row] == 0
-            assert (drawn_from.support[row] == -1).all()
+            assert (drawn_from.candidate_tokens[row] == -1).all()
             continue
         p, kept, before = truncate(logits, temperature, top_k, top_p)
         assume(np.abs(before - top_p).min() > ROUNDING)
@@ -73,32 +73,32 @@ def test_what_is_kept_and_how_much_it_held_is_that_of_numpy(rows, max_support, t
         np.testing.assert_allclose(drawn_from.log_mass[row], np.log(p[kept].sum()) if is_cut else 0, atol=1e-5)
         expected = np.log(p[target] / p[kept].sum()) if target in kept else -np.inf
         np.testing.assert_allclose(logps[row], expected, atol=1e-4)
-        assert drawn_from.support.shape == (ROWS, max_support)
-        if max_support:
+        assert drawn_from.candidate_tokens.shape == (ROWS, max_candidates)
+        if max_candidates:
             recorded = kept.tolist() if is_cut else []
-            assert drawn_from.support[row].tolist() == recorded + [-1] * (max_support - len(recorded))
+            assert drawn_from.candidate_tokens[row].tolist() == recorded + [-1] * (max_candidates - len(recorded))
 
 
 def test_top_k_comes_before_top_p_by_hand():
     logits = np.log([[0.1, 0.4, 0.2, 0.3]] * 3)
     # of .4 and .3 the first is .57 of what is left; top-p .5 before top-k would have kept both
-    drawn_from = of_rows(logits, [1, 1, 1], [2, 2, 0], [0.5, 0.6, 1], max_support=3)
-    assert drawn_from.support.tolist() == [[1, -1, -1], [1, 3, -1], [-1, -1, -1]]
+    drawn_from = of_rows(logits, [1, 1, 1], [2, 2, 0], [0.5, 0.6, 1], max_candidates=3)
+    assert drawn_from.candidate_tokens.tolist() == [[1, -1, -1], [1, 3, -1], [-1, -1, -1]]
     np.testing.assert_allclose(drawn_from.log_mass, np.log([0.4, 0.7, 1]), atol=1e-6)
     np.testing.assert_allclose(np.exp(log_probs(drawn_from, np.full(3, 1))), [1, 4 / 7, 0.4], atol=1e-6)
 
 
-@pytest.mark.parametrize("max_support", [0, 5])
-def test_of_equal_logits_the_first_are_kept(max_support):
-    drawn_from = of_rows(np.zeros((2, VOCAB)), [1, 0.5], [5, 5], [1, 0.5], max_support=max_support)
+@pytest.mark.parametrize("max_candidates", [0, 5])
+def test_of_equal_logits_the_first_are_kept(max_candidates):
+    drawn_from = of_rows(np.zeros((2, VOCAB)), [1, 0.5], [5, 5], [1, 0.5], max_candidates=max_candidates)
     kept = np.isfinite(np.asarray(drawn_from.logits))
     assert [np.flatnonzero(row).tolist() for row in kept] == [[0, 1, 2, 3, 4], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("max_support", [0, 5])
-def test_a_top_p_of_almost_nothing_leaves_one_token_and_one_of_1_leaves_all(max_support):
+@pytest.mark.parametrize("max_candidates", [0, 5])
+def test_a_top_p_of_almost_nothing_leaves_one_token_and_one_of_1_leaves_all(max_candidates):
     logits = np.random.default_rng(0).normal(size=(2, 1000))
-    drawn_from = of_rows(logits, [1, 1], [5, 5], [1e-30, 1], max_support=max_support)
+    drawn_from = of_rows(logits, [1, 1], [5, 5], [1e-30, 1], max_candidates=max_candidates)
     assert np.isfinite(np.asarray(drawn_from.logits)).sum(axis=1).tolist() == [1, 5]
     best = logits[0].argmax()
     assert np.isfinite(np.asarray(drawn_from.logits)[0, best])
@@ -155,10 +155,10 @@ def test_each_token_of_a_request_is_drawn_anew():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize("max_support", [0, 5])
-def test_logits_that_are_no_numbers_have_no_log_probs(bad, everywhere, max_support):
+@pytest.mark.parametrize("max_candidates", [0, 5])
+def test_logits_that_are_no_numbers_have_no_log_probs(bad, everywhere, max_candidates):
     """As of a format that overflowed: a greedy row would say 0, as if it were certain."""
     logits = np.full((4, VOCAB), bad) if everywhere else np.where(np.arange(VOCAB) == 2, bad, np.zeros((4, VOCAB)))
-    drawn_from = of_rows(logits, [0, 1, 1, 1], [0, 0, 5, 5], [1, 1, 1, 0.9], max_support=max_support)
+    drawn_from = of_rows(logits, [0, 1, 1, 1], [0, 0, 5, 5], [1, 1, 1, 0.9], max_candidates=max_candidates)
     tokens = drawn_with(drawn_from, np.zeros((4, VOCAB), np.float32))
     assert not np.isfinite(log_probs(drawn_from, tokens)).any()

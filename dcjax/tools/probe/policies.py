@@ -92,11 +92,11 @@ class Policies:
     def train(
         self, params: Params, rollout: Rollout, *, temperature: Array, replays: Rollout | None = None, mesh=None
     ) -> Scored:
-        """Of the training forward, over the whole softmax; with `replays` over its support and with its experts."""
+        """Of the training forward, over the whole softmax; with `replays` over its candidates and with its experts."""
         config, width = self.config, rollout.response_mask.shape[1]
         mesh = self._mesh if mesh is None else mesh
         mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.support)
+        inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
         for start in range(0, len(mask), size):
             # the last batch is filled up, so that one program serves all
@@ -130,7 +130,9 @@ def _require_finite(what: str, logps: Logps) -> None:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _train(model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, support):
+def _train(
+    model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, candidate_tokens
+):
     imposed = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
     scores = token_logps(
         model,
@@ -140,7 +142,7 @@ def _train(model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, m
         response_length=width,
         temperature=temperature,
         experts=imposed,
-        support=support,
+        candidate_tokens=candidate_tokens,
         layout=mesh_layout(mesh),
     )
     return scores.logps, None if scores.router is None else jnp.moveaxis(scores.router.experts, 0, 2)

@@ -137,7 +137,7 @@ def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
 
 def _replays(config: Config, rollout: Rollout) -> Rollout | None:
     """The rollout with what the run's trainer replays of it; None where that is nothing."""
-    if rollout.support is None and not config.rollout.replay_routing:
+    if rollout.candidate_tokens is None and not config.rollout.replay_routing:
         return None
     return replace(rollout, experts=rollout.experts if config.rollout.replay_routing else None)
 
@@ -235,7 +235,7 @@ def _sampling(measured: _Measurement) -> dict[str, Any]:
         measured.source.weights.params,
         rollout,
         temperature=np.ones_like(rollout.temperature),
-        replays=None if replays is None else replace(replays, support=None),
+        replays=None if replays is None else replace(replays, candidate_tokens=None),
     )
     return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")} | gap(
         old_logps=plain.logps, rollout_logps=measured.replayed, mask=measured.mask
@@ -247,7 +247,7 @@ def _routing(measured: _Measurement) -> dict[str, Any] | None:
     rollout, mask, trained = measured.rollout, measured.mask, measured.trained
     if trained.experts is None:
         return None
-    params, replays = measured.source.weights.params, replace(rollout, support=None)
+    params, replays = measured.source.weights.params, replace(rollout, candidate_tokens=None)
     replayed = measured.policies.train(params, rollout, temperature=rollout.temperature, replays=replays)
     real = np.concatenate([rollout.prompt_mask, mask], axis=1)
     # the last token of a response is never fed

@@ -366,7 +366,7 @@ def test_where_the_distribution_is_cut_the_total_is_of_what_is_left(only_float32
     differences, uncut = [], []
     for row, column in np.argwhere(rollout.response_mask):
         weights = np.exp(logits[row, P - 1 + column] - logits[row, P - 1 + column].max())
-        left = [token for token in rollout.support[row, column] if token >= 0]
+        left = [token for token in rollout.candidate_tokens[row, column] if token >= 0]
         sampled = math.exp(rollout.rollout_logps[row, column])
         token = rollout.tokens[row, P + column]
         differences.append(abs(weights[token] / weights[left].sum() - sampled))
