@@ -39,7 +39,6 @@ from dcjax.recipe import build as assemble
 from dcjax.recipe.config import Config
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rewards.scorer import InProcess
-from dcjax.rl.advantages import group_rewards
 from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
@@ -205,9 +204,7 @@ def sampled_batch(setup: Setup, params) -> Batch:
     golds = [problem.answer for problem in setup.problems for _ in range(group_size)]
     scorer = InProcess(setup.config.task.reward)
     rewards = scorer.submit(responses(setup.tokenizer, rollout), golds, rollout.finished.tolist()).result()
-    groups = np.asarray(group_rewards(rewards, group_size=group_size))
-    shared = {name: value for name, value in vars(rollout).items() if name in Batch.__dataclass_fields__}
-    return Batch(**shared, rewards=rewards, group_rewards=groups)
+    return Batch.of(rollout, rewards=rewards, group_size=group_size)
 
 
 def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_size: int) -> Stepper:

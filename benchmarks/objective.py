@@ -57,7 +57,7 @@ def random_batch(rows: int, prompt: int, response: int, group_size: int) -> Batc
     mask = np.arange(response) < rng.integers(1, response + 1, (rows, 1))
     return Batch(
         tokens=rng.integers(0, 16, (rows, prompt + response)).astype(np.int32),
-        prompt_mask=np.ones((rows, prompt), bool),
+        attention_mask=np.ones((rows, prompt + response), bool),
         response_mask=mask,
         rollout_logps=np.where(mask, -rng.exponential(0.5, mask.shape), 0).astype(np.float32),
         temperature=np.ones(rows, np.float32),

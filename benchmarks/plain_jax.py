@@ -116,7 +116,7 @@ def hidden_states(config: ModelConfig, params, tokens, mask, first: int, skip_la
 def token_logps(config: ModelConfig, params, batch, skip_last_layer: bool):
     """Log-probs [B, T] of the response tokens at the sampler's temperature."""
     limit = batch["response_mask"].shape[1]
-    mask = jnp.concatenate([batch["prompt_mask"], batch["response_mask"]], axis=1)
+    mask = batch["attention_mask"]
     first = mask.shape[1] - limit - 1
     hidden = hidden_states(config, params, batch["tokens"][:, :-1], mask[:, :-1], first, skip_last_layer)
     scaled = logits(config, params, hidden) / batch["temperature"][:, None, None]

@@ -74,7 +74,7 @@ def as_sequences(rows: Rows) -> Rows:
     return dataclasses.replace(
         rows,
         tokens=as_integers("tokens", rows.tokens),
-        prompt_mask=as_mask("prompt_mask", rows.prompt_mask),
+        attention_mask=as_mask("attention_mask", rows.attention_mask),
         response_mask=as_mask("response_mask", rows.response_mask),
     )
 

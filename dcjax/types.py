@@ -7,11 +7,11 @@ row's first response token.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -26,48 +26,62 @@ Metrics = dict[str, Array]
 
 
 @flax.struct.dataclass
-class Rollout:
-    """Sampled responses, with the log-probs of the distribution that they were sampled from."""
+class Sequences:
+    """Prompts with their responses, and what the distribution was that the responses were sampled from."""
 
     tokens: Int[Array, "B S"]
-    prompt_mask: Bool[Array, "B P"]
-    # True on response tokens, the end token included
+    # True on every token that is not padding
+    attention_mask: Bool[Array, "B S"]
+    # True on the tokens that the model wrote, the end token included
     response_mask: Bool[Array, "B T"]
     # float32, natural log, of the serving engine's own numerics at `temperature`; 0 outside `response_mask`
     rollout_logps: Float[Array, "B T"]
     # the sampler's temperature, which the trainer applies to its own logits too
     temperature: Float[Array, "B"]
+    # tokens that could be drawn, -1 behind them, or all -1 where all could; None where the engine records none. The
+    # trainer's distribution is over the same ones
+    candidate_tokens: Int[Array, "B T K"] | None = flax.struct.field(default=None, kw_only=True)
+    # experts that the M sparse layers chose for all tokens but the last, and choose again in training; None where the
+    # engine records none
+    experts: Int[Array, "B S-1 M k"] | None = flax.struct.field(default=None, kw_only=True)
+
+    @property
+    def prompt_mask(self) -> Bool[Array, "B P"]:
+        """True on the tokens of prompts."""
+        return self.attention_mask[:, : self.tokens.shape[1] - self.response_mask.shape[1]]
+
+
+@flax.struct.dataclass
+class Rollout(Sequences):
+    """Sampled responses, with the log-probs of the distribution that they were sampled from."""
+
     # weights version that produced each token; -1 outside `response_mask`
     versions: Int[Array, "B T"]
     # whether an end token was sampled within the limit
     finished: Bool[Array, "B"]
     # log of the share of the whole softmax that the tokens held which could be drawn; 0 where all could
     log_mass: Float[Array, "B T"]
-    # those tokens, -1 behind them, or all -1 where all could be drawn; None where the engine records none
-    candidate_tokens: Int[Array, "B T K"] | None = None
-    # experts that the M sparse layers chose for all tokens but the last; None where the engine records none
-    experts: Int[Array, "B S-1 M k"] | None = None
 
 
 @flax.struct.dataclass
-class Batch:
+class Batch(Sequences):
     """What one training iteration consumes. Rows may be cut anywhere: each carries its whole group's rewards."""
 
-    tokens: Int[Array, "B S"]
-    prompt_mask: Bool[Array, "B P"]
-    response_mask: Bool[Array, "B T"]
-    rollout_logps: Float[Array, "B T"]
-    temperature: Float[Array, "B"]
     rewards: Float[Array, "B"]
     group_rewards: Float[Array, "B G"]
-    # as the rollout's: the trainer draws from the same tokens, and sends them to the same experts, as the sampler
-    candidate_tokens: Int[Array, "B T K"] | None = None
-    experts: Int[Array, "B S-1 M k"] | None = None
 
-    @property
-    def attention_mask(self) -> jax.Array:
-        """Bool [B, S]: True on every token that is not padding."""
-        return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
+    @classmethod
+    def of(cls, sequences: Sequences, *, rewards: Array, group_size: int) -> Batch:
+        """Sequences with their rewards, the `group_size` responses of a prompt side by side.
+
+        Raises:
+          ValueError: rewards that do not divide into groups.
+        """
+        if len(rewards) % group_size:
+            raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size} responses")
+        groups = np.repeat(np.asarray(rewards).reshape(-1, group_size), group_size, axis=0)
+        shared = {field.name: getattr(sequences, field.name) for field in dataclasses.fields(Sequences)}
+        return cls(**shared, rewards=rewards, group_rewards=groups)
 
 
 @flax.struct.dataclass

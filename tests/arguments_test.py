@@ -177,7 +177,7 @@ def test_a_rollout_with_masks_of_numbers_is_scored_as_itself():
     numbers = dataclasses.replace(
         rollout,
         tokens=rollout.tokens.astype(np.int64),
-        prompt_mask=rollout.prompt_mask.astype(np.int64),
+        attention_mask=rollout.attention_mask.astype(np.int64),
         response_mask=rollout.response_mask.astype(np.float32),
     )
     same, expected = (

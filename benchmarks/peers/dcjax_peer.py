@@ -15,7 +15,6 @@ from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import forward, load_hf
 from dcjax.recipe import build as assemble
 from dcjax.recipe.optimizer import make_optimizer
-from dcjax.rl.advantages import group_rewards
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
@@ -47,9 +46,8 @@ class Trainer:
             key=jax.random.key(self._number),
         )
         rewards = np.array([work.reward(response) for response in responses(rollout)], np.float32)
-        shared = {name: value for name, value in vars(rollout).items() if name in Batch.__dataclass_fields__}
-        groups = np.asarray(group_rewards(rewards, group_size=work.GROUP_SIZE))
-        self.state, metrics = self._train_step(self.state, Batch(**shared, rewards=rewards, group_rewards=groups))
+        batch = Batch.of(rollout, rewards=rewards, group_size=work.GROUP_SIZE)
+        self.state, metrics = self._train_step(self.state, batch)
         assemble.metrics_to_host(metrics)
         self._number += 1
 

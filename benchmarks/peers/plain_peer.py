@@ -52,7 +52,7 @@ class Trainer:
         prompts = np.repeat(self._prompts, work.GROUP_SIZE, axis=0)
         batch = {
             "tokens": np.concatenate([prompts, responses], axis=1),
-            "prompt_mask": np.ones(prompts.shape, bool),
+            "attention_mask": np.ones((len(prompts), prompts.shape[1] + responses.shape[1]), bool),
             "response_mask": np.ones(responses.shape, bool),
             "temperature": np.ones(work.ROWS, np.float32),
             "rewards": rewards,

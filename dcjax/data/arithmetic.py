@@ -280,7 +280,7 @@ def supervised_batch(
 
     Returns:
         tokens: int32 [B, S].
-        prompt_mask: bool [B, P], true on prompt tokens.
+        attention_mask: bool [B, S], true on the tokens of prompts and responses.
         response_mask: bool [B, T], true on response tokens including the end token.
 
     Raises:
@@ -298,17 +298,17 @@ def supervised_batch(
     )
 
     tokens = np.full((batch_size, prompt_length + response_length), tokenizer.pad_token_id, np.int32)
-    prompt_mask = np.zeros((batch_size, prompt_length), np.bool_)
+    attention_mask = np.zeros(tokens.shape, np.bool_)
     response_mask = np.zeros((batch_size, response_length), np.bool_)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         response = [*response, tokenizer.eos_token_id]
         _check_fits("prompt", prompt, prompt_length)
         _check_fits("response", response, response_length)
         first = prompt_length - len(prompt)
-        tokens[row, first : prompt_length + len(response)] = prompt + response
-        prompt_mask[row, first:] = True
+        both = slice(first, prompt_length + len(response))
+        tokens[row, both], attention_mask[row, both] = prompt + response, True
         response_mask[row, : len(response)] = True
-    return {"tokens": tokens, "prompt_mask": prompt_mask, "response_mask": response_mask}
+    return {"tokens": tokens, "attention_mask": attention_mask, "response_mask": response_mask}
 
 
 def _check_fits(name: str, tokens: list[int], length: int) -> None:

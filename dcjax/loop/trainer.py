@@ -29,7 +29,6 @@ from dcjax.recipe.optimizer import make_optimizer, make_schedule
 from dcjax.reporting.record import Transcripts
 from dcjax.rewards.scorer import Scorer
 from dcjax.rewards.shaping import soft_overlong_punishment
-from dcjax.rl.advantages import group_rewards
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import Ended, require_finite, sample_responses
@@ -268,17 +267,7 @@ class Trainer:
 
     def _update(self, state: TrainState, loop: LoopState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         config, rollout, rewards = self.config, sampled.rollout, sampled.rewards
-        batch = Batch(
-            tokens=rollout.tokens,
-            prompt_mask=rollout.prompt_mask,
-            response_mask=rollout.response_mask,
-            rollout_logps=rollout.rollout_logps,
-            temperature=rollout.temperature,
-            rewards=rewards,
-            group_rewards=np.asarray(group_rewards(rewards, group_size=config.rollout.group_size)),
-            candidate_tokens=rollout.candidate_tokens,
-            experts=rollout.experts,
-        )
+        batch = Batch.of(rollout, rewards=rewards, group_size=config.rollout.group_size)
         try:
             require_finite(rollout, self.engines["deployed"])
         except ValueError as error:

@@ -24,7 +24,7 @@ from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.rl.transforms import chain
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
-from dcjax.types import Batch, Params
+from dcjax.types import Batch, Params, Sequences
 
 EARLY_SHARE = 0.8
 """Of the updates, before the share of scratchpads changes."""
@@ -113,11 +113,9 @@ def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Bat
         prompt_length=rollout.max_prompt_length,
         response_length=rollout.max_response_length,
     )
-    rows = settings.batch_size
-    return Batch(
+    sequences = Sequences(
         **examples,
         rollout_logps=np.zeros(examples["response_mask"].shape, np.float32),
-        temperature=np.ones(rows, np.float32),
-        rewards=np.zeros(rows, np.float32),
-        group_rewards=np.zeros((rows, 1), np.float32),
+        temperature=np.ones(settings.batch_size, np.float32),
     )
+    return Batch.of(sequences, rewards=np.zeros(settings.batch_size, np.float32), group_size=1)

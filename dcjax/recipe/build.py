@@ -199,7 +199,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
 
     return Batch(
         tokens=array(np.int32, prompt + response),
-        prompt_mask=array(np.bool_, prompt),
+        attention_mask=array(np.bool_, prompt + response),
         response_mask=array(np.bool_, response),
         rollout_logps=array(np.float32, response),
         temperature=array(np.float32),

@@ -132,7 +132,7 @@ class Sampling:
         self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
-        """Decodes REFILLS_PER_CALL times `steps_per_call` tokens a slot, or until all samples have ended; whether they have."""
+        """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended, and returns whether they have."""
         engine = self._engine
         inputs = (params, self._prefix, self._rows, self._requests, np.int32(REFILLS_PER_CALL), self._state)
         self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
@@ -339,10 +339,11 @@ def _assemble(
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, True
     tokens, mask = tokens[rows], mask[rows]
+    response_mask = np.arange(samples.tokens.shape[1]) < samples.lengths[:, None]
     return Rollout(
         tokens=np.concatenate([tokens, samples.tokens], axis=1),
-        prompt_mask=mask,
-        response_mask=np.arange(samples.tokens.shape[1]) < samples.lengths[:, None],
+        attention_mask=np.concatenate([mask, response_mask], axis=1),
+        response_mask=response_mask,
         rollout_logps=samples.logps,
         temperature=requests.sampling.temperatures,
         versions=samples.versions,

@@ -45,10 +45,11 @@ def batch(tokenizer, **changes):
 
 def rows(tokenizer, examples):
     """The (prompt, response) texts of a supervised batch, read off its masks."""
-    for tokens, prompt_mask, response_mask in zip(*examples.values(), strict=True):
+    for tokens, attention_mask, response_mask in zip(*examples.values(), strict=True):
         response = tokens[-response_mask.size :][response_mask]
+        prompt = slice(tokens.size - response_mask.size)
         yield (
-            tokenizer.decode(tokens[: prompt_mask.size][prompt_mask]),
+            tokenizer.decode(tokens[prompt][attention_mask[prompt]]),
             tokenizer.decode(response, skip_special_tokens=True),
         )
 
@@ -241,17 +242,18 @@ def test_a_supervised_batch_has_its_shapes_and_types(tokenizer):
     examples = batch(tokenizer, batch_size=8, prompt_length=16, response_length=50)
     assert {name: (array.shape, array.dtype) for name, array in examples.items()} == {
         "tokens": ((8, 66), np.int32),
-        "prompt_mask": ((8, 16), np.bool_),
+        "attention_mask": ((8, 66), np.bool_),
         "response_mask": ((8, 50), np.bool_),
     }
 
 
 def test_a_supervised_batch_pads_prompts_left_and_responses_right(tokenizer):
     examples = batch(tokenizer)
-    tokens, prompt_mask, response_mask = examples.values()
+    tokens, used, response_mask = examples.values()
+    prompt_mask = used[:, :13]
+    np.testing.assert_array_equal(used[:, 13:], response_mask)
     assert (np.diff(prompt_mask.astype(int)) >= 0).all() and prompt_mask[:, 12].all()
     assert (np.diff(response_mask.astype(int)) <= 0).all() and response_mask[:, 0].all()
-    used = np.concatenate([prompt_mask, response_mask], axis=1)
     assert (tokens[~used] == tokenizer.pad_token_id).all()
     assert (tokens[used] != tokenizer.pad_token_id).all()
     last = 13 + response_mask.sum(axis=1) - 1

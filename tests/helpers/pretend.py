@@ -32,12 +32,13 @@ def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature
     for row, prompt in zip(tokens, prompts, strict=True):
         row[width - len(prompt) : width] = prompt
     tokens[:, width:] = np.where(mask, rng.integers(4, 14, mask.shape), 0)
+    lengths = np.array([[len(prompt)] for prompt in prompts])
     if on_ended is not None:
         responses = [row[real] for row, real in zip(tokens[:, width:], mask, strict=True)]
         on_ended(Ended(np.arange(len(prompts)), responses, np.ones(len(prompts), bool)))
     return Rollout(
         tokens=tokens,
-        prompt_mask=np.arange(width) >= width - np.array([[len(prompt)] for prompt in prompts]),
+        attention_mask=np.concatenate([np.arange(width) >= width - lengths, mask], axis=1),
         response_mask=mask,
         rollout_logps=np.where(mask, -rng.exponential(size=mask.shape), 0).astype(np.float32),
         temperature=np.full(len(prompts), temperature, np.float32),

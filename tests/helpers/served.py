@@ -4,7 +4,6 @@ import functools
 from dataclasses import replace
 
 import jax
-import numpy as np
 import tiny
 from compiling import jit
 
@@ -65,6 +64,6 @@ scores = jit(token_logps, static_argnums=0, static_argnames="response_length")
 
 def trained_scores(config, rollout, params=None, **replayed):
     """Teacher forcing through the training forward."""
-    mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+    mask = rollout.attention_mask
     arguments = {"response_length": T, "temperature": rollout.temperature} | replayed
     return scores(config, tiny.masters(config) if params is None else params, rollout.tokens, mask, **arguments)

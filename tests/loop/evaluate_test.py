@@ -199,7 +199,7 @@ def rollout():
         texts,
         Rollout(
             tokens=tokens,
-            prompt_mask=np.ones((4, prompt_width), bool),
+            attention_mask=np.concatenate([np.ones((4, prompt_width), bool), mask], axis=1),
             response_mask=mask,
             rollout_logps=np.zeros(mask.shape, np.float32),
             temperature=np.ones(4, np.float32),

@@ -656,7 +656,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pr
     assert f"step {STEPS - 2 * EVERY + 2}" in told[0] and f"response {row}, token {column} is nan" in told[0]
     assert str(directory / "bad_batch.npz") in told[0] and "choose another serving.format" in told[0]
     batch = bad_batch(directory)
-    for name in ("tokens", "prompt_mask", "response_mask", "rollout_logps", "temperature"):
+    for name in ("tokens", "attention_mask", "response_mask", "rollout_logps", "temperature"):
         np.testing.assert_array_equal(batch[name], getattr(rollouts[1], name))
     assert np.isnan(batch["rollout_logps"][row, column])
     assert batch["rewards"].shape == (PROMPTS * GROUP,) and batch["group_rewards"].shape == (PROMPTS * GROUP, GROUP)

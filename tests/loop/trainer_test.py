@@ -40,7 +40,7 @@ def sampled(cursor, rewards):
     numbers = np.repeat(cursor + np.arange(rows // G), G)
     rollout = Rollout(
         tokens=np.tile(numbers[:, None], (1, P + T)).astype(np.int32),
-        prompt_mask=np.ones((rows, P), bool),
+        attention_mask=np.ones((rows, P + T), bool),
         response_mask=np.ones((rows, T), bool),
         rollout_logps=np.zeros((rows, T), np.float32),
         temperature=np.ones(rows, np.float32),
@@ -177,9 +177,10 @@ score_tokens = jit(token_logps, static_argnums=0, static_argnames="response_leng
 def gaps(model, params, rollout, **replayed):
     """|log π − log μ| of each response token, with nothing replayed but what is given."""
     real = rollout.response_mask
-    mask = np.concatenate([rollout.prompt_mask, real], axis=1)
     arguments = {"response_length": real.shape[1], "temperature": rollout.temperature} | replayed
-    return np.abs(score_tokens(model, params, rollout.tokens, mask, **arguments).logps - rollout.rollout_logps)[real]
+    return np.abs(
+        score_tokens(model, params, rollout.tokens, rollout.attention_mask, **arguments).logps - rollout.rollout_logps
+    )[real]
 
 
 def test_routing_and_truncation_are_replayed_in_the_update():

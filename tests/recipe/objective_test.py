@@ -44,7 +44,7 @@ def context():
     rng = np.random.default_rng(0)
     batch = Batch(
         tokens=rng.integers(0, 9, (B, 2 + T)).astype(np.int32),
-        prompt_mask=np.ones((B, 2), bool),
+        attention_mask=np.ones((B, 2 + T), bool),
         response_mask=np.arange(T) < rng.integers(1, T + 1, (B, 1)),
         rollout_logps=rng.uniform(-2, 0, (B, T)).astype(np.float32),
         temperature=np.ones(B, np.float32),

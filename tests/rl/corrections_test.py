@@ -187,7 +187,7 @@ def context():
     rewards = np.array([1, 0, 1], np.float32)
     batch = Batch(
         tokens=np.zeros((3, 4), np.int32),
-        prompt_mask=np.ones((3, 1), bool),
+        attention_mask=np.ones((3, 4), bool),
         response_mask=MASK,
         rollout_logps=ROLLOUT,
         temperature=np.ones(3, np.float32),

@@ -23,7 +23,7 @@ def context():
     rng = np.random.default_rng(0)
     batch = Batch(
         tokens=np.zeros((4, 5), np.int32),
-        prompt_mask=np.ones((4, 2), bool),
+        attention_mask=np.ones((4, 5), bool),
         response_mask=MASK,
         rollout_logps=rng.uniform(-2, 0, (4, 3)).astype(np.float32),
         temperature=np.ones(4, np.float32),

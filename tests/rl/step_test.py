@@ -53,10 +53,13 @@ def make_batch(old_logps_of):
     """Ragged prompts and responses; the second group's rewards are all equal; log-probs near the policy's own."""
     rng = np.random.default_rng(0)
     rewards = np.array([1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0.5, 0, 0, 1], np.float32)
+    tokens = rng.integers(0, VOCABULARY, (ROWS, P + T)).astype(np.int32)
+    prompt_mask = np.arange(P) >= rng.integers(0, P, (ROWS, 1))
+    response_mask = np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
     batch = Batch(
-        tokens=rng.integers(0, VOCABULARY, (ROWS, P + T)).astype(np.int32),
-        prompt_mask=np.arange(P) >= rng.integers(0, P, (ROWS, 1)),
-        response_mask=np.arange(T) < rng.integers(1, T + 1, (ROWS, 1)),
+        tokens=tokens,
+        attention_mask=np.concatenate([prompt_mask, response_mask], axis=1),
+        response_mask=response_mask,
         rollout_logps=np.zeros((ROWS, T), np.float32),
         temperature=np.repeat(np.array([1.0, 0.8, 1.0, 1.3], np.float32), G),
         rewards=rewards,
@@ -158,8 +161,7 @@ def check(state, metrics, expected, *, tolerance):
 
 
 def plain_transformer(params, batch):
-    mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], axis=1)
-    logits = forward(MODEL, params, batch.tokens, mask)[:, P - 1 : -1]
+    logits = forward(MODEL, params, batch.tokens, batch.attention_mask)[:, P - 1 : -1]
     distribution = jax.nn.log_softmax(logits / batch.temperature[:, None, None])
     logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
     return logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {}

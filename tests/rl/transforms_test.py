@@ -36,7 +36,7 @@ def batch():
     rng = np.random.default_rng(0)
     return Batch(
         tokens=rng.integers(0, 9, (6, 6)).astype(np.int32),
-        prompt_mask=np.ones((6, 2), bool),
+        attention_mask=np.ones((6, 6), bool),
         response_mask=np.arange(4) < LENGTHS[:, None],
         rollout_logps=rng.uniform(-2, 0, (6, 4)).astype(np.float32),
         temperature=np.ones(6, np.float32),

@@ -59,7 +59,7 @@ def test_noise_on_logits_moves_log_probs_by_as_much_as_it_should(size):
         # drawn without noise: with it, the tokens would be those that it favours
         rollout = rollout_of(seed)
         delta = scored(rollout, seed=seed, logit_noise=size) - rollout.rollout_logps
-        mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        mask = rollout.attention_mask
         logits = np.asarray(logits_of(DENSE, masters(DENSE), rollout.tokens, mask), np.float64)
         p = np.exp(logits[:, P - 1 : -1])
         p /= p.sum(axis=-1, keepdims=True)

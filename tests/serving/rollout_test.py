@@ -128,7 +128,15 @@ def test_the_formats_sample_their_own_distributions(name):
 
 
 def assert_same_samples(other, expected):
-    for field in ("tokens", "prompt_mask", "response_mask", "versions", "finished", "temperature", "candidate_tokens"):
+    for field in (
+        "tokens",
+        "attention_mask",
+        "response_mask",
+        "versions",
+        "finished",
+        "temperature",
+        "candidate_tokens",
+    ):
         np.testing.assert_array_equal(getattr(other, field), getattr(expected, field), err_msg=field)
     for field in ("rollout_logps", "log_mass"):
         np.testing.assert_allclose(getattr(other, field), getattr(expected, field), rtol=0, atol=1e-5, err_msg=field)
@@ -266,7 +274,7 @@ def test_what_is_not_truncated_is_recorded_as_whole():
 def test_the_recorded_experts_are_those_of_the_training_forward(config):
     rollout = rollout_of("float32", config)
     chosen = np.moveaxis(np.asarray(trained_scores(config, rollout).router.experts), 0, 2)
-    mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+    mask = rollout.attention_mask
     # what is fed predicts a token: all but each response's last
     fed = mask[:, :-1] & mask[:, 1:]
     assert rollout.experts.shape == chosen.shape == (len(mask), P + T - 1, sum(config.sparse_layers), 2)

@@ -45,7 +45,7 @@ def batch():
     mask = np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
     return Batch(
         tokens=rng.integers(0, MODEL.vocab_size, (ROWS, P + T)).astype(np.int32),
-        prompt_mask=np.arange(P) >= rng.integers(0, P, (ROWS, 1)),
+        attention_mask=np.concatenate([np.arange(P) >= rng.integers(0, P, (ROWS, 1)), mask], axis=1),
         response_mask=mask,
         rollout_logps=np.where(mask, rng.uniform(-3, -0.5, (ROWS, T)), 0).astype(np.float32),
         temperature=np.ones(ROWS, np.float32),

@@ -107,8 +107,8 @@ def worst_tokens(
     rows = []
     for place in np.argsort(-difference, axis=None, kind="stable")[: min(count, int(mask.sum()))]:
         row, position = divmod(int(place), width)
-        real = np.concatenate([rollout.prompt_mask[row], mask[row]])
-        at = rollout.prompt_mask.shape[1] + position
+        real = np.asarray(rollout.attention_mask[row])
+        at = len(real) - width + position
         before, behind = (
             np.asarray(rollout.tokens[row])[part][real[part]] for part in (slice(at), slice(at + 1, None))
         )

@@ -95,7 +95,7 @@ class Policies:
         """Of the training forward, over the whole softmax; with `replays` over its candidates and with its experts."""
         config, width = self.config, rollout.response_mask.shape[1]
         mesh = self._mesh if mesh is None else mesh
-        mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
         for start in range(0, len(mask), size):

@@ -249,7 +249,7 @@ def _routing(measured: _Measurement) -> dict[str, Any] | None:
         return None
     params, replays = measured.source.weights.params, replace(rollout, candidate_tokens=None)
     replayed = measured.policies.train(params, rollout, temperature=rollout.temperature, replays=replays)
-    real = np.concatenate([rollout.prompt_mask, mask], axis=1)
+    real = np.asarray(rollout.attention_mask)
     # the last token of a response is never fed
     shares = changed_experts(trained.experts, np.asarray(rollout.experts), real[:, :-1] & real[:, 1:])
     gaps = {

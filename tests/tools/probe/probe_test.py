@@ -264,7 +264,16 @@ def rollout_of(rows, p):
         prompt_mask[number, width - len(prompt) :], mask[number, : len(response)] = True, True
     zeros = np.zeros(mask.shape, np.float32)
     ones = np.ones(len(rows), np.float32)
-    return Rollout(tokens, prompt_mask, mask, p, ones, np.zeros(mask.shape, np.int32), ones > 0, zeros)
+    return Rollout(
+        tokens,
+        np.concatenate([prompt_mask, mask], axis=1),
+        mask,
+        p,
+        ones,
+        np.zeros(mask.shape, np.int32),
+        ones > 0,
+        zeros,
+    )
 
 
 def test_the_worst_token_comes_first_with_what_stood_around_it():
@@ -361,7 +370,7 @@ def test_where_the_distribution_is_cut_the_total_is_of_what_is_left(only_float32
     # by hand, from whole logits
     own = policies(rollout=TRUNCATED, model=model)
     rollout = own.sample(Served.of("bf16"), source_of(config).weights, prompts(), jax.random.key(0))
-    mask = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+    mask = rollout.attention_mask
     logits = np.asarray(forward(config.model, params_of(config.model), rollout.tokens, mask), np.float64) / 0.8
     differences, uncut = [], []
     for row, column in np.argwhere(rollout.response_mask):
