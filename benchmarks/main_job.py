@@ -32,13 +32,14 @@ from dcjax.cli.allocator import keep_freed_memory
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.evaluate import open_problems, responses
+from dcjax.loop.evaluate import responses
 from dcjax.loop.run_directory import load_config
 from dcjax.loop.warm_start import warm_start
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
+from dcjax.recipe.build import open_problems
 from dcjax.recipe.config import Config
 from dcjax.recipe.optimizer import make_optimizer
-from dcjax.rewards.scorer import InProcess
+from dcjax.rewards.in_process import InProcessRewards
 from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
@@ -80,7 +81,7 @@ def load_weights(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
             if not (steps := checkpoints.steps()):
                 raise RunError(f"{args.run_dir} holds no checkpoint")
             last = steps[-1]
-            state, _ = checkpoints.restore(last, assemble.abstract_state(setup.config, setup.mesh))
+            state, _ = checkpoints.restore(last, build.abstract_state(setup.config, setup.mesh))
         return {f"{args.run_dir}, step {last}": state.params}
     return {f"{share:.0%} scratchpads": _warmed_up(setup, share, args.warm_start_steps) for share in args.scratchpads}
 
@@ -99,7 +100,7 @@ def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rol
     """dcjax's rollout."""
     serving = dataclasses.replace(setup.config.serving, format=format)
     config = dataclasses.replace(setup.config, serving=serving)
-    engine = assemble.make_engine(config, setup.mesh, [setup.tokenizer.eos_token_id])
+    engine = build.make_engine(config, setup.mesh, [setup.tokenizer.eos_token_id])
     served, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
     group_size, temperature = config.rollout.group_size, config.rollout.temperature
     return lambda number: sample_responses(
@@ -202,7 +203,7 @@ def sampled_batch(setup: Setup, params) -> Batch:
     rollout = engine_loop(setup, params, setup.config.serving.format)(0)
     group_size = setup.config.rollout.group_size
     golds = [problem.answer for problem in setup.problems for _ in range(group_size)]
-    scorer = InProcess(setup.config.task.reward)
+    scorer = InProcessRewards(setup.config.task.reward)
     rewards = scorer.submit(responses(setup.tokenizer, rollout), golds, rollout.finished.tolist()).result()
     return Batch.of(rollout, rewards=rewards, group_size=group_size)
 
@@ -213,8 +214,8 @@ def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_si
     sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
     config = dataclasses.replace(setup.config, **sections)
     copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
-    state = assemble.initial_state(config, setup.mesh, make_optimizer(config), copied)
-    return Stepper(assemble.compile_train_step(config, setup.mesh), state, batch)
+    state = build.initial_state(config, setup.mesh, make_optimizer(config), copied)
+    return Stepper(build.compile_train_step(config, setup.mesh), state, batch)
 
 
 def plain_step(setup: Setup, params, batch: Batch, microbatch_size: int, skip: bool) -> Stepper:

@@ -29,7 +29,7 @@ from timing import environment, measure, pin, ratio, row, table  # pyrefly: igno
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import init_params
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
@@ -189,9 +189,9 @@ def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
     """The quickstart's training step, each call on from the last one's state."""
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, algorithm="dc_grpo"))
     mesh = make_mesh(config.mesh)
-    step, tx = assemble.compile_train_step(config, mesh), make_optimizer(config)
+    step, tx = build.compile_train_step(config, mesh), make_optimizer(config)
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
-    state = assemble.initial_state(config, mesh, tx, params)
+    state = build.initial_state(config, mesh, tx, params)
 
     def run(number: int):
         nonlocal state

@@ -46,7 +46,7 @@ def test_so_it_does_on_eight_devices(tmp_path):
 
 
 def test_so_it_does_when_it_is_sampled_ahead_on_devices_of_their_own(tmp_path):
-    apart = ["mesh.fsdp=2", "serving.devices=2", "rollout.ahead=1"]
+    apart = ["mesh.fsdp=2", "serving.devices=2", "rollout.async_level=1"]
     assert_learnt(quickstart(tmp_path / "run", *apart, devices=4))
 
 

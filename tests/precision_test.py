@@ -12,7 +12,7 @@ from served import DENSE, EXPERTS, engine_of
 
 from dcjax.models import Precision, abstract_params, forward
 from dcjax.models.attention import causal_attention
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.serving import engine as engines
 from dcjax.serving import rollout as rollouts
 from dcjax.serving import scoring
@@ -47,8 +47,8 @@ def mesh_of(**axes):
 
 
 def train_step(config, mesh):
-    step = assemble.compile_train_step(config, mesh)
-    return step.trace(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh))
+    step = build.compile_train_step(config, mesh)
+    return step.trace(build.abstract_state(config, mesh), build.abstract_batch(config, mesh))
 
 
 MESHES = [

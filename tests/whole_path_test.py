@@ -11,7 +11,7 @@ from collections import Counter
 import pretend
 import pytest
 
-import dcjax.loop.trainer
+import dcjax.loop.draw
 from dcjax.cli import main
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.store import load_examples
@@ -78,8 +78,8 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked():
     with pytest.MonkeyPatch.context() as patch:
-        asked = Asked(dcjax.loop.trainer.Judging)
-        patch.setattr(dcjax.loop.trainer, "Judging", asked)
+        asked = Asked(dcjax.loop.draw.RewardCollector)
+        patch.setattr(dcjax.loop.draw, "RewardCollector", asked)
         yield asked
 
 
@@ -202,17 +202,17 @@ import os
 import signal
 import sys
 
-if "STOPPED" in os.environ and "dcjax.loop.trainer" in sys.modules:
-    from dcjax.loop.trainer import Trainer
+if "STOPPED" in os.environ and "dcjax.loop.updater" in sys.modules:
+    from dcjax.loop.updater import Updater
 
-    update = Trainer._update
+    update = Updater.__call__
 
     def stopped(self, *arguments):
         # not while samples are drawn, whose iteration would be given up and judged again
         os.kill(os.getpid(), signal.SIGTERM)
         return update(self, *arguments)
 
-    Trainer._update = stopped
+    Updater.__call__ = stopped
 
 def judge(text, gold, *, finished):
     with open(os.environ["JUDGED"], "a") as file:

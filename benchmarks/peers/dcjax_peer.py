@@ -13,7 +13,7 @@ import work  # pyrefly: ignore[missing-import]
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import forward, load_hf
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
@@ -28,10 +28,10 @@ class Trainer:
     def __init__(self, folder: Path):
         mesh = make_mesh(CONFIG.mesh)
         self._prompts = work.prompts(folder)
-        self._engine = assemble.make_engine(CONFIG, mesh, [work.NO_TOKEN])
-        self._train_step = assemble.compile_train_step(CONFIG, mesh)
+        self._engine = build.make_engine(CONFIG, mesh, [work.NO_TOKEN])
+        self._train_step = build.compile_train_step(CONFIG, mesh)
         params = load_hf(folder / "model", mesh=mesh)[1]
-        self.state = assemble.initial_state(CONFIG, mesh, make_optimizer(CONFIG), params)
+        self.state = build.initial_state(CONFIG, mesh, make_optimizer(CONFIG), params)
         self.rollout = work.Timed(sample_responses)
         self._number = 0
 
@@ -48,7 +48,7 @@ class Trainer:
         rewards = np.array([work.reward(response) for response in responses(rollout)], np.float32)
         batch = Batch.of(rollout, rewards=rewards, group_size=work.GROUP_SIZE)
         self.state, metrics = self._train_step(self.state, batch)
-        assemble.metrics_to_host(metrics)
+        build.metrics_to_host(metrics)
         self._number += 1
 
 

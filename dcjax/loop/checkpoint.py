@@ -19,8 +19,8 @@ from dcjax.types import TrainState
 
 
 @dataclass(frozen=True)
-class LoopState:
-    """What the loop carries beside the TrainState."""
+class Cursor:
+    """Where a run stands in its steps, its prompts and its random keys: what the loop carries beside the TrainState."""
 
     step: int
     """RL iterations done."""
@@ -73,7 +73,7 @@ class Checkpoints:
             raise RunError(f"no checkpoint in {self.directory}; dcjax train writes the first one after the warm start")
         return steps[-1]
 
-    def save(self, state: TrainState, loop: LoopState) -> None:
+    def save(self, state: TrainState, loop: Cursor) -> None:
         """Starts saving, unless that step or a later one is saved; the arrays may be donated as soon as this returns.
 
         Raises:
@@ -83,7 +83,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
         self._guard(lambda: self._manager.save(loop.step, args=items))
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, LoopState]:
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Cursor]:
         """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings), whatever mesh it was saved from.
 
         Raises:
@@ -98,13 +98,13 @@ class Checkpoints:
             state, described = restored["state"], restored["loop"]
             if int(fingerprint(state)) != described.pop("fingerprint"):
                 raise ValueError("its arrays are not the ones that were saved")
-            return state, LoopState(**described)
+            return state, Cursor(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
             raise as_loss(error) or RunError(
                 f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}"
             ) from error
 
-    def restore_latest(self, like: TrainState) -> tuple[TrainState, LoopState] | None:
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, Cursor] | None:
         """The newest checkpoint that can be read, or None in a run without any.
 
         A damaged one is named on standard error, and the one before it is tried. Once that is read, the damaged ones

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.engine import Qwen3Engine
@@ -42,7 +42,7 @@ def compiled_beside(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engin
 
 def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) -> Iterator[Callable[[], None]]:
     """What compiles the first evaluation, the first rollout and the first update."""
-    params = assemble.abstract_starting_params(config, mesh)
+    params = build.abstract_starting_params(config, mesh)
     yield partial(_compile_state, config, mesh, params)
     for engine in engines.values():
         yield partial(compile_sampling, engine, params, prompts=config.evaluation.prompts, samples_per_prompt=1)
@@ -52,12 +52,10 @@ def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) ->
 
 
 def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
-    initializer = assemble.state_initializer(
-        config, mesh, make_optimizer(config), assemble.PastParams.needed_by(config)
-    )
+    initializer = build.state_initializer(config, mesh, make_optimizer(config), build.PastParams.needed_by(config))
     initializer.lower(params).compile()
 
 
 def _compile_update(config: Config, mesh: Mesh) -> None:
-    step: Any = assemble.compile_train_step(config, mesh)
-    step.lower(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh)).compile()
+    step: Any = build.compile_train_step(config, mesh)
+    step.lower(build.abstract_state(config, mesh), build.abstract_batch(config, mesh)).compile()

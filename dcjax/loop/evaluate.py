@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.data.task import Problems, decode_responses, encode_prompts
+from dcjax.data.task import decode_responses, encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.end_tokens import run_end_tokens
-from dcjax.loop.judging import Judging, check_golds, open_scorer
+from dcjax.loop.reward_collector import RewardCollector, check_golds, open_rewards
 from dcjax.loop.run_directory import load_config, locate
-from dcjax.recipe.build import abstract_state, make_engine, make_training_engine
-from dcjax.recipe.config import Config, on_one_device
+from dcjax.loop.setup import Setup
+from dcjax.recipe.build import PolicyName, abstract_state, make_engines, open_problems
+from dcjax.recipe.config import on_one_device
 from dcjax.reporting.statistics import wilson_interval
-from dcjax.rewards.scorer import Scorer
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.quantize import FormatName, formats
-from dcjax.serving.rollout import require_finite, sample_responses
+from dcjax.serving.rollout import Sampling, require_finite
 from dcjax.sharding.hosts import total
 from dcjax.sharding.mesh import make_mesh
-from dcjax.types import Params, Rollout
-
-Policy = Literal["deployed", "training", "deployed_ema"]
+from dcjax.types import Params, Rollout, TrainState
 
 HELDOUT_SEED = 0
 """The same held-out prompts and sampling keys for every run and step, so that accuracies are compared in pairs."""
@@ -40,7 +36,7 @@ HELDOUT_SEED = 0
 class Accuracy:
     """How many of one policy's responses were right."""
 
-    policy: Policy
+    policy: PolicyName
     format: FormatName
     correct: int
     total: int
@@ -58,30 +54,6 @@ class Evaluation:
     rows: list[Accuracy]
 
 
-def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[Policy, Qwen3Engine]:
-    """`deployed` in the run's serving format, `training` in the trainer's float32, for masters on this mesh.
-
-    Raises:
-      RunError: they cannot be served.
-    """
-    return {
-        "deployed": make_engine(config, mesh, end_tokens),
-        "training": make_training_engine(config, mesh, end_tokens),
-    }
-
-
-def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:
-    """The task's problems.
-
-    Raises:
-      RunError: their files are missing or cannot be used.
-    """
-    try:
-        return config.task.open(tokenizer)
-    except (ValueError, FileNotFoundError) as error:
-        raise RunError(str(error)) from None
-
-
 def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]:
     """The text of each response, as `decode_responses` gives it."""
     width = rollout.response_mask.shape[1]
@@ -89,15 +61,7 @@ def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]
     return decode_responses(tokenizer, [row[mask] for row, mask in rows], np.asarray(rollout.finished))
 
 
-def evaluate(
-    config: Config,
-    tokenizer: PreTrainedTokenizerFast,
-    source: Problems,
-    scorer: Scorer,
-    engines: dict[Policy, Qwen3Engine],
-    params: Params,
-    version: int,
-) -> list[Accuracy]:
+def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring.
 
     A response is right that earns at least 1.
@@ -105,30 +69,49 @@ def evaluate(
     Raises:
       RunError: a policy whose log-probs are not finite, or a reward that fails.
     """
-    settings = config.evaluation
-    problems = source.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
-    prompts = encode_prompts(tokenizer, problems)
+    settings = setup.config.evaluation
+    problems = setup.problems.problems("heldout", HELDOUT_SEED, 0, settings.prompts)
+    prompts = encode_prompts(setup.tokenizer, problems)
     rows = []
     for policy, engine in engines.items():
-        judging = Judging(scorer, tokenizer, problems, samples_per_prompt=1)
-        rollout = sample_responses(
+        collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=1)
+        serving = engine.sync(params, version)
+        sampling = Sampling(
             engine,
-            engine.sync(params, version),
+            serving,
             prompts,
             samples_per_prompt=1,
             temperature=settings.temperature,
             key=jax.random.key(HELDOUT_SEED),
-            on_ended=judging.begin,
         )
+        for ended in sampling.as_they_end(serving):
+            collector.submit(ended)
+        rollout = sampling.rollout()
         _require_finite(policy, rollout, engine)
-        correct = total(int(np.sum(judging.result() >= 1)), engine.mesh)
+        correct = total(int(np.sum(collector.result() >= 1)), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
     return rows
 
 
-def _require_finite(policy: Policy, rollout: Rollout, engine: Qwen3Engine) -> None:
+def evaluate_state(setup: Setup, state: TrainState) -> dict[str, float]:
+    """Held-out accuracies by the names of metrics.jsonl: of both policies, and of the average where one is kept."""
+    rows = evaluate(setup, setup.engines, state.params, int(state.step))
+    measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
+    if setup.config.optimizer.ema_decay:
+        (row,) = _evaluate_average(setup, state)
+        measured["eval/deployed_accuracy_ema"] = row.accuracy
+    return measured | {"eval/prompts": setup.config.evaluation.prompts}
+
+
+def _evaluate_average(setup: Setup, state: TrainState) -> list[Accuracy]:
+    """The deployed engine with the moving average of the parameters."""
+    average = averaged_params(state.opt_state, state.params)
+    return evaluate(setup, {"deployed_ema": setup.engines["deployed"]}, average, int(state.step))
+
+
+def _require_finite(policy: PolicyName, rollout: Rollout, engine: Qwen3Engine) -> None:
     try:
         require_finite(rollout, engine)
     except ValueError as error:
@@ -164,13 +147,12 @@ def evaluate_source(
         step = checkpoints.latest()
     state, loop = checkpoints.restore(step, abstract_state(config, mesh))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
-    engines = make_engines(config, mesh, run_end_tokens(run_dir, config, tokenizer))
-    problems = open_problems(config, tokenizer)
+    end_tokens = run_end_tokens(run_dir, config, tokenizer)
+    engines, problems = make_engines(config, mesh, end_tokens), open_problems(config, tokenizer)
     check_golds(config, problems)
-    with open_scorer(config) as scorer:
-        rows = evaluate(config, tokenizer, problems, scorer, engines, state.params, loop.step)
+    with open_rewards(config) as rewards:
+        setup = Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines)
+        rows = evaluate(setup, engines, state.params, loop.step)
         if config.optimizer.ema_decay:
-            averaged = averaged_params(state.opt_state, state.params)
-            deployed: dict[Policy, Qwen3Engine] = {"deployed_ema": engines["deployed"]}
-            rows += evaluate(config, tokenizer, problems, scorer, deployed, averaged, loop.step)
+            rows += _evaluate_average(setup, state)
     return Evaluation(loop.step, config.evaluation.temperature, rows)

@@ -1,25 +1,30 @@
-"""The loop: rollout → reward → step → log → checkpoint."""
+"""The loop: sample, update, evaluate, log, save."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+
 from dcjax.errors import Interrupted, RunError
-from dcjax.loop.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, Cursor
+from dcjax.loop.draw import Draw, Sampled
 from dcjax.loop.environment import describe
-from dcjax.loop.judging import open_scorer
+from dcjax.loop.evaluate import evaluate_state
+from dcjax.loop.logs import RunLog
+from dcjax.loop.reward_collector import open_rewards
 from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run
-from dcjax.loop.trainer import Sampled, Trainer
+from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
+from dcjax.loop.setup import Setup, begin, set_up
+from dcjax.loop.updater import Updater
 from dcjax.recipe.build import abstract_state, with_pretrained_model
 from dcjax.recipe.config import Config
-from dcjax.reporting.progress import Progress
-from dcjax.reporting.record import MetricsLog, Transcripts
 from dcjax.reporting.run_report import write_report
-from dcjax.sharding.hosts import Stopped, as_loss, is_main, join
+from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, join, threads_may_launch
 from dcjax.types import TrainState
 
 
@@ -35,21 +40,21 @@ def train(config: Config) -> tuple[Path, Path] | None:
     join(config.distributed)
     check_processes_agree(config)
     config = with_pretrained_model(config)
-    with open_scorer(config) as scorer:
-        return _train(Trainer(config, scorer))
+    with open_rewards(config) as rewards:
+        return train_with(set_up(config, rewards))
 
 
-def _train(trainer: Trainer) -> tuple[Path, Path] | None:
-    config = trainer.config
-    check_data_agree(trainer.problems.fingerprint)
+def train_with(setup: Setup) -> tuple[Path, Path] | None:
+    """`train`, of a run that is set up."""
+    check_data_agree(setup.problems.fingerprint)
     with (
-        open_run(config, data=trainer.problems.fingerprint, end_tokens=trainer.end_tokens) as directory,
-        Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        open_run(setup.config, data=setup.problems.fingerprint, end_tokens=setup.end_tokens) as directory,
+        Checkpoints(directory / "checkpoints", keep=setup.config.checkpoint.keep) as checkpoints,
     ):
         try:
             if is_main():
-                _save_tokenizer(trainer, directory / "tokenizer")
-            _loop(trainer, directory, checkpoints)
+                _save_tokenizer(setup, directory / "tokenizer")
+            _loop(setup, checkpoints)
         except Exception as error:
             if (loss := as_loss(error)) is None:
                 raise
@@ -57,91 +62,91 @@ def _train(trainer: Trainer) -> tuple[Path, Path] | None:
     return write_report(directory) if is_main() else None
 
 
-def _loop(trainer: Trainer, directory: Path, checkpoints: Checkpoints) -> None:
-    config = trainer.config
-    restored = checkpoints.restore_latest(abstract_state(config, trainer.mesh))
+def _loop(setup: Setup, checkpoints: Checkpoints) -> None:
+    config, preemption = setup.config, Preemption()
+    restored = checkpoints.restore_latest(abstract_state(config, setup.mesh))
     if is_main():
-        print("\n".join(describe(config, trainer.mesh, trainer.engines["deployed"])), file=sys.stderr)
-    state, loop = restored or trainer.begin()
-    last_step = restored[1].step if restored else None
-    with trainer.rollouts, _told(trainer, directory, last_step) as tell, trainer.preemption as preemption:
+        print("\n".join(describe(config, setup.mesh, setup.engines["deployed"])), file=sys.stderr)
+    updater = Updater(setup)
+    state, cursor = restored or begin(setup)
+    last_step = cursor.step if restored else None
+    with make_sampler(setup, preemption) as sampler, RunLog(setup, last_step) as log, preemption:
         if not restored:
-            tell(0, trainer.evaluate(state), None)
-            checkpoints.save(state, loop)
-        while loop.step < config.steps:
+            log.write(0, evaluate_state(setup, state))
+            checkpoints.save(state, cursor)
+        while cursor.step < config.steps:
+            stopwatch = Stopwatch(setup)
             try:
-                state, loop, metrics, sampled = trainer.iterate(state, loop)
+                sampled, following = sampler(state, cursor)
             except Stopped:
-                _stop(checkpoints, state, loop)
-            if _due(loop.step, config.evaluation.every, config.steps):
-                metrics |= trainer.evaluate(state)
+                _stop(checkpoints, state, cursor)
+            stopwatch.sampled()
+            state, metrics = updater(state, sampled)
+            cursor = following
+            metrics |= stopwatch.updated(sampled)
+            if _due(cursor.step, config.evaluation.every, config.steps):
+                sampler.settle()
+                metrics |= evaluate_state(setup, state)
             # logged before it is saved, so that a resumed run finds every line up to its checkpoint
-            tell(loop.step, metrics, sampled)
-            if preemption.announced(trainer.mesh):
-                _stop(checkpoints, state, loop)
-            if _due(loop.step, config.checkpoint.every, config.steps):
-                checkpoints.save(state, loop)
+            log.write(cursor.step, metrics, sampled)
+            if preemption.announced(setup.mesh):
+                _stop(checkpoints, state, cursor)
+            if _due(cursor.step, config.checkpoint.every, config.steps):
+                checkpoints.save(state, cursor)
 
 
-def _stop(checkpoints: Checkpoints, state: TrainState, loop: LoopState) -> NoReturn:
+def make_sampler(setup: Setup, preemption: Preemption) -> Sampler:
+    """In turns with training, or asynchronous where the config says how far ahead."""
+    draw, sync, level = Draw(setup, preemption), setup.engines["deployed"].sync, setup.config.rollout.async_level
+    if not level:
+        return InTurns(draw, sync)
+    return Asynchronous(draw, sync, level=level, steps=setup.config.steps, in_thread=threads_may_launch())
+
+
+class Stopwatch:
+    """Times one iteration, and counts the answers whose rewards were cut off meanwhile."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._cut_off = self._counted()
+        self._started = self._sampled = time.perf_counter()
+
+    def sampled(self) -> None:
+        """The samples are there."""
+        self._sampled = time.perf_counter()
+
+    def updated(self, sampled: Sampled) -> dict[str, float]:
+        """Seconds, tokens a second and counts, by the names of metrics.jsonl."""
+        ended, tokens = time.perf_counter(), int(sampled.rollout.response_mask.sum())
+        return {
+            "time/rollout": self._sampled - self._started,
+            "time/update": ended - self._sampled,
+            "tokens_per_second": tokens / (ended - self._started),
+            **{name: count - self._cut_off[name] for name, count in self._counted().items()},
+        }
+
+    def _counted(self) -> dict[str, int]:
+        """How many answers of all processes have been cut off so far."""
+        if self._setup.rewards.counters is None:
+            return {}
+        counters = asdict(self._setup.rewards.counters)
+        totals = gather(np.array([[*counters.values()]], np.int32), self._setup.mesh).sum(axis=0)
+        return {f"reward/{name}": int(count) for name, count in zip(counters, totals, strict=True)}
+
+
+def _stop(checkpoints: Checkpoints, state: TrainState, cursor: Cursor) -> NoReturn:
     # which does nothing where the step is saved already
-    checkpoints.save(state, loop)
+    checkpoints.save(state, cursor)
     checkpoints.wait()
-    raise Interrupted(f"stopped by SIGTERM; step {loop.step} is saved, and the same command goes on from it")
+    raise Interrupted(f"stopped by SIGTERM; step {cursor.step} is saved, and the same command goes on from it")
 
 
-@contextlib.contextmanager
-def _told(
-    trainer: Trainer, directory: Path, last_step: int | None
-) -> Iterator[Callable[[int, dict[str, float], Sampled | None], None]]:
-    """What logs a step's metrics and samples and shows them; on process 0 only."""
-    if not is_main():
-        yield lambda step, metrics, sampled: None
-        return
-    config = trainer.config
-    log, transcripts = _open_logs(directory, last_step)
-    with log, transcripts, Progress(config.steps, initial=last_step or 0, description="step") as progress:
-
-        def tell(step: int, metrics: dict[str, float], sampled: Sampled | None) -> None:
-            if sampled is not None and _due(step, config.evaluation.every, config.steps):
-                sampled.write(transcripts, trainer.tokenizer, step)
-            log.write(step, metrics)
-            if sampled is not None:
-                progress.update(step, **_shown(metrics, trainer.deployed_accuracy))
-
-        yield tell
-
-
-def _save_tokenizer(trainer: Trainer, directory: Path) -> None:
+def _save_tokenizer(setup: Setup, directory: Path) -> None:
     try:
-        trainer.tokenizer.save_pretrained(directory)
+        setup.tokenizer.save_pretrained(directory)
     except Exception as error:  # the library's own, in Rust, is no OSError
         raise RunError(f"cannot write {directory}: {error}") from error
 
 
-def _open_logs(directory: Path, last_step: int | None) -> tuple[MetricsLog, Transcripts]:
-    path = directory / "metrics.jsonl"
-    if last_step is not None and not path.exists():
-        raise RunError(
-            f"{path} is gone, of a run that has a checkpoint of step {last_step}; put it back, or remove both"
-        )
-    try:
-        log = MetricsLog(directory, "metrics", last_step=last_step, tensorboard=True)
-        return log, Transcripts(directory, last_step=last_step)
-    except ValueError as error:
-        raise RunError(f"{error}; mend that line, or choose another --run-dir to start anew") from error
-
-
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
-
-
-def _shown(metrics: dict[str, float], deployed_accuracy: float | None) -> dict[str, str]:
-    return {
-        "reward": f"{metrics['reward']:.2f}",
-        "deployed": "-" if deployed_accuracy is None else f"{deployed_accuracy:.2f}",
-        "δ̄": f"{metrics['dual/discrepancy']:.4f}/{metrics['dual/budget']:.4f}",
-        "λ": f"{metrics['dual/multiplier']:.3f}",
-        "length": f"{metrics['response_length']:.1f}",
-        "tok/s": f"{metrics['tokens_per_second']:.0f}",
-    }

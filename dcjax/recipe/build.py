@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
+from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.models.parallel.forward import check_model, mesh_layout
@@ -36,6 +38,7 @@ from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_sha
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 Optimizer = optax.GradientTransformationExtraArgs
+PolicyName = Literal["deployed", "training", "deployed_ema"]
 
 
 def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
@@ -112,7 +115,8 @@ class PastParams:
     def needed_by(cls, config: Config) -> PastParams:
         """What RL needs."""
         return cls(
-            reference=bool(config.objective.kl_coefficient), history=config.rollout.ahead or config.mismatch.staleness
+            reference=bool(config.objective.kl_coefficient),
+            history=config.rollout.async_level or config.mismatch.staleness,
         )
 
 
@@ -239,7 +243,7 @@ def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         group_size=config.rollout.group_size,
         microbatch_size=optimizer.microbatch_size,
         updates=optimizer.updates,
-        ahead=config.rollout.ahead > 0,
+        ahead=config.rollout.async_level > 0,
     )
     return compile_step(config, mesh, tx, step, PastParams.needed_by(config))
 
@@ -315,3 +319,27 @@ def make_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) 
     """
     serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
     return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_tokens)
+
+
+def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[PolicyName, Qwen3Engine]:
+    """`deployed` in the run's serving format, `training` in the trainer's float32, for masters on this mesh.
+
+    Raises:
+      RunError: they cannot be served.
+    """
+    return {
+        "deployed": make_engine(config, mesh, end_tokens),
+        "training": make_training_engine(config, mesh, end_tokens),
+    }
+
+
+def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:
+    """The task's problems.
+
+    Raises:
+      RunError: their files are missing or cannot be used.
+    """
+    try:
+        return config.task.open(tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(str(error)) from None

@@ -77,8 +77,8 @@ class RolloutConfig:
     """The most probable tokens can be sampled, of those that top_k leaves, until they hold so much; needs a top_k."""
     replay_routing: bool = False
     """The trainer's tokens go to the experts that the sampler's went to, not to those of its own choice."""
-    ahead: int = 0
-    """Iterations that sampling is ahead of training, and updates that the weights which sample are behind: with
+    async_level: int = 0
+    """How many iterations sampling may run ahead of training, which is how stale its weights are (iterations); with
     serving.devices both go on at the same time. 0 is in turns."""
     max_prompt_length: int = 13
     """Longest prompt (tokens)."""
@@ -89,7 +89,14 @@ class RolloutConfig:
         _require(
             "rollout.",
             self,
-            {"prompts": 1, "group_size": 2, "top_k": 0, "ahead": 0, "max_prompt_length": 1, "max_response_length": 1},
+            {
+                "prompts": 1,
+                "group_size": 2,
+                "top_k": 0,
+                "async_level": 0,
+                "max_prompt_length": 1,
+                "max_response_length": 1,
+            },
         )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"rollout.temperature is {self.temperature}; training needs one above 0")
@@ -405,15 +412,15 @@ class Config:
             )
 
     def _check_sampling(self):
-        if (ahead := self.rollout.ahead) and (staleness := self.mismatch.staleness):
+        if (ahead := self.rollout.async_level) and (staleness := self.mismatch.staleness):
             raise ValueError(
-                f"rollout.ahead is {ahead} and mismatch.staleness {staleness}; both say how old the weights are "
+                f"rollout.async_level is {ahead} and mismatch.staleness {staleness}; both say how old the weights are "
                 "that sample, so set one of them"
             )
         if ahead and not self.serving.devices and (size := math.prod(dataclasses.asdict(self.mesh).values())) > 1:
             raise ValueError(
-                f"rollout.ahead is {ahead} on the {size} devices of the mesh; sampling needs devices of its own there, "
-                "serving.devices"
+                f"rollout.async_level is {ahead} on the {size} devices of the mesh; sampling needs devices of its own "
+                "there, serving.devices"
             )
         if self.pretrained is not None:
             # the folder's architecture counts, which the engine checks

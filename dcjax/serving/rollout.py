@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -73,7 +73,6 @@ def sample_responses(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
-    on_ended: Callable[[Ended], None] | None = None,
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
@@ -90,26 +89,23 @@ def sample_responses(
       top_k: how many tokens can be drawn; 0 is all.
       top_p: the most probable tokens can be drawn, until they hold so much.
       stop_tokens: ids that end a response; the engine's end tokens where None.
-      on_ended: is given every sample once, soon after it has ended; the rollout does not depend on it.
 
     Raises:
       ValueError: a prompt or a setting that the engine does not take.
     """
-    settings = {"temperatures": temperature, "top_ks": top_k, "top_ps": top_p, "stop_tokens": stop_tokens}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_tokens": stop_tokens}
     sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
-    over = False
-    while not over:
-        over = sampling.advance(params)
-        if on_ended is not None:
-            on_ended(sampling.take_ended())
+    while not sampling.advance(params):
+        pass
     return sampling.rollout()
 
 
 class Sampling:
     """A batch of samples under way: `advance` until it says that all have ended, then `rollout`.
 
-    Between two calls of `advance` the weights may be swapped: versions are of each token.
-    Arguments are those of `sample_responses` and of `Qwen3Engine.make_requests`.
+    Between two calls of `advance` the weights may be swapped: versions are of each token. `as_they_end` does it with
+    one set of weights. Arguments are those of
+    `sample_responses`, the three settings one for all samples or one for each.
     """
 
     def __init__(
@@ -119,25 +115,37 @@ class Sampling:
         prompts: Sequence[Sequence[int]],
         *,
         samples_per_prompt: int,
+        temperature: Float[Array, "N"] | float,
         key: jax.Array,
-        **settings,
+        top_k: Int[Array, "N"] | int = 0,
+        top_p: Float[Array, "N"] | float = 1.0,
+        stop_tokens: Sequence[int] | None = None,
     ):
         self._engine, self._prompts = engine, prompts
         # the prompt of each sample
         self._rows = np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)
         self._prefix = engine.prefill_many(params, prompts)
         keys = sample_keys(key, np.arange(len(self._rows)))
-        self._requests = engine.make_requests(keys, **settings)
+        self._requests = engine.make_requests(
+            keys, temperatures=temperature, top_ks=top_k, top_ps=top_p, stop_tokens=stop_tokens
+        )
         self._state = _programs(engine.decoder).begin(engine.decoder, engine.slots_for(len(keys)), len(keys))
         self._ended = self._taken = np.zeros(len(keys), bool)
 
     def advance(self, params: ServingParams) -> bool:
-        """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended, and returns whether they have."""
+        """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended; returns whether they have."""
         engine = self._engine
         inputs = (params, self._prefix, self._rows, self._requests, np.int32(REFILLS_PER_CALL), self._state)
         self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
         self._ended = np.asarray(ended)
         return bool(self._ended.all())
+
+    def as_they_end(self, params: ServingParams) -> Iterator[Ended]:
+        """Decodes to the end; yields every sample once, soon after it has ended."""
+        over = False
+        while not over:
+            over = self.advance(params)
+            yield self.take_ended()
 
     def take_ended(self) -> Ended:
         """The samples that have ended and were not taken before."""

@@ -58,15 +58,13 @@ def ended(process, within=None):
     return process.returncode, complaints(errors)
 
 
-def send_sigterm_at(patch, method, *, call):
-    """To this process, when a method of Trainer is called for the so manyth time."""
-    from dcjax.loop.trainer import Trainer
-
-    act, calls = getattr(Trainer, method), itertools.count(1)
+def send_sigterm_at(patch, owner, method, *, call):
+    """To this process, when a method of a class is called for the so manyth time."""
+    act, calls = getattr(owner, method), itertools.count(1)
 
     def told(self, *args):
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return act(self, *args)
 
-    patch.setattr(Trainer, method, told)
+    patch.setattr(owner, method, told)

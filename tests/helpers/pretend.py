@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 
+import dcjax.loop.draw
 import dcjax.loop.evaluate
-import dcjax.loop.trainer
 import dcjax.recipe.build
 import dcjax.serving.engine
 import dcjax.tools.suite.answers
@@ -21,7 +21,7 @@ from dcjax.serving.sync import ServingParams
 from dcjax.types import Rollout
 
 
-def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature, key, on_ended=None, **others):
+def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature, key, **others):
     """Responses of 3 tokens and more, digits and signs, that end."""
     width, length = engine.max_prompt_length, engine.max_response_length
     prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
@@ -33,9 +33,6 @@ def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature
         row[width - len(prompt) : width] = prompt
     tokens[:, width:] = np.where(mask, rng.integers(4, 14, mask.shape), 0)
     lengths = np.array([[len(prompt)] for prompt in prompts])
-    if on_ended is not None:
-        responses = [row[real] for row, real in zip(tokens[:, width:], mask, strict=True)]
-        on_ended(Ended(np.arange(len(prompts)), responses, np.ones(len(prompts), bool)))
     return Rollout(
         tokens=tokens,
         attention_mask=np.concatenate([np.arange(width) >= width - lengths, mask], axis=1),
@@ -46,6 +43,21 @@ def sample_responses(engine, params, prompts, *, samples_per_prompt, temperature
         finished=np.ones(len(prompts), bool),
         log_mass=np.zeros(mask.shape, np.float32),
     )
+
+
+class Sampling:
+    """All samples end at once."""
+
+    def __init__(self, engine, params, prompts, **settings):
+        self._rollout = sample_responses(engine, params, prompts, **settings)
+
+    def as_they_end(self, params):
+        mask, finished = self._rollout.response_mask, self._rollout.finished
+        rows = zip(self._rollout.tokens[:, -mask.shape[1] :], mask, strict=True)
+        yield Ended(np.arange(len(mask)), [row[real] for row, real in rows], finished)
+
+    def rollout(self):
+        return self._rollout
 
 
 def step(state, batch):
@@ -74,8 +86,9 @@ def step(state, batch):
 
 def install_samples(patch):
     """Until the patch is undone, engines only pretend."""
-    for module in (dcjax.loop.trainer, dcjax.loop.evaluate, dcjax.tools.suite.answers):
-        patch.setattr(module, "sample_responses", sample_responses)
+    patch.setattr(dcjax.tools.suite.answers, "sample_responses", sample_responses)
+    for module in (dcjax.loop.draw, dcjax.loop.evaluate):
+        patch.setattr(module, "Sampling", Sampling)
     patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: ServingParams)
 
 

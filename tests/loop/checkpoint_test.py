@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.models import ModelConfig
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -26,7 +26,7 @@ CONFIG = tiny.CONFIG
 def on(config):
     """The mesh of a config, and its abstract state there."""
     mesh = make_mesh(config)
-    return mesh, assemble.abstract_state(CONFIG, mesh)
+    return mesh, build.abstract_state(CONFIG, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def filled(like, seed):
 
 
 def loop_at(step):
-    return LoopState(step=step, data_cursor=32 * step, rollout_key=[step, 2**32 - 1 - step])
+    return Cursor(step=step, data_cursor=32 * step, rollout_key=[step, 2**32 - 1 - step])
 
 
 def host(state):
@@ -305,7 +305,7 @@ def test_a_loop_state_that_lacks_a_field_is_damage(saved, like, nonsense):
 
 def test_a_state_of_another_model_is_refused(two_saved):
     other = Config(model=ModelConfig(hidden_size=16, intermediate_size=64))
-    like = assemble.abstract_state(other, make_mesh(MeshConfig()))
+    like = build.abstract_state(other, make_mesh(MeshConfig()))
     with Checkpoints(two_saved) as checkpoints:
         assert str(two_saved / "2") in refusal(lambda: checkpoints.restore(2, like))
 

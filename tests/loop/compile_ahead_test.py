@@ -6,14 +6,14 @@ import threading
 import jax
 import pytest
 import tiny
+from stepping import Stepper
 
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.loop import compile_ahead as ahead
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.evaluate import make_engines
-from dcjax.loop.judging import open_scorer
-from dcjax.loop.trainer import Trainer
-from dcjax.recipe import build as assemble
+from dcjax.loop.reward_collector import open_rewards
+from dcjax.recipe import build
 from dcjax.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.heavy
@@ -42,8 +42,8 @@ def compiled():
 
 def test_the_first_iteration_compiles_no_program_of_its_own_anew(compiled, tmp_path):
     config = dataclasses.replace(CONFIG, run_dir=tmp_path)
-    with open_scorer(config) as scorer:
-        trainer = Trainer(config, scorer)
+    with open_rewards(config) as scorer:
+        trainer = Stepper(config, scorer)
         state, loop = trainer.begin()
         programs = ["prefill", "decode", "train_step", "sync", "_begin", "_create_state"]
         assert {f"jit({name})" for name in programs} <= set(compiled)
@@ -60,16 +60,16 @@ def test_the_abstract_batch_is_what_a_rollout_gives(monkeypatch, tmp_path):
     warm_start = dataclasses.replace(tiny.CONFIG.warm_start, steps=0)
     config = dataclasses.replace(tiny.CONFIG, rollout=rollout, model=model, warm_start=warm_start, run_dir=tmp_path)
     batches = []
-    monkeypatch.setattr(assemble, "compile_train_step", lambda *_: lambda state, batch: batches.append(batch) or 1 / 0)
-    with open_scorer(config) as scorer:
-        trainer = Trainer(config, scorer)
+    monkeypatch.setattr(build, "compile_train_step", lambda *_: lambda state, batch: batches.append(batch) or 1 / 0)
+    with open_rewards(config) as scorer:
+        trainer = Stepper(config, scorer)
         with pytest.raises(ZeroDivisionError):
             trainer.iterate(*trainer.begin())
 
     def described(batch):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), batch)
 
-    assert described(batches[0]) == described(assemble.abstract_batch(config, trainer.mesh))
+    assert described(batches[0]) == described(build.abstract_batch(config, trainer.mesh))
 
 
 def refused(*arguments, **settings):

@@ -8,9 +8,10 @@ import numpy as np
 import pretend
 import pytest
 import tiny
+from stepping import change_rollouts
 
+import dcjax.loop.draw
 import dcjax.loop.evaluate
-import dcjax.loop.trainer
 import dcjax.tools.probe.policies
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
@@ -171,20 +172,16 @@ def test_without_a_folder_the_tokenizers_end_is_the_only_one(tmp_path):
 # --- from a folder to a run, to what is asked of both ---
 
 
-class Rollouts:
-    """What was sampled, and by engines that end on what."""
+def sampled_by(patch, module):
+    """What a module samples from now on."""
+    seen = []
 
-    def __init__(self, patch, *modules):
-        self.seen = []
-        for module in modules:
-            patch.setattr(module, "sample_responses", self._recording(module.sample_responses))
+    def see(engine, rollout):
+        seen.append(rollout)
+        return rollout
 
-    def _recording(self, sample_responses):
-        def sample(engine, *arguments, **settings):
-            self.seen.append(sample_responses(engine, *arguments, **settings))
-            return self.seen[-1]
-
-        return sample
+    change_rollouts(patch, module, see)
+    return seen
 
 
 def assert_ended_by(rollouts, ends):
@@ -221,9 +218,9 @@ def trained(published, tmp_path_factory):
     )
     recipe = tiny.write_recipe(root / "recipe.py", config)
     with pytest.MonkeyPatch.context() as patch:
-        training, evaluation = Rollouts(patch, dcjax.loop.trainer), Rollouts(patch, dcjax.loop.evaluate)
+        training, evaluation = sampled_by(patch, dcjax.loop.draw), sampled_by(patch, dcjax.loop.evaluate)
         assert main(["train", str(recipe), "--run-dir", str(root / "run")]) == 0
-    return root / "run", training.seen, evaluation.seen
+    return root / "run", training, evaluation
 
 
 def test_the_ends_of_a_folder_end_responses_in_training_and_its_evaluations(trained):
@@ -237,9 +234,9 @@ def test_the_ends_of_a_folder_end_responses_in_training_and_its_evaluations(trai
 
 
 def test_they_do_when_the_run_is_evaluated(trained, monkeypatch):
-    sampled = Rollouts(monkeypatch, dcjax.loop.evaluate)
+    sampled = sampled_by(monkeypatch, dcjax.loop.evaluate)
     assert main(["evaluate", str(trained[0])]) == 0
-    assert_ended_by(sampled.seen, ENDS)
+    assert_ended_by(sampled, ENDS)
 
 
 def test_they_do_when_the_run_or_the_folder_is_probed(trained, published, monkeypatch, tmp_path):
@@ -268,12 +265,12 @@ def test_a_run_that_goes_on_samples_under_the_ends_that_it_began_with(published,
     pretend.install(monkeypatch)
     asked = []
 
-    def seen(engine, *arguments, **settings):
+    def seen(engine, rollout):
         asked.append(engine.end_tokens)
-        return pretend.sample_responses(engine, *arguments, **settings)
+        return rollout
 
-    monkeypatch.setattr(dcjax.loop.trainer, "sample_responses", seen)
-    monkeypatch.setattr(dcjax.loop.evaluate, "sample_responses", seen)
+    change_rollouts(monkeypatch, dcjax.loop.draw, seen)
+    change_rollouts(monkeypatch, dcjax.loop.evaluate, seen)
     assert main(command) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     (folder / "generation_config.json").unlink()

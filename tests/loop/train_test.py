@@ -21,14 +21,18 @@ import pretend
 import pytest
 import tiny
 from launching import complaints, send_sigterm_at
+from stepping import change_rollouts
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoTokenizer
 
-import dcjax.loop.trainer
+import dcjax.loop.draw
+import dcjax.loop.train
 from dcjax.cli import main
 from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.judging import Judging
+from dcjax.loop.draw import Draw
+from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.run_directory import load_config
+from dcjax.loop.updater import Updater
 from dcjax.recipe.build import abstract_state
 from dcjax.reporting.record import read_metrics, read_transcripts
 from dcjax.sharding.mesh import make_mesh
@@ -109,7 +113,7 @@ def checkpointed(directory):
 
 
 def restored(directory, step=None):
-    """The TrainState and LoopState of a checkpoint, the newest where no step is given."""
+    """The TrainState and Cursor of a checkpoint, the newest where no step is given."""
     config = load_config(directory)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         like = abstract_state(config, make_mesh(config.mesh))
@@ -315,13 +319,10 @@ def test_served_in_float32_the_policies_agree_on_every_token_of_the_run(train, f
 
 
 def test_log_probs_that_are_one_token_off_fail_the_control(train, monkeypatch, tmp_path):
-    sample = dcjax.loop.trainer.sample_responses
-
-    def shifted(*args, **kwargs):
-        rollout = sample(*args, **kwargs)
+    def shifted(engine, rollout):
         return rollout.replace(rollout_logps=np.roll(rollout.rollout_logps, 1, axis=1) * rollout.response_mask)
 
-    monkeypatch.setattr(dcjax.loop.trainer, "sample_responses", shifted)
+    change_rollouts(monkeypatch, dcjax.loop.draw, shifted)
     assert train(tmp_path / "run", *FLOAT32, "--steps", "1", *NO_WARM_START) == (0, [])
     assert metrics_of(tmp_path / "run")[1]["mismatch/prob_diff_max"] > 1e-4
 
@@ -398,14 +399,14 @@ def test_a_run_killed_in_the_warm_start_begins_again(recipe, finished_run, tmp_p
 @pytest.mark.parametrize(
     # while samples are drawn an iteration is given up; an update is waited for
     ("method", "call"),
-    [("_sample_once", 4), pytest.param("_update", 3, marks=pytest.mark.slow)],
+    [((Draw, "_once"), 4), pytest.param((Updater, "__call__"), 3, marks=pytest.mark.slow)],
 )
 def test_sigterm_saves_what_is_not_saved_yet_and_the_run_goes_on(
     train, finished_run, monkeypatch, tmp_path, method, call
 ):
     directory = tmp_path / "run"
     with monkeypatch.context() as patched:
-        send_sigterm_at(patched, method, call=call)
+        send_sigterm_at(patched, *method, call=call)
         status, told = train(directory)
     assert status == 75
     assert told == ["dcjax: error: stopped by SIGTERM; step 3 is saved, and the same command goes on from it"]
@@ -417,7 +418,7 @@ def test_sigterm_saves_what_is_not_saved_yet_and_the_run_goes_on(
 def test_an_interrupt_leaves_a_run_that_goes_on(pretending, pretended_run, monkeypatch, tmp_path):
     directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(dcjax.loop.trainer.Trainer, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(dcjax.loop.train, "evaluate_state", lambda *_: signal.raise_signal(signal.SIGINT))
         status, told = pretending(directory)
     assert status == 130
     assert told == ["dcjax: interrupted; the same command goes on from the last checkpoint"]
@@ -513,16 +514,16 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
     pretending, pretended_run, monkeypatch, tmp_path, full
 ):
     directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
-    iterate = dcjax.loop.trainer.Trainer.iterate
+    update = Updater.__call__
     with file_size_limit() as limit, monkeypatch.context() as patched:
 
-        def fill(self, state, loop):
-            if loop.step == STEPS - EVERY - 1:
+        def fill(self, state, sampled):
+            if int(state.step) == STEPS - EVERY - 1:
                 # a line of metrics has hundreds of bytes, the arrays of a checkpoint have tens of thousands
                 limit(20_000 if full == "checkpoint" else (directory / "metrics.jsonl").stat().st_size + 100)
-            return iterate(self, state, loop)
+            return update(self, state, sampled)
 
-        patched.setattr(dcjax.loop.trainer.Trainer, "iterate", fill)
+        patched.setattr(Updater, "__call__", fill)
         status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1, told
@@ -635,10 +636,9 @@ def bad_batch(directory):
 
 def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pretended_run, monkeypatch, tmp_path):
     directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
-    sample, rollouts, row = dcjax.loop.trainer.sample_responses, [], 5
+    rollouts, row = [], 5
 
-    def broken(*args, **kwargs):
-        rollout = sample(*args, **kwargs)
+    def broken(engine, rollout):
         rollout = dataclasses.replace(rollout, rollout_logps=rollout.rollout_logps.copy())
         rollouts.append(rollout)
         if len(rollouts) == 2:
@@ -648,7 +648,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pr
         return rollout
 
     with monkeypatch.context() as patched:
-        patched.setattr(dcjax.loop.trainer, "sample_responses", broken)
+        change_rollouts(patched, dcjax.loop.draw, broken)
         status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1, told
@@ -669,7 +669,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(
     pretending, pretended_run, monkeypatch, tmp_path
 ):
     directory = interrupted_at(STEPS - 2 * EVERY, pretended_run, tmp_path / "run")
-    result = Judging.result
+    result = RewardCollector.result
 
     def infinite(judging):
         rewards = result(judging)
@@ -677,7 +677,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(
         return rewards
 
     with monkeypatch.context() as patched:
-        patched.setattr(Judging, "result", infinite)
+        patched.setattr(RewardCollector, "result", infinite)
         status, told = pretending(directory, "--checkpoint.every", "1", "--checkpoint.keep", "1")
     assert status == 2
     assert len(told) == 1 and "loss" in told[0] and "not finite" in told[0], told

@@ -15,7 +15,7 @@ import tiny
 from dcjax.cli import main
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, Precision, load_hf, read_config
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config, RolloutConfig, ServingConfig, to_dict
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.reporting.record import read_metrics
@@ -31,40 +31,40 @@ NUMERICS = {"remat": "full", "attention": "xla", "head_chunk": 7, "precision": P
 @pytest.mark.parametrize("name", ["hf_tiny_qwen3", "hf_tiny_qwen3_moe", "hf_tiny_qwen2"])
 def test_the_architecture_is_the_folders_and_the_numerics_are_the_recipes(name):
     recipe = Config(model=ModelConfig(num_layers=5, **NUMERICS), pretrained=DATA / name)
-    model = assemble.with_pretrained_model(recipe).model
+    model = build.with_pretrained_model(recipe).model
     assert model == dataclasses.replace(read_config(DATA / name), **NUMERICS)
     assert model.num_layers == 2
 
 
 def test_without_a_folder_the_config_is_as_it_was():
-    assert assemble.with_pretrained_model(Config()) == Config()
+    assert build.with_pretrained_model(Config()) == Config()
 
 
 def test_training_starts_from_the_weights_in_the_folder():
-    config = assemble.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3_moe"))
-    params = assemble.starting_params(config, make_mesh(config.mesh))
+    config = build.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3_moe"))
+    params = build.starting_params(config, make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, params, load_hf(DATA / "hf_tiny_qwen3_moe")[1])
     narrow = dataclasses.replace(
         config, model=dataclasses.replace(config.model, precision=Precision(parameters="bf16"))
     )
-    leaves = jax.tree.leaves(assemble.starting_params(narrow, make_mesh(config.mesh)))
+    leaves = jax.tree.leaves(build.starting_params(narrow, make_mesh(config.mesh)))
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
 def test_a_folder_without_a_supported_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(RunError, match="model_type is 'llama'"):
-        assemble.with_pretrained_model(Config(pretrained=tmp_path))
+        build.with_pretrained_model(Config(pretrained=tmp_path))
 
 
 def test_damaged_weights_are_refused(tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(DATA / "hf_tiny_qwen3", folder)
-    config = assemble.with_pretrained_model(Config(pretrained=folder))
+    config = build.with_pretrained_model(Config(pretrained=folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(RunError, match=r"model\.safetensors"):
-        assemble.starting_params(config, make_mesh(config.mesh))
+        build.starting_params(config, make_mesh(config.mesh))
 
 
 def test_a_pretrained_folder_comes_back_from_json():
@@ -113,14 +113,14 @@ def test_only_half_precision_scales_its_loss(compute):
 
 def test_a_step_whose_gradients_overflowed_has_no_gradient_norm():
     metrics = {"loss": np.float32(1.5), "grad_norm": np.float32(np.inf), "overflow": np.float32(1)}
-    assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "overflow": 1.0}
+    assert build.metrics_to_host(metrics) == {"loss": 1.5, "overflow": 1.0}
     metrics |= {"grad_norm": np.float32(2), "overflow": np.float32(0)}
-    assert assemble.metrics_to_host(metrics) == {"loss": 1.5, "grad_norm": 2.0, "overflow": 0.0}
+    assert build.metrics_to_host(metrics) == {"loss": 1.5, "grad_norm": 2.0, "overflow": 0.0}
 
 
 def abstract(**changes):
     config = Config(model=ModelConfig(vocab_size=19, hidden_size=16, intermediate_size=16, num_layers=1), **changes)
-    return assemble.abstract_state(config, make_mesh(config.mesh))
+    return build.abstract_state(config, make_mesh(config.mesh))
 
 
 def test_only_serving_weights_that_lag_keep_past_parameters():
@@ -139,7 +139,7 @@ def test_the_training_engine_is_float32_with_nothing_added():
         rollout=RolloutConfig(top_k=4),
     )
     mesh = make_mesh(config.mesh)
-    deployed, training = assemble.make_engine(config, mesh, [3]), assemble.make_training_engine(config, mesh, [3])
+    deployed, training = build.make_engine(config, mesh, [3]), build.make_training_engine(config, mesh, [3])
     assert (deployed.format.name, deployed.format.kv_cache.name) == ("int4", "int8")
     assert deployed.decoder.mismatch.logit_noise == config.mismatch.logit_noise
     assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
@@ -167,13 +167,13 @@ def test_the_training_engine_is_float32_with_nothing_added():
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(changes, message):
-    config = assemble.with_pretrained_model(Config(**changes))
+    config = build.with_pretrained_model(Config(**changes))
     with pytest.raises(RunError, match=message):
-        assemble.make_engine(config, make_mesh(config.mesh), [3])
+        build.make_engine(config, make_mesh(config.mesh), [3])
 
 
 def test_routing_of_a_pretrained_model_can_be_replayed():
     rollout = RolloutConfig(replay_routing=True, top_k=20)
-    config = assemble.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
-    engine = assemble.make_engine(config, make_mesh(config.mesh), [3])
+    config = build.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
+    engine = build.make_engine(config, make_mesh(config.mesh), [3])
     assert engine.decoder.records_experts and engine.decoder.max_candidates == 20

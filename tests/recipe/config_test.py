@@ -91,7 +91,7 @@ LOWER_BOUNDS = {
     "mismatch.weight_noise": (0.0, -0.1),
     "mismatch.logit_noise": (0.0, -0.1),
     "mismatch.staleness": (0, -1),
-    "rollout.ahead": (0, -1),
+    "rollout.async_level": (0, -1),
     "objective.dual_lr": (0.0, -1.0),
     "objective.budget": (0.0, -0.0037),
     "objective.initial_multiplier": (0.0, -0.1),

@@ -12,7 +12,7 @@ import pytest
 from compiling import jit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dcjax.loop.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.rl.averaging import params_ema
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
@@ -213,7 +213,7 @@ def test_they_survive_a_checkpoint(tmp_path):
     params, states = ({name: carry[part] for name, carry in expected[12].items()} for part in (0, 1))
     whole = TrainState(*jax.tree.map(jnp.asarray, (13, params, states, 0.0)))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(whole, LoopState(13, 0, [0, 0]))
+        checkpoints.save(whole, Cursor(13, 0, [0, 0]))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), whole)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(13, like)

@@ -14,7 +14,7 @@ from compiling import jit
 from jax.extend.core import jaxprs_in_params
 
 from dcjax.models import forward
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.rl import (
     chain,
@@ -179,7 +179,7 @@ def test_an_iteration_of_the_transformer_is_the_plain_loops(updates, drop, micro
     )
     tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates))
     transforms = [group_relative_advantages(), *([drop_equal] if drop else []), penalty]
-    policy = partial(assemble.apply_policy, Config(model=MODEL), make_mesh(MeshConfig()))
+    policy = partial(build.apply_policy, Config(model=MODEL), make_mesh(MeshConfig()))
     step = make_train_step(
         policy, tx, surrogate, chain(*transforms), group_size=G, microbatch_size=microbatch_size, updates=updates
     )

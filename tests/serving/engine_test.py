@@ -310,9 +310,9 @@ def test_first_tokens_follow_the_softmax_of_their_setting_within_one_batch(maste
         [prompt],
         samples_per_prompt=samples,
         key=jax.random.key(2),
-        temperatures=columns[0],
-        top_ks=columns[1].astype(int),
-        top_ps=columns[2],
+        temperature=columns[0],
+        top_k=columns[1].astype(int),
+        top_p=columns[2],
     )
     assert sampling.advance(params)
     tokens = sampling.rollout().tokens[:, -1]

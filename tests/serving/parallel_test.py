@@ -124,7 +124,7 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     # as the one before, whose programs it shares
     engine = make_engine(MIXED, "int8", 2, EIGHT, max_candidates=4)
     params = served(engine, MIXED)
-    settings = {"samples_per_prompt": G, "key": KEY, "top_ks": 4}
+    settings = {"samples_per_prompt": G, "key": KEY, "temperature": 1.0, "top_k": 4}
     sampling = Sampling(engine, params, PROMPTS, **settings)
     state, prefix = sampling._state, sampling._prefix
     # two of eight slots, and four of eight heads; a prefix on all copies

@@ -195,7 +195,7 @@ def test_how_long_a_call_runs_changes_no_sample(monkeypatch):
     monkeypatch.setattr(module, "REFILLS_PER_CALL", 2)
     engine = engine_of("float32")
     params = params_of(engine)
-    sampling = Sampling(engine, params, PROMPTS, samples_per_prompt=G, key=jax.random.key(1), temperatures=TEMPERATURE)
+    sampling = Sampling(engine, params, PROMPTS, samples_per_prompt=G, key=jax.random.key(1), temperature=TEMPERATURE)
     calls = 1
     while not sampling.advance(params):
         calls += 1
@@ -206,8 +206,11 @@ def test_how_long_a_call_runs_changes_no_sample(monkeypatch):
 
 def test_samples_are_handed_over_once_each_as_they_end(monkeypatch):
     monkeypatch.setattr(module, "REFILLS_PER_CALL", 1)
-    parts = []
-    rollout = sample(engine_of("float32"), on_ended=parts.append)
+    engine = engine_of("float32")
+    params = params_of(engine)
+    drawn = {"samples_per_prompt": G, "temperature": TEMPERATURE, "key": jax.random.key(1)}
+    sampling = Sampling(engine, params, PROMPTS, **drawn)
+    parts, rollout = list(sampling.as_they_end(params)), sampling.rollout()
     assert_same_samples(rollout, rollout_of("float32"))
     assert sorted(np.concatenate([part.samples for part in parts])) == list(range(len(PROMPTS) * G))
     assert sum(len(part.samples) > 0 for part in parts) > 2
@@ -225,7 +228,7 @@ def test_weights_swapped_in_flight_are_those_of_each_tokens_version(monkeypatch)
     both = [masters(DENSE), masters(DENSE) | {"norm": masters(DENSE)["norm"] * 2.5}]
     served = [engine.sync(params, version) for version, params in zip((4, 9), both, strict=True)]
     key = jax.random.key(3)
-    sampling = Sampling(engine, served[0], PROMPTS, samples_per_prompt=G, key=key, temperatures=1.0)
+    sampling = Sampling(engine, served[0], PROMPTS, samples_per_prompt=G, key=key, temperature=1.0)
     assert not sampling.advance(served[0])
     while not sampling.advance(served[1]):
         pass

@@ -17,6 +17,7 @@ from launching import ended, fake_devices, free_port, processes, send_sigterm_at
 
 from dcjax.cli import main
 from dcjax.loop.checkpoint import Checkpoints
+from dcjax.loop.draw import Draw
 from dcjax.loop.run_directory import load_config
 from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import CheckpointConfig, EvaluationConfig
@@ -159,11 +160,11 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(killed):
 
 @pytest.mark.slow
 def test_sigterm_while_a_thread_samples_ahead_saves_and_it_goes_on(recipe, monkeypatch, tmp_path):
-    command = ["train", str(recipe), "--mesh.fsdp", "2", "--serving.devices", "2", "--rollout.ahead", "1"]
+    command = ["train", str(recipe), "--mesh.fsdp", "2", "--serving.devices", "2", "--rollout.async_level", "1"]
     alone, directory = tmp_path / "alone", tmp_path / "run"
     assert main([*command, "--run-dir", str(alone)]) == 0
     with monkeypatch.context() as patched:
-        send_sigterm_at(patched, "_sample_once", call=3)
+        send_sigterm_at(patched, Draw, "_once", call=3)
         assert main([*command, "--run-dir", str(directory)]) == 75
     # the thread is at the third iteration's samples while the second is trained on
     assert checkpointed(directory)[-1] in (1, 2)
@@ -262,7 +263,7 @@ def test_groups_that_are_sampled_anew_are_chosen_alike_by_all_processes(recipe, 
 @pytest.mark.slow
 def test_hosts_whose_devices_serve_apart_sample_ahead_as_one_does(recipe, tmp_path):
     """Each host trains on two devices and serves on two; a copy of the model is within a host, or across them."""
-    options = ["--mesh.fsdp", "4", "--serving.devices", "4", "--rollout.ahead", "1", "--steps", "3", *FLOAT32]
+    options = ["--mesh.fsdp", "4", "--serving.devices", "4", "--rollout.async_level", "1", "--steps", "3", *FLOAT32]
     # a penalty on rounding would decide on which side of its clip a token of no advantage is, and Adam's first steps
     # are signs where gradients exceed epsilon
     options += ["objective.algorithm=grpo", "optimizer.epsilon=1e-3", "model.num_kv_heads=4"]

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from stepping import Stepper
 
-from dcjax.loop.trainer import Trainer
 from dcjax.recipe.config import ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
 from dcjax.rewards.pool import Pending
 from dcjax.sharding.mesh import MeshConfig
@@ -46,19 +46,19 @@ class Lengths:
 
 
 @functools.cache
-def run(model, mesh=ONE, ahead=0, **serving):
+def run(model, mesh=ONE, async_level=0, **serving):
     """The tokens of three iterations, their metrics, and the state behind them."""
     config = dataclasses.replace(
         CONFIG,
         model=MODELS[model],
         mesh=mesh,
-        rollout=dataclasses.replace(CONFIG.rollout, ahead=ahead),
+        rollout=dataclasses.replace(CONFIG.rollout, async_level=async_level),
         serving=dataclasses.replace(CONFIG.serving, **serving),
     )
     sampled, measured = [], []
-    trainer = Trainer(config, Lengths())
+    trainer = Stepper(config, Lengths())
     state, loop = trainer.begin()
-    with trainer.rollouts:
+    with trainer.sampler:
         for _ in range(ITERATIONS):
             state, loop, metrics, drawn = trainer.iterate(state, loop)
             sampled.append(drawn.rollout.tokens)
@@ -104,8 +104,8 @@ def test_devices_of_their_own_serve_alike():
 
 
 def test_what_is_sampled_ahead_on_devices_of_their_own_is_what_one_device_would():
-    apart = run("dense", MeshConfig(fsdp=2, tensor=2), ahead=1, tensor=2, devices=4)
-    together = run("dense", ahead=1)
+    apart = run("dense", MeshConfig(fsdp=2, tensor=2), async_level=1, tensor=2, devices=4)
+    together = run("dense", async_level=1)
     np.testing.assert_array_equal(apart[0], together[0])
     # the first two are of the same weights, in turns the second is not
     np.testing.assert_array_equal(together[0][0], run("dense")[0][0])

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dcjax.models import Precision, abstract_params, logical_axes, presets
 from dcjax.models.attention import causal_attention
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
 from dcjax.serving.engine import Qwen3Engine, _programs
 from dcjax.serving.parallel import serving_mesh
@@ -103,8 +103,8 @@ def test_float32_keeps_its_bits_in_what_a_tpu_runs():
     """Products of matrices, of rows with their experts' kernels, and of Pallas' attention."""
     model = dataclasses.replace(tiny.EXPERTS, attention="splash")
     config, mesh = dataclasses.replace(tiny.CONFIG, model=model), make_mesh(MeshConfig(), slice_devices("v5e:2x2")[:1])
-    step = assemble.compile_train_step(config, mesh)
-    text = step.lower(assemble.abstract_state(config, mesh), assemble.abstract_batch(config, mesh)).compile().as_text()
+    step = build.compile_train_step(config, mesh)
+    text = step.lower(build.abstract_state(config, mesh), build.abstract_batch(config, mesh)).compile().as_text()
     assert len(re.findall(r" (?:dot|convolution)\(", text)) == text.count("operand_precision={highest,highest}") > 20
     kernels = [base64.b64decode(body) for body in re.findall(r'"body":"([^"]*)"', text)]
     multiplying = [kernel for kernel in kernels if b"matmul" in kernel]
@@ -129,8 +129,8 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
     )
     mesh = make_mesh(mesh_config, slice_devices("v5p:4x4x4"))
 
-    batch = assemble.abstract_batch(config, mesh)
-    return assemble.compile_train_step(config, mesh).lower(assemble.abstract_state(config, mesh), batch).compile()
+    batch = build.abstract_batch(config, mesh)
+    return build.compile_train_step(config, mesh).lower(build.abstract_state(config, mesh), batch).compile()
 
 
 def arrived(text):

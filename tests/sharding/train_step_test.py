@@ -11,7 +11,7 @@ import pytest
 from compiling import UNOPTIMISED
 
 from dcjax.models import ModelConfig, init_params
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.quantize import formats
@@ -75,10 +75,10 @@ class Trained:
 def trained(batch, masters):
     def train(config):
         mesh, tx = make_mesh(config.mesh), make_optimizer(config)
-        params = jax.device_put(jax.tree.map(jnp.array, masters), assemble.params_shardings(config, mesh))
-        before = state = assemble.initial_state(config, mesh, tx, params)
+        params = jax.device_put(jax.tree.map(jnp.array, masters), build.params_shardings(config, mesh))
+        before = state = build.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, formats["float32"])(state.params, 0)
-        step, metrics = assemble.compile_train_step(config, mesh).lower(state, batch).compile(UNOPTIMISED), []
+        step, metrics = build.compile_train_step(config, mesh).lower(state, batch).compile(UNOPTIMISED), []
         for _ in range(2):
             state, measured = step(state, batch)
             metrics.append(jax.device_get(measured))
@@ -111,7 +111,7 @@ def test_eight_devices_train_as_one_does(trained, masters, name):
 def test_parameters_and_moments_are_really_split(trained, name):
     """Every array with an axis named embed is cut along it into `fsdp` parts, before and after training."""
     state, fsdp = trained[name].after, MESHES[name].fsdp
-    axes = jax.tree.leaves(assemble.logical_axes(MODEL), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    axes = jax.tree.leaves(build.logical_axes(MODEL), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
     for tree in (state.params, adam.mu, adam.nu):
         held = whole = 0
@@ -148,7 +148,7 @@ def test_the_state_is_donated_and_serving_params_made_from_it_survive(trained, m
 def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
     config = make_config(MESHES["one"])
     mesh, tx = make_mesh(config.mesh), make_optimizer(config)
-    state = assemble.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
+    state = build.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
     for _ in range(2):
         state, _ = trained["one"].step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, state.params, trained["one"].after.params)
@@ -156,7 +156,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_the_abstract_state_describes_the_real_one(trained, name):
-    described = assemble.abstract_state(make_config(MESHES[name]), trained[name].mesh)
+    described = build.abstract_state(make_config(MESHES[name]), trained[name].mesh)
     real = trained[name].after
     assert jax.tree.structure(described) == jax.tree.structure(real)
     for ours, theirs in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.loop.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
 from dcjax.models import load_hf
 from dcjax.recipe.build import initial_state, starting_params
@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
             params = jax.tree.map(lambda leaf, step=step: leaf * step, starting_params(config, mesh))
             saved[step] = jax.tree.map(np.asarray, params)
             state = initial_state(config, mesh, make_optimizer(config), params)
-            checkpoints.save(state, LoopState(step=step, data_cursor=0, rollout_key=[0, 0]))
+            checkpoints.save(state, Cursor(step=step, data_cursor=0, rollout_key=[0, 0]))
     return directory, saved
 
 

@@ -15,9 +15,9 @@ from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
-from dcjax.loop.evaluate import HELDOUT_SEED, open_problems
+from dcjax.loop.evaluate import HELDOUT_SEED
 from dcjax.loop.run_directory import load_config, locate
-from dcjax.recipe.build import abstract_state, starting_params
+from dcjax.recipe.build import abstract_state, open_problems, starting_params
 from dcjax.recipe.config import Config, ServingConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.open_model import folder_config, is_folder

@@ -13,7 +13,7 @@ from dcjax.data.task import encode
 from dcjax.data.templates import Template
 from dcjax.errors import RunError
 from dcjax.loop.evaluate import responses
-from dcjax.loop.judging import one_line, tell_timeouts
+from dcjax.loop.reward_collector import one_line, tell_timeouts
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import require_finite, sample_responses

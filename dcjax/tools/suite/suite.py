@@ -16,7 +16,7 @@ from dcjax.data.store import load_examples
 from dcjax.data.templates import TemplateName, templates
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import fingerprint
-from dcjax.loop.judging import tell_unreadable
+from dcjax.loop.reward_collector import tell_unreadable
 from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.reporting.progress import Progress
 from dcjax.rewards.pool import RewardPool

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dcjax.models import ModelConfig, init_params, presets
 from dcjax.models.attention import causal_attention
 from dcjax.models.parallel.forward import check_model, mesh_layout
-from dcjax.recipe import build as assemble
+from dcjax.recipe import build
 from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.parallel import serving_mesh
@@ -90,9 +90,9 @@ def train_one_step(mesh_config):
     """State and metrics after a step, and the text of its program."""
     mesh, tx = make_mesh(mesh_config), make_optimizer(CONFIG)
     masters = jax.device_get(jax.jit(partial(init_params, MODEL))(jax.random.key(0)))
-    params = jax.device_put(masters, assemble.params_shardings(CONFIG, mesh))
-    state = assemble.initial_state(CONFIG, mesh, tx, params)
-    step = assemble.compile_train_step(CONFIG, mesh).lower(state, BATCH).compile(UNOPTIMISED)
+    params = jax.device_put(masters, build.params_shardings(CONFIG, mesh))
+    state = build.initial_state(CONFIG, mesh, tx, params)
+    step = build.compile_train_step(CONFIG, mesh).lower(state, BATCH).compile(UNOPTIMISED)
     return *jax.device_get(step(state, BATCH)), step.as_text()
 
 

@@ -17,7 +17,7 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.datasets import SAMPLES, Example
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints, LoopState
+from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
 from dcjax.models import ModelConfig, init_params, save_hf
 from dcjax.recipe.build import initial_state, starting_params
@@ -309,7 +309,7 @@ def make_run(directory, tokenizer, end_tokens=()):
     mesh = make_mesh(config.mesh)
     with open_run(config, end_tokens=end_tokens), Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
         state = initial_state(config, mesh, make_optimizer(config), starting_params(config, mesh))
-        checkpoints.save(state, LoopState(step=3, data_cursor=0, rollout_key=[0, 0]))
+        checkpoints.save(state, Cursor(step=3, data_cursor=0, rollout_key=[0, 0]))
     tokenizer.save_pretrained(directory / "tokenizer")
     return directory
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from dcjax.loop.checkpoint import LoopState
-from dcjax.loop.rollouts import Rollouts
+from dcjax.loop.checkpoint import Cursor
+from dcjax.loop.sampler import Asynchronous, InTurns
 
 pytestmark = pytest.mark.heavy
 
@@ -35,14 +35,18 @@ def sync(params, version):
     return params, version
 
 
+def sampler_of(sample, ahead, *, steps=STEPS, in_thread=True):
+    return Asynchronous(sample, sync, level=ahead, steps=steps, in_thread=in_thread) if ahead else InTurns(sample, sync)
+
+
 def run(ahead, state=None, loop=None, steps=STEPS, sample=sample, in_thread=True):
     """All samples, and state and loop behind each iteration."""
     state = State(history=(0,) * ahead) if state is None else state
-    loop = LoopState(step=0, data_cursor=0, rollout_key=[0, 0]) if loop is None else loop
+    loop = Cursor(step=0, data_cursor=0, rollout_key=[0, 0]) if loop is None else loop
     told = []
-    with Rollouts(sample, sync, ahead=ahead, steps=steps, in_thread=in_thread and ahead > 0) as rollouts:
+    with sampler_of(sample, ahead, steps=steps, in_thread=in_thread) as sampler:
         while loop.step < steps:
-            sampled, loop = rollouts.take(state, loop)
+            sampled, loop = sampler(state, loop)
             state = state.moved_on()
             told.append((sampled, state, loop))
     return told
@@ -89,12 +93,12 @@ def test_samples_are_drawn_while_the_trainer_is_at_work_and_no_more_than_k_itera
         return sample(serving, loop)
 
     state = State(history=(0, 0))
-    with Rollouts(watched, sync, ahead=2, steps=STEPS, in_thread=True) as rollouts:
-        _, loop = rollouts.take(state, LoopState(step=0, data_cursor=0, rollout_key=[0, 0]))
+    with sampler_of(watched, 2) as sampler:
+        _, loop = sampler(state, Cursor(step=0, data_cursor=0, rollout_key=[0, 0]))
         # meanwhile
         assert reached[2].wait(10)
         assert not reached[3].wait(0.2)
-        rollouts.take(state.moved_on(), loop)
+        sampler(state.moved_on(), loop)
         assert reached[3].wait(10)
 
 
@@ -119,12 +123,14 @@ def test_the_engines_are_used_in_the_order_in_which_they_are_asked_for(in_thread
         used.append(f"samples for {loop.step}")
         return sample(serving, loop)
 
-    state, loop = State(history=(0, 0)), LoopState(step=0, data_cursor=0, rollout_key=[0, 0])
-    with Rollouts(slow, sync, ahead=2, steps=STEPS, in_thread=in_thread) as rollouts:
-        assert rollouts.between(lambda: used.append("evaluation") or 7) == 7
-        _, loop = rollouts.take(state, loop)
-        rollouts.between(lambda: used.append("evaluation"))
-        rollouts.take(state.moved_on(), loop)
+    state, loop = State(history=(0, 0)), Cursor(step=0, data_cursor=0, rollout_key=[0, 0])
+    with sampler_of(slow, 2, in_thread=in_thread) as sampler:
+        sampler.settle()
+        used.append("evaluation")
+        _, loop = sampler(state, loop)
+        sampler.settle()
+        used.append("evaluation")
+        sampler(state.moved_on(), loop)
     first = ["evaluation", "samples for 0", "samples for 1", "samples for 2", "evaluation"]
     # what nobody takes is not drawn at the end
     assert used[:5] == first and used[5:] in ([], ["samples for 3"])

@@ -12,11 +12,11 @@ from dcjax.data.datasets import Example
 from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
-from dcjax.loop.judging import TOLD, Judging, check_golds, open_scorer
+from dcjax.loop.reward_collector import TOLD, RewardCollector, check_golds, open_rewards
 from dcjax.recipe.config import Config, RewardConfig, RolloutConfig
 from dcjax.rewards.boxed import integer_reward
+from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Pending, RewardPool
-from dcjax.rewards.scorer import InProcess
 from dcjax.serving.rollout import Ended
 
 pytestmark = pytest.mark.heavy
@@ -41,10 +41,10 @@ def ended(samples, by=TOKENIZER.eos_token_id):
 
 
 def judged(*parts):
-    judging = Judging(InProcess(integer_reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    collector = RewardCollector(InProcessRewards(integer_reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
     for part in parts:
-        judging.begin(ended(part))
-    return judging.result()
+        collector.submit(ended(part))
+    return collector.result()
 
 
 def test_whatever_token_ended_a_response_is_not_judged():
@@ -55,9 +55,9 @@ def test_whatever_token_ended_a_response_is_not_judged():
         seen.append(text)
         return integer_reward(text, gold, finished=finished)
 
-    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
-    judging.begin(ended(range(12), by=TOKENIZER("}", add_special_tokens=False)["input_ids"][0]))
-    assert judging.result().tolist() == RIGHT
+    collector = RewardCollector(InProcessRewards(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    collector.submit(ended(range(12), by=TOKENIZER("}", add_special_tokens=False)["input_ids"][0]))
+    assert collector.result().tolist() == RIGHT
     assert seen == [rf"it is \boxed{{{answer}}}" for answer, _ in ANSWERS]
 
 
@@ -81,10 +81,10 @@ def test_hosts_judge_their_shares_which_are_all_of_it(monkeypatch, processes):
 
 
 def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
-    with open_scorer(Config()) as scorer:
-        assert scorer == InProcess(integer_reward)
+    with open_rewards(Config()) as scorer:
+        assert scorer == InProcessRewards(integer_reward)
     function = "dcjax.rewards.math:math_reward"
-    with open_scorer(Config(reward=RewardConfig(function=function, workers=1))) as scorer:
+    with open_rewards(Config(reward=RewardConfig(function=function, workers=1))) as scorer:
         assert isinstance(scorer, RewardPool)
         # what the task's own reward would refuse
         assert scorer.submit([r"\boxed{12-4}"], ["8"], [True]).result().tolist() == [1.0]
@@ -93,7 +93,7 @@ def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
     with pytest.raises(RunError, match=r"reward\.function is 'my:own', which cannot be imported"):
-        open_scorer(Config(reward=RewardConfig(function="my:own", workers=workers)))
+        open_rewards(Config(reward=RewardConfig(function="my:own", workers=workers)))
 
 
 def raising(text, gold, *, finished):
@@ -118,11 +118,11 @@ def too_large(text, gold, *, finished):
 )
 def test_a_reward_that_raises_or_is_not_finite_ends_the_run_in_one_line(reward, told):
     """No number was a wrong answer in evaluation once, and laid to the learning rate in training."""
-    judging = Judging(InProcess(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
-    judging.begin(ended([1, 4, 7]))
-    judging.begin(ended([0, 2, 3, 5, 6, 8, 9, 10, 11]))
+    collector = RewardCollector(InProcessRewards(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    collector.submit(ended([1, 4, 7]))
+    collector.submit(ended([0, 2, 3, 5, 6, 8, 9, 10, 11]))
     with pytest.raises(RunError, match=f"failed on response 4: {told}; a reward returns a number") as caught:
-        judging.result()
+        collector.result()
     assert "\n" not in str(caught.value)
 
 
@@ -142,10 +142,10 @@ class Stopping:
 
 @pytest.mark.parametrize("timeouts, told", [(0, False), (3, False), (4, True)])
 def test_a_batch_of_which_most_answers_take_too_long_is_told_of(capsys, timeouts, told):
-    judging = Judging(Stopping(timeouts), TOKENIZER, PROBLEMS, samples_per_prompt=G)
+    collector = RewardCollector(Stopping(timeouts), TOKENIZER, PROBLEMS, samples_per_prompt=G)
     for part in (range(6), range(6, 12)):
-        judging.begin(ended(part))
-    judging.result()
+        collector.submit(ended(part))
+    collector.result()
     errors = capsys.readouterr().err
     line = (
         f"dcjax: {2 * timeouts} of 12 answers took longer than an answer may (reward.timeout) and score 0; allow more "
@@ -159,11 +159,11 @@ def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path
     )
     monkeypatch.syspath_prepend(tmp_path)
     reward = RewardConfig(function="slow_reward_for_this_test:judge", workers=1, warm_up=0.2)
-    with open_scorer(Config(reward=reward)) as scorer:
-        judging = Judging(scorer, TOKENIZER, PROBLEMS, samples_per_prompt=G)
-        judging.begin(ended(range(12)))
+    with open_rewards(Config(reward=reward)) as scorer:
+        collector = RewardCollector(scorer, TOKENIZER, PROBLEMS, samples_per_prompt=G)
+        collector.submit(ended(range(12)))
         with pytest.raises(RunError, match=r"first call in a worker took more than warm_up, 0\.2 s; raise") as caught:
-            judging.result()
+            collector.result()
         assert "\n" not in str(caught.value)
 
 

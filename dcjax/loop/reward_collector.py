@@ -15,9 +15,9 @@ from dcjax.data.templates import templates
 from dcjax.errors import RunError
 from dcjax.recipe.config import Config
 from dcjax.rewards.golds import unreadable
+from dcjax.rewards.in_process import InProcessRewards, Rewards, load_reward
 from dcjax.rewards.pool import Pending, RewardError, RewardPool
 from dcjax.rewards.processes import Reward
-from dcjax.rewards.scorer import InProcess, Scorer, load_reward
 from dcjax.serving.rollout import Ended
 from dcjax.sharding.hosts import is_main, share
 
@@ -25,7 +25,7 @@ TOLD = 20
 """Golds that cannot be read, of a run, that are named."""
 
 
-def open_scorer(config: Config) -> AbstractContextManager[Scorer]:
+def open_rewards(config: Config) -> AbstractContextManager[Rewards]:
     """The run's reward in its worker processes, or in this one.
 
     Raises:
@@ -35,7 +35,7 @@ def open_scorer(config: Config) -> AbstractContextManager[Scorer]:
     try:
         reward = _reward(config)
         if not settings.workers:
-            return nullcontext(InProcess(reward))
+            return nullcontext(InProcessRewards(reward))
         return RewardPool(
             reward,
             workers=settings.workers,
@@ -108,11 +108,11 @@ def tell_timeouts(timeouts: int, answers: int) -> None:
         )
 
 
-class Judging:
+class RewardCollector:
     """The scores of one rollout, begun as its samples end: of this process's share of the problems.
 
     Args:
-      scorer: judges them.
+      rewards: of responses, as `open_rewards` gives them.
       tokenizer: turns them into text.
       problems: of all processes.
       samples_per_prompt: as of the rollout.
@@ -120,20 +120,20 @@ class Judging:
 
     def __init__(
         self,
-        scorer: Scorer,
+        rewards: Rewards,
         tokenizer: PreTrainedTokenizerFast,
         problems: Sequence[Problem],
         *,
         samples_per_prompt: int,
     ):
         mine = share(len(problems))
-        self._scorer, self._tokenizer = scorer, tokenizer
+        self._rewards, self._tokenizer = rewards, tokenizer
         self._first = mine.start * samples_per_prompt
         self._golds = [problem.answer for problem in problems[mine] for _ in range(samples_per_prompt)]
         self._begun: list[tuple[list[int], Pending]] = []
 
-    def begin(self, ended: Ended) -> None:
-        """Begins with samples that have ended."""
+    def submit(self, ended: Ended) -> None:
+        """Begins to reward samples that have ended."""
         places = ended.samples - self._first
         mine = np.flatnonzero((places >= 0) & (places < len(self._golds)))
         if not len(mine):
@@ -141,7 +141,7 @@ class Judging:
         rows = places[mine].tolist()
         finished = ended.finished[mine]
         texts = decode_responses(self._tokenizer, [ended.responses[number] for number in mine], finished)
-        scores = self._scorer.submit(texts, [self._golds[row] for row in rows], finished)
+        scores = self._rewards.submit(texts, [self._golds[row] for row in rows], finished)
         self._begun.append((rows, scores))
 
     def result(self) -> np.ndarray:

@@ -3,14 +3,14 @@ import sys
 import numpy as np
 import pytest
 
+from dcjax.rewards.in_process import InProcessRewards, load_reward
 from dcjax.rewards.math import math_reward
-from dcjax.rewards.scorer import InProcess, load_reward
 
 TEXTS, GOLDS, FINISHED = [r"\boxed{7}", r"\boxed{8}", r"\boxed{7}"], ["7", "7", "7"], np.array([True, True, False])
 
 
 def test_answers_are_scored_here_in_their_order():
-    scorer = InProcess(math_reward)
+    scorer = InProcessRewards(math_reward)
     scores = scorer.submit(TEXTS, GOLDS, FINISHED).result()
     assert scores.dtype == np.float32 and scores.tolist() == [1.0, 0.0, 0.0]
     assert scorer.counters is None
@@ -18,7 +18,7 @@ def test_answers_are_scored_here_in_their_order():
 
 def test_as_many_of_each_are_needed():
     with pytest.raises(ValueError, match="shorter"):
-        InProcess(math_reward).submit(TEXTS, GOLDS[:2], FINISHED)
+        InProcessRewards(math_reward).submit(TEXTS, GOLDS[:2], FINISHED)
 
 
 def test_a_reward_is_found_by_its_name():
@@ -49,7 +49,5 @@ def test_what_is_no_reward_is_quoted_with_what_would_be(name, why):
 
 
 def test_verdicts_that_are_no_floats_count_as_numbers():
-    assert InProcess(lambda text, gold, *, finished: text == gold).submit("ab", "aa", [True] * 2).result().tolist() == [
-        1.0,
-        0.0,
-    ]
+    rewards = InProcessRewards(lambda text, gold, *, finished: text == gold)
+    assert rewards.submit("ab", "aa", [True] * 2).result().tolist() == [1.0, 0.0]

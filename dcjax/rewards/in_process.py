@@ -16,7 +16,7 @@ from dcjax.rewards.processes import Reward, score
 
 
 @dataclass(frozen=True)
-class InProcess:
+class InProcessRewards:
     """Scores answers here and at once, without limits: for rewards that are cheap whatever the text."""
 
     reward: Reward
@@ -37,7 +37,7 @@ class InProcess:
             return error
 
 
-Scorer = RewardPool | InProcess
+Rewards = RewardPool | InProcessRewards
 """Where a run's rewards come from."""
 
 

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import tiny
 from compiling import jit
+from stepping import Stepper
 
 from dcjax.errors import RunError
-from dcjax.loop import trainer as module
+from dcjax.loop import evaluate, setup
 from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.trainer import SAMPLING_ROUNDS, Sampled, Trainer
+from dcjax.loop.draw import SAMPLING_ROUNDS, Draw, Sampled
 from dcjax.models import token_logps
 from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import ObjectiveConfig, RewardConfig
+from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Counters, Pending
-from dcjax.rewards.scorer import InProcess
 from dcjax.serving import rollout
 from dcjax.serving.mismatch import MismatchConfig
+from dcjax.sharding.hosts import Preemption
 from dcjax.types import Rollout
 
 pytestmark = pytest.mark.heavy
@@ -30,8 +32,8 @@ CONFIG = replace(
     objective=ObjectiveConfig(zero_variance="resample"),
     optimizer=replace(tiny.CONFIG.optimizer, ema_decay=0.5, warmup_steps=0),
 )
-HERE = InProcess(CONFIG.task.reward)
-ALWAYS_RIGHT = InProcess(lambda text, gold, *, finished: 1.0)
+HERE = InProcessRewards(CONFIG.task.reward)
+ALWAYS_RIGHT = InProcessRewards(lambda text, gold, *, finished: 1.0)
 
 
 def sampled(cursor, rewards):
@@ -54,18 +56,18 @@ def sampled(cursor, rewards):
 
 @pytest.fixture
 def rounds_of(monkeypatch):
-    """A trainer whose rounds of sampling give these rewards, and the cursors and keys that it asked with."""
+    """What rounds of sampling with these rewards draw, and the cursors and keys that they were asked with."""
 
     def build(*rewards):
-        trainer, asked = Trainer(CONFIG, HERE), []
+        draw, asked = Draw(setup.set_up(CONFIG, HERE), Preemption()), []
 
         def sample_once(serving, cursor, key):
             asked.append((cursor, jax.random.key_data(key).tolist()))
             return sampled(cursor, rewards[min(len(asked), len(rewards)) - 1])
 
-        monkeypatch.setattr(trainer, "_sample_once", sample_once)
+        monkeypatch.setattr(draw, "_once", sample_once)
         first = sample_once(None, 100, jax.random.key(0))
-        return trainer._without_equal_groups(first, None, 100, jax.random.key(0)), asked
+        return draw._without_equal_groups(first, None, 100, jax.random.key(0)), asked
 
     return build
 
@@ -106,17 +108,17 @@ def test_what_no_round_could_fill_is_filled_with_groups_that_the_objective_drops
 
 
 def test_the_average_of_the_weights_is_evaluated_beside_the_last_ones(monkeypatch):
-    trainer = Trainer(CONFIG, HERE)
+    stepper = Stepper(CONFIG, HERE)
     seen = []
 
-    def evaluate(config, tokenizer, problems, scorer, engines, params, version):
+    def evaluate_engines(setup, engines, params, version):
         seen.append((tuple(engines), float(params["norm"][0])))
         return [module_row(policy) for policy in engines]
 
-    monkeypatch.setattr(module, "evaluate", evaluate)
-    monkeypatch.setattr(module, "averaged_params", lambda opt_state, params: {"norm": np.array([7.0])})
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_engines)
+    monkeypatch.setattr(evaluate, "averaged_params", lambda opt_state, params: {"norm": np.array([7.0])})
     state = type("State", (), {"params": {"norm": np.array([1.0])}, "opt_state": None, "step": 0})()
-    measured = trainer.evaluate(state)
+    measured = stepper.evaluate(state)
     assert seen == [(("deployed", "training"), 1.0), (("deployed_ema",), 7.0)]
     assert set(measured) == {
         "eval/deployed_accuracy",
@@ -127,19 +129,16 @@ def test_the_average_of_the_weights_is_evaluated_beside_the_last_ones(monkeypatc
 
 
 def module_row(policy):
-    from dcjax.loop.evaluate import Accuracy
-
-    return Accuracy(policy, "float32", 1, 4, 0.25, (0.0, 1.0))
+    return evaluate.Accuracy(policy, "float32", 1, 4, 0.25, (0.0, 1.0))
 
 
 @pytest.mark.parametrize(("saturated", "is_told"), [(9.0, False), (10.0, True), (11.0, False)])
 def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch, capsys, saturated, is_told):
     config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75, budget=0.25))
-    trainer = Trainer(config, HERE)
+    updater = Stepper(config, HERE).updater
     metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "nonfinite_at": -1}
-    monkeypatch.setattr(trainer, "_step", lambda state, batch: (state, metrics))
-    loop = module.LoopState(step=4, data_cursor=0, rollout_key=[0, 0])
-    _, logged = trainer._update(None, loop, sampled(0, MIXED * 4))
+    monkeypatch.setattr(updater, "_step", lambda state, batch: (state, metrics))
+    _, logged = updater(type("State", (), {"step": 4})(), sampled(0, MIXED * 4))
     told = capsys.readouterr().err
     assert ("step 5: λ has been at objective.max_multiplier, 0.75, for 10 iterations" in told) == is_told
     assert logged["dual/budget"] == 0.25
@@ -192,10 +191,10 @@ def test_routing_and_truncation_are_replayed_in_the_update():
         rollout=replace(SMALL.rollout, **drawn),
         mismatch=MismatchConfig(routing_flips=1.0),
     )
-    trainer = Trainer(config, Alternating())
-    state, loop = trainer.begin()
+    stepper = Stepper(config, Alternating())
+    state, loop = stepper.begin()
     masters = jax.device_get(state.params)
-    _, _, metrics, sampled = trainer.iterate(state, loop)
+    _, _, metrics, sampled = stepper.iterate(state, loop)
     rollout = sampled.rollout
     assert rollout.response_mask.sum() > 40
     assert metrics["mismatch/prob_diff_max"] < 1e-5
@@ -209,7 +208,7 @@ STALENESS = 2
 
 @pytest.fixture
 def stale():
-    return Trainer(replace(LEARNING, mismatch=MismatchConfig(staleness=STALENESS)), Alternating())
+    return Stepper(replace(LEARNING, mismatch=MismatchConfig(staleness=STALENESS)), Alternating())
 
 
 def test_the_weights_that_sample_lag_by_exactly_so_many_iterations(stale):
@@ -249,9 +248,9 @@ def test_past_parameters_survive_a_checkpoint(stale, tmp_path):
 
 @pytest.fixture
 def ahead():
-    trainer = Trainer(replace(LEARNING, rollout=replace(LEARNING.rollout, ahead=STALENESS)), Alternating())
-    with trainer.rollouts:
-        yield trainer
+    stepper = Stepper(replace(LEARNING, rollout=replace(LEARNING.rollout, async_level=STALENESS)), Alternating())
+    with stepper.sampler:
+        yield stepper
 
 
 def test_ahead_of_the_trainer_samples_lag_but_their_age_is_no_mismatch(ahead):
@@ -274,7 +273,8 @@ def test_ahead_of_the_trainer_a_run_is_resumed_to_the_same_bits(ahead, tmp_path)
     state, loop, _, sampled = ahead.iterate(state, loop)
     with Checkpoints(tmp_path) as checkpoints:
         resumed = checkpoints.restore(3, abstract_state(ahead.config, ahead.mesh))
-    with (other := Trainer(ahead.config, Alternating())).rollouts:
+    other = Stepper(ahead.config, Alternating())
+    with other.sampler:
         again, same_loop, _, sampled_again = other.iterate(*resumed)
     assert same_loop == loop
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
@@ -298,9 +298,9 @@ class Lengths:
 def judged(config):
     """What one iteration sampled and logged, and how often its scorer was asked."""
     scorer = Lengths()
-    trainer = Trainer(config, scorer)
-    state, loop = trainer.begin()
-    _, _, metrics, sampled = trainer.iterate(state, loop)
+    stepper = Stepper(config, scorer)
+    state, loop = stepper.begin()
+    _, _, metrics, sampled = stepper.iterate(state, loop)
     assert len(set(sampled.rewards.tolist())) > 1
     return sampled, metrics, scorer.counters.timeouts - 3
 
@@ -322,13 +322,13 @@ def test_long_responses_cost_reward_but_no_accuracy():
     costs = [0.5 * min(max(length - 10, 0), 10) / 10 for length in lengths]
     assert len(set(costs)) > 1
     np.testing.assert_allclose(shaped.rewards, plain.rewards - costs, atol=1e-6)
-    trainer = Trainer(replace(SMALL, reward=RewardConfig(overlong_buffer=20)), ALWAYS_RIGHT)
-    assert trainer.evaluate(trainer.begin()[0])["eval/deployed_accuracy"] == 1.0
+    stepper = Stepper(replace(SMALL, reward=RewardConfig(overlong_buffer=20)), ALWAYS_RIGHT)
+    assert stepper.evaluate(stepper.begin()[0])["eval/deployed_accuracy"] == 1.0
 
 
 def test_without_limits_there_is_nothing_to_count():
-    trainer = Trainer(SMALL, ALWAYS_RIGHT)
-    _, _, metrics, _ = trainer.iterate(*trainer.begin())
+    stepper = Stepper(SMALL, ALWAYS_RIGHT)
+    _, _, metrics, _ = stepper.iterate(*stepper.begin())
     assert not [name for name in metrics if name.startswith("reward/")]
 
 
@@ -337,7 +337,7 @@ def test_golds_are_looked_at_before_anything_is_made(monkeypatch):
         assert config is CONFIG and problems.golds == ()
         raise RunError("looked at")
 
-    monkeypatch.setattr(module, "check_golds", check)
-    monkeypatch.setattr(module, "make_engines", None)
+    monkeypatch.setattr(setup, "check_golds", check)
+    monkeypatch.setattr(setup, "make_engines", None)
     with pytest.raises(RunError, match="looked at"):
-        Trainer(CONFIG, HERE)
+        setup.set_up(CONFIG, HERE)

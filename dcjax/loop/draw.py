@@ -1,0 +1,138 @@
+"""What is drawn in one iteration: prompts, their responses, and the rewards of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcjax.data.task import Problem, encode_prompts
+from dcjax.loop.checkpoint import Cursor
+from dcjax.loop.reward_collector import RewardCollector
+from dcjax.loop.setup import Setup
+from dcjax.rewards.shaping import soft_overlong_punishment
+from dcjax.serving.rollout import Sampling
+from dcjax.serving.sync import ServingParams
+from dcjax.sharding.hosts import Preemption, gather
+from dcjax.types import Rollout
+
+SAMPLING_ROUNDS = 5
+"""The most rounds of sampling in one iteration where groups of equal rewards are sampled anew."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An iteration's responses, G neighbouring ones a problem."""
+
+    problems: Sequence[Problem]
+    rollout: Rollout
+    rewards: np.ndarray
+    # prompts that the task gave for them, those of groups that were left out included
+    prompts_taken: int
+
+    @property
+    def group_size(self) -> int:
+        """Responses a problem."""
+        return len(self.rewards) // len(self.problems)
+
+    def of_groups(self, groups: np.ndarray) -> Sampled:
+        """The same of some problems, by their numbers."""
+        rows = (groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+        return replace(
+            self,
+            problems=[self.problems[group] for group in groups],
+            rollout=jax.tree.map(lambda leaf: leaf[rows], self.rollout),
+            rewards=self.rewards[rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Sampled]) -> Sampled:
+        """One after the other."""
+        return cls(
+            problems=[problem for part in parts for problem in part.problems],
+            rollout=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.rollout for part in parts)),
+            rewards=np.concatenate([part.rewards for part in parts]),
+            prompts_taken=sum(part.prompts_taken for part in parts),
+        )
+
+
+class Draw:
+    """(serving params, cursor) -> (samples for the iteration that the cursor stands before, the cursor behind it).
+
+    Args:
+      setup: of the run.
+      preemption: is asked while samples are drawn.
+    """
+
+    def __init__(self, setup: Setup, preemption: Preemption):
+        self._setup, self._preemption = setup, preemption
+
+    def __call__(self, serving: ServingParams, cursor: Cursor) -> tuple[Sampled, Cursor]:
+        """Draws one iteration.
+
+        Raises:
+          RunError: a reward function that fails.
+          Stopped: a process was told to stop; nothing of the iteration is kept.
+        """
+        key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(cursor.rollout_key, jnp.uint32)))
+        sampled = self._once(serving, cursor.data_cursor, rollout_key)
+        if self._setup.config.objective.zero_variance == "resample":
+            sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)
+        following = Cursor(
+            step=cursor.step + 1,
+            data_cursor=cursor.data_cursor + sampled.prompts_taken,
+            rollout_key=jax.random.key_data(key).tolist(),
+        )
+        return sampled, following
+
+    def _without_equal_groups(self, sampled: Sampled, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
+        """Problems whose rewards differ within their group, of as many rounds as it takes (DAPO's dynamic sampling).
+
+        What `SAMPLING_ROUNDS` cannot fill is filled with groups of equal rewards, which the objective drops.
+        """
+        wanted, rounds = len(sampled.problems), [sampled]
+        while True:
+            joined = Sampled.joined(rounds)
+            grouped = joined.rewards.reshape(-1, joined.group_size)
+            equal = grouped.max(axis=1) == grouped.min(axis=1)
+            if (~equal).sum() >= wanted or len(rounds) == SAMPLING_ROUNDS:
+                # stable: groups that differ first, each kind in the order in which it was sampled
+                return joined.of_groups(np.argsort(equal, kind="stable")[:wanted])
+            rounds.append(self._once(serving, cursor + joined.prompts_taken, jax.random.fold_in(key, len(rounds))))
+
+    def _once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
+        """One round: the responses to the next prompts, rewarded while others are still decoded."""
+        setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
+        problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
+        collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=settings.group_size)
+        sampling = Sampling(
+            engine,
+            serving,
+            encode_prompts(setup.tokenizer, problems),
+            samples_per_prompt=settings.group_size,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            key=key,
+        )
+        for ended in sampling.as_they_end(serving):
+            collector.submit(ended)
+            self._preemption.check(engine.mesh)
+        rollout = sampling.rollout()
+        rewards = gather(collector.result(), engine.mesh) + self._length_rewards(rollout)
+        return Sampled(problems, rollout, rewards, len(problems))
+
+    def _length_rewards(self, rollout: Rollout) -> np.ndarray | float:
+        """What responses earn for their length (DAPO's overlong shaping), at most 0."""
+        settings = self._setup.config.reward
+        if not settings.overlong_buffer:
+            return 0.0
+        return soft_overlong_punishment(
+            np.asarray(rollout.response_mask).sum(axis=1),
+            max_length=self._setup.config.rollout.max_response_length,
+            buffer=settings.overlong_buffer,
+            factor=settings.overlong_factor,
+        )

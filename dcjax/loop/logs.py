@@ -1,0 +1,102 @@
+"""What a run leaves to be read, step by step: metrics, transcripts, progress."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import jax
+import numpy as np
+
+from dcjax.errors import RunError
+from dcjax.loop.draw import Sampled
+from dcjax.loop.evaluate import responses
+from dcjax.loop.setup import Setup
+from dcjax.reporting.progress import Progress
+from dcjax.reporting.record import MetricsLog, Transcripts
+from dcjax.sharding.hosts import is_main
+
+TRANSCRIPTS = 4
+"""Prompts whose first response is kept at each evaluation."""
+
+
+class RunLog:
+    """Writes and shows each step, on process 0; nothing on others. A context manager.
+
+    Args:
+      setup: of the run.
+      last_step: of the checkpoint that the run goes on from; None for one that begins.
+
+    Raises:
+      RunError: on entering, what was logged before is gone or damaged.
+    """
+
+    def __init__(self, setup: Setup, last_step: int | None):
+        self._setup, self._last_step = setup, last_step
+        self._deployed_accuracy: float | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        if is_main():
+            config = self._setup.config
+            self._metrics, self._transcripts = self._logs()
+            self._open.enter_context(self._metrics)
+            self._open.enter_context(self._transcripts)
+            self._progress = self._open.enter_context(
+                Progress(config.steps, initial=self._last_step or 0, description="step")
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, step: int, metrics: dict[str, float], sampled: Sampled | None = None) -> None:
+        """Logs a step, and the first response of some prompts where it was evaluated; shows it if it was trained."""
+        self._deployed_accuracy = metrics.get("eval/deployed_accuracy", self._deployed_accuracy)
+        if not is_main():
+            return
+        if sampled is not None and "eval/deployed_accuracy" in metrics:
+            self._transcribe(step, sampled)
+        self._metrics.write(step, metrics)
+        if sampled is not None:
+            self._progress.update(step, **self._shown(metrics))
+
+    def _logs(self) -> tuple[MetricsLog, Transcripts]:
+        directory, last_step = self._setup.config.directory, self._last_step
+        path = directory / "metrics.jsonl"
+        if last_step is not None and not path.exists():
+            raise RunError(
+                f"{path} is gone, of a run that has a checkpoint of step {last_step}; put it back, or remove both"
+            )
+        try:
+            log = MetricsLog(directory, "metrics", last_step=last_step, tensorboard=True)
+            return log, Transcripts(directory, last_step=last_step)
+        except ValueError as error:
+            raise RunError(f"{error}; mend that line, or choose another --run-dir to start anew") from error
+
+    def _transcribe(self, step: int, sampled: Sampled) -> None:
+        rows = np.arange(len(sampled.problems))[:TRANSCRIPTS] * sampled.group_size
+        texts = responses(self._setup.tokenizer, jax.tree.map(lambda leaf: leaf[rows], sampled.rollout))
+        for row, text in zip(rows, texts, strict=True):
+            self._transcripts.write(
+                step,
+                prompt=sampled.problems[row // sampled.group_size].prompt,
+                response=text,
+                reward=float(sampled.rewards[row]),
+                finished=bool(sampled.rollout.finished[row]),
+                policy_version=int(sampled.rollout.versions[row, 0]),
+            )
+
+    def _shown(self, metrics: dict[str, float]) -> dict[str, str]:
+        deployed = self._deployed_accuracy
+        return {
+            "reward": f"{metrics['reward']:.2f}",
+            "deployed": "-" if deployed is None else f"{deployed:.2f}",
+            "δ̄": f"{metrics['dual/discrepancy']:.4f}/{metrics['dual/budget']:.4f}",
+            "λ": f"{metrics['dual/multiplier']:.3f}",
+            "length": f"{metrics['response_length']:.1f}",
+            "tok/s": f"{metrics['tokens_per_second']:.0f}",
+        }

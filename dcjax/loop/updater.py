@@ -1,0 +1,81 @@
+"""One iteration's update: the compiled step on a batch, with a look at what came out of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+
+from dcjax.errors import RunError
+from dcjax.loop.draw import Sampled
+from dcjax.loop.setup import Setup
+from dcjax.recipe import build
+from dcjax.recipe.optimizer import make_schedule
+from dcjax.serving.rollout import require_finite
+from dcjax.sharding.hosts import is_main, place
+from dcjax.sharding.rules import batch_sharding
+from dcjax.types import Batch, TrainState
+
+ALARM = 10
+"""Iterations with λ at its bound while the gap rises, before a warning."""
+
+LOWER = "lower optimizer.learning_rate"
+
+
+class Updater:
+    """(state, samples) -> (state, metrics): the training step, and the settings that it ran with."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._step = build.compile_train_step(setup.config, setup.mesh)
+        self._schedule = make_schedule(setup.config)
+
+    def __call__(self, state: TrainState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
+        """One iteration; `state` is donated.
+
+        Raises:
+          RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
+        """
+        number = int(state.step) + 1
+        batch = Batch.of(sampled.rollout, rewards=sampled.rewards, group_size=sampled.group_size)
+        try:
+            require_finite(sampled.rollout, self._setup.engines["deployed"])
+        except ValueError as error:
+            self._stop(number, batch, str(error), "choose another serving.format")
+        state, metrics = self._step(state, place(batch, batch_sharding(self._setup.mesh)))
+        values = build.metrics_to_host(metrics)
+        if (at := int(values.pop("nonfinite_at"))) >= 0:
+            where = divmod(at, batch.response_mask.shape[1])
+            self._stop(number, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)
+        if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+            self._stop(number, batch, f"{', '.join(broken)} not finite", LOWER)
+        if values.get("dual/saturated") == ALARM:
+            self._warn_of_saturation(number)
+        return state, values | self._settings(number - 1, values) | {"prompts_taken": sampled.prompts_taken}
+
+    def _settings(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The learning rate, and a given budget, which is drawn beside the gap even where no λ follows it."""
+        config = self._setup.config
+        scheduled = float(np.asarray(self._schedule(step * config.optimizer.updates)))
+        settings = {"learning_rate": scheduled * metrics["learning_rate_scale"]}
+        if not isinstance(budget := config.objective.budget, str):
+            settings["dual/budget"] = budget
+        return settings
+
+    def _warn_of_saturation(self, number: int) -> None:
+        bound = self._setup.config.objective.max_multiplier
+        print(
+            f"dcjax: step {number}: λ has been at objective.max_multiplier, {bound}, for {ALARM} iterations while the "
+            "gap rises; the penalty does not close it",
+            file=sys.stderr,
+        )
+
+    def _stop(self, number: int, batch: Batch, why: str, remedy: str) -> None:
+        path = self._setup.config.directory / "bad_batch.npz"
+        if is_main():
+            np.savez(path, **{name: value for name, value in vars(batch).items() if value is not None})
+        raise RunError(
+            f"step {number}: {why}; the batch is in {path}, the last good checkpoint stays; {remedy} or look at the "
+            "batch"
+        )
