@@ -36,9 +36,8 @@ from dcjax.loop.evaluate import responses
 from dcjax.loop.run_directory import load_config
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe import build
-from dcjax.recipe.build import open_problems
+from dcjax.recipe.build import build_optimizer, open_problems
 from dcjax.recipe.config import Config
-from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rewards.in_process import InProcessRewards
 from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import sample_responses
@@ -100,7 +99,7 @@ def engine_loop(setup: Setup, params, format: FormatName) -> Callable[[int], Rol
     """dcjax's rollout."""
     serving = dataclasses.replace(setup.config.serving, format=format)
     config = dataclasses.replace(setup.config, serving=serving)
-    engine = build.make_engine(config, setup.mesh, [setup.tokenizer.eos_token_id])
+    engine = build.build_engine(config, setup.mesh, [setup.tokenizer.eos_token_id])
     served, prompts = engine.sync(params, 0), encode_prompts(setup.tokenizer, setup.problems)
     group_size, temperature = config.rollout.group_size, config.rollout.temperature
     return lambda number: sample_responses(
@@ -214,7 +213,7 @@ def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_si
     sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
     config = dataclasses.replace(setup.config, **sections)
     copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
-    state = build.initial_state(config, setup.mesh, make_optimizer(config), copied)
+    state = build.initial_state(config, setup.mesh, build_optimizer(config), copied)
     return Stepper(build.compile_train_step(config, setup.mesh), state, batch)
 
 

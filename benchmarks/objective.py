@@ -30,8 +30,8 @@ from timing import environment, measure, pin, ratio, row, table  # pyrefly: igno
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import init_params
 from dcjax.recipe import build
+from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
-from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
@@ -189,7 +189,7 @@ def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
     """The quickstart's training step, each call on from the last one's state."""
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, algorithm="dc_grpo"))
     mesh = make_mesh(config.mesh)
-    step, tx = build.compile_train_step(config, mesh), make_optimizer(config)
+    step, tx = build.compile_train_step(config, mesh), build_optimizer(config)
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     state = build.initial_state(config, mesh, tx, params)
 

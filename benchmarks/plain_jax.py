@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from dcjax.models import ModelConfig
-from dcjax.recipe.config import Config, OptimizerConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.optimizer import OptimizerConfig
 
 Tree = Any
 """A pytree of arrays."""

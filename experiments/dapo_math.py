@@ -9,17 +9,12 @@ from pathlib import Path
 
 from dcjax.data.mathematics import MathTask
 from dcjax.models.config import Precision, presets
-from dcjax.recipe.config import (
-    CheckpointConfig,
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-)
+from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.reward import RewardConfig
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.sharding.mesh import MeshConfig
 
 

@@ -1,6 +1,8 @@
 """DC-GRPO on chained arithmetic: a tiny Qwen3 in float32, sampled by an int8 engine. Minutes on a laptop."""
 
-from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
 
 
 def config() -> Config:

@@ -10,7 +10,9 @@ from dcjax.errors import RunError
 from dcjax.models import load_hf, read_config, save_hf
 from dcjax.models.config import presets
 from dcjax.paths import local_path
-from dcjax.recipe.config import Config, RewardConfig, from_dict, to_dict
+from dcjax.recipe.config import Config
+from dcjax.recipe.plain import from_dict, to_dict
+from dcjax.recipe.reward import RewardConfig
 from dcjax.tools.convert import import_folder
 
 ADDRESSES = ["gs://bucket/x", "s3://bucket", "hdfs:///x", "file:///tmp/x", "hf://datasets/a/b", "gs://", "a+b.c-1://x"]

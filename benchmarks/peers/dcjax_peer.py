@@ -14,7 +14,7 @@ import work  # pyrefly: ignore[missing-import]
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import forward, load_hf
 from dcjax.recipe import build
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
@@ -28,10 +28,10 @@ class Trainer:
     def __init__(self, folder: Path):
         mesh = make_mesh(CONFIG.mesh)
         self._prompts = work.prompts(folder)
-        self._engine = build.make_engine(CONFIG, mesh, [work.NO_TOKEN])
+        self._engine = build.build_engine(CONFIG, mesh, [work.NO_TOKEN])
         self._train_step = build.compile_train_step(CONFIG, mesh)
         params = load_hf(folder / "model", mesh=mesh)[1]
-        self.state = build.initial_state(CONFIG, mesh, make_optimizer(CONFIG), params)
+        self.state = build.initial_state(CONFIG, mesh, build_optimizer(CONFIG), params)
         self.rollout = work.Timed(sample_responses)
         self._number = 0
 

@@ -9,7 +9,11 @@ import numpy as np
 import work  # pyrefly: ignore[missing-import]
 
 from dcjax.models import ModelConfig, count_params, forward, init_params, save_hf
-from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
+from dcjax.recipe.config import Config, WarmStartConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 
 MODEL = ModelConfig(
     vocab_size=work.VOCABULARY,

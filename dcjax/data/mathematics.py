@@ -64,22 +64,22 @@ class MathTask:
     """
 
     dataset: str = "dapo-math-17k"
-    """What is trained on."""
+    """Data set to train on."""
     heldout: str = "aime24"
-    """The evaluation set of the held-out accuracy."""
+    """Data set on which held-out accuracy is measured."""
     data_dir: Path = Path("data")
-    """Where the copies of both lie."""
+    """Directory with local copies of both data sets."""
     subset: str = "all"
-    """Share of the training problems: all, 25%, 2.5%; smaller ones lie within larger ones."""
+    """Share of the training problems: all, 25% or 2.5%; smaller subsets are contained in larger ones."""
     questions: Questions = "all"
     """All, or those in English with an integer answer: with prompts of at most 1,024 tokens, our reading of paper B's
     filter."""
     index_file: Path | None = None
-    """Lists the ids of the training problems, one a line, in place of `questions`."""
+    """File with the ids of the training problems, one per line, which replaces `questions`."""
     max_prompt_tokens: int = 1024
-    """Longer training problems are left out (tokens, with the template's)."""
+    """Training problems with longer prompts, template included, are left out."""
     template: TemplateName = "boxed"
-    """What the policy is asked for, and where its answer is looked for."""
+    """Prompt template, which also determines where the answer is read from a response."""
 
     def __post_init__(self) -> None:
         localize(self, "task.")

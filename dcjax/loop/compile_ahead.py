@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from dcjax.recipe import build
+from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
-from dcjax.recipe.optimizer import make_optimizer
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import compile_sampling
 from dcjax.types import Params
@@ -52,7 +52,7 @@ def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) ->
 
 
 def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
-    initializer = build.state_initializer(config, mesh, make_optimizer(config), build.PastParams.needed_by(config))
+    initializer = build.state_initializer(config, mesh, build_optimizer(config), build.PastParams.needed_by(config))
     initializer.lower(params).compile()
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.models.hf_config import end_tokens_in
-from dcjax.recipe.config import Config, differences, flatten, from_dict, to_dict
+from dcjax.recipe.config import Config
+from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
 from dcjax.reporting.record import write_atomically
 from dcjax.sharding.hosts import gather, is_main
 

@@ -16,9 +16,16 @@ from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
 from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.loop.warm_start import warm_start
-from dcjax.recipe.build import PastParams, PolicyName, initial_state, make_engines, open_problems, training_mesh
+from dcjax.recipe.build import (
+    PastParams,
+    PolicyName,
+    build_optimizer,
+    initial_state,
+    make_engines,
+    open_problems,
+    training_mesh,
+)
 from dcjax.recipe.config import Config
-from dcjax.recipe.optimizer import make_optimizer
 from dcjax.rewards.in_process import Rewards
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.sharding.hosts import check_divides
@@ -77,4 +84,4 @@ def begin(setup: Setup) -> tuple[TrainState, Cursor]:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     cursor = Cursor(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
     past = PastParams.needed_by(config)
-    return initial_state(config, setup.mesh, make_optimizer(config), params, past), cursor
+    return initial_state(config, setup.mesh, build_optimizer(config), params, past), cursor

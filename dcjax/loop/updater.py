@@ -29,7 +29,7 @@ class Updater:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._step = build.compile_train_step(setup.config, setup.mesh)
-        self._schedule = make_schedule(setup.config)
+        self._schedule = make_schedule(setup.config.optimizer, setup.config.steps)
 
     def __call__(self, state: TrainState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         """One iteration; `state` is donated.

@@ -95,7 +95,7 @@ def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         end_value=settings.learning_rate / 10,
     )
     descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    return optax.with_extra_args_support(scale_loss(config, descent))
+    return optax.with_extra_args_support(scale_loss(descent, config.model.precision.compute))
 
 
 def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:

@@ -95,19 +95,19 @@ class ModelConfig:
     tie_embeddings: bool = True
     """The output head is the embedding table."""
     max_position_embeddings: int = 40_960
-    """Longest sequence the model is made for (tokens): exported for those who serve it, not enforced here."""
+    """Longest sequence that the model is made for, in tokens; exported, but not enforced here."""
     num_experts: int = 0
-    """Experts of each sparse layer; 0 is a dense model."""
+    """Number of experts in each sparse layer; 0 is a dense model."""
     num_experts_per_tok: int = 8
-    """Experts that each token goes to."""
+    """Number of experts that each token is routed to."""
     moe_intermediate_size: int = 768
     """Width of one expert's hidden layer."""
     norm_topk_prob: bool = True
-    """The chosen experts' probabilities are divided by their sum."""
+    """Divide the chosen experts' probabilities by their sum."""
     decoder_sparse_step: int = 1
-    """Every how many layers one has experts: those whose number, counted from 1, is a multiple."""
+    """Every n-th layer, counted from 1, has experts."""
     mlp_only_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, that are dense in any case."""
+    """Layers, counted from 0, that are always dense."""
     remat: Remat = "products"
     """What the backward pass finds kept: products (what matrix products returned; the rest is computed again) or full
     (only what entered each layer), both in a loop, so that program size is flat in depth; or none (everything is kept,

@@ -29,11 +29,11 @@ from dcjax.recipe.objective import (
     make_surrogate,
 )
 from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.serving import make_engine
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
-from dcjax.serving.parallel import serving_mesh
-from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
+from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
@@ -100,6 +100,12 @@ def starting_params(config: Config, mesh: Mesh) -> Params:
 @cache
 def _fresh_params(model: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Params]:
     return jax.jit(partial(init_params, model), out_shardings=shardings(mesh, logical_axes(model)))
+
+
+def build_optimizer(config: Config) -> Optimizer:
+    """The optimiser of RL; the same object for configs that have it in common."""
+    compute = config.model.precision.compute
+    return make_optimizer(config.optimizer, config.objective, steps=config.steps, compute=compute)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastParams
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the RL TrainState, to restore a checkpoint into."""
-    tx, kept = make_optimizer(config), PastParams.needed_by(config)
+    tx, kept = build_optimizer(config), PastParams.needed_by(config)
     shapes = jax.eval_shape(partial(_create_state, tx, kept), abstract_params(config.model))
     return with_shardings(shapes, state_shardings(config, mesh, tx, kept))
 
@@ -231,7 +237,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
 
 @cache
 def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
-    objective, optimizer, tx = config.objective, config.optimizer, make_optimizer(config)
+    objective, optimizer, tx = config.objective, config.optimizer, build_optimizer(config)
     step = make_train_step(
         partial(apply_policy, config, mesh),
         tx,
@@ -271,54 +277,23 @@ def training_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
 
 
-def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
-    """Where the engine runs: on the training mesh's devices, or on those that only serve.
-
-    Raises:
-      ValueError: devices that copies of the model cannot share.
-    """
-    if count := config.serving.devices:
-        mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices(), count)[1])
-    return serving_mesh(mesh, config.serving.tensor)
-
-
-def make_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
-    """The engine that deploys the policy, for the run's prompts and responses.
+def build_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
+    """The engine that deploys the policy.
 
     Raises:
       RunError: the model, the hardware or its memory cannot serve that.
     """
-    serving, rollout = config.serving, config.rollout
-    try:
-        return Qwen3Engine(
-            config.model,
-            format=serving.format,
-            kv_cache=serving.kv_cache,
-            keep=serving.keep,
-            slots=serving.slots,
-            max_prompt_length=rollout.max_prompt_length,
-            max_response_length=rollout.max_response_length,
-            end_tokens=end_tokens,
-            steps_per_call=serving.steps_per_call,
-            prefill_tokens=serving.prefill_tokens,
-            max_candidates=rollout.top_k,
-            records_experts=rollout.replay_routing,
-            mismatch=config.mismatch,
-            mesh=rollout_mesh(config, mesh),
-            training_mesh=mesh,
-        )
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    return make_engine(config.model, config.serving, config.rollout, config.mismatch, mesh, end_tokens=end_tokens)
 
 
-def make_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
+def build_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
     """One that samples from the training policy: in float32, with nothing added.
 
     Raises:
-      RunError: as `make_engine`.
+      RunError: as `build_engine`.
     """
-    serving = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
-    return make_engine(dataclasses.replace(config, serving=serving, mismatch=NO_MISMATCH), mesh, end_tokens)
+    exact = dataclasses.replace(config.serving, format="float32", kv_cache="auto", keep=())
+    return make_engine(config.model, exact, config.rollout, NO_MISMATCH, mesh, end_tokens=end_tokens)
 
 
 def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[PolicyName, Qwen3Engine]:
@@ -328,8 +303,8 @@ def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[
       RunError: they cannot be served.
     """
     return {
-        "deployed": make_engine(config, mesh, end_tokens),
-        "training": make_training_engine(config, mesh, end_tokens),
+        "deployed": build_engine(config, mesh, end_tokens),
+        "training": build_training_engine(config, mesh, end_tokens),
     }
 
 

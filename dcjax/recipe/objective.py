@@ -1,11 +1,15 @@
-"""From an `ObjectiveConfig` to the functions that it names."""
+"""The policy objective, and the functions that it is made of."""
 
 from __future__ import annotations
 
 import functools
+import math
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-from dcjax.recipe.config import ObjectiveConfig
+from dcjax.recipe.checks import require, require_choice
 from dcjax.rl import corrections, discrepancy, losses, masked, penalties
 from dcjax.rl.discrepancy import Discrepancy
 from dcjax.rl.losses import Surrogate
@@ -22,6 +26,111 @@ from dcjax.rl.transforms import (
     leave_one_out_advantages,
 )
 from dcjax.types import Array
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The policy objective; docs/objectives.md has each part's formula."""
+
+    algorithm: Literal["grpo", "dual_grpo", "thresholded_dual_grpo", "dc_grpo", "dc_direct"] = "dc_grpo"
+    """grpo: no penalty on the gap; dual_grpo: penalty with a fixed multiplier λ; thresholded_dual_grpo: the same
+    above a threshold; dc_grpo (paper A): λ by dual ascent; dc_direct: so too, and the gap itself is differentiated."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
+    """Advantages relative to the group mean and standard deviation (grpo), the group mean (dr_grpo),
+    the mean of the other responses in the group (rloo), or the batch mean (reinforce)."""
+    surrogate: Literal["clip", "gspo", "cispo", "policy_gradient"] = "clip"
+    """Loss per token: PPO's clipped ratio (clip), GSPO's sequence-level ratio (gspo), CISPO's clipped
+    weight (cispo), or the plain policy gradient."""
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
+        "token_mean"
+    )
+    """How token losses are averaged: over all tokens (DAPO), over each response and then over
+    responses (GRPO), as sums per response, or as sums divided by the longest response."""
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose rewards are all equal: keep them (paper A), drop them from the loss (paper B),
+    or resample them, that is, sample other groups in their place."""
+    signal: Literal["probability", "ratio", "log_probability"] = "probability"
+    """Gap δ between the policies' probabilities p (training) and q (sampling) of a token:
+    |p − q|, |p / q − 1| or |log p − log q|."""
+    level: Literal["token", "sequence"] = "token"
+    """Whether δ is taken per token, or averaged over each response."""
+    sides: Literal["two", "one", "signed"] = "two"
+    """Whether δ counts in both directions (two), only where the training policy is more probable (one),
+    or with its sign (signed)."""
+    penalty: Literal["linear", "shifted", "hinge", "gate"] = "linear"
+    """Penalty as a function of δ: δ (linear), δ − c (shifted), max(δ − c, 0) (hinge), or δ where δ > c (gate).
+    thresholded_dual_grpo uses hinge when this is linear."""
+    penalty_form: Literal["as_published", "centred"] = "as_published"
+    """Use each token's penalty as it is (as_published), or minus its mean over the response (centred)."""
+    initial_multiplier: float = 0.1
+    """Initial value of λ, or its value throughout if the algorithm keeps it fixed."""
+    dual_lr: float = 1.0
+    """Dual learning rate η_λ: λ grows by η_λ · (mean gap − budget) in each iteration."""
+    budget: float | Literal["auto"] = 0.0037
+    """Tolerated mean gap c. auto is 1.5 times the median gap of the first ten iterations,
+    during which λ stays constant."""
+    budget_window: int = 1
+    """Number of iterations over which the gap is averaged before λ is updated."""
+    discrepancy_mean: Literal["response", "token"] = "response"
+    """How the mean gap weighs tokens: mean over responses of each response's mean,
+    or mean over all tokens."""
+    max_multiplier: float = 1.0
+    """Upper bound of λ (our choice; the paper does not give one that we could recover)."""
+    correction: Literal[
+        "none",
+        "token_tis",
+        "sequence_tis",
+        "geometric_tis",
+        "token_mis",
+        "sequence_mis",
+        "geometric_mis",
+        "icepop",
+    ] = "none"
+    """Importance weights π_old / μ for the mismatch: truncated (tis) or masked (mis), per token,
+    per sequence or by geometric mean, or IcePop's."""
+    correction_bound: float = 2.0
+    """Upper bound of the importance weight; IcePop's lower bound is its inverse."""
+    kl_coefficient: float = 0.0
+    """Coefficient of the KL penalty to the policy that RL started from; 0, as in both papers, disables it."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Which of Schulman's estimators approximates the KL divergence."""
+    eps_low: float = 0.2
+    """Lower clip range of the policy ratio, which is clipped at 1 − eps_low."""
+    eps_high: float = 0.28
+    """Upper clip range of the policy ratio, which is clipped at 1 + eps_high."""
+    dual_clip: float | None = None
+    """Bounds the loss of a token with a negative advantage Ã, whose ratio has grown large,
+    at −Ã times this value, which must be above 1; None sets no bound."""
+
+    def __post_init__(self):
+        names = ["initial_multiplier", "dual_lr", "max_multiplier", "kl_coefficient", "eps_low", "eps_high"]
+        if not isinstance(self.budget, str):
+            names.append("budget")
+        elif self.budget != "auto":
+            raise ValueError(f"objective.budget is {self.budget!r}; it must be a number or auto")
+        require("objective.", self, {**dict.fromkeys(names, 0), "budget_window": 1})
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(kind) is Literal:
+                require_choice("objective.", self, name)
+        if self.initial_multiplier > self.max_multiplier:
+            raise ValueError(
+                f"objective.initial_multiplier is {self.initial_multiplier}; "
+                f"it must be at most objective.max_multiplier, {self.max_multiplier}"
+            )
+        for name in ("correction_bound", "dual_clip"):
+            if (bound := getattr(self, name)) is not None and not 1 < bound < math.inf:
+                raise ValueError(f"objective.{name} is {bound}; it must be a finite number above 1")
+        if self.budget == "auto" and (self.penalty != "linear" or not self.has_ascent):
+            raise ValueError(
+                f"objective.budget is auto, which {self.algorithm} with the penalty {self.penalty} cannot take: "
+                "a threshold or a fixed multiplier needs a number"
+            )
+
+    @property
+    def has_ascent(self) -> bool:
+        """Whether λ moves."""
+        return self.algorithm in ("dc_grpo", "dc_direct")
+
 
 ESTIMATORS: dict[str, Callable[[], LossTransform]] = {
     "grpo": group_relative_advantages,

@@ -15,14 +15,14 @@ class MismatchConfig:
     """
 
     weight_noise: float = 0.0
-    """Normal noise on each weight that is multiplied with, in units of its tensor's root mean square; drawn anew for
-    each version of the weights."""
+    """Standard deviation of normal noise added to each weight matrix, relative to its root mean
+    square; sampled again for each version of the weights."""
     logit_noise: float = 0.0
-    """Standard deviation of normal noise on each logit, before the temperature; drawn anew for each token."""
+    """Standard deviation of normal noise added to each logit before the temperature, for each token."""
     routing_flips: float = 0.0
-    """How often a sparse layer takes the next expert for the last of those it chose (share of decoded tokens)."""
+    """Share of decoded tokens for which a sparse layer replaces the last expert it chose by the next."""
     staleness: int = 0
-    """RL iterations by which the serving weights lag behind; the gap then holds what those changed, too."""
+    """RL iterations by which the serving weights lag behind; the gap then includes those updates."""
 
     def __post_init__(self):
         for name in ("weight_noise", "logit_noise", "staleness"):

@@ -52,13 +52,13 @@ class DistributedConfig:
     """
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, the same for every process."""
+    """Address HOST:PORT of process 0, the same for every process."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
     timeout: int = 300
-    """Seconds to wait for the others to join."""
+    """Seconds to wait for the other processes to join."""
 
     def __post_init__(self):
         if self.timeout < 1:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.recipe.build import with_pretrained_model
-from dcjax.recipe.config import Config, ServingConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.serving import ServingConfig
 
 
 def is_folder(path: Path) -> bool:

@@ -11,12 +11,16 @@ import pytest
 
 import dcjax.loop.train
 from dcjax.cli import _parser, main
-from dcjax.recipe.config import Config, ObjectiveConfig, to_dict
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.plain import to_dict
 
 pytestmark = pytest.mark.heavy
 
 RECIPE = """
-from dcjax.recipe.config import Config, EvaluationConfig, OptimizerConfig, RolloutConfig, WarmStartConfig
+from dcjax.recipe.config import Config, EvaluationConfig, WarmStartConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
 
 def config():
     return Config(
@@ -299,7 +303,8 @@ def test_a_field_that_is_no_local_path_is_refused(refusal, field, given):
 @pytest.mark.parametrize("field", ["data_dir", "index_file"])
 def test_a_path_of_the_task_is_refused_alike(refusal, field, given):
     body = """
-from dcjax.recipe.config import Config, RewardConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.reward import RewardConfig
 from dcjax.data.mathematics import MathTask
 
 def config():

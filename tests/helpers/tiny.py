@@ -14,17 +14,12 @@ import numpy as np
 
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.models import ModelConfig, abstract_params
-from dcjax.recipe.config import (
-    CheckpointConfig,
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-    to_dict,
-)
+from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.plain import to_dict
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 
 TASK = ArithmeticTask(min_operations=1, max_operations=2, max_operand=4, max_value=9)
 

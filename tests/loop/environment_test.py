@@ -10,8 +10,8 @@ import tiny
 from dcjax.errors import RunError
 from dcjax.loop.environment import describe
 from dcjax.models import presets
-from dcjax.recipe.build import make_engine, params_shardings, rollout_mesh, training_mesh
-from dcjax.recipe.config import ServingConfig
+from dcjax.recipe.build import build_engine, params_shardings, rollout_mesh, training_mesh
+from dcjax.recipe.serving import ServingConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.heavy
@@ -26,7 +26,7 @@ CONFIG = dataclasses.replace(
 
 def described(config):
     mesh = make_mesh(config.mesh)
-    return describe(config, mesh, make_engine(config, mesh, [1, 16]))
+    return describe(config, mesh, build_engine(config, mesh, [1, 16]))
 
 
 def test_platform_kernels_precision_and_serving_are_told():
@@ -55,8 +55,8 @@ def test_devices_that_only_serve_come_behind_those_of_the_mesh():
     config = dataclasses.replace(CONFIG, serving=ServingConfig(devices=4, tensor=4))
     mesh = training_mesh(config)
     assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
-    assert [device.id for device in rollout_mesh(config, mesh).devices.flat] == [4, 5, 6, 7]
-    assert [device.id for device in rollout_mesh(CONFIG, mesh).devices.flat] == [0, 1, 2, 3]
+    assert [device.id for device in rollout_mesh(config.serving, mesh).devices.flat] == [4, 5, 6, 7]
+    assert [device.id for device in rollout_mesh(CONFIG.serving, mesh).devices.flat] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_devices_that_only_serve_come_behind_those_of_the_mesh():
 def test_devices_that_there_are_not_are_refused(serving, message):
     config = dataclasses.replace(CONFIG, serving=ServingConfig(**serving))
     with pytest.raises(ValueError, match=message):
-        rollout_mesh(config, training_mesh(config))
+        rollout_mesh(config.serving, training_mesh(config))
 
 
 def test_what_is_served_apart_is_what_is_served_together():
@@ -77,7 +77,7 @@ def test_what_is_served_apart_is_what_is_served_together():
     mesh = make_mesh(CONFIG.mesh)
     apart = dataclasses.replace(CONFIG, serving=dataclasses.replace(CONFIG.serving, devices=4, tensor=2))
     params = jax.device_put(tiny.masters(CONFIG.model), params_shardings(CONFIG, mesh))
-    ours, theirs = (make_engine(each, mesh, [1]).sync(params, 3) for each in (apart, CONFIG))
+    ours, theirs = (build_engine(each, mesh, [1]).sync(params, 3) for each in (apart, CONFIG))
     for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert {device.id for device in leaf.devices()} == {4, 5, 6, 7}
         np.testing.assert_array_equal(jax.device_get(leaf), jax.device_get(other))

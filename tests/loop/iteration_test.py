@@ -15,7 +15,8 @@ from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.draw import SAMPLING_ROUNDS, Draw, Sampled
 from dcjax.models import token_logps
 from dcjax.recipe.build import abstract_state
-from dcjax.recipe.config import ObjectiveConfig, RewardConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.reward import RewardConfig
 from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Counters, Pending
 from dcjax.serving import rollout

@@ -13,7 +13,9 @@ from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.reward_collector import TOLD, RewardCollector, check_golds, open_rewards
-from dcjax.recipe.config import Config, RewardConfig, RolloutConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.reward import RewardConfig
+from dcjax.recipe.rollout import RolloutConfig
 from dcjax.rewards.boxed import integer_reward
 from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Pending, RewardPool

@@ -10,7 +10,9 @@ import pytest
 
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import VERSIONED, load_config, locate, open_run, recorded_end_tokens
-from dcjax.recipe.config import CheckpointConfig, Config, ObjectiveConfig, to_dict
+from dcjax.recipe.config import CheckpointConfig, Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.plain import to_dict
 from dcjax.sharding.mesh import MeshConfig
 
 

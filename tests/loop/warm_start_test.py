@@ -12,7 +12,8 @@ from dcjax.errors import RunError
 from dcjax.loop import warm_start as module
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import starting_params
-from dcjax.recipe.config import RewardConfig, RolloutConfig
+from dcjax.recipe.reward import RewardConfig
+from dcjax.recipe.rollout import RolloutConfig
 from dcjax.reporting.record import read_metrics
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 

@@ -16,8 +16,11 @@ from dcjax.cli import main
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, Precision, load_hf, read_config
 from dcjax.recipe import build
-from dcjax.recipe.config import Config, RolloutConfig, ServingConfig, to_dict
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer
+from dcjax.recipe.config import Config
+from dcjax.recipe.plain import to_dict
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.reporting.record import read_metrics
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import make_mesh
@@ -107,7 +110,7 @@ def test_so_it_does_with_the_folders_experts(tmp_path, compute):
 @pytest.mark.parametrize("compute", ["float32", "bf16", "fp16"])
 def test_only_half_precision_scales_its_loss(compute):
     config = Config(model=ModelConfig(precision=Precision(compute=compute)))
-    state = make_optimizer(config).init({"w": np.zeros(2, np.float32)})
+    state = build_optimizer(config).init({"w": np.zeros(2, np.float32)})
     assert (optax.tree.get(state, "loss_scale") is not None) == (compute == "fp16")
 
 
@@ -139,7 +142,7 @@ def test_the_training_engine_is_float32_with_nothing_added():
         rollout=RolloutConfig(top_k=4),
     )
     mesh = make_mesh(config.mesh)
-    deployed, training = build.make_engine(config, mesh, [3]), build.make_training_engine(config, mesh, [3])
+    deployed, training = build.build_engine(config, mesh, [3]), build.build_training_engine(config, mesh, [3])
     assert (deployed.format.name, deployed.format.kv_cache.name) == ("int4", "int8")
     assert deployed.decoder.mismatch.logit_noise == config.mismatch.logit_noise
     assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
@@ -169,11 +172,11 @@ def test_the_training_engine_is_float32_with_nothing_added():
 def test_what_cannot_be_served_is_refused_in_one_line(changes, message):
     config = build.with_pretrained_model(Config(**changes))
     with pytest.raises(RunError, match=message):
-        build.make_engine(config, make_mesh(config.mesh), [3])
+        build.build_engine(config, make_mesh(config.mesh), [3])
 
 
 def test_routing_of_a_pretrained_model_can_be_replayed():
     rollout = RolloutConfig(replay_routing=True, top_k=20)
     config = build.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
-    engine = build.make_engine(config, make_mesh(config.mesh), [3])
+    engine = build.build_engine(config, make_mesh(config.mesh), [3])
     assert engine.decoder.records_experts and engine.decoder.max_candidates == 20

@@ -10,21 +10,13 @@ import pytest
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.mathematics import MathTask
 from dcjax.models import ModelConfig, Precision, presets
-from dcjax.recipe.config import (
-    CheckpointConfig,
-    Config,
-    EvaluationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServingConfig,
-    WarmStartConfig,
-    differences,
-    flatten,
-    from_dict,
-    to_dict,
-)
+from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
+from dcjax.recipe.reward import RewardConfig
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
 from dcjax.sharding.mesh import MeshConfig

@@ -11,8 +11,10 @@ import pytest
 from compiling import jit
 
 from dcjax.recipe import objective as built
-from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig
-from dcjax.recipe.optimizer import make_optimizer, make_schedule
+from dcjax.recipe.build import build_optimizer
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig, make_schedule
 from dcjax.rl import (
     Context,
     chain,
@@ -250,7 +252,7 @@ def updated():
             changes, after = tx.update(params, first, params, discrepancy=jnp.float32(0.5), response_length=10.0)
             return first, optax.apply_updates(params, changes), after
 
-        return {name: update(make_optimizer(config)) for name, config in CHAINS.items()}
+        return {name: update(build_optimizer(config)) for name, config in CHAINS.items()}
 
     return run({"w": jnp.ones(2)})
 
@@ -266,7 +268,7 @@ def test_the_chain_holds_what_the_config_asks_for(updated, name):
 
 def test_a_fixed_period_halves_the_updates():
     config = optimizer(decay="period", decay_period=2, max_grad_norm=1e9)
-    tx, params = make_optimizer(config), {"w": jnp.ones(2)}
+    tx, params = build_optimizer(config), {"w": jnp.ones(2)}
 
     def update(state, _):
         changes, state = tx.update(params, state, params, discrepancy=0.0, response_length=1.0)

@@ -298,7 +298,8 @@ APART = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from dcjax.recipe.config import Config, OptimizerConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.sharding.hosts import DistributedConfig, gather, join, place, total
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import check_data_agree, check_end_tokens_agree, check_processes_agree

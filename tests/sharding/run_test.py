@@ -9,7 +9,11 @@ import pytest
 import tiny
 from stepping import Stepper
 
-from dcjax.recipe.config import ObjectiveConfig, OptimizerConfig, RolloutConfig, ServingConfig, WarmStartConfig
+from dcjax.recipe.config import WarmStartConfig
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.rewards.pool import Pending
 from dcjax.sharding.mesh import MeshConfig
 

@@ -16,7 +16,9 @@ from jax.sharding import SingleDeviceSharding
 from dcjax.models import Precision, abstract_params, logical_axes, presets
 from dcjax.models.attention import causal_attention
 from dcjax.recipe import build
-from dcjax.recipe.config import Config, OptimizerConfig, RolloutConfig, WarmStartConfig
+from dcjax.recipe.config import Config, WarmStartConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
 from dcjax.serving.engine import Qwen3Engine, _programs
 from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import serving_format

@@ -12,8 +12,11 @@ from compiling import UNOPTIMISED
 
 from dcjax.models import ModelConfig, init_params
 from dcjax.recipe import build
-from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -74,7 +77,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(batch, masters):
     def train(config):
-        mesh, tx = make_mesh(config.mesh), make_optimizer(config)
+        mesh, tx = make_mesh(config.mesh), build_optimizer(config)
         params = jax.device_put(jax.tree.map(jnp.array, masters), build.params_shardings(config, mesh))
         before = state = build.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, formats["float32"])(state.params, 0)
@@ -147,7 +150,7 @@ def test_the_state_is_donated_and_serving_params_made_from_it_survive(trained, m
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
     config = make_config(MESHES["one"])
-    mesh, tx = make_mesh(config.mesh), make_optimizer(config)
+    mesh, tx = make_mesh(config.mesh), build_optimizer(config)
     state = build.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
     for _ in range(2):
         state, _ = trained["one"].step(state, batch)

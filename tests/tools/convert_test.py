@@ -16,8 +16,7 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
 from dcjax.models import load_hf
-from dcjax.recipe.build import initial_state, starting_params
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer, initial_state, starting_params
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.convert import export_run, import_folder, inspect_folder
 
@@ -70,7 +69,7 @@ def trained(tmp_path_factory):
         for step in (3, 7):
             params = jax.tree.map(lambda leaf, step=step: leaf * step, starting_params(config, mesh))
             saved[step] = jax.tree.map(np.asarray, params)
-            state = initial_state(config, mesh, make_optimizer(config), params)
+            state = initial_state(config, mesh, build_optimizer(config), params)
             checkpoints.save(state, Cursor(step=step, data_cursor=0, rollout_key=[0, 0]))
     return directory, saved
 

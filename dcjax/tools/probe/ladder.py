@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from dcjax.recipe.config import ServingConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import FormatName, KVCacheName, formats, serving_format
 

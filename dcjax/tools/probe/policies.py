@@ -17,7 +17,7 @@ from dcjax.errors import RunError
 from dcjax.models import ModelConfig, token_logps
 from dcjax.models.layers import round_up
 from dcjax.models.parallel.forward import mesh_layout
-from dcjax.recipe.build import make_engine
+from dcjax.recipe.build import build_engine
 from dcjax.recipe.config import Config
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
@@ -116,7 +116,7 @@ class Policies:
             most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
             serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
             config = replace(self.config, serving=serving, mismatch=served.mismatch)
-            self._engines[served] = make_engine(config, self._mesh, self._end_tokens)
+            self._engines[served] = build_engine(config, self._mesh, self._end_tokens)
         return self._engines[served]
 
 

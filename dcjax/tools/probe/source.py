@@ -18,7 +18,8 @@ from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.evaluate import HELDOUT_SEED
 from dcjax.loop.run_directory import load_config, locate
 from dcjax.recipe.build import abstract_state, open_problems, starting_params
-from dcjax.recipe.config import Config, ServingConfig
+from dcjax.recipe.config import Config
+from dcjax.recipe.serving import ServingConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.open_model import folder_config, is_folder
 from dcjax.tools.probe.policies import Weights

@@ -18,8 +18,9 @@ from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.run_directory import load_config, locate
 from dcjax.models.parallel.forward import check_model
-from dcjax.recipe.build import abstract_state, make_engine, make_training_engine, starting_params
-from dcjax.recipe.config import Config, RewardConfig, on_one_device
+from dcjax.recipe.build import abstract_state, build_engine, build_training_engine, starting_params
+from dcjax.recipe.config import Config, on_one_device
+from dcjax.recipe.reward import RewardConfig
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.open_model import folder_config, is_folder
@@ -68,7 +69,7 @@ class Model:
             # one prompt in each pass of the prefill: its cache's roundings then do not depend on which are beside it
             serving=replace(self.config.serving, prefill_tokens=max_prompt_length),
         )
-        make = make_engine if policy == "deployed" else make_training_engine
+        make = build_engine if policy == "deployed" else build_training_engine
         return make(config, self.mesh, self.stop_tokens)
 
 

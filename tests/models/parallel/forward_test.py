@@ -17,8 +17,11 @@ from dcjax.models import ModelConfig, init_params, presets
 from dcjax.models.attention import causal_attention
 from dcjax.models.parallel.forward import check_model, mesh_layout
 from dcjax.recipe import build
-from dcjax.recipe.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.recipe.rollout import RolloutConfig
 from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import served_shardings
@@ -88,7 +91,7 @@ BATCH = make_batch()
 
 def train_one_step(mesh_config):
     """State and metrics after a step, and the text of its program."""
-    mesh, tx = make_mesh(mesh_config), make_optimizer(CONFIG)
+    mesh, tx = make_mesh(mesh_config), build_optimizer(CONFIG)
     masters = jax.device_get(jax.jit(partial(init_params, MODEL))(jax.random.key(0)))
     params = jax.device_put(masters, build.params_shardings(CONFIG, mesh))
     state = build.initial_state(CONFIG, mesh, tx, params)

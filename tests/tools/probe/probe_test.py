@@ -20,7 +20,7 @@ from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer, encode_prompts
 from dcjax.errors import RunError
 from dcjax.models import forward, init_params
-from dcjax.recipe.config import ServingConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.quantize import formats
 from dcjax.sharding.mesh import MeshConfig

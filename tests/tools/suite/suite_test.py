@@ -20,9 +20,9 @@ from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
 from dcjax.models import ModelConfig, init_params, save_hf
-from dcjax.recipe.build import initial_state, starting_params
-from dcjax.recipe.config import Config, ServingConfig
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer, initial_state, starting_params
+from dcjax.recipe.config import Config
+from dcjax.recipe.serving import ServingConfig
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.sharding.mesh import make_mesh
 from dcjax.tools.suite.benchmarks import SUITES, Benchmark, SuiteConfig
@@ -308,7 +308,7 @@ def make_run(directory, tokenizer, end_tokens=()):
     config = Config(model=MODEL, run_dir=directory, serving=ServingConfig(format="float32", slots=4))
     mesh = make_mesh(config.mesh)
     with open_run(config, end_tokens=end_tokens), Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-        state = initial_state(config, mesh, make_optimizer(config), starting_params(config, mesh))
+        state = initial_state(config, mesh, build_optimizer(config), starting_params(config, mesh))
         checkpoints.save(state, Cursor(step=3, data_cursor=0, rollout_key=[0, 0]))
     tokenizer.save_pretrained(directory / "tokenizer")
     return directory

@@ -1,0 +1,22 @@
+"""Checks that the sections of a recipe make of their fields when they are built."""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Any
+
+
+def require(section: str, config: Any, at_least: dict[str, float]) -> None:
+    """Raises ValueError for the first field below its bound, or not a finite number."""
+    for name, bound in at_least.items():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= bound):
+            raise ValueError(f"{section}{name} is {value}; it must be at least {bound}")
+
+
+def require_choice(section: str, config: Any, name: str) -> None:
+    """Raises ValueError for a word that is not one of the field's Literal."""
+    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    if (value := getattr(config, name)) not in choices:
+        raise ValueError(f"{section}{name} is {value!r}; it must be one of {', '.join(choices)}")
