@@ -1,4 +1,4 @@
-"""Compiled programs: kept between processes, and told of while they are made."""
+"""Compiled programs: cached on disk between processes, and reported while a slow one is compiled."""
 
 from __future__ import annotations
 
@@ -22,196 +22,203 @@ import filelock
 import jax
 
 MAX_BYTES = 2**30
-"""What all programs that are kept may take together; those that were not used for longest go first."""
+"""Size limit of the compilation cache; the programs that were least recently used are evicted first."""
 
-SILENT = 1.0
-"""Seconds that a program compiles before anything is told of it."""
+REPORT_AFTER_SECONDS = 1.0
+"""How long a program compiles before its compilation is reported."""
 
 CHECKSUMS = "checksums.json"
 
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
-"""JAX tells of compiling a program, or of reading it from the cache: a scalar at its start, a duration at its end."""
+_COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
+"""JAX's event for compiling a program or reading it from the cache: a scalar at its start, a duration at its end."""
 
 
-def keep_programs() -> None:
-    """Has JAX keep what it compiles in the user's cache folder, for this and later processes.
+def enable_compilation_cache() -> None:
+    """Makes JAX store what it compiles in the user's cache folder, and read it from there in later processes.
 
-    The folder is `$XDG_CACHE_HOME/dcjax/programs/KEY`, in ~/.cache where that is not set. JAX names each program by
-    what it depends on; KEY adds the version of the compiler and the features of the CPU, so that different machines
-    may share a home. Where the folder cannot be used, or others could write into it, one line says so, and everything
-    is compiled anew. Where JAX already has a folder (JAX_COMPILATION_CACHE_DIR), or is to have none
-    (JAX_ENABLE_COMPILATION_CACHE=false), that is left as it is.
+    The folder is `cache_folder()`. If it cannot be used, or if others could write into it, one line says so and
+    everything is compiled again. A folder that JAX has already (JAX_COMPILATION_CACHE_DIR) is left as it is, and so is
+    a cache that was disabled (JAX_ENABLE_COMPILATION_CACHE=false).
     """
     settings: Any = jax.config
     if not settings.jax_enable_compilation_cache or settings.jax_compilation_cache_dir:
         return
     try:
-        folder = programs_folder()
-        _prepare(folder)
+        folder = cache_folder()
+        _prepare_folder(folder)
     except (OSError, RuntimeError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-        print(f"dcjax: compiled programs are not kept: {reason}", file=sys.stderr)
+        print(f"dcjax: compiled programs are not cached: {reason}", file=sys.stderr)
         return
-    # a program that cannot be read is compiled again
+    # A program that cannot be read is compiled again, so the warning is of no use.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
     settings.update("jax_compilation_cache_max_size", MAX_BYTES)
     settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     settings.update("jax_compilation_cache_dir", str(folder))
 
 
-def programs_folder() -> Path:
-    """Where programs of this machine's kind and this compiler are kept."""
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/dcjax/programs/KEY`, or the same under ~/.cache.
+
+    JAX names each program by everything that it depends on. KEY adds the compiler's version and the CPU's features, so
+    that different machines may share a home directory.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parts = (metadata.version("jaxlib"), platform.system(), platform.machine(), *_cpu_features())
     return Path(home) / "dcjax" / "programs" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _cpu_features() -> list[str]:
-    """What the compiler may use of this CPU, as Linux tells it; elsewhere the CPU's name."""
+    """The instruction sets that the compiler may use, as Linux lists them; on other systems the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return [platform.processor()]
-    told = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
-    return sorted(next(told, [platform.processor()]))
+    features = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return sorted(next(features, [platform.processor()]))
 
 
-def _prepare(folder: Path) -> None:
-    """Makes a folder that only its owner can write into, and takes damaged programs out of it.
+def _prepare_folder(folder: Path) -> None:
+    """Makes a folder that only its owner can write into, and removes damaged programs from it.
 
     Raises:
-      OSError: it cannot be made or written into, or is open to others.
-      RuntimeError: its file system has no locks, or there is no home for it.
+      OSError: it cannot be made or written into, or others can write into it.
+      RuntimeError: its file system has no locks, or there is no home directory.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        # a program is machine code, and is run
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # A cached program is machine code that will be executed.
         raise PermissionError(0, "others can write into it; it must be yours alone (chmod go-w)", str(folder))
-    # the lock that JAX takes around each of its reads and writes
+    # JAX takes the same lock for each of its reads and writes.
     with filelock.FileLock(folder / ".lockfile", timeout=10):
-        checksums = _sound(folder)
-        written = folder / f"{CHECKSUMS}.{os.getpid()}"
-        written.write_text(json.dumps(checksums))
-        written.replace(folder / CHECKSUMS)
+        checksums = _remove_damaged_programs(folder)
+        partial = folder / f"{CHECKSUMS}.{os.getpid()}"
+        partial.write_text(json.dumps(checksums))
+        partial.replace(folder / CHECKSUMS)
 
 
-def _sound(folder: Path) -> dict[str, int]:
-    """Checksums of the programs in a folder, those that are damaged being removed.
+def _remove_damaged_programs(folder: Path) -> dict[str, int]:
+    """Removes the programs of a folder that are damaged, and returns the checksums of the others by file name.
 
-    JAX writes when a program was last used behind the program itself, so one without that is half-written. And each has
-    to be what it was when it was first seen here.
+    JAX writes the time of a program's last use after the program itself, so a program without that time is incomplete.
+    A program is damaged, too, if its checksum is not the one that it had when it was first seen here.
     """
     try:
         known = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError):
         known = {}
     known = known if isinstance(known, dict) else {}
-    sound = {}
-    for path in folder.glob("*-cache"):
-        used = path.with_name(path.name.removesuffix("-cache") + "-atime")
-        checksum = zlib.crc32(path.read_bytes())
-        if used.exists() and used.stat().st_size and known.get(path.name, checksum) == checksum:
-            sound[path.name] = checksum
+    intact = {}
+    for program in folder.glob("*-cache"):
+        last_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        checksum = zlib.crc32(program.read_bytes())
+        if last_use.exists() and last_use.stat().st_size and known.get(program.name, checksum) == checksum:
+            intact[program.name] = checksum
         else:
-            path.unlink()
-            used.unlink(missing_ok=True)
-    return sound
+            program.unlink()
+            last_use.unlink(missing_ok=True)
+    return intact
 
 
 @contextlib.contextmanager
-def told_of(stream: TextIO | None = None) -> Iterator[None]:
-    """Tells of each program that takes longer than `SILENT` to compile, while it does: "compiling decode … 31 s".
+def report_slow_compilations(stream: TextIO | None = None) -> Iterator[None]:
+    """Reports each program that compiles for longer than `REPORT_AFTER_SECONDS`: "compiling decode … 31 s".
 
-    Each stands on a line of its own, on standard error where no stream is given; bars that are drawn there stay below.
-    Of what threads compile beside the main one, it is told when it is done.
+    A program of the main thread is reported while it compiles, one of another thread when it is done. Each has a line
+    of its own, above any progress bars.
+
+    Args:
+      stream: where to write; standard error if None.
     """
-    told = _Told(sys.stderr if stream is None else stream)
+    reporter = _CompilationReporter(sys.stderr if stream is None else stream)
 
-    def began(event: str, value: float, **about) -> None:
-        if event == _COMPILATION:
-            told.began(_readable(str(about.get("fun_name", "a program"))))
+    def on_start(event: str, value: float, **details) -> None:
+        if event == _COMPILATION_EVENT:
+            reporter.start(_readable_name(str(details.get("fun_name", "a program"))))
 
-    def ended(event: str, duration_secs: float, **about) -> None:
-        if event == _COMPILATION:
-            told.ended(duration_secs)
+    def on_end(event: str, duration_secs: float, **details) -> None:
+        if event == _COMPILATION_EVENT:
+            reporter.end(duration_secs)
 
-    jax.monitoring.register_scalar_listener(began)
-    jax.monitoring.register_event_duration_secs_listener(ended)
+    jax.monitoring.register_scalar_listener(on_start)
+    jax.monitoring.register_event_duration_secs_listener(on_end)
     try:
         yield
     finally:
-        jax.monitoring.unregister_scalar_listener(began)
-        jax.monitoring.unregister_event_duration_listener(ended)
+        jax.monitoring.unregister_scalar_listener(on_start)
+        jax.monitoring.unregister_event_duration_listener(on_end)
 
 
-def _readable(name: str) -> str:
+def _readable_name(name: str) -> str:
     """jit(train_step) -> train step."""
     return name.removeprefix("jit(").removesuffix(")").strip("_").replace("_", " ")
 
 
-class _Told:
-    """What `told_of` has to say; each thread compiles one program at a time."""
+class _CompilationReporter:
+    """Writes the lines of `report_slow_compilations`; each thread compiles one program at a time."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._lock = stream, threading.Lock()
-        # by thread: its program, and what ends the line that tells of it
-        self._under_way: dict[int, str] = {}
-        self._open: dict[int, Callable[[float], None]] = {}
-        # what is still to be told of programs that are done
-        self._done: deque[str] = deque()
+        # By thread: the text of the program that it compiles, and the function that completes the program's line.
+        self._compiling: dict[int, str] = {}
+        self._complete_line: dict[int, Callable[[float], None]] = {}
+        # Lines about other threads' programs that wait until no line is incomplete.
+        self._waiting: deque[str] = deque()
 
-    def began(self, name: str) -> None:
-        thread = threading.current_thread()
+    def start(self, name: str) -> None:
+        """The current thread begins to compile a program."""
+        thread, text = threading.current_thread(), f"compiling {name} …"
         with self._lock:
-            self._under_way[thread.ident or 0] = f"compiling {name} …"
+            self._compiling[thread.ident or 0] = text
         if thread is threading.main_thread():
-            timer = threading.Timer(SILENT, self._tell, (thread.ident, f"compiling {name} …"))
+            timer = threading.Timer(REPORT_AFTER_SECONDS, self._begin_line, (thread.ident, text))
             timer.daemon = True
             timer.start()
 
-    def ended(self, seconds: float) -> None:
+    def end(self, seconds: float) -> None:
+        """The current thread has compiled its program."""
         thread = threading.get_ident()
         with self._lock:
-            line = self._under_way.pop(thread, None)
-            if (end := self._open.pop(thread, None)) is not None:
-                end(seconds)
-            elif line is not None and seconds >= SILENT:
-                self._done.append(f"{line} {seconds:.0f} s")
-            # a line that is begun is ended first
-            while self._done and not self._open:
-                self._tell_at_once(self._done.popleft())
+            text = self._compiling.pop(thread, None)
+            if (complete := self._complete_line.pop(thread, None)) is not None:
+                complete(seconds)
+            elif text is not None and seconds >= REPORT_AFTER_SECONDS:
+                self._waiting.append(f"{text} {seconds:.0f} s")
+            while self._waiting and not self._complete_line:
+                self._write_line(self._waiting.popleft())
 
-    def _tell(self, thread: int, line: str) -> None:
-        """Begins a line, unless its program is done by now."""
+    def _begin_line(self, thread: int, text: str) -> None:
+        """Begins the line of a program, unless the program has been compiled by now."""
         with self._lock:
-            if self._under_way.get(thread) == line and thread not in self._open:
-                self._open[thread] = (self._draw if self._stream.isatty() else self._write)(line)
+            if self._compiling.get(thread) == text and thread not in self._complete_line:
+                begin = self._begin_on_terminal if self._stream.isatty() else self._begin_in_file
+                self._complete_line[thread] = begin(text)
 
-    def _write(self, line: str) -> Callable[[float], None]:
-        self._put(line)
-        return lambda seconds: self._put(f" {seconds:.0f} s\n")
+    def _begin_in_file(self, text: str) -> Callable[[float], None]:
+        self._write(text)
+        return lambda seconds: self._write(f" {seconds:.0f} s\n")
 
-    def _put(self, text: str) -> None:
+    def _begin_on_terminal(self, text: str) -> Callable[[float], None]:
+        """Draws the text below the progress bars, which may move; its completed line is printed above them."""
+        from tqdm import tqdm
+
+        drawn = tqdm(bar_format="{desc}", desc=text, leave=False, file=self._stream)
+
+        def complete(seconds: float) -> None:
+            drawn.close()
+            self._write_line(f"{text} {seconds:.0f} s")
+
+        return complete
+
+    def _write_line(self, line: str) -> None:
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(line, file=self._stream)
+        else:
+            self._write(f"{line}\n")
+
+    def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
-
-    def _draw(self, line: str) -> Callable[[float], None]:
-        """On a terminal, where a bar may be drawn and has to move: a line below it, which ends up above it."""
-        from tqdm import tqdm
-
-        drawn = tqdm(bar_format="{desc}", desc=line, leave=False, file=self._stream)
-
-        def end(seconds: float) -> None:
-            drawn.close()
-            self._tell_at_once(f"{line} {seconds:.0f} s")
-
-        return end
-
-    def _tell_at_once(self, line: str) -> None:
-        if not self._stream.isatty():
-            self._put(f"{line}\n")
-            return
-        from tqdm import tqdm
-
-        tqdm.write(line, file=self._stream)

@@ -1,1 +1,1 @@
-"""What a run leaves to be read."""
+"""What people read of a run: its progress, its logs, its report, and the statistics of accuracies."""

@@ -1,4 +1,4 @@
-"""How far a run is, on the terminal or in a log file."""
+"""The progress of a run, on the terminal or in a log file."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STEPS_TIMED = 20
+_TIMED_STEPS = 20
 _ASCII_NAMES = {"δ̄": "gap", "λ": "lambda"}
 
 
@@ -26,14 +26,15 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """A live bar where the stream is a terminal, elsewhere plain lines: the first, the last, one in 5 s between.
+    """A live bar if the stream is a terminal, otherwise plain lines: the first, the last, and one every 5 s between.
 
-    `step 12/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  ETA 0:31` is a plain line, `step` being the description.
-    The bar puts the time left before the values, since terminals cut at the right. The time left follows from the
-    last 20 steps, so that neither compilation nor a slow start counts for long.
+    A plain line looks like `step 12/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  ETA 0:31`, where `step` is the
+    description. The bar shows the remaining time before the values, because a narrow terminal cuts lines off at the
+    right. The remaining time is estimated from the last 20 steps, so that compilation and a slow start are soon
+    forgotten.
 
-    Where the stream's encoding cannot carry δ̄ and λ (`LANG=C`), they are called `gap` and `lambda`, the bar is
-    drawn in ASCII, and other characters that do not fit become question marks.
+    If the stream's encoding lacks δ̄ and λ (`LANG=C`), they are called `gap` and `lambda`, the bar is drawn in ASCII,
+    and other characters that cannot be encoded become question marks.
     """
 
     def __init__(self, total: int, *, initial: int, description: str, stream: TextIO | None = None):
@@ -41,39 +42,39 @@ class Progress:
 
         Args:
           total: the last step's number.
-          initial: the step reached already, as after a resume.
+          initial: the last step that is done already; above 0 in a resumed run.
           description: the word before the step's number.
           stream: where to write; standard error if None.
         """
         self._total = total
         self._description = description
         self._stream = sys.stderr if stream is None else stream
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_STEPS_TIMED + 1)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_TIMED_STEPS + 1)
         self._printed_at = -math.inf
-        self._unprinted: str | None = None
-        self._unicode = _carries(self._stream, "δ̄λ█")
+        self._pending_line: str | None = None
+        self._unicode = _can_encode(self._stream, "δ̄λ█")
         self._bar = self._open_bar(initial) if self._stream.isatty() else None
 
-    def update(self, step: int, /, **shown: str) -> None:
-        """Tells that `step` is done, with values to show: formatted strings by name, in order."""
+    def update(self, step: int, /, **values: str) -> None:
+        """Shows that `step` is done, and formatted values by name, in the order given."""
         now = time.monotonic()
         self._recent.append((step, now))
         head = f"{self._description} {step}/{self._total}"
-        values = [f"{self._name(name)} {value}" for name, value in shown.items()]
-        remaining = f"ETA {self._remaining(step)}"
+        columns = [f"{self._display_name(name)} {value}" for name, value in values.items()]
+        remaining = f"ETA {self._remaining_time(step)}"
         if self._bar is not None:
-            self._bar.set_description_str(self._fit("  ".join([head, remaining, *values])), refresh=False)
+            self._bar.set_description_str(self._encodable("  ".join([head, remaining, *columns])), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        self._unprinted = self._fit("  ".join([head, *values, remaining]))
+        self._pending_line = self._encodable("  ".join([head, *columns, remaining]))
         if step >= self._total or now - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._print(now)
 
     def close(self) -> None:
-        """Shows the last step, if it was not shown yet, and ends the line; a second call does nothing."""
+        """Shows the last step if it has not been shown, and ends the line; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()
-        elif self._unprinted is not None:
+        elif self._pending_line is not None:
             self._print(time.monotonic())
 
     def __enter__(self) -> Self:
@@ -90,7 +91,7 @@ class Progress:
         return tqdm(
             total=self._total,
             initial=initial,
-            desc=self._fit(f"{self._description} {initial}/{self._total}"),
+            desc=self._encodable(f"{self._description} {initial}/{self._total}"),
             bar_format="|{bar:16}| {desc}",
             ascii=not self._unicode,
             dynamic_ncols=True,
@@ -98,12 +99,12 @@ class Progress:
         )
 
     def _print(self, now: float) -> None:
-        self._stream.write(f"{self._unprinted}\n")
+        self._stream.write(f"{self._pending_line}\n")
         self._stream.flush()
         self._printed_at = now
-        self._unprinted = None
+        self._pending_line = None
 
-    def _remaining(self, step: int) -> str:
+    def _remaining_time(self, step: int) -> str:
         (first_step, started), (last_step, ended) = self._recent[0], self._recent[-1]
         if step >= self._total:
             return format_duration(0)
@@ -111,17 +112,17 @@ class Progress:
             return "?"
         return format_duration((ended - started) / (last_step - first_step) * (self._total - step))
 
-    def _name(self, name: str) -> str:
+    def _display_name(self, name: str) -> str:
         return name if self._unicode else _ASCII_NAMES.get(name, name)
 
-    def _fit(self, text: str) -> str:
-        """`text` with what the stream's encoding cannot carry replaced by question marks."""
+    def _encodable(self, text: str) -> str:
+        """The text with question marks for the characters that the stream's encoding lacks."""
         encoding = self._stream.encoding
         return text if encoding is None else text.encode(encoding, "replace").decode(encoding)
 
 
-def _carries(stream: TextIO, text: str) -> bool:
-    # A stream in memory has no encoding and takes any text.
+def _can_encode(stream: TextIO, text: str) -> bool:
+    # A stream in memory has no encoding and accepts any text.
     if stream.encoding is None:
         return True
     try:

@@ -1,7 +1,7 @@
-"""What a run writes besides its checkpoints: JSON lines indexed by step, and TensorBoard events.
+"""What a run writes besides its checkpoints: logs of JSON lines, each with its step, and TensorBoard events.
 
-The JSON lines are the truth and the events a copy. A run that was killed resumes from its last checkpoint, so
-every log opens by dropping what was written after it.
+The JSON lines are authoritative and the events are a copy. A run that was killed resumes from its last checkpoint, so
+each log drops the lines of later steps when it is opened.
 """
 
 import contextlib
@@ -17,31 +17,31 @@ from typing import Any, Self, SupportsFloat
 
 
 class StepLog:
-    """An append-only file of JSON objects, one a line, each with the `step` it belongs to as its first key."""
+    """An append-only file of JSON objects, one per line, whose first key is the `step` that they belong to."""
 
     def __init__(self, path: Path, *, last_step: int | None):
-        """Opens `path`, keeping the lines of steps up to and including `last_step`.
+        """Opens `path` and keeps the lines of steps up to and including `last_step`.
 
         Args:
-          path: the file; it and its directory are made if missing.
-          last_step: the step that the run resumes after; None starts an empty file.
+          path: the file; it and its directory are created if missing.
+          last_step: the step after which the run resumes; None starts an empty file.
 
         Raises:
-          ValueError: if a damaged line stands before a line that would be kept. Damage after the kept lines
-            is what a killed run leaves, and goes with the rest of the tail.
+          ValueError: if a line is damaged that stands before a line to keep. Damage after the lines to keep is what a
+            killed run leaves, and is dropped with the lines of later steps.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         resumes = last_step is not None and self.path.exists()
-        kept = _lines_up_to(self.path, last_step) if resumes else []
+        kept = _intact_lines_up_to(self.path, last_step) if resumes else []
         write_atomically(self.path, b"".join(line + b"\n" for line in kept))
-        self._file = open(self.path, "ab")  # noqa: SIM115 (it lives as long as the log, and `close` closes it)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (`close` closes it)
 
     def append(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Writes one line and flushes it to the operating system, so that it outlives the process.
+        """Writes one line and flushes it to the operating system, so that it survives the process.
 
         Raises:
-          ValueError: if a field is called `step`, or is a float that is not finite.
+          ValueError: if a field is called `step`, or holds a float that is not finite.
         """
         if "step" in fields:
             raise ValueError(f"{self.path.name}: a field is called 'step', which is the line's own key")
@@ -51,14 +51,14 @@ class StepLog:
                     f"{self.path.name}: {name!r} is {value} at step {step}; only finite numbers are logged"
                 )
         line = json.dumps({"step": operator.index(step), **fields}, ensure_ascii=False, allow_nan=False)
-        # A lone surrogate has no UTF-8; as backslash-u it is a JSON escape and reads back as itself.
-        with naming(self.path):
+        # UTF-8 cannot encode a lone surrogate; "backslashreplace" makes it a JSON escape, which is read back unchanged.
+        with named_in_errors(self.path):
             self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
             self._file.flush()
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        with naming(self.path):
+        with named_in_errors(self.path):
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -71,36 +71,36 @@ class StepLog:
 
 
 class MetricsLog(StepLog):
-    """`<stem>.jsonl` in a run directory: one object of numbers a step; optionally TensorBoard events as well."""
+    """`<stem>.jsonl` in a run directory, one object of numbers per step; optionally TensorBoard events as well."""
 
     def __init__(self, run_dir: Path, stem: str, *, last_step: int | None, tensorboard: bool = False):
         """Opens `run_dir/<stem>.jsonl`, and event files in `run_dir/tensorboard` if `tensorboard`.
 
         Args:
-          run_dir: the run's directory, made if missing.
+          run_dir: the run's directory, created if missing.
           stem: `metrics` for reinforcement learning, `warm_start` for the supervised phase before it.
-          last_step: the step that the run resumes after, later ones being dropped; None drops all.
-          tensorboard: whether to write events too. Events after `last_step` are marked as purged.
+          last_step: the step after which the run resumes; later steps are dropped, and all steps if None.
+          tensorboard: whether to write events as well. Earlier events after `last_step` are marked as purged.
 
         Raises:
           ValueError: as for `StepLog`.
         """
         super().__init__(Path(run_dir) / f"{stem}.jsonl", last_step=last_step)
         first_step = 0 if last_step is None else last_step + 1
-        self._events = _Events(Path(run_dir) / "tensorboard", first_step) if tensorboard else None
+        self._events = _TensorBoardEvents(Path(run_dir) / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Writes one step's metrics; a float32 is widened to float64, which keeps its value exactly.
+        """Writes the metrics of one step; a float32 is widened to float64, which preserves its value.
 
         Args:
-          step: the training step, 0 being before the first update.
-          metrics: numbers by name: Python's, NumPy's, or arrays without axes.
+          step: the training step; 0 is the state before the first update.
+          metrics: numbers by name: Python's, NumPy's or arrays without axes.
 
         Raises:
-          TypeError: if a value is not one number.
+          TypeError: if a value is not a single number.
           ValueError: if a value is not finite, or a metric is called `step`.
         """
-        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        numbers = {name: _as_number(name, value) for name, value in metrics.items()}
         self.append(step, numbers)
         if self._events is not None:
             self._events.write(step, numbers)
@@ -113,10 +113,10 @@ class MetricsLog(StepLog):
 
 
 class Transcripts(StepLog):
-    """`samples.jsonl` in a run directory: prompts, responses and their rewards, one sample a line."""
+    """`samples.jsonl` in a run directory: prompts, responses and their rewards, one sample per line."""
 
     def __init__(self, run_dir: Path, *, last_step: int | None):
-        """Opens `run_dir/samples.jsonl`; `last_step` and errors as for `StepLog`."""
+        """Opens `run_dir/samples.jsonl`; `last_step` and the errors are those of `StepLog`."""
         super().__init__(Path(run_dir) / "samples.jsonl", last_step=last_step)
 
     def write(
@@ -136,10 +136,10 @@ class Transcripts(StepLog):
           step: the training step that the sample was drawn for.
           prompt: the prompt's text.
           response: the response's text.
-          reward: what the verifier gave.
-          finished: whether the response ended by itself, not by the length limit.
-          policy_version: updates applied to the weights that sampled it.
-          prob_diff_mean: mean over the response's tokens of |p_train − p_infer|; left out if None.
+          reward: the response's reward.
+          finished: whether the response ended with an end token rather than at the length limit.
+          policy_version: version of the weights that sampled the response: the number of updates before them.
+          prob_diff_mean: mean of |p_train − p_infer| over the response's tokens; omitted if None.
 
         Raises:
           ValueError: if `reward` or `prob_diff_mean` is not finite.
@@ -157,23 +157,23 @@ class Transcripts(StepLog):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `MetricsLog`, in the order written; a torn last line is left out.
+    """The lines of a `MetricsLog`, in the order written; an incomplete last line is ignored.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if another line is damaged; the message names the file and the line's number.
     """
-    return _read(Path(path))
+    return _read_records(Path(path))
 
 
 def read_transcripts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `Transcripts`, read as `read_metrics` reads."""
-    return _read(Path(path))
+    """The lines of a `Transcripts` file; an incomplete last line and errors are handled as by `read_metrics`."""
+    return _read_records(Path(path))
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError of a write, which knows only its file's number, the file's name."""
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError raised by a write, which knows only a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -181,9 +181,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` with `data`: whoever reads it, even after a crash, finds all of the old or all of the new."""
+    """Replaces the content of `path`: a reader finds all of the old or all of the new content, even after a crash."""
     partial = path.with_name(f".{path.name}.partial")
-    with naming(path), open(partial, "wb") as file:
+    with named_in_errors(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -195,17 +195,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read_records(path: Path) -> list[dict[str, Any]]:
     records = [_decode(line) for line in _lines(path)]
     if records and records[-1] is None:
         records.pop()
     whole = [record for record in records if record is not None]
     if len(whole) < len(records):
-        raise _damaged(path, records.index(None) + 1)
+        raise _damaged_line_error(path, records.index(None) + 1)
     return whole
 
 
-def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
+def _intact_lines_up_to(path: Path, last_step: int) -> list[bytes]:
     kept, first_damaged = [], None
     for number, line in enumerate(_lines(path), start=1):
         record = _decode(line)
@@ -213,7 +213,7 @@ def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
             first_damaged = first_damaged or number
         elif record["step"] <= last_step:
             if first_damaged is not None:
-                raise _damaged(path, first_damaged)
+                raise _damaged_line_error(path, first_damaged)
             kept.append(line)
     return kept
 
@@ -223,7 +223,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """The line's object, or None if it is damaged: bytes that are no JSON object with an integer `step`."""
+    """The object of a line, or None if the line is damaged, that is, not a JSON object with an integer `step`."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -231,13 +231,13 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _damaged(path: Path, number: int) -> ValueError:
+def _damaged_line_error(path: Path, number: int) -> ValueError:
     return ValueError(
-        f'{path}, line {number}: not a JSON object with an integer "step"; only the end of the file may be'
+        f'{path}, line {number}: not a JSON object with an integer "step"; only the end of the file may be damaged'
     )
 
 
-def _number(name: str, value: Any) -> int | float:
+def _as_number(name: str, value: Any) -> int | float:
     try:
         return int(operator.index(value))
     except TypeError:
@@ -245,38 +245,38 @@ def _number(name: str, value: Any) -> int | float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"metric {name!r} is {value!r}, which is not one number") from None
+        raise TypeError(f"metric {name!r} is {value!r}, which is not a single number") from None
 
 
-class _Events:
-    """A TensorBoard event file, written in the caller's thread, where a full disk is an error and not a hang."""
+class _TensorBoardEvents:
+    """A TensorBoard event file, written in the caller's thread: a full disk raises an error instead of a hang."""
 
     def __init__(self, directory: Path, first_step: int):
-        """Starts a file in `directory` that supersedes earlier ones from `first_step` on."""
+        """Starts a file in `directory` that replaces the events of earlier files from `first_step` on."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
         from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 
         self._directory, self._event, self._summary = directory, Event, Summary
         directory.mkdir(parents=True, exist_ok=True)
-        # Event files are named by the second and opened for overwriting: without a suffix of its own, a run that
-        # is resumed within the second would erase the file that it resumes.
-        with naming(directory):
+        # Event files are named by the second and are overwritten: without a suffix of its own, a run that is resumed
+        # within one second would erase the events that it resumes.
+        with named_in_errors(directory):
             self._writer = EventsWriter(str(directory / "events"), f".{first_step:08d}")
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One step's scalars, flushed."""
+        """Writes and flushes the scalars of one step."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._write(self._event(step=step, summary=self._summary(value=values)))
 
     def close(self) -> None:
-        """Closes the file; what could not be written, `write` has told."""
+        """Closes the file; an error is ignored, because `write` has raised it already."""
         with contextlib.suppress(OSError):
             self._writer.close()
 
     def _write(self, event) -> None:
         event.wall_time = time.time()
-        with naming(self._directory):
+        with named_in_errors(self._directory):
             self._writer.write_event(event)
             self._writer.flush()

@@ -1,4 +1,4 @@
-"""Accuracies from several samples a problem, and what can be said of them: intervals, differences, p-values."""
+"""Statistics of accuracies from several samples per problem: intervals, paired differences and p-values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float
 from dcjax.arguments import as_mask
 
 DRAWS = 10_000
-"""Of a bootstrap."""
+"""Number of draws of a bootstrap."""
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a binomial proportion: the p with |p̂ − p| ≤ z·√(p(1 − p)/n), p̂ = correct/total.
 
-    Unlike p̂ ± z·√(p̂(1 − p̂)/n) it keeps inside [0, 1] and has a width at p̂ = 0 and p̂ = 1, which held-out
-    sets of a few hundred prompts do reach.
+    Unlike p̂ ± z·√(p̂(1 − p̂)/n), it stays within [0, 1] and has a positive width at p̂ = 0 and p̂ = 1, which occur with
+    held-out sets of a few hundred prompts.
 
     Args:
       correct: successes, 0 ≤ correct ≤ total.
@@ -28,7 +28,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
       z: two-sided normal quantile; the default covers 95%.
 
     Returns:
-      (lower, upper), shares in [0, 1].
+      (lower, upper), proportions in [0, 1].
 
     Raises:
       ValueError: if `total` is not positive, or `correct` is outside [0, total].
@@ -44,18 +44,21 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     shrink = 1.0 / (1.0 + z * z / total)
     centre = shrink * (share + z * z / (2 * total))
     half_width = shrink * z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    # At the ends the bound is exactly 0 or 1, which the difference of two rounded numbers would miss.
+    # At the ends the bound is exactly 0 or 1, which the difference of two rounded numbers may miss.
     lower = 0.0 if correct == 0 else centre - half_width
     upper = 1.0 if correct == total else centre + half_width
     return lower, upper
 
 
 def pass_at_k(correct: Bool[np.ndarray, "P n"], k: int) -> Float[np.ndarray, "P"]:
-    """The chance that one of k samples is right, without bias from n ≥ k samples: 1 − C(n − c, k) / C(n, k).
+    """Unbiased estimates of the probability that at least one of k samples is right: 1 − C(n − c, k) / C(n, k).
 
     Args:
-      correct: of P problems with n samples each; c of a problem's are right.
-      k: 1 is the mean accuracy, avg@n.
+      correct: which of the n ≥ k samples of each of P problems are right; c of a problem's samples are.
+      k: number of samples; at 1 the result is the mean accuracy, avg@n.
+
+    Returns:
+      One estimate per problem.
 
     Raises:
       ValueError: `k` is outside [1, n].
@@ -71,15 +74,16 @@ def pass_at_k(correct: Bool[np.ndarray, "P n"], k: int) -> Float[np.ndarray, "P"
 
 
 def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """The chance that the answer which most of k samples give is right, without bias from n ≥ k samples: maj@k.
+    """maj@k of one problem: an unbiased estimate of the probability that a majority vote of k samples is right.
 
-    The mean over all subsets of k samples. Where answers tie, each of them is taken equally often; None does not vote,
-    and where nobody votes nothing is right. Right answers are one answer, however they are spelt.
+    It is the mean over all subsets of k of the n ≥ k samples. Of answers that tie, each wins equally often. A sample
+    without an answer, None, does not vote, and a subset without votes is wrong. All right answers count as one answer,
+    however they are written.
 
     Args:
-      answers: of one problem, n of them.
+      answers: the answers of the n samples.
       correct: which of them are right.
-      k: size of the vote.
+      k: number of samples in a vote.
 
     Raises:
       ValueError: `k` is outside [1, n].
@@ -91,52 +95,63 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k
     wrong = Counter(answer for answer, is_right in votes if not is_right and answer is not None)
     silent = samples - right - wrong.total()
     won = 0.0
-    for most in range(1, min(right, k) + 1):
-        shared = sum(
-            ways * math.comb(silent, k - most - cast) / (1 + ties)
-            for (cast, ties), ways in _ballots(list(wrong.values()), most, k - most).items()
+    for votes in range(1, min(right, k) + 1):
+        # The other k - votes samples are wrong or silent, and each tie with a wrong answer takes a share of the win.
+        wins_among_others = sum(
+            subsets * math.comb(silent, k - votes - wrong_votes) / (1 + ties)
+            for (wrong_votes, ties), subsets in _count_wrong_subsets(list(wrong.values()), votes, k - votes).items()
         )
-        won += math.comb(right, most) * shared
+        won += math.comb(right, votes) * wins_among_others
     return won / math.comb(samples, k)
 
 
-def _ballots(counts: list[int], most: int, room: int) -> Counter[tuple[int, int]]:
-    """In how many ways answers that are given so often get at most `most` votes each, and at most `room` together.
+def _count_wrong_subsets(counts: list[int], max_votes: int, max_total: int) -> Counter[tuple[int, int]]:
+    """Counts the subsets of the wrong samples in which no answer has more than `max_votes` votes.
 
-    By how many votes that makes together, and how many answers have just `most`.
+    Args:
+      counts: how many samples give each wrong answer.
+      max_votes: the most votes that one answer may have.
+      max_total: the most votes that all answers may have together.
+
+    Returns:
+      The number of subsets, by their total of votes and by how many answers have exactly `max_votes`.
     """
-    ballots = Counter({(0, 0): 1})
+    subsets = Counter({(0, 0): 1})
     for count in counts:
-        longer: Counter[tuple[int, int]] = Counter()
-        for (cast, ties), ways in ballots.items():
-            for votes in range(min(count, most, room - cast) + 1):
-                longer[cast + votes, ties + (votes == most)] += ways * math.comb(count, votes)
-        ballots = longer
-    return ballots
+        extended: Counter[tuple[int, int]] = Counter()
+        for (total, ties), ways in subsets.items():
+            for votes in range(min(count, max_votes, max_total - total) + 1):
+                extended[total + votes, ties + (votes == max_votes)] += ways * math.comb(count, votes)
+        subsets = extended
+    return subsets
 
 
 def _require_k(k: int, samples: int) -> None:
     if not 1 <= k <= samples:
-        raise ValueError(f"k is {k}; of {samples} samples a problem it must lie within 1 and {samples}")
+        raise ValueError(f"k is {k}; with {samples} samples per problem it must be between 1 and {samples}")
 
 
 def bootstrap_interval(scores: Sequence[Float[np.ndarray, "P"]], *, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of a mean over sets of problems of each set's mean score.
+    """The 95% interval of the mean, over sets of problems, of each set's mean score.
 
-    The Bayesian bootstrap over problems, with half a problem more at either end, 0 and 1, in each set. Where scores are
-    0 or 1, that is Jeffreys' interval; a resampling of the problems alone covers as little as 80% where nearly all of
-    30 are solved, and has no width where all are. Coverage by simulation: docs/evaluation.md.
+    This is the Bayesian bootstrap over problems, with half a problem of score 0 and half a problem of score 1 added to
+    each set. If all scores are 0 or 1, it is Jeffreys' interval. Resampling the problems alone would cover as little as
+    80% if nearly all of 30 problems are solved, and would have no width if all are. docs/evaluation.md has the coverage
+    by simulation.
 
     Args:
-      scores: of each set's problems, in [0, 1].
-      seed: of the draws.
+      scores: for each set, the scores of its problems in [0, 1].
+      seed: random seed of the draws.
+
+    Returns:
+      (lower, upper).
 
     References:
       D. B. Rubin, The Bayesian bootstrap, Annals of Statistics 9 (1981).
       L. D. Brown, T. T. Cai and A. DasGupta, Interval estimation for a binomial proportion, Statistical Science (2001).
     """
     lower, upper = _interval(_bootstrap(scores, [(0.0, 1.0)] * len(scores), seed))
-    # at the ends as Brown, Cai and DasGupta
+    # At the ends the bound is 0 or 1, as Brown, Cai and DasGupta recommend.
     return (
         0.0 if all(not part.any() for part in scores) else lower,
         1.0 if all((part == 1).all() for part in scores) else upper,
@@ -145,52 +160,54 @@ def bootstrap_interval(scores: Sequence[Float[np.ndarray, "P"]], *, seed: int = 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two policies on the same problems."""
+    """How two policies differ on the same problems."""
 
     difference: float
-    # 95%
+    """The mean difference of their scores."""
     interval: tuple[float, float]
-    # two-sided; below .05 where the interval leaves out 0
+    """The 95% interval of the difference."""
     p_value: float
+    """Two-sided; below 0.05 if the interval excludes 0."""
 
 
 def paired_bootstrap(differences: Sequence[Float[np.ndarray, "P"]], *, seed: int = 0) -> Difference:
-    """What two policies differ by, in the mean over sets of problems of each set's mean difference of scores.
+    """The difference of two policies: the mean, over sets of problems, of each set's mean difference of scores.
 
-    As `bootstrap_interval`, the ends being the largest difference of a set either way; the p-value is twice the share
-    of the draws on the other side of 0.
+    The bootstrap is that of `bootstrap_interval`, except that the two half problems have plus and minus the largest
+    absolute difference in the set. The p-value is twice the share of the draws on the rarer side of 0.
 
     Args:
-      differences: of each set's problems, one score less the other.
-      seed: of the draws.
+      differences: for each set and each of its problems, the first policy's score minus the second's.
+      seed: random seed of the draws.
     """
-    reaches = [float(np.abs(part).max()) for part in differences]
-    draws = _bootstrap(differences, [(-reach, reach) for reach in reaches], seed)
-    rarer = min((draws <= 0).sum(), (draws >= 0).sum())
+    largest = [float(np.abs(part).max()) for part in differences]
+    draws = _bootstrap(differences, [(-end, end) for end in largest], seed)
+    rarer_side = min((draws <= 0).sum(), (draws >= 0).sum())
     return Difference(
         difference=float(np.mean([part.mean() for part in differences])),
         interval=_interval(draws),
-        p_value=min(1.0, 2 * (1 + int(rarer)) / (1 + DRAWS)),
+        p_value=min(1.0, 2 * (1 + int(rarer_side)) / (1 + DRAWS)),
     )
 
 
 def bootstrap_weights(problems: int, generator: np.random.Generator) -> Float[np.ndarray, "draws W"]:
-    """Dirichlet weights of a set's W = problems + 2 scores, the last two being its ends: 1 a problem, 1/2 an end."""
-    of_problems = generator.standard_exponential((DRAWS, problems))
-    of_ends = generator.standard_gamma(0.5, (DRAWS, 2))
-    weights = np.concatenate([of_problems, of_ends], axis=1)
+    """Dirichlet weights of W = problems + 2 scores, with parameter 1 per problem and 1/2 for the two ends."""
+    problem_weights = generator.standard_exponential((DRAWS, problems))
+    end_weights = generator.standard_gamma(0.5, (DRAWS, 2))
+    weights = np.concatenate([problem_weights, end_weights], axis=1)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _bootstrap(
     parts: Sequence[Float[np.ndarray, "P"]], ends: Sequence[tuple[float, float]], seed: int
 ) -> Float[np.ndarray, "draws"]:
-    """Draws of the mean over parts of a part's mean."""
+    """Draws of the mean, over parts, of the weighted mean of each part and its two ends."""
     generator = np.random.default_rng(seed)
-    drawn = [
-        bootstrap_weights(len(part), generator) @ np.append(part, both) for part, both in zip(parts, ends, strict=True)
+    part_draws = [
+        bootstrap_weights(len(part), generator) @ np.append(part, part_ends)
+        for part, part_ends in zip(parts, ends, strict=True)
     ]
-    return np.mean(drawn, axis=0)
+    return np.mean(part_draws, axis=0)
 
 
 def _interval(draws: Float[np.ndarray, "draws"]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dcjax.loop.train
-from dcjax.cli import _parser, main
+from dcjax.cli import build_parser, main
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -157,13 +157,24 @@ def test_help_is_readable_where_the_terminal_has_no_greek():
 
 
 def test_help_that_is_read_in_part_is_no_error():
-    """As in `dcjax train --help | head -1`."""
+    """As in `dcjax --help | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
     with subprocess.Popen([sys.executable, "-m", "dcjax", "--help"], stdout=writing, stderr=subprocess.PIPE) as started:
         os.close(writing)
         errors = started.stderr.read()
     assert errors == b""
+
+
+def test_help_of_a_recipe_that_is_read_in_part_is_no_error(capfd, monkeypatch):
+    """As in `dcjax train --help | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed_pipe, pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "stdout", closed_pipe)
+        main(["train", "tested", "--help"])
+    assert stopped.value.code == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report"])
@@ -273,22 +284,21 @@ def arguments_of(parser, command=""):
 
 
 def test_every_path_of_the_command_line_is_known():
-    assert sorted(arguments_of(_parser())) == sorted(PATHS)
+    assert sorted(arguments_of(build_parser())) == sorted(PATHS)
 
 
 @pytest.mark.parametrize("given", ["", "gs://bucket/x", "~nobody-has-this-name/x"])
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_that_is_not_local_is_refused_before_anything_is_done(refusal, name, given):
     message = refusal(*(given if part is ... else part for part in PATHS[name]))
-    argument = name.split()[-1]
-    assert f"argument {argument.lower() if argument == 'SOURCE' else argument}: it is {given!r}; " in message
+    assert f"argument {name.split()[-1]}: it is {given!r}; " in message
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_may_begin_with_the_home_directory(name, directory, monkeypatch):
     monkeypatch.setenv("HOME", str(directory))
     words = ["~/y" if part is ... else part for part in PATHS[name]]
-    found = [value for value in vars(_parser().parse_args(words)).values() if isinstance(value, Path)]
+    found = [value for value in vars(build_parser().parse_args(words)).values() if isinstance(value, Path)]
     assert directory / "y" in found and Path("~/y") not in found
 
 
@@ -545,7 +555,7 @@ def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
     monkeypatch.setattr(dcjax.loop.train, "train", interrupted)
     assert main(["train", "tested"]) == 130
     errors = capfd.readouterr().err
-    assert errors.count("\n") == 1 and "the same command goes on" in errors
+    assert errors.count("\n") == 1 and "run the same command again to resume" in errors
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(pretending, pretended_run, monke
         patched.setattr(dcjax.loop.train, "evaluate_state", lambda *_: signal.raise_signal(signal.SIGINT))
         status, told = pretending(directory)
     assert status == 130
-    assert told == ["dcjax: interrupted; the same command goes on from the last checkpoint"]
+    assert told == ["dcjax: interrupted; run the same command again to resume from the last checkpoint"]
     assert pretending(directory) == (0, [])
     assert_same_run(directory, pretended_run)
 

@@ -204,7 +204,7 @@ def test_table_gives_first_best_and_last(tmp_path):
     texts = Page(page_of(tmp_path)).texts
     expected = {
         "Reward": ["0.25", "step 1", "0.75", "step 2", "0.5", "step 3"],
-        "Discrepancy δ̄, a mean over responses": ["0.004", "step 1", "0.001", "step 2", "0.002", "step 3"],
+        "Discrepancy δ̄, mean over responses": ["0.004", "step 1", "0.001", "step 2", "0.002", "step 3"],
         "Response length (tokens)": ["90", "step 1", "–", "12,346", "step 3"],
     }
     for label, cells in expected.items():

@@ -104,9 +104,9 @@ def test_right_answers_are_one_answer_however_they_are_spelt():
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_lies_within_the_samples(k):
-    with pytest.raises(ValueError, match=f"k is {k}; of 4 samples a problem it must lie within 1 and 4"):
+    with pytest.raises(ValueError, match=f"k is {k}; with 4 samples per problem it must be between 1 and 4"):
         pass_at_k(np.zeros((2, 4), bool), k)
-    with pytest.raises(ValueError, match=f"k is {k}; of 4 samples"):
+    with pytest.raises(ValueError, match=f"k is {k}; with 4 samples"):
         majority_at_k(["1"] * 4, [True] * 4, k)
 
 

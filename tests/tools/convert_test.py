@@ -206,6 +206,6 @@ def test_an_inspection_is_a_table(run_command):
     status, output, _ = run_command("inspect", folder("qwen3_moe"))
     assert status == 0
     rows = dict(line.split(maxsplit=1) for line in output.splitlines())
-    assert rows["architecture"] == "qwen3, 8 experts of which a token takes 2"
+    assert rows["architecture"] == "qwen3, 8 experts, 2 per token"
     assert rows["dtypes"] == "F32 (69 tensors)"
     assert rows["checksums"] == "no"

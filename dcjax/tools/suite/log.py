@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from dcjax.errors import RunError
-from dcjax.reporting.record import naming
+from dcjax.reporting.record import named_in_errors
 from dcjax.serving.quantize import FormatName
 
 Policy = Literal["deployed", "training"]
@@ -97,7 +97,7 @@ class SampleLog:
         """Writes one problem's line, and flushes it to the operating system."""
         named = {"conditions": conditions.fingerprint, "benchmark": conditions.benchmark, "policy": conditions.policy}
         line = json.dumps(named | {"seed": conditions.seed} | asdict(sampled), allow_nan=False)
-        with naming(self._path):
+        with named_in_errors(self._path):
             self._file.write(line.encode() + b"\n")
             self._file.flush()
 

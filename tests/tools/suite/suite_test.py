@@ -355,7 +355,7 @@ def test_the_command_prints_the_table_and_writes_the_files(whole, folder, capfd,
     ("options", "right"),
     [
         (["--suite", "papers"], "suite is 'papers'; it must be one of paper"),
-        (["--suite", "small", "--prompts", "3"], "--prompts is 3; it is of held-out prompts"),
+        (["--suite", "small", "--prompts", "3"], "--prompts is 3; it counts held-out prompts"),
         (["--samples", "3"], "--samples is 3; it needs --suite"),
         (["--suite", "small", "--against", "nowhere"], "no result in nowhere"),
         (["--suite", "small", "--format", "int3"], "serving.format is 'int3'"),

@@ -1,0 +1,94 @@
+"""How a command's process is set up for JAX, and how it ends when something fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+from dcjax.cli.allocator import keep_freed_memory
+from dcjax.errors import RunError
+
+INTERRUPTION_HINTS = {
+    "train": "; run the same command again to resume from the last checkpoint",
+    "convert": "; nothing is left half-written",
+}
+"""What a user wants to know after interrupting a command, by command."""
+
+
+@contextlib.contextmanager
+def jax_session() -> Iterator[None]:
+    """Sets up the process for JAX: memory allocator, logging and compilation cache; slow compilations are reported."""
+    keep_freed_memory()
+    _silence_libraries()
+    from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
+
+    enable_compilation_cache()
+    with report_slow_compilations():
+        yield
+
+
+def _silence_libraries() -> None:
+    """Turns the logging of libraries off, and imports those that print messages as they start.
+
+    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
+    descriptor has to point elsewhere meanwhile.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Orbax both logs a failed save and raises it; the exception is reported in one line.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _hide_failed_checkpoints
+    sys.stderr.flush()
+    standard_error = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        importlib.import_module("jetstream.engine.engine_api")
+        importlib.import_module("transformers")
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+
+
+def _hide_failed_checkpoints(unraisable) -> None:
+    """An unraisable hook that is silent about reads and writes that end after their checkpoint has failed."""
+    error, source = unraisable.exc_value, unraisable.object
+    is_late_write = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    is_late_read = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
+    if not (is_late_write or is_late_read):
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def leave_on_failure(command: str) -> Iterator[None]:
+    """Ends a process that fails at once if it is one of several: an ordinary exit would wait for the others."""
+    from dcjax.sharding.hosts import has_joined, leave
+
+    try:
+        yield
+    except BaseException as error:
+        if has_joined():
+            leave(report_error(error, command))
+        raise
+
+
+def report_error(error: BaseException, command: str) -> int:
+    """Prints why `command` failed, in one line unless it is a bug, and returns the exit status."""
+    match error:
+        case RunError():
+            message, status = f"error: {error}", error.status
+        case OSError():
+            message, status = f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}", 2
+        case KeyboardInterrupt():
+            message, status = f"interrupted{INTERRUPTION_HINTS.get(command, '')}", 130
+        case _:
+            traceback.print_exception(error)
+            return 1
+    print(f"dcjax: {' '.join(message.split())}", file=sys.stderr)
+    return status
