@@ -1,4 +1,4 @@
-"""What a run is about: where problems come from, how they become tokens, and what judges the responses."""
+"""What a run is about: where problems come from, how they become tokens, and what rewards the responses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Problems(Protocol):
 
     @property
     def golds(self) -> Sequence[Example]:
-        """The examples of files whose answers judge responses. Empty without files."""
+        """The examples of files whose answers responses are rewarded by. Empty without files."""
         ...
 
     @property

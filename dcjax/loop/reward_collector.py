@@ -1,4 +1,4 @@
-"""What a run's responses are judged by, and how they are while others are still sampled."""
+"""The rewards of a run's responses: where they come from, and how they are collected while others are sampled."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
     """The golds of which a template's reward knows no other spelling; told of on standard error, on process 0 only.
 
     Args:
-      golds: examples whose answers responses will be judged by.
-      reward: judges them; where it is a user's own, nothing is known of what it reads, and the list is empty.
+      golds: examples whose answers responses will be rewarded by.
+      reward: of the run; where it is a user's own, nothing is known of what it reads, and the list is empty.
 
     Raises:
       RunError: the processes that read them could not be started.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
 from functools import cache, partial
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import optax
@@ -27,7 +28,7 @@ from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params, Sequences
 
 EARLY_SHARE = 0.8
-"""Of the updates, before the share of scratchpads changes."""
+"""Share of the updates before the share of scratchpads changes."""
 LOG_EVERY = 10
 """Updates between lines of warm_start.jsonl."""
 
@@ -41,7 +42,7 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     settings = config.warm_start
     tx, update = _compile_update(what_is_compiled(config), mesh)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
-    with _told(config) as tell:
+    with _Log(config) as log:
         for count in range(1, settings.steps + 1):
             state, metrics = update(state, place(_batch(config, tokenizer, count), batch_sharding(mesh)))
             if count % LOG_EVERY == 0 or count == settings.steps:
@@ -49,7 +50,7 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
                 shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
                 if not all(map(math.isfinite, shown.values())):
                     raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
-                tell(count, shown)
+                log.write(count, shown)
     return state.params
 
 
@@ -67,22 +68,28 @@ def _compile_update(config: Config, mesh: Mesh) -> tuple[optax.GradientTransform
     return tx, compile_step(config, mesh, tx, supervised_step)
 
 
-@contextlib.contextmanager
-def _told(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """What writes and shows an update's values; on process 0 only."""
-    if not is_main():
-        yield lambda count, shown: None
-        return
-    with (
-        MetricsLog(config.directory, "warm_start", last_step=None) as log,
-        Progress(config.warm_start.steps, initial=0, description="warm start") as progress,
-    ):
+class _Log:
+    """Writes and shows the values of an update, on process 0; nothing on others. A context manager."""
 
-        def tell(count: int, shown: dict[str, float]) -> None:
-            log.write(count, shown)
-            progress.update(count, loss=f"{shown['loss']:.3f}")
+    def __init__(self, config: Config):
+        self._config, self._open = config, contextlib.ExitStack()
 
-        yield tell
+    def __enter__(self) -> Self:
+        if is_main():
+            steps = self._config.warm_start.steps
+            self._metrics = self._open.enter_context(MetricsLog(self._config.directory, "warm_start", last_step=None))
+            self._progress = self._open.enter_context(Progress(steps, initial=0, description="warm start"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, count: int, values: dict[str, float]) -> None:
+        if is_main():
+            self._metrics.write(count, values)
+            self._progress.update(count, loss=f"{values['loss']:.3f}")
 
 
 def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:

@@ -10,7 +10,7 @@ from dcjax.recipe.checks import require
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What judges responses, where, and within which limits."""
+    """What rewards responses, where, and within which limits."""
 
     function: str | None = None
     """Reward function MODULE:FUNCTION that replaces the task's; docs/rewards.md describes its arguments."""
