@@ -27,7 +27,7 @@ from dcjax.rl.transforms import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 ApplyFn = Callable[[Params, Batch], tuple[Array, Array, dict[str, Array]]]
-"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics by row, [B]."""
+"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics per row, [B]."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
