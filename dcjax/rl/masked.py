@@ -28,6 +28,7 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@masks("mask")
 def zero_outside(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"] | None) -> Float[Array, "*shape"]:
     """x, at least float32, with 0 outside the mask; None masks nothing.
 
