@@ -1,4 +1,4 @@
-"""What is learned: pure functions over arrays. Imports types only, never models or serving."""
+"""What is optimised and how: pure functions over arrays, which never import models or serving."""
 
 from dcjax.rl.advantages import batch_baseline, group_relative, leave_one_out
 from dcjax.rl.averaging import averaged_params, params_ema

@@ -1,4 +1,4 @@
-"""A moving average of the parameters, carried where the optimiser's state is: often the better policy to deploy."""
+"""A moving average of the parameters, carried where the optimiser's state is; often the better policy to deploy."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class ParamsEmaState(NamedTuple):
 def params_ema(decay: float) -> optax.GradientTransformationExtraArgs:
     """ema_n = Σ_{k≤n} d^{n−k} θ_k / Σ_{k≤n} d^{n−k}, θ_k the params after update k; the updates pass through unchanged.
 
-    The average is over what was trained only: its weights sum to one from the first update on, so there is no bias
-    to divide out, and the params before any update, θ_0, weigh nothing after it. It is of the params as they are
-    stored, rounded to their dtype.
+    The average is over trained params only: its weights sum to one from the first update on, so there is no bias to
+    divide out, and the params before any update, θ_0, have no weight after it. Params are averaged as they are stored,
+    rounded to their dtype.
 
-    It must be the last of the chain, outside `dynamic_loss_scale` too: what came after it would change updates that it
-    has already counted.
+    It must be the last transform of the chain, outside `dynamic_loss_scale` too: a transform behind it would change
+    updates that are already in the average.
 
     Args:
-      decay: d, per update; the average reaches back over about 1 / (1 − d) of them.
+      decay: d, per update; the average reaches back over about 1 / (1 − d) updates.
 
     Returns:
       A transform whose `update` needs `params`, and whose state holds `ema`.
 
     Raises:
-      ValueError: a decay outside (0, 1); at an update, no params.
+      ValueError: a decay outside (0, 1); when updating, no params.
 
     References:
       Polyak and Juditsky, Acceleration of stochastic approximation by averaging (1992). The weights are those of Kingma
@@ -46,7 +46,7 @@ def params_ema(decay: float) -> optax.GradientTransformationExtraArgs:
         raise ValueError(f"decay {decay} must lie between 0 and 1, both excluded")
 
     def init(params):
-        # copies, even of float32: the params' own buffers may be donated
+        # copied even where they are float32 already: the params' own buffers may be donated
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
         return ParamsEmaState(ema, jnp.zeros((), jnp.int32))
 
@@ -55,7 +55,7 @@ def params_ema(decay: float) -> optax.GradientTransformationExtraArgs:
         if params is None:
             raise ValueError("params_ema averages the params after the update: call update(updates, state, params)")
         count = state.count + 1
-        # (1 − d) / (1 − dⁿ), without the cancellation of a dⁿ near 1
+        # (1 − d) / (1 − dⁿ), without cancellation where dⁿ is near 1
         weight = (1 - decay) / -jnp.expm1(count * math.log(decay))
         ema = jax.tree.map(
             lambda mean, leaf: mean + weight * (leaf.astype(jnp.float32) - mean),

@@ -1,7 +1,7 @@
-"""Importance weights π_old/μ: what sampling with the serving engine's numerics is corrected by (paper B, §2.1).
+"""Importance weights π_old/μ, which correct for sampling with the serving engine's numerics (paper B, §2.1).
 
-Weights are multiplied into the loss under stop-gradient. None of these changes which tokens count: a weight of 0 takes
-a token out of the sum and leaves it in the denominator. Rejection that edits the mask is verl's, in `verl`.
+Weights are multiplied into the loss under stop-gradient. They do not change which tokens count: a token of weight 0 is
+out of the loss's sum but still in its denominator. Rejection sampling that edits the mask is verl's, in `verl`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from dcjax.types import Array
 def log_importance(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], level: str
 ) -> Float[Array, "B T"]:
-    """log ρ under stop-gradient, not clamped: a token's own, or its response's in all of its columns.
+    """log ρ under stop-gradient, not clamped: of each token, or of its response, which all of its tokens then have.
 
     Args:
-      old_logps: of the training backend at the rollout's weights.
-      rollout_logps: of the serving engine.
+      old_logps: log-probs of the training backend at the rollout's weights.
+      rollout_logps: log-probs of the serving engine.
       mask: response tokens.
-      level: `token`: x_t = old − rollout; `sequence`: Σ_t x_t; `geometric`: (1/T_i) Σ_t x_t, each over response tokens.
+      level: `token`: x_t = old − rollout; `sequence`: Σ_t x_t; `geometric`: (1/T_i) Σ_t x_t; sums are over the
+        response's tokens.
 
     Returns:
-      0 outside the mask at the token level, and in rows without a token.
+      log ρ; 0 in rows without a token and, at the token level, outside the mask.
 
     Raises:
-      ValueError: a level of another name.
+      ValueError: an unknown level.
     """
     log_ratio = jax.lax.stop_gradient(jnp.where(mask, widen(old_logps) - rollout_logps, 0))
     if level == "token":
@@ -51,7 +52,7 @@ def log_importance(
 def importance_ratios(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"], level: str
 ) -> Float[Array, "B T"]:
-    """ρ = exp(log ρ), log ρ as in `log_importance` and clamped to ±20; 0 outside the mask."""
+    """ρ, the exponential of `log_importance` clamped to ±20; 0 outside the mask."""
     log_ratio = log_importance(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level=level)
     return jnp.where(mask, bounded_exp(log_ratio), 0)
 
@@ -65,20 +66,35 @@ def truncated_importance_weights(
     clip_max: float,
     level: str = "token",
 ) -> Float[Array, "B T"]:
-    """TIS: w = min(ρ, C), under stop-gradient; 0 outside the mask.
+    """Truncated importance sampling (TIS): w = min(ρ, C), under stop-gradient; 0 outside the mask.
 
     Args:
-      old_logps: of the training backend at the rollout's weights.
-      rollout_logps: of the serving engine.
+      old_logps: log-probs of the training backend at the rollout's weights.
+      rollout_logps: log-probs of the serving engine.
       mask: response tokens.
       clip_max: C, above 0.
-      level: ρ of each `token`, of the response (`sequence`: the product), or its `geometric` mean by token.
+      level: whether ρ is of each `token`, the response's product of them (`sequence`), or their `geometric` mean.
 
     Raises:
-      ValueError: a bound that is not above 0, or a level of another name.
+      ValueError: a bound that is not above 0, or an unknown level.
 
     References:
       Paper B (arXiv 2602.01826), §2.1.
+
+    Examples:
+      The training policy gives the first token twice the probability that it was sampled with, and the second token
+      half of it; the third is padding:
+
+      >>> old_logps, rollout_logps = jnp.log(jnp.array([[[0.8, 0.2, 0.5]], [[0.4, 0.4, 0.5]]]))
+      >>> gap = {"old_logps": old_logps, "rollout_logps": rollout_logps, "mask": jnp.array([[True, True, False]])}
+      >>> [round(weight, 3) for weight in truncated_importance_weights(**gap, clip_max=1.5)[0].tolist()]
+      [1.5, 0.5, 0.0]
+
+      Over the whole response the two ratios cancel:
+
+      >>> weights = truncated_importance_weights(**gap, clip_max=1.5, level="sequence")
+      >>> [round(weight, 3) for weight in weights[0].tolist()]
+      [1.0, 1.0, 0.0]
     """
     _check_clip(clip_max)
     ratios = importance_ratios(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level=level)
@@ -94,24 +110,35 @@ def masked_importance_weights(
     clip_max: float,
     level: str = "token",
 ) -> Float[Array, "B T"]:
-    """MIS: w = ρ · 1[ρ ≤ C], under stop-gradient; 0 outside the mask. The denominator keeps the tokens of weight 0.
+    """Masked importance sampling (MIS): w = ρ · 1[ρ ≤ C], under stop-gradient; 0 outside the mask.
+
+    Tokens of weight 0 still count in the loss's denominator.
 
     Args:
-      old_logps: of the training backend at the rollout's weights.
-      rollout_logps: of the serving engine.
+      old_logps: log-probs of the training backend at the rollout's weights.
+      rollout_logps: log-probs of the serving engine.
       mask: response tokens.
       clip_max: C, above 0.
-      level: ρ of each `token`, of the response (`sequence`: the product), or its `geometric` mean by token.
+      level: whether ρ is of each `token`, the response's product of them (`sequence`), or their `geometric` mean.
 
     Raises:
-      ValueError: a bound that is not above 0, or a level of another name.
+      ValueError: a bound that is not above 0, or an unknown level.
 
     References:
       Paper B (arXiv 2602.01826), §2.1.
+
+    Examples:
+      The training policy gives the first token twice the probability that it was sampled with, and the second token
+      half of it; the third is padding:
+
+      >>> old_logps, rollout_logps = jnp.log(jnp.array([[[0.8, 0.2, 0.5]], [[0.4, 0.4, 0.5]]]))
+      >>> gap = {"old_logps": old_logps, "rollout_logps": rollout_logps, "mask": jnp.array([[True, True, False]])}
+      >>> [round(weight, 3) for weight in masked_importance_weights(**gap, clip_max=1.5)[0].tolist()]
+      [0.0, 0.5, 0.0]
     """
     _check_clip(clip_max)
     ratios = importance_ratios(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level=level)
-    return _within(ratios, 0.0, clip_max)
+    return _zero_unless_within(ratios, 0.0, clip_max)
 
 
 @masks("mask")
@@ -123,53 +150,55 @@ def icepop_weights(
     low: float,
     high: float,
 ) -> Float[Array, "B T"]:
-    """w_t = ρ_t · 1[low ≤ ρ_t ≤ high], under stop-gradient; 0 outside the mask. The denominator keeps every token.
+    """IcePop: w_t = ρ_t · 1[low ≤ ρ_t ≤ high], under stop-gradient; 0 outside the mask.
+
+    Tokens of weight 0 still count in the loss's denominator.
 
     Raises:
-      ValueError: bounds out of order, or a negative one.
+      ValueError: a negative bound, or bounds out of order.
 
     References:
       IcePop (Ring-1T, arXiv 2510.18855); its bounds are 0.5 and 5.
     """
     _check_bounds(low, high)
     ratios = importance_ratios(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level="token")
-    return _within(ratios, low, high)
+    return _zero_unless_within(ratios, low, high)
 
 
 def token_tis(clip_max: float) -> LossTransform:
-    """Multiplies each token's weight by min(ρ_t, C). Metric, by row: the share of its tokens with ρ_t > C."""
+    """Multiplies each token's weight by min(ρ_t, C). Per-row metric: the share of its tokens with ρ_t > C."""
     return _truncate("token", clip_max)
 
 
 def sequence_tis(clip_max: float) -> LossTransform:
-    """Multiplies each response's weights by min(Π_t ρ_t, C). Metric, by row: 1 where Π_t ρ_t > C."""
+    """Multiplies each response's weights by min(Π_t ρ_t, C). Per-row metric: 1 where Π_t ρ_t > C."""
     return _truncate("sequence", clip_max)
 
 
 def geometric_tis(clip_max: float) -> LossTransform:
-    """Multiplies each response's weights by min((Π_t ρ_t)^(1/T), C). Metric, by row: 1 where that was above C."""
+    """Multiplies each response's weights by min((Π_t ρ_t)^(1/T), C). Per-row metric: 1 where that mean is above C."""
     return _truncate("geometric", clip_max)
 
 
 def token_mis(clip_max: float) -> LossTransform:
-    """Multiplies each token's weight by ρ_t · 1[ρ_t ≤ C]. Metric, by row: the share of its tokens with ρ_t > C."""
-    return _cut_above("token", clip_max)
+    """Multiplies each token's weight by ρ_t · 1[ρ_t ≤ C]. Per-row metric: the share of its tokens with ρ_t > C."""
+    return _mask_above("token", clip_max)
 
 
 def sequence_mis(clip_max: float) -> LossTransform:
-    """Multiplies each response's weights by ρ · 1[ρ ≤ C], ρ = Π_t ρ_t. Metric, by row: 1 where ρ > C."""
-    return _cut_above("sequence", clip_max)
+    """Multiplies each response's weights by ρ · 1[ρ ≤ C], ρ = Π_t ρ_t. Per-row metric: 1 where ρ > C."""
+    return _mask_above("sequence", clip_max)
 
 
 def geometric_mis(clip_max: float) -> LossTransform:
-    """Multiplies each response's weights by ρ · 1[ρ ≤ C], ρ = (Π_t ρ_t)^(1/T). Metric, by row: 1 where ρ > C."""
-    return _cut_above("geometric", clip_max)
+    """Multiplies each response's weights by ρ · 1[ρ ≤ C], ρ = (Π_t ρ_t)^(1/T). Per-row metric: 1 where ρ > C."""
+    return _mask_above("geometric", clip_max)
 
 
 def icepop_mask(low: float, high: float) -> LossTransform:
-    """Multiplies each token's weight by ρ_t · 1[low ≤ ρ_t ≤ high]. Metric, by row: the share of its tokens outside."""
+    """Multiplies each token's weight by ρ_t · 1[low ≤ ρ_t ≤ high]. Per-row metric: the share of tokens outside."""
     _check_bounds(low, high)
-    return _reweight("icepop", "token", lambda ratios: _within(ratios, low, high))
+    return _reweight("icepop", "token", lambda ratios: _zero_unless_within(ratios, low, high))
 
 
 def _truncate(level: str, clip_max: float) -> LossTransform:
@@ -177,13 +206,13 @@ def _truncate(level: str, clip_max: float) -> LossTransform:
     return _reweight(f"{level}_tis", level, lambda ratios: jnp.minimum(ratios, clip_max))
 
 
-def _cut_above(level: str, clip_max: float) -> LossTransform:
+def _mask_above(level: str, clip_max: float) -> LossTransform:
     _check_clip(clip_max)
-    return _reweight(f"{level}_mis", level, lambda ratios: _within(ratios, 0.0, clip_max))
+    return _reweight(f"{level}_mis", level, lambda ratios: _zero_unless_within(ratios, 0.0, clip_max))
 
 
 def _reweight(name: str, level: str, bounded: Callable[[Array], Array]) -> LossTransform:
-    """A response's ratio is of all its tokens, whatever transforms before this one took out of the loss."""
+    """Multiplies weights by `bounded(ρ)`. A response's ρ is over all its tokens, even those no longer in the loss."""
 
     def apply(terms: Terms, context: Context) -> Terms:
         batch = context.batch
@@ -199,7 +228,7 @@ def _reweight(name: str, level: str, bounded: Callable[[Array], Array]) -> LossT
     return apply
 
 
-def _within(ratios: Array, low: float, high: float) -> Array:
+def _zero_unless_within(ratios: Array, low: float, high: float) -> Array:
     return jnp.where((ratios >= low) & (ratios <= high), ratios, 0)
 
 

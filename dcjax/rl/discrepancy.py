@@ -1,6 +1,6 @@
 """δ: how far the training policy is from the policy that sampled (paper A, eq. 2).
 
-The three signals below are two-sided and of each token; `measure` makes the other sides and levels of them.
+The three signals below are two-sided and per token; `measure` turns them into the other sides and levels.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from dcjax.arguments import masks
-from dcjax.rl.losses import MAX_LOG_RATIO
-from dcjax.rl.masked import masked_mean, widen
+from dcjax.rl.losses import clamp_log_ratio
+from dcjax.rl.masked import masked_mean, zero_outside
 from dcjax.types import Array
 
 Signal = Callable[..., Array]
-"""(*, old_logps, rollout_logps) -> |gap| of each token, [B, T]."""
+"""(*, old_logps, rollout_logps) -> the absolute gap of each token, [B, T]."""
 
 Discrepancy = Callable[..., Array]
-"""(*, old_logps, rollout_logps, mask) -> δ [B, T], 0 outside the mask. Each of the three signals is one."""
+"""(*, old_logps, rollout_logps, mask) -> δ [B, T], 0 outside the mask. Each of the three signals is a discrepancy."""
 
 LEVELS = ("token", "sequence")
 SIDES = ("two", "one", "signed")
@@ -34,12 +34,19 @@ def probability_difference(
     Args:
       old_logps: log-probs of the sampled tokens under the training backend at the rollout's weights.
       rollout_logps: log-probs that the serving engine sampled them with.
-      mask: response tokens; δ is 0 elsewhere, whatever stands there. None is every token.
+      mask: response tokens; δ is 0 elsewhere, whatever the log-probs are there. None means every token.
 
     References:
       Paper A (DCMDP), eq. 2, probability-difference signal.
+
+    Examples:
+      >>> old_logps, rollout_logps = jnp.log(jnp.array([[[0.5, 0.9, 0.3]], [[0.4, 0.9, 0.8]]]))
+      >>> mask = jnp.array([[True, True, False]])
+      >>> delta = probability_difference(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask)
+      >>> [round(value, 3) for value in delta[0].tolist()]
+      [0.1, 0.0, 0.0]
     """
-    old_logps, rollout_logps = _visible(old_logps, mask), _visible(rollout_logps, mask)
+    old_logps, rollout_logps = zero_outside(old_logps, mask), zero_outside(rollout_logps, mask)
     return _magnitude(jnp.exp(old_logps) - jnp.exp(rollout_logps))
 
 
@@ -50,16 +57,16 @@ def probability_ratio(
     """δ = |exp(old_logps − rollout_logps) − 1|, the difference clamped to ±20; at least float32.
 
     Args:
-      old_logps: as in `probability_difference`, and so are the others.
-      rollout_logps: see there.
-      mask: see there.
+      old_logps: as in `probability_difference`.
+      rollout_logps: as in `probability_difference`.
+      mask: as in `probability_difference`.
 
     References:
       Paper A (DCMDP), eq. 2, probability-ratio signal.
     """
-    log_ratio = _visible(old_logps, mask) - _visible(rollout_logps, mask)
-    # exp(x) − 1 loses the digits of a small gap
-    return _magnitude(jnp.expm1(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)))
+    log_ratio = zero_outside(old_logps, mask) - zero_outside(rollout_logps, mask)
+    # exp(x) − 1 would lose the digits of a small gap
+    return _magnitude(jnp.expm1(clamp_log_ratio(log_ratio)))
 
 
 @masks("mask")
@@ -69,32 +76,32 @@ def log_probability_difference(
     """δ = |old_logps − rollout_logps|, at least float32 and not clamped.
 
     Args:
-      old_logps: as in `probability_difference`, and so are the others.
-      rollout_logps: see there.
-      mask: see there.
+      old_logps: as in `probability_difference`.
+      rollout_logps: as in `probability_difference`.
+      mask: as in `probability_difference`.
 
     References:
       Paper A (DCMDP), eq. 2, log-probability-difference signal.
     """
-    return _magnitude(_visible(old_logps, mask) - _visible(rollout_logps, mask))
+    return _magnitude(zero_outside(old_logps, mask) - zero_outside(rollout_logps, mask))
 
 
 def measure(signal: Signal, *, level: str = "token", sides: str = "two") -> Discrepancy:
-    """The signal at another level or with other sides.
+    """A discrepancy that is the signal at another level or with other sides.
 
     With d = signal: two-sided d, one-sided d · 1[p > q], signed d · sign(p − q), where p is of `old_logps` and q of
-    `rollout_logps`. A sequence's δ is (1/T_i) Σ_t of that over its response, and every token of the response has it.
+    `rollout_logps`. At the sequence level δ is the mean of that over the response, (1/T_i) Σ_t, on each of its tokens.
 
     Args:
-      signal: one of the three, or a reader's own.
+      signal: one of the three, or your own.
       level: "token" or "sequence".
-      sides: "two", "one" (only what the training policy overrates) or "signed".
+      sides: "two", "one" (only where the training policy overrates the token) or "signed".
 
     Returns:
       (*, old_logps, rollout_logps, mask) -> δ [B, T], 0 outside the mask.
 
     Raises:
-      ValueError: a level or sides other than these.
+      ValueError: an unknown level or sides.
 
     References:
       Paper A (DCMDP), eq. 2; one-sided as in its figure 7.
@@ -107,7 +114,7 @@ def measure(signal: Signal, *, level: str = "token", sides: str = "two") -> Disc
     def apply(
         *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T"]:
-        old_logps, rollout_logps = _visible(old_logps, mask), _visible(rollout_logps, mask)
+        old_logps, rollout_logps = zero_outside(old_logps, mask), zero_outside(rollout_logps, mask)
         delta = signal(old_logps=old_logps, rollout_logps=rollout_logps)
         if sides != "two":
             delta = jnp.where(old_logps > rollout_logps, delta, -delta if sides == "signed" else 0)
@@ -119,10 +126,5 @@ def measure(signal: Signal, *, level: str = "token", sides: str = "two") -> Disc
 
 
 def _magnitude(gap: Array) -> Array:
-    # JAX's derivative of |x| at 0 is 1: where there is no gap, the direct penalty would push all the same
+    # JAX's derivative of |x| at 0 is 1, with which the direct penalty would push even where there is no gap
     return jnp.where(gap == 0, 0, jnp.abs(gap))
-
-
-def _visible(logps: Array, mask: Array | None) -> Array:
-    """At least float32, and 0 on padding: behind a mask of the result, 0 · NaN would still reach the gradient."""
-    return widen(logps) if mask is None else jnp.where(mask, widen(logps), 0)

@@ -1,8 +1,8 @@
 """Learning rates that follow what training measures, as factors on Adam's updates.
 
 Each transform stands after Adam, which would normalise the factor away, and outside `dynamic_loss_scale`, which would
-hide iterations from it. Its state holds `learning_rate_scale`, the factor on the *next* iteration's updates: read it
-before the step, as λ. Rates that follow the step alone are optax's own schedules, given to Adam:
+hide from it the iterations that overflow. Its state holds `learning_rate_scale`, the factor on the *next* iteration's
+updates: read it before the step, like λ. For rates that depend on the step alone, give Adam one of optax's schedules:
 `optax.linear_schedule(lr, 0.1 * lr, steps)`, `optax.cosine_decay_schedule(lr, steps, alpha=0.1)`.
 """
 
@@ -27,25 +27,26 @@ class Surge:
     """What counts as a surge of the mean response length, and the period that follows from it.
 
     It is detected at the first iteration where the median of the last `recent` lengths exceeds `ratio` × the usual
-    length, which is the median of the last `history`. Its onset is estimated as the iteration after the last one whose
-    length was at most √ratio × the usual one.
+    length, which is the median of the last `history` lengths. Its onset is estimated as the iteration after the last
+    one whose length was at most √ratio × the usual length.
 
-    So `recent` = 3 passes over one outlier batch. A rise that takes longer than about `history` / 2 to multiply the
-    length by `ratio` is growth and not a surge: the usual length follows it. And there is nothing usual to rise from
-    before iteration 2 · recent + 1, the first that can detect one.
+    So `recent` = 3 ignores a single outlier batch. A rise that takes longer than about `history` / 2 iterations to
+    multiply the length by `ratio` is growth and not a surge: the usual length follows it. The first iteration that can
+    detect a surge is 2 · recent + 1; before it there is no usual length to rise from.
 
     Raises:
-      ValueError: medians of nothing, a history shorter than twice `recent` and one, or factors that detect nothing.
+      ValueError: `recent` below 1, a history of fewer than 2 · recent + 1 iterations, a ratio that is not above 1, or a
+        period factor that is not above 0.
     """
 
     ratio: float = 2.0
-    """How many times the usual length."""
+    """The factor on the usual length above which a length has surged."""
     recent: int = 3
-    """Iterations."""
+    """Iterations in the recent median."""
     history: int = 24
-    """Iterations."""
+    """Iterations in the usual length."""
     period_factor: float = 1.8
-    """Decay period by onset (paper B's)."""
+    """The decay period as a multiple of the onset (paper B's)."""
 
     def __post_init__(self):
         if not (self.ratio > 1 and self.period_factor > 0):
@@ -57,12 +58,12 @@ class Surge:
 def detect_surge(
     surge: Surge, lengths: Float[Array, "N"], seen: Int[Array, ""]
 ) -> tuple[Bool[Array, ""], Int[Array, ""]]:
-    """Whether there is a surge after `seen` iterations, and the onset that it would have, from 1.
+    """Whether there is a surge after `seen` iterations, and the iteration, from 1, that would be its onset.
 
     Args:
       surge: the definition.
-      lengths: of the last N = `surge.history` iterations, the newest last.
-      seen: iterations so far, at least 1; where it is below N, the first N − seen lengths mean nothing.
+      lengths: mean response lengths of the last N = `surge.history` iterations, the newest last.
+      seen: iterations so far, at least 1; where it is below N, the first N − seen lengths are ignored.
     """
     usual = median_of_last(lengths, seen, surge.history)
     surged = median_of_last(lengths, seen, surge.recent) > surge.ratio * usual
@@ -72,42 +73,58 @@ def detect_surge(
 
 
 class LengthDecayState(NamedTuple):
-    """Where the halving stands. `learning_rate_scale` and `decay_period` are for `optax.tree.get`."""
+    """How far the halving has come; `optax.tree.get` finds `learning_rate_scale` and `decay_period`."""
 
     learning_rate_scale: jax.Array  # float32 [], of the next iteration
-    decay_period: jax.Array  # int32 [], iterations; 0 as long as no surge was detected
-    lengths: jax.Array  # float32 [N], of the last iterations, the newest last; N = 1 where the period is given
+    decay_period: jax.Array  # int32 [], iterations; 0 until a surge is detected
+    lengths: jax.Array  # float32 [N], of the last N iterations, the newest last; N = 1 where the period is given
     count: jax.Array  # int32 [], updates so far
 
 
 def length_decay(
     decay_period: int | Surge, *, floor: float = 0.1, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Iteration t = 1, 2, … is updated at max(2^−⌊t / P⌋, floor) of the learning rate: 1, ½, ¼, ⅛, then the floor.
+    """Iteration t = 1, 2, … uses max(2^−⌊t / P⌋, floor) × the learning rate: 1, ½, ¼, ⅛, then the floor.
 
-    The period P is given, or it follows from the surge of response length: the rate is held until that is detected,
-    and P = 1.8 × its onset, counted from iteration 1 all the same, so that the first halving is at 1.8 × the onset.
+    The period P is given, or it follows from a surge of the response length. In that case the rate is held until the
+    surge is detected, and then P = 1.8 × its onset. As t is always counted from iteration 1, the first halving is at
+    1.8 × the onset.
 
     Args:
-      decay_period: P in iterations, or the `Surge` that sets it.
+      decay_period: P in iterations, or the definition of the `Surge` that sets it.
       floor: the smallest factor.
       every: updates in one training iteration.
 
     Returns:
       A transform that stands after Adam. Its `update` takes `response_length`, the mean of the iteration in tokens,
-      which a given period does without. Its state holds `learning_rate_scale` and `decay_period`.
+      unless the period is given. Its state holds `learning_rate_scale` and `decay_period`.
 
     Raises:
       ValueError: a period or `every` below 1, or a floor outside [0, 1].
 
     References:
       Paper B (arXiv 2602.01826), section 3.3 and Algorithm 1. The detector is ours.
+
+    Examples:
+      The updates of iterations 1 to 5, halved every two iterations, but not below .3:
+
+      >>> tx = length_decay(2, floor=0.3)
+      >>> params = updates = jnp.ones(())
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     scaled, state = tx.update(updates, state, params)
+      ...     print(round(float(scaled), 2))
+      1.0
+      0.5
+      0.5
+      0.3
+      0.3
     """
     surge = decay_period if isinstance(decay_period, Surge) else None
     given = 0 if isinstance(decay_period, Surge) else decay_period
     if surge is None and given < 1:
         raise ValueError(f"decay_period {given} must be at least 1")
-    _check(floor=floor, every=every)
+    _check_arguments(floor=floor, every=every)
 
     def factor(iteration: Array, period: Array) -> jax.Array:
         halvings = iteration // jnp.maximum(period, 1)
@@ -127,15 +144,15 @@ def length_decay(
             period = jnp.where((period == 0) & surged, detected, period)
         return state._replace(learning_rate_scale=factor(seen + 1, period), decay_period=period, lengths=lengths)
 
-    return _scaling(start, advance, every=every, needs="response_length" if surge else None)
+    return _scale_updates(start, advance, every=every, needs="response_length" if surge else None)
 
 
 class DiscrepancyDecayState(NamedTuple):
-    """How δ̄ fares. `learning_rate_scale` is for `optax.tree.get`."""
+    """How δ̄ compares with its best; `optax.tree.get` finds `learning_rate_scale`."""
 
     learning_rate_scale: jax.Array  # float32 [], of the next iteration
-    best: jax.Array  # float32 [], the smallest mean δ̄ so far; inf before the first
-    recent: jax.Array  # float32 [window], δ̄ of the last iterations, the newest last
+    best: jax.Array  # float32 [], the smallest mean δ̄ so far; infinite before the first
+    recent: jax.Array  # float32 [window], δ̄ of the latest iterations, the newest last
     held: jax.Array  # int32 [], iterations since the last halving
     count: jax.Array  # int32 [], updates so far
 
@@ -143,14 +160,14 @@ class DiscrepancyDecayState(NamedTuple):
 def discrepancy_decay(
     *, window: int = 20, tolerance: float = 1.05, floor: float = 0.1, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Halves the learning rate where the mean δ̄ of `window` iterations exceeds `tolerance` × its best so far.
+    """Halves the learning rate where the mean δ̄ of `window` iterations exceeds `tolerance` × the lowest so far.
 
-    After a halving the window fills anew, so that the next one is `window` iterations later at the earliest; the best
-    is kept.
+    After a halving the window is filled anew, so the next halving is `window` iterations later at the earliest; the
+    lowest mean is kept.
 
     Args:
       window: iterations in the mean.
-      tolerance: at least 1.
+      tolerance: how many times the lowest mean is tolerated, at least 1.
       floor: the smallest factor.
       every: updates in one training iteration.
 
@@ -162,11 +179,11 @@ def discrepancy_decay(
       ValueError: a window or `every` below 1, a tolerance below 1, or a floor outside [0, 1].
 
     References:
-      Ours; the rule of `optax.contrib.reduce_on_plateau`, on δ̄ in the place of the loss.
+      Ours; the rule of `optax.contrib.reduce_on_plateau`, with δ̄ in place of the loss.
     """
     if not (window >= 1 and tolerance >= 1):
         raise ValueError(f"window {window} and tolerance {tolerance} must be at least 1")
-    _check(floor=floor, every=every)
+    _check_arguments(floor=floor, every=every)
 
     def start():
         return DiscrepancyDecayState(
@@ -187,11 +204,11 @@ def discrepancy_decay(
         best = jnp.where(full, jnp.minimum(state.best, mean), state.best)
         return state._replace(learning_rate_scale=scale, best=best, recent=recent, held=jnp.where(halve, 0, held))
 
-    return _scaling(start, advance, every=every, needs="discrepancy")
+    return _scale_updates(start, advance, every=every, needs="discrepancy")
 
 
 class DualLearningRateState(NamedTuple):
-    """The multiplier that slows learning down. `learning_rate_scale` and `slowdown` are for `optax.tree.get`."""
+    """The multiplier that slows learning down; `optax.tree.get` finds `learning_rate_scale` and `slowdown`."""
 
     learning_rate_scale: jax.Array  # float32 [], 1 / (1 + slowdown), of the next iteration
     slowdown: jax.Array  # float32 [], s
@@ -217,11 +234,11 @@ def dual_learning_rate(
       ValueError: a negative rate, budget or bound, or `every` below 1.
 
     References:
-      Ours; dual ascent as in paper A (DCMDP), eq. 11, on the learning rate in the place of the penalty.
+      Ours; dual ascent as in paper A (DCMDP), eq. 11, on the learning rate in place of the penalty.
     """
     if not (dual_lr >= 0 and budget >= 0 and max_slowdown >= 0):
         raise ValueError(f"dual_lr {dual_lr}, budget {budget} and max_slowdown {max_slowdown} must be at least 0")
-    _check(every=every)
+    _check_arguments(every=every)
 
     def start():
         return DualLearningRateState(jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
@@ -232,25 +249,29 @@ def dual_learning_rate(
         slowdown = jnp.clip(state.slowdown + dual_lr * excess, 0.0, max_slowdown)
         return state._replace(learning_rate_scale=1 / (1 + slowdown), slowdown=slowdown)
 
-    return _scaling(start, advance, every=every, needs="discrepancy")
+    return _scale_updates(start, advance, every=every, needs="discrepancy")
 
 
 def learning_rate_scale(opt_state: optax.OptState) -> Float[Array, ""]:
-    """The factor on the next iteration's updates: the product over the chain's transforms, 1 where there is none."""
+    """The factor on the next iteration's updates: the product over the chain's transforms, 1 if there are none."""
     found = optax.tree.get_all_with_path(opt_state, "learning_rate_scale")
     return math.prod((scale for _, scale in found), start=jnp.ones((), jnp.float32))
 
 
-def _scaling(
+def _scale_updates(
     start: Callable[[], Any],
     advance: Callable[[Any, Array, dict[str, Any]], Any],
     *,
     every: int,
     needs: str | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales by the state's `learning_rate_scale`, and has `advance` move the state on once an iteration.
+    """A transform that multiplies updates by its state's `learning_rate_scale`, which `advance` renews every iteration.
 
-    `advance` gets the state, the iterations so far with this one, from 1, and the extra arguments.
+    Args:
+      start: returns the first state.
+      advance: (state, iterations so far including this one, `update`'s extra arguments) -> the next iteration's state.
+      every: updates in one training iteration.
+      needs: the extra argument that `update` cannot do without, if there is one.
     """
 
     def init(params):
@@ -269,7 +290,7 @@ def _scaling(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def _check(*, floor: float = 0.0, every: int) -> None:
+def _check_arguments(*, floor: float = 0.0, every: int) -> None:
     if not 0 <= floor <= 1:
         raise ValueError(f"floor {floor} must lie within [0, 1]")
     if every < 1:

@@ -1,4 +1,4 @@
-"""The loss scale that keeps float16 gradients in range, carried where the optimiser's state is."""
+"""The loss scale that keeps float16 gradients in range, kept in the optimiser's state."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def dynamic_loss_scale(
     growth_interval: int = 2000,
     factor: float = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps float16 gradients in range: the loss is differentiated at `loss_scale`, and gradients are divided by it.
+    """Keeps float16 gradients in range: the loss is multiplied by `loss_scale`, and its gradients are divided by it.
 
-    `make_train_step` does both. Gradients that overflowed change neither parameters nor the inner state, and the scale
-    is divided by `factor` (not below 1). After `growth_interval` finite updates in a row it is multiplied by it.
+    `make_train_step` does both. Where gradients overflow, neither the parameters nor the inner state change, and the
+    scale is divided by `factor` (but stays at least 1). After `growth_interval` consecutive updates with finite
+    gradients, it is multiplied by `factor`.
 
     Args:
-      inner: what the gradients, already divided, go to.
+      inner: the transform that receives the gradients, already divided by the scale.
       init_value: the first scale.
-      growth_interval: updates.
-      factor: above 1.
+      growth_interval: updates without an overflow after which the scale grows.
+      factor: what the scale is multiplied or divided by, above 1.
 
     Returns:
       A transform whose state holds `loss_scale`.
@@ -60,7 +61,7 @@ def dynamic_loss_scale(
         kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state.inner)
         finite = jnp.where(is_finite, state.finite + 1, 0)
         grown = state.loss_scale * jnp.where(finite == growth_interval, factor, 1.0)
-        # a scale that itself left float32's range stays where it was
+        # a scale that would leave float32's own range stays as it is
         grown = jnp.where(jnp.isfinite(grown), grown, state.loss_scale)
         scale = jnp.where(is_finite, grown, jnp.maximum(state.loss_scale / factor, 1.0))
         return changes, LossScaleState(scale, finite % growth_interval, kept)

@@ -1,4 +1,4 @@
-"""Masked reductions. What a mask hides never reaches a sum, so that NaN on padding stays there."""
+"""Masked reductions. Entries outside the mask never enter a sum, so NaN on padding does no harm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dcjax.arguments import masks
 from dcjax.types import Array
 
 Aggregation = Callable[[Array, Array], "LossSum"]
-"""(losses [B, T], mask [B, T]) -> the sum and its denominator."""
+"""(losses [B, T], mask [B, T]) -> the sum of the losses and its denominator."""
 
 
 class LossSum(NamedTuple):
-    """A sum and what to divide it by, kept apart so that microbatches and devices combine exactly."""
+    """A sum and its denominator, not yet divided, so that the sums of microbatches and devices combine exactly."""
 
     total: Float[Array, ""]
     denominator: Float[Array, ""]
@@ -29,9 +29,19 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 @masks("mask")
+def zero_outside(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"] | None) -> Float[Array, "*shape"]:
+    """x, at least float32, with 0 outside the mask; None masks nothing.
+
+    Padding is zeroed before anything is computed from it: where only the result is masked, a NaN on padding would
+    still reach the gradient, as 0 · NaN.
+    """
+    return widen(x) if mask is None else jnp.where(mask, widen(x), 0)
+
+
+@masks("mask")
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
-    """Σ x over True entries."""
-    return jnp.sum(jnp.where(mask, widen(x), 0), axis=axis)
+    """Sum of x over True entries."""
+    return jnp.sum(zero_outside(x, mask), axis=axis)
 
 
 @masks("mask")
@@ -70,12 +80,12 @@ def seq_mean_token_mean(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -
 
 @masks("mask")
 def seq_mean_token_sum(losses: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> LossSum:
-    """(1/N) Σ_i Σ_t ℓ_it: the gradient of the log-prob of whole responses. N counts those that have a token."""
+    """(1/N) Σ_i Σ_t ℓ_it: losses are summed over whole responses. N counts the responses that have a token."""
     return _over_responses(masked_sum(losses, mask), mask)
 
 
 def seq_mean_token_sum_norm(horizon: int) -> Aggregation:
-    """(1/N) Σ_i (1/H) Σ_t ℓ_it: sums over responses, divided by one length for all of them.
+    """(1/N) Σ_i (1/H) Σ_t ℓ_it: the sum over each response, divided by the same length for all of them.
 
     Args:
       horizon: H, tokens; the longest response that the sampler allows.

@@ -1,7 +1,8 @@
-"""What a step reports of the gaps between policies: the one that samples, the one that trains, and its own past.
+"""What a step reports of the gaps between the policy that samples, the one that trains, and its own earlier self.
 
-Mismatch is old − rollout, staleness is logps − old: the same figures of two gaps, under names that are kept apart. All
-are over response tokens; rows without one are left out of every mean, and without any token everything is 0.
+The mismatch is the gap old − rollout and the staleness is the gap logps − old. Both have the same metrics, under
+different names. All are over response tokens; rows without a token are left out of every mean, and with no token at
+all every metric is 0.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from jaxtyping import Bool, Float
 
 from dcjax.arguments import masks
 from dcjax.rl.discrepancy import probability_difference
-from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp
-from dcjax.rl.masked import masked_max, masked_mean, response_mean, widen
+from dcjax.rl.losses import bounded_exp, clamp_log_ratio
+from dcjax.rl.masked import masked_max, masked_mean, response_mean, zero_outside
 from dcjax.types import Array
 
 PERCENTILES = (50, 90, 99)
-"""Of |p − q| over tokens."""
+"""The percentiles of |p − q| over tokens that are reported."""
 SMALLEST_DIFFERENCE = 1e-8
-"""Lower end of the histogram of |p − q|; what is smaller is float32's rounding, and reported as 0."""
+"""Lower end of the histogram of |p − q|. Smaller differences are float32's rounding, and are reported as 0."""
 BINS = 1024
-"""Of the histogram from SMALLEST_DIFFERENCE to 1, equally wide in the logarithm: neighbours differ by 1.8%."""
+"""Bins of the histogram from SMALLEST_DIFFERENCE to 1, equally wide in the logarithm: neighbours differ by 1.8%."""
 
 
 @masks("mask")
 def mismatch_metrics(
     *, old_logps: Float[Array, "B T"], rollout_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
-    """The gap old − rollout, each metric a scalar of at least float32.
+    """Metrics of the gap old − rollout, each a scalar of at least float32.
 
-    Everything of `gap_metrics`, with p of `old_logps` and q of `rollout_logps`, and of whole responses
-    (log ppl(τ) = −Σ_t log π(y_t), paper B, eqs. 7-8), each a mean over responses:
+    They are those of `gap_metrics`, with p of `old_logps` and q of `rollout_logps`, and the following of the perplexity
+    of whole responses (log ppl(τ) = −Σ_t log π(y_t), paper B, eqs. 7-8), each a mean over responses:
 
-    - `log_ppl_old`, `log_ppl_rollout`: the two policies' log ppl.
+    - `log_ppl_old`, `log_ppl_rollout`: log ppl of the two policies.
     - `log_ppl_abs_diff`: |log ppl_old − log ppl_rollout|.
     - `log_ppl_old_per_token`, `log_ppl_rollout_per_token`, `log_ppl_abs_diff_per_token`: the same with each response's
       figure divided by its length (verl's).
@@ -44,13 +45,20 @@ def mismatch_metrics(
       old_logps: log-probs of the sampled tokens under the training backend at the rollout's weights.
       rollout_logps: log-probs that the serving engine sampled them with.
       mask: response tokens.
+
+    Examples:
+      >>> old_logps, rollout_logps = jnp.log(jnp.array([[[0.5, 0.9, 0.3]], [[0.4, 0.8, 0.8]]]))
+      >>> mask = jnp.array([[True, True, False]])
+      >>> metrics = mismatch_metrics(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask)
+      >>> {name: round(float(metrics[name]), 4) for name in ("prob_diff_mean", "prob_diff_max", "k3", "ess")}
+      {'prob_diff_mean': 0.1, 'prob_diff_max': 0.1, 'k3': 0.017, 'ess': 0.9972}
     """
-    old_logps, rollout_logps = _visible(old_logps, mask), _visible(rollout_logps, mask)
+    old_logps, rollout_logps = zero_outside(old_logps, mask), zero_outside(rollout_logps, mask)
     lengths, rows = jnp.maximum(jnp.sum(mask, axis=1), 1), jnp.any(mask, axis=1)
     whole = {
         "log_ppl_old": -jnp.sum(old_logps, axis=1),
         "log_ppl_rollout": -jnp.sum(rollout_logps, axis=1),
-        # summed as a difference: the two sums share nearly all of their digits
+        # differences are summed, not sums subtracted: the two sums share nearly all of their digits
         "log_ppl_abs_diff": jnp.abs(jnp.sum(old_logps - rollout_logps, axis=1)),
     }
     return gap_metrics(logps=old_logps, reference_logps=rollout_logps, mask=mask) | {
@@ -63,10 +71,10 @@ def mismatch_metrics(
 def staleness_metrics(
     *, logps: Float[Array, "B T"], old_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
-    """The gap logps − old, opened by an iteration's own updates: `gap_metrics` with p of `logps` and q of `old_logps`.
+    """Metrics of the gap logps − old, which an iteration's own updates open: `gap_metrics` of `logps` and `old_logps`.
 
     Args:
-      logps: log-probs under the policy at each minibatch's turn.
+      logps: log-probs under the policy that each minibatch's update began with.
       old_logps: as in `mismatch_metrics`.
       mask: response tokens.
     """
@@ -77,28 +85,28 @@ def staleness_metrics(
 def gap_metrics(
     *, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> dict[str, Float[Array, ""]]:
-    """How far p is from q, of which the tokens are thought to be samples; ρ = p/q, log ρ clamped to ±20.
+    """How far p is from q, where the tokens are assumed to be samples of q; ρ = p/q, log ρ clamped to ±20.
 
-    Of staleness the tokens are samples of neither: its k1, k3, χ² and ess are estimates only up to the mismatch.
+    For staleness they are samples of neither policy: its k1, k3, χ² and ess are estimates only up to the mismatch.
 
     - `prob_diff_mean`, `prob_diff_max`: of |p − q| over tokens.
-    - `prob_diff_p50`, `prob_diff_p90`, `prob_diff_p99`: its quantiles, by `log_quantiles`.
+    - `prob_diff_p50`, `prob_diff_p90`, `prob_diff_p99`: percentiles of |p − q| over tokens, by `log_quantiles`.
     - `log_diff_mean`: of |log p − log q| over tokens.
-    - `k1`, `k3`: estimates of KL(q‖p): −log ρ and ρ − 1 − log ρ with that log not clamped; token means.
+    - `k1`, `k3`: estimates of KL(q‖p), the means over tokens of −log ρ and ρ − 1 − log ρ, their log ρ not clamped.
     - `chi2_token`: mean ρ² − 1 over tokens. `chi2_sequence`: the same over responses with ρ = Π_t ρ_t.
-    - `ess`: effective share of the tokens as samples of p, (Σρ)² / (n Σρ²), in (0, 1].
-    - `tv`: total variation, ½ mean |ρ − 1|. `tv_pinsker`: its bound √(k3 / 2).
+    - `ess`: effective sample size for p as a share of the n tokens, (Σρ)² / (n Σρ²), in (0, 1].
+    - `tv`: total variation, ½ mean |ρ − 1| over tokens. `tv_pinsker`: its bound √(k3 / 2).
 
     Args:
       logps: log p of the sampled tokens.
-      reference_logps: log q of them.
+      reference_logps: log q of the sampled tokens.
       mask: response tokens.
     """
-    logps, reference_logps = _visible(logps, mask), _visible(reference_logps, mask)
+    logps, reference_logps = zero_outside(logps, mask), zero_outside(reference_logps, mask)
     difference = probability_difference(old_logps=logps, rollout_logps=reference_logps)
     log_ratio = logps - reference_logps
-    # ρ − 1, which ρ rounded to 1 ± 1e-7 would not give
-    excess = jnp.expm1(_clamped(log_ratio))
+    # ρ − 1, with the digits that are lost when ρ is rounded
+    excess = jnp.expm1(clamp_log_ratio(log_ratio))
     k3, largest = masked_mean(excess - log_ratio, mask), masked_max(difference, mask)
     quantiles = jnp.minimum(log_quantiles(difference, mask), largest)
     return {
@@ -110,10 +118,10 @@ def gap_metrics(
         "k3": k3,
         # ρ² − 1 = (ρ − 1)² + 2 (ρ − 1)
         "chi2_token": masked_mean(jnp.square(excess) + 2 * excess, mask),
-        "chi2_sequence": masked_mean(jnp.expm1(2 * _clamped(jnp.sum(log_ratio, axis=1))), jnp.any(mask, axis=1)),
-        "ess": _effective_share(bounded_exp(log_ratio), mask),
+        "chi2_sequence": masked_mean(jnp.expm1(2 * clamp_log_ratio(jnp.sum(log_ratio, axis=1))), jnp.any(mask, axis=1)),
+        "ess": _effective_sample_share(bounded_exp(log_ratio), mask),
         "tv": masked_mean(jnp.abs(excess), mask) / 2,
-        # a mean of roundings may be below 0
+        # rounding may take the mean below 0
         "tv_pinsker": jnp.sqrt(jnp.maximum(k3, 0) / 2),
     }
 
@@ -132,10 +140,10 @@ def budget_metrics(
     - `over_budget_fraction`: tokens with δ > c.
 
     Args:
-      discrepancy: δ, in whatever unit the budget has.
+      discrepancy: δ, in the unit of the budget.
       mask: response tokens.
       budget: c.
-      average: δ and mask to δ̄: `response_mean` (paper A), or `masked_mean` over tokens.
+      average: (δ, mask) -> δ̄: `response_mean` (paper A), or `masked_mean` over tokens.
     """
     mean = average(discrepancy, mask)
     over = (discrepancy > budget).astype(mean.dtype)
@@ -146,32 +154,25 @@ def budget_metrics(
 def log_quantiles(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "quantiles"]:
     """The PERCENTILES of x in [0, 1] over True entries, from a histogram of BINS bins with logarithmic edges.
 
-    Each is the middle of the bin that holds the ⌈percent · n / 100⌉-th smallest entry, so at most .9% from that entry;
-    0 where it is below SMALLEST_DIFFERENCE or there are no entries. A histogram adds up over devices and needs no sort.
+    Each is the middle of the bin that holds the ⌈percent · n / 100⌉-th smallest entry, and so at most .9% from that
+    entry. It is 0 where that entry is below SMALLEST_DIFFERENCE, or where there are no entries. Unlike sorting, a
+    histogram only needs a sum over devices.
     """
     density = BINS / -math.log(SMALLEST_DIFFERENCE)
     seen = mask & (x >= SMALLEST_DIFFERENCE)
     above = jnp.log(jnp.where(seen, x, SMALLEST_DIFFERENCE) / SMALLEST_DIFFERENCE)
-    # bin 0 is of what is smaller
+    # bin 0 holds what is smaller than SMALLEST_DIFFERENCE
     bins = jnp.where(seen, jnp.clip(1 + jnp.floor(above * density), 1, BINS), 0).astype(jnp.int32)
     counts = jnp.zeros(BINS + 1, jnp.int32).at[bins.reshape(-1)].add(mask.reshape(-1).astype(jnp.int32))
     cumulative = jnp.cumsum(counts)
     hundreds, rest = jnp.divmod(cumulative[-1], 100)
-    # in whole numbers, and such that they stay within int32
+    # ⌈percent · n / 100⌉ in integers that do not overflow int32
     needed = [hundreds * percent + (rest * percent + 99) // 100 for percent in PERCENTILES]
     found = jnp.searchsorted(cumulative, jnp.stack(needed))
     middles = SMALLEST_DIFFERENCE * jnp.exp((jnp.arange(1, BINS + 1) - 0.5) / density)
     return jnp.concatenate([jnp.zeros(1), middles])[found].astype(x.dtype)
 
 
-def _effective_share(weights: Array, mask: Array) -> Array:
-    # the least mean square is e⁻⁴⁰, so that only no token at all gives 0 over 0
+def _effective_sample_share(weights: Array, mask: Array) -> Array:
+    # ρ² is at least e⁻⁴⁰, so the denominator is 0 only where there is no token at all
     return jnp.square(masked_mean(weights, mask)) / jnp.where(jnp.any(mask), masked_mean(jnp.square(weights), mask), 1)
-
-
-def _visible(logps: Array, mask: Array) -> Array:
-    return jnp.where(mask, widen(logps), 0)
-
-
-def _clamped(log_ratio: Array) -> Array:
-    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -1,4 +1,4 @@
-"""What the discrepancy costs: shapes of pen(δ), and the penalised advantage (paper A, eqs. 3-4 and 8-10)."""
+"""Penalties on the discrepancy: shapes of pen(δ), and the penalised advantage (paper A, eqs. 3-4 and 8-10)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PenaltyShape = Callable[[Array], Array]
 """δ [B, T] -> pen(δ) [B, T]."""
 
 PenaltyForm = Callable[[Array, Array], Array]
-"""(pen(δ) [B, T], response mask [B, T]) -> what is subtracted from the advantage, before λ."""
+"""(pen(δ) [B, T], response mask [B, T]) -> the penalty that, times λ, is subtracted from the advantage, [B, T]."""
 
 
 def linear(discrepancy: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -25,7 +25,7 @@ def linear(discrepancy: Float[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 def shifted(budget: float) -> PenaltyShape:
-    """pen(δ) = δ − c, the Lagrangian read literally: tokens under the budget are rewarded.
+    """pen(δ) = δ − c, the Lagrangian taken literally: tokens under the budget are rewarded.
 
     Raises:
       ValueError: a budget that is negative or not a number.
@@ -41,7 +41,7 @@ def hinge(threshold: float) -> PenaltyShape:
       ValueError: a threshold that is negative or not a number.
 
     References:
-      Paper A (DCMDP), §5, threshold-based truncation; of its two readings, the continuous one.
+      Paper A (DCMDP), §5, threshold-based truncation; the continuous one of its two readings.
     """
     _require_tolerance("threshold", threshold)
     return lambda discrepancy: jnp.maximum(discrepancy - threshold, 0)
@@ -54,7 +54,7 @@ def gate(threshold: float) -> PenaltyShape:
       ValueError: a threshold that is negative or not a number.
 
     References:
-      Paper A (DCMDP), §5, threshold-based truncation; of its two readings, the one that jumps.
+      Paper A (DCMDP), §5, threshold-based truncation; the discontinuous one of its two readings.
     """
     _require_tolerance("threshold", threshold)
     return lambda discrepancy: jnp.where(discrepancy > threshold, discrepancy, 0)
@@ -74,11 +74,11 @@ def as_published(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Floa
 
 @masks("mask")
 def centred_on_response(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """pen_t − (1/T_i) Σ_s pen_s over the response's tokens: it moves credit within a response, and sums to 0 there.
+    """pen_t − (1/T_i) Σ_s pen_s over the response's tokens: it moves credit within a response, and sums to 0 over it.
 
-    Centring on the response and not on its group needs nothing but the row itself. A group's mean penalty does not
-    exist where rows are cut into microbatches: with one update an iteration, the pass that yields a row's `old_logps`
-    is the one that is differentiated, before the rest of the group has been seen. A sequence-level δ leaves nothing.
+    Centring on the response needs only the row itself. The mean penalty of a group is not known where rows are cut into
+    microbatches: with one update per iteration, the pass that yields a row's `old_logps` is the one that is
+    differentiated, before the rest of the group has been computed. A sequence-level δ centres to 0.
     """
     return penalty - masked_mean(penalty, mask, axis=1)[:, None]
 
@@ -93,7 +93,7 @@ def penalize(
     """Ã_it = A_it − λ · pen(δ_it), the penalty under stop-gradient.
 
     Args:
-      advantages: A, already spread over tokens.
+      advantages: A of each token.
       discrepancy: δ.
       multiplier: λ.
       shape: pen.
@@ -103,5 +103,12 @@ def penalize(
 
     References:
       Paper A (DCMDP), eqs. 3-4 and 8-10.
+
+    Examples:
+      >>> advantages, discrepancy = jnp.array([[1.0, 1.0]]), jnp.array([[0.0, 0.5]])
+      >>> penalize(advantages, discrepancy, multiplier=0.5).tolist()
+      [[1.0, 0.75]]
+      >>> penalize(advantages, discrepancy, multiplier=0.5, shape=hinge(0.25)).tolist()
+      [[1.0, 0.875]]
     """
     return advantages - multiplier * jax.lax.stop_gradient(shape(discrepancy))

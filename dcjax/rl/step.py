@@ -1,9 +1,16 @@
-"""The training step: one pure function from (TrainState, Batch) to (TrainState, Metrics)."""
+"""The training step: one pure function from (TrainState, Batch) to (TrainState, Metrics).
+
+The file follows a batch from top to bottom. `_train_step` is one training iteration: it recomputes log-probs
+(`_recompute_logps`), makes each of the optimiser's updates (`_update`) on the gradients of a minibatch
+(`_accumulate_gradients`), and computes the metrics (`_metrics`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -20,26 +27,88 @@ from dcjax.rl.transforms import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
 ApplyFn = Callable[[Params, Batch], tuple[Array, Array, dict[str, Array]]]
-"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics by row, [B]."""
+"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics per row, [B]."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 GRAD_NORM_DECAY = 0.9
-"""Of the moving average of the gradient norm (paper B, figure 3)."""
+"""Decay of the moving average of the gradient norm (paper B, figure 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What a step is built from: the arguments of `make_train_step`, which describes them.
+
+    Raises:
+      ValueError: a size below 1.
+    """
+
+    apply_fn: ApplyFn
+    tx: optax.GradientTransformationExtraArgs
+    surrogate: Surrogate
+    objective: LossTransform
+    aggregate: Aggregation
+    discrepancy: Discrepancy
+    mean_discrepancy: Callable[[Array, Array], Array]
+    group_size: int
+    microbatch_size: int
+    updates: int
+    ahead: bool
+
+    def __post_init__(self) -> None:
+        for name, size in self.sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that a batch has to divide by."""
+        return {"group_size": self.group_size, "microbatch_size": self.microbatch_size, "updates": self.updates}
+
+    @property
+    def recomputes_old_logps(self) -> bool:
+        """Whether `old_logps` take a pass of their own; where not, the pass that is differentiated yields them."""
+        return self.updates > 1 or self.ahead
+
+    def token_discrepancy(self, old_logps: Array, batch: Batch) -> Array:
+        """δ of each token, [B, T]."""
+        return self.discrepancy(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
+
+    def batch_discrepancy(self, old_logps: Array, batch: Batch) -> Array:
+        """δ̄ over all responses of the batch, [], whatever the objective drops."""
+        return self.mean_discrepancy(self.token_discrepancy(old_logps, batch), batch.response_mask)
+
+
+class Minibatch(NamedTuple):
+    """The rows of one update, or of one microbatch of it, with the log-probs that were computed before the updates."""
+
+    batch: Batch
+    # [B, T]; None where the pass that is differentiated yields them
+    old_logps: Array | None
+    # [B, T]; None where the state has no reference policy
+    reference_logps: Array | None
 
 
 @flax.struct.dataclass
-class Pass:
-    """What a forward and backward pass leaves behind beside gradients, each with the batch's rows in front."""
+class RowOutputs:
+    """What the differentiated pass computed for each row, besides the gradients."""
 
-    # [B, T]
+    # [B, T] each
     logps: Array
     entropy: Array
     clipped: Array
     # tokens that the objective left in the loss
-    counted: Array
+    loss_mask: Array
     # [B] each, of the model and of the objective's transforms
-    row_metrics: dict[str, Array]
+    metrics: dict[str, Array]
+
+
+class UpdateOutputs(NamedTuple):
+    """What one update leaves for the metrics."""
+
+    loss: Array
+    grad_norm: Array
+    rows: RowOutputs
 
 
 def make_train_step(
@@ -56,184 +125,207 @@ def make_train_step(
     updates: int = 1,
     ahead: bool = False,
 ) -> TrainStep:
-    """Builds the step; jit it with donation of the state.
+    """Builds the step; jit it with the state donated.
 
-    With one update, the pass that is differentiated also yields `old_logps`. With several, they are computed once,
-    before the first. Where rollouts are ahead of the trainer, `old_logps` are of the parameters that sampled them, so
-    that mismatch and staleness stay apart. Gradients are summed over microbatches and divided once by the minibatch's
-    denominator. Where `tx` holds a `loss_scale` (`dynamic_loss_scale`), the loss is differentiated at that scale.
+    With one update an iteration, the pass that is differentiated also yields `old_logps`. With several, they are
+    computed once, before the first update. Where rollouts are sampled ahead of the trainer, `old_logps` are those of
+    the parameters that sampled, so that mismatch and staleness are measured separately. Gradients are summed over
+    microbatches and divided once by the minibatch's denominator. Where `tx` holds a `loss_scale`
+    (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
 
     Args:
       apply_fn: the training policy.
       tx: one optax chain: clip, Adam, learning rate and, for DC-GRPO, `dual_ascent(..., every=updates)`.
-      surrogate: `clipped_surrogate` with its bounds, say.
+      surrogate: for example `clipped_surrogate` with its bounds.
       objective: a chain of loss transforms.
-      aggregate: how the tokens' losses are summed, and by what they are divided over a minibatch.
-      discrepancy: δ of which `tx` and the metrics see the mean; the penalty's own, where there is one.
+      aggregate: how the losses of tokens are summed, and what the sum of a minibatch is divided by.
+      discrepancy: the δ whose mean `tx` and the metrics get; where the objective has a penalty, the penalty's own.
       mean_discrepancy: (δ, mask) -> δ̄, over all responses of the iteration.
-      group_size: responses a prompt; a minibatch is made of whole prompts.
+      group_size: responses to one prompt; a minibatch consists of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
-      ahead: rollouts were sampled with the state's oldest history.
+      ahead: whether rollouts were sampled with the oldest parameters of the state's history.
 
     Raises:
       ValueError: a size below 1; when the step is traced, a batch that does not divide into whole groups, updates and
         microbatches.
     """
-    sizes = {"group_size": group_size, "microbatch_size": microbatch_size, "updates": updates}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
-
-    # from the pass that is differentiated
-    apart = updates > 1 or ahead
-
-    def loss(params: Params, batch: Batch, old_logps, reference_logps, mean_reward, multiplier, scale):
-        logps, entropy, observed = apply_fn(params, batch)
-        old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
-        context = Context(batch, logps, old_logps, multiplier, mean_reward, reference_logps)
-        terms = objective(initial_terms(batch), context)
-        losses, clipped = surrogate(
-            logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
-        )
-        total, denominator = aggregate(losses + terms.loss, terms.mask)
-        passed = Pass(logps, entropy, clipped, terms.mask, terms.metrics | observed)
-        return total * scale, (total, denominator, passed)
-
-    def differentiate(state: TrainState, rows, mean_reward):
-        multiplier = _multiplier(state)
-        scale = 1.0 if (held := _loss_scale(state)) is None else held
-
-        def accumulate(sums, rows):
-            grads, (total, denominator, passed) = jax.grad(loss, has_aux=True)(
-                state.params, *rows, mean_reward, multiplier, scale
-            )
-            return jax.tree.map(jnp.add, sums, (grads, total, denominator)), passed
-
-        # microbatches are added up in float32, whatever the parameters' dtype
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params
-        )
-        sums = (zeros, jnp.zeros(()), jnp.zeros(()))
-        (grads, total, denominator), passed = jax.lax.scan(accumulate, sums, microbatches(rows))
-        denominator = jnp.maximum(denominator, 1.0)
-        grads = jax.tree.map(lambda g: g / (denominator * scale), grads)
-        return grads, total / denominator, _gather(passed, 1)
-
-    def microbatches(tree):
-        return _deal(tree, jax.tree.leaves(tree)[0].shape[0] // microbatch_size, 1)
-
-    def recompute(params: Params, minibatches: Batch) -> Array:
-        def of_minibatch(minibatch: Batch) -> Array:
-            return _gather(jax.lax.map(lambda rows: apply_fn(params, rows)[0], microbatches(minibatch)), 1)
-
-        return jax.lax.map(of_minibatch, minibatches)
-
-    def gaps(old_logps: Array, batch: Batch) -> Array:
-        return discrepancy(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
-
-    def mean_gap(old_logps: Array, batch: Batch) -> Array:
-        # over all responses of the iteration, whatever the objective drops
-        return mean_discrepancy(gaps(old_logps, batch), batch.response_mask)
-
-    def update(state: TrainState, rows, gap, batch: Batch):
-        grads, loss, passed = differentiate(state, rows, jnp.mean(batch.rewards))
-        # with one update its rows are the whole batch
-        gap = mean_gap(passed.logps, rows[0]) if gap is None else gap
-        measured = {"discrepancy": gap, "response_length": _mean_length(batch)}
-        changes, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
-        state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-        return state, (loss, optax.tree.norm(grads), passed)
+    spec = StepSpec(
+        apply_fn=apply_fn,
+        tx=tx,
+        surrogate=surrogate,
+        objective=objective,
+        aggregate=aggregate,
+        discrepancy=discrepancy,
+        mean_discrepancy=mean_discrepancy,
+        group_size=group_size,
+        microbatch_size=microbatch_size,
+        updates=updates,
+        ahead=ahead,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows = batch.rewards.shape[0]
-        if rows % (updates * group_size) or rows // updates % microbatch_size:
-            raise ValueError(f"a batch of {rows} responses does not divide by {sizes}")
-        batch = as_sequences(batch)
-        minibatches = _deal(batch, updates, group_size)
-        reference_logps = None if state.reference is None else recompute(state.reference, minibatches)
-        old_logps = gap = None
-        if apart:
-            old_logps = recompute(state.history[0] if ahead else state.params, minibatches)
-            gap = mean_gap(_gather(old_logps, group_size), batch)
-        trained, (losses, grad_norms, passed) = jax.lax.scan(
-            lambda state, rows: update(state, rows, gap, batch), state, (minibatches, old_logps, reference_logps)
-        )
-        passed = _gather(passed, group_size)
-        old_logps = _gather(old_logps, group_size) if apart else passed.logps
-        smoothed = _smooth(state, grad_norms)
-        metrics = _batch_metrics(batch, old_logps, passed, stale=apart) | _state_metrics(state)
-        metrics |= {
-            "loss": jnp.mean(losses),
-            "grad_norm": jnp.mean(grad_norms),
-            "grad_norm_smoothed": smoothed,
-            # not finite where an update overflowed, which the loss shows only a step later
-            "param_norm": optax.tree.norm(trained.params),
-            "dual/discrepancy": mean_gap(old_logps, batch),
-            "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask),
-        }
-        if "dual/budget" in metrics:
-            delta, mask = gaps(old_logps, batch), batch.response_mask
-            against = budget_metrics(
-                discrepancy=delta, mask=mask, budget=metrics["dual/budget"], average=mean_discrepancy
-            )
-            metrics |= {f"dual/{name}": value for name, value in against.items()}
-        if "loss_scale" in metrics:
-            metrics["overflow"] = jnp.mean(~jnp.isfinite(grad_norms))
-        history = (*state.history, state.params)[1:] if state.history else ()
-        moved_on = {"step": state.step + 1, "grad_norm_smoothed": smoothed, "history": history}
-        return dataclasses.replace(trained, **moved_on), metrics
+        return _train_step(spec, state, batch)
 
     return train_step
 
 
-def _deal(tree, parts: int, unit: int):
-    """Rows dealt round-robin in units to `parts`: [B, ...] -> [parts, B / parts, ...].
+def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One training iteration: every row of the batch is in one minibatch, and every minibatch makes one update."""
+    rows = batch.rewards.shape[0]
+    if rows % (spec.updates * spec.group_size) or rows // spec.updates % spec.microbatch_size:
+        raise ValueError(f"a batch of {rows} responses does not divide by {spec.sizes}")
+    batch = as_sequences(batch)
+    minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
-    Each part takes its share from every stretch of rows, so that rows sharded over devices stay where they are.
-    """
-    return jax.tree.map(
-        lambda x: x.reshape(-1, parts, unit, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:]),
-        tree,
+    # what stays the same through the updates
+    reference_logps = None if state.reference is None else _recompute_logps(spec, state.reference, minibatches)
+    old_logps = mean_discrepancy = None
+    if spec.recomputes_old_logps:
+        sampling_params = state.history[0] if spec.ahead else state.params
+        old_logps = _recompute_logps(spec, sampling_params, minibatches)
+        mean_discrepancy = spec.batch_discrepancy(_merge_rows(old_logps, spec.group_size), batch)
+
+    def update(state: TrainState, minibatch: Minibatch) -> tuple[TrainState, UpdateOutputs]:
+        return _update(spec, state, minibatch, batch, mean_discrepancy)
+
+    trained, outputs = jax.lax.scan(update, state, Minibatch(minibatches, old_logps, reference_logps))
+
+    outputs = outputs._replace(rows=_merge_rows(outputs.rows, spec.group_size))
+    old_logps = outputs.rows.logps if old_logps is None else _merge_rows(old_logps, spec.group_size)
+    trained = dataclasses.replace(trained, grad_norm_smoothed=_smoothed_grad_norm(state, outputs.grad_norm))
+    metrics = _metrics(spec, batch, old_logps, outputs, before=state, after=trained)
+    history = (*state.history, state.params)[1:] if state.history else ()
+    return dataclasses.replace(trained, step=state.step + 1, history=history), metrics
+
+
+def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch) -> Array:
+    """[updates, B / updates, T]: log-probs of the response tokens under `params`, a microbatch at a time."""
+
+    def logps_of_minibatch(minibatch: Batch) -> Array:
+        microbatches = _microbatches(minibatch, spec.microbatch_size)
+        return _merge_rows(jax.lax.map(lambda microbatch: spec.apply_fn(params, microbatch)[0], microbatches), 1)
+
+    return jax.lax.map(logps_of_minibatch, minibatches)
+
+
+def _update(
+    spec: StepSpec, state: TrainState, minibatch: Minibatch, batch: Batch, mean_discrepancy: Array | None
+) -> tuple[TrainState, UpdateOutputs]:
+    """One optimiser update by the minibatch's gradients; the scalars that `tx` is given are of the whole batch."""
+    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, jnp.mean(batch.rewards))
+    if mean_discrepancy is None:
+        # this is the only update, and its minibatch the whole batch
+        mean_discrepancy = spec.batch_discrepancy(rows.logps, minibatch.batch)
+    changes, opt_state = spec.tx.update(
+        grads,
+        state.opt_state,
+        state.params,
+        discrepancy=mean_discrepancy,
+        response_length=_mean_response_length(batch),
+    )
+    state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+    return state, UpdateOutputs(loss, optax.tree.norm(grads), rows)
+
+
+def _accumulate_gradients(
+    spec: StepSpec, state: TrainState, minibatch: Minibatch, mean_reward: Array
+) -> tuple[Params, Array, RowOutputs]:
+    """Gradients and loss of a minibatch: sums over its microbatches, divided once by the minibatch's denominator."""
+    loss_scale = optax.tree.get(state.opt_state, "loss_scale", 1.0)
+    loss_fn = partial(
+        _microbatch_loss,
+        spec,
+        mean_reward=mean_reward,
+        multiplier=optax.tree.get(state.opt_state, "multiplier"),
+        loss_scale=loss_scale,
     )
 
+    def add_microbatch(sums, microbatch: Minibatch):
+        grads, (total, denominator, rows) = jax.grad(loss_fn, has_aux=True)(state.params, microbatch)
+        return jax.tree.map(jnp.add, sums, (grads, total, denominator)), rows
 
-def _gather(tree, unit: int):
-    """Undoes `_deal`."""
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree
+    # sums are float32, whatever the parameters' dtype
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params)
+    microbatches = _microbatches(minibatch, spec.microbatch_size)
+    (grads, total, denominator), rows = jax.lax.scan(
+        add_microbatch, (zeros, jnp.zeros(()), jnp.zeros(())), microbatches
     )
+    denominator = jnp.maximum(denominator, 1.0)
+    grads = jax.tree.map(lambda grad: grad / (denominator * loss_scale), grads)
+    return grads, total / denominator, _merge_rows(rows, 1)
 
 
-def _multiplier(state: TrainState) -> Array | None:
-    return optax.tree.get(state.opt_state, "multiplier")
+def _microbatch_loss(
+    spec: StepSpec,
+    params: Params,
+    microbatch: Minibatch,
+    *,
+    mean_reward: Array,
+    multiplier: Array | None,
+    loss_scale: Array | float,
+) -> tuple[Array, tuple[Array, Array, RowOutputs]]:
+    """The scaled sum of the losses, which is differentiated, and beside it the sum, its denominator and the rows."""
+    batch, old_logps, reference_logps = microbatch
+    logps, entropy, model_metrics = spec.apply_fn(params, batch)
+    old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
+    context = Context(batch, logps, old_logps, multiplier, mean_reward, reference_logps)
+    terms = spec.objective(initial_terms(batch), context)
+    losses, clipped = spec.surrogate(
+        logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
+    )
+    total, denominator = spec.aggregate(losses + terms.loss, terms.mask)
+    rows = RowOutputs(logps, entropy, clipped, terms.mask, terms.metrics | model_metrics)
+    return total * loss_scale, (total, denominator, rows)
 
 
-def _loss_scale(state: TrainState) -> Array | None:
-    return optax.tree.get(state.opt_state, "loss_scale")
+def _metrics(
+    spec: StepSpec, batch: Batch, old_logps: Array, outputs: UpdateOutputs, *, before: TrainState, after: TrainState
+) -> Metrics:
+    """Metrics of an iteration; λ, budget, loss scale and learning rate are those that its updates used."""
+    metrics = _row_metrics(spec, batch, old_logps, outputs.rows) | _optimizer_metrics(before)
+    metrics |= {
+        "loss": jnp.mean(outputs.loss),
+        "grad_norm": jnp.mean(outputs.grad_norm),
+        "grad_norm_smoothed": after.grad_norm_smoothed,
+        # not finite where an update overflowed, which the loss shows only one step later
+        "param_norm": optax.tree.norm(after.params),
+        "dual/discrepancy": spec.batch_discrepancy(old_logps, batch),
+        "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask),
+    }
+    if "dual/budget" in metrics:
+        against_budget = budget_metrics(
+            discrepancy=spec.token_discrepancy(old_logps, batch),
+            mask=batch.response_mask,
+            budget=metrics["dual/budget"],
+            average=spec.mean_discrepancy,
+        )
+        metrics |= {f"dual/{name}": value for name, value in against_budget.items()}
+    if "loss_scale" in metrics:
+        metrics["overflow"] = jnp.mean(~jnp.isfinite(outputs.grad_norm))
+    return metrics
 
 
-def _first_nonfinite(logps: Array, mask: Array) -> Array:
-    """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 where all are."""
-    bad = (mask & ~jnp.isfinite(logps)).reshape(-1)
-    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+def _row_metrics(spec: StepSpec, batch: Batch, old_logps: Array, rows: RowOutputs) -> Metrics:
+    """Means over the batch's rows and tokens; staleness only where `old_logps` are not those of the same pass."""
+    mask = batch.response_mask
+    mismatch = mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=mask)
+    staleness = {}
+    if spec.recomputes_old_logps:
+        staleness = staleness_metrics(logps=rows.logps, old_logps=old_logps, mask=mask)
+    return {
+        "reward": jnp.mean(batch.rewards),
+        "response_length": _mean_response_length(batch),
+        "entropy": masked_mean(rows.entropy, mask),
+        "clip_fraction": masked_mean(rows.clipped.astype(jnp.float32), rows.loss_mask),
+        **{name: jnp.mean(values) for name, values in rows.metrics.items()},
+        **{f"mismatch/{name}": value for name, value in mismatch.items()},
+        **{f"staleness/{name}": value for name, value in staleness.items()},
+    }
 
 
-def _mean_length(batch: Batch) -> Array:
-    return jnp.mean(jnp.sum(batch.response_mask, axis=1).astype(jnp.float32))
-
-
-def _smooth(state: TrainState, grad_norms: Array) -> Array:
-    """Moves on by the mean norm of the iteration's updates; one that overflowed leaves it where it was."""
-    grad_norm = jnp.mean(grad_norms)
-    moved = GRAD_NORM_DECAY * state.grad_norm_smoothed + (1 - GRAD_NORM_DECAY) * grad_norm
-    # 0 is the state before the first gradient
-    moved = jnp.where(state.grad_norm_smoothed == 0, grad_norm, moved)
-    return jnp.where(jnp.isfinite(grad_norm), moved, state.grad_norm_smoothed)
-
-
-def _state_metrics(state: TrainState) -> Metrics:
-    """What the optimiser's chain held for this iteration, of what it holds at all; GRPO is λ = 0."""
+def _optimizer_metrics(state: TrainState) -> Metrics:
+    """The scalars that the optimiser's state holds for this iteration; λ is 0 where there is no dual ascent."""
     fields = {
         "dual/multiplier": "multiplier",
         "dual/budget": "budget",
@@ -246,16 +338,42 @@ def _state_metrics(state: TrainState) -> Metrics:
     return {"dual/multiplier": jnp.zeros(()), "learning_rate_scale": learning_rate_scale(state.opt_state)} | found
 
 
-def _batch_metrics(batch: Batch, old_logps: Array, passed: Pass, *, stale: bool) -> Metrics:
-    mask = batch.response_mask
-    mismatch = mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=mask)
-    staleness = staleness_metrics(logps=passed.logps, old_logps=old_logps, mask=mask) if stale else {}
-    return {
-        "reward": jnp.mean(batch.rewards),
-        "response_length": _mean_length(batch),
-        "entropy": masked_mean(passed.entropy, mask),
-        "clip_fraction": masked_mean(passed.clipped.astype(jnp.float32), passed.counted),
-        **{name: jnp.mean(rows) for name, rows in passed.row_metrics.items()},
-        **{f"mismatch/{name}": value for name, value in mismatch.items()},
-        **{f"staleness/{name}": value for name, value in staleness.items()},
-    }
+def _smoothed_grad_norm(state: TrainState, grad_norms: Array) -> Array:
+    """The moving average after an iteration with these norms; it stays as it was where one of them overflowed."""
+    grad_norm = jnp.mean(grad_norms)
+    moved = GRAD_NORM_DECAY * state.grad_norm_smoothed + (1 - GRAD_NORM_DECAY) * grad_norm
+    # it is 0 before the first gradient, and then starts at that gradient's norm
+    moved = jnp.where(state.grad_norm_smoothed == 0, grad_norm, moved)
+    return jnp.where(jnp.isfinite(grad_norm), moved, state.grad_norm_smoothed)
+
+
+def _mean_response_length(batch: Batch) -> Array:
+    return jnp.mean(jnp.sum(batch.response_mask, axis=1).astype(jnp.float32))
+
+
+def _first_nonfinite(logps: Array, mask: Array) -> Array:
+    """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 if all are finite."""
+    bad = (mask & ~jnp.isfinite(logps)).reshape(-1)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+
+
+def _microbatches(tree, size: int):
+    """Rows in microbatches: [B, ...] -> [B / size, size, ...]."""
+    return _split_rows(tree, jax.tree.leaves(tree)[0].shape[0] // size, 1)
+
+
+def _split_rows(tree, parts: int, unit: int):
+    """Deals rows out to `parts` in turn, `unit` neighbours at a time: [B, ...] -> [parts, B / parts, ...].
+
+    Each part takes its share from every stretch of rows, so that rows sharded over devices stay where they are.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, parts, unit, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:]), tree
+    )
+
+
+def _merge_rows(tree, unit: int):
+    """Undoes `_split_rows`: [parts, B / parts, ...] -> [B, ...]."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree
+    )

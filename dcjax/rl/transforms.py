@@ -1,8 +1,8 @@
 """An objective as a chain of pure transforms, as an optimiser is in optax.
 
 Order matters only where one transform reads or replaces what another wrote: an estimator sets the advantages and so
-comes first. Penalties on the advantage subtract, penalties on the loss add, weights multiply and masks narrow: among
-themselves they may stand in any order. docs/objectives.md has them all with their formulas.
+comes first. The others may follow in any order: penalties on the advantage subtract, penalties on the loss add, weights
+multiply and masks narrow. docs/objectives.md lists them all with their formulas.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from dcjax.types import Array, Batch
 
 @flax.struct.dataclass
 class Terms:
-    """What the surrogate is made of; each transform returns a changed copy."""
+    """What the loss is computed from; each transform returns a changed copy."""
 
     advantages: Float[Array, "B T"]
     # multiplied into the loss
     weights: Float[Array, "B T"]
     # tokens that count in the loss and its denominator
     mask: Bool[Array, "B T"]
-    # added to the surrogate's loss of each token; differentiable where it is made of `Context.logps`
+    # added to the surrogate's loss of each token; gradients flow through what is computed from `Context.logps`
     loss: Float[Array, "B T"]
-    # one value a row, averaged over rows by the step
+    # one value per row each; the step averages over rows
     metrics: dict[str, Array]
 
 
 @flax.struct.dataclass
 class Context:
-    """What a transform may look at. Rows need not be whole groups: each carries its group's rewards."""
+    """What a transform may read. Rows need not be whole groups: each carries its group's rewards."""
 
     batch: Batch
     # log-probs of the policy that is being differentiated, with their gradient
     logps: Float[Array, "B T"]
-    # stop-gradient log-probs of the training policy at the rollout's weights
+    # log-probs of the training policy at the rollout's weights, under stop-gradient
     old_logps: Float[Array, "B T"]
-    # λ of this iteration, before its dual step; None where no dual ascent is in the optimiser's chain
+    # λ of this iteration, before its dual step; None where the optimiser's chain has no dual ascent
     multiplier: Array | None
     # mean reward of the whole iteration's responses
     mean_reward: Float[Array, ""]
@@ -57,17 +57,32 @@ class Context:
 
 
 LossTransform = Callable[[Terms, Context], Terms]
-"""A pure function; `chain` composes them."""
+"""A pure function from terms to terms; `chain` composes several."""
 
 
 def initial_terms(batch: Batch) -> Terms:
-    """Advantages 0, weights 1, every response token counted, nothing added to its loss."""
+    """Advantages 0, weights 1, a mask of every response token, and nothing added to the loss."""
     mask = as_mask("response_mask", batch.response_mask)
     return Terms(jnp.zeros(mask.shape), jnp.ones(mask.shape), mask, jnp.zeros(mask.shape), {})
 
 
 def chain(*transforms: LossTransform) -> LossTransform:
-    """Applies transforms from left to right. `chain()` is the identity, and chaining is associative."""
+    """Applies transforms from left to right. `chain()` is the identity, and chaining is associative.
+
+    Examples:
+      One group of two responses, each with one token:
+
+      >>> rewards, mask, logps = jnp.array([1.0, 0.0]), jnp.ones((2, 1), bool), jnp.zeros((2, 1))
+      >>> batch = Batch(
+      ...     tokens=jnp.zeros((2, 2), int), prompt_mask=mask, response_mask=mask, rollout_logps=logps,
+      ...     temperature=jnp.ones(2), rewards=rewards, group_rewards=jnp.array([[1.0, 0.0], [1.0, 0.0]]),
+      ... )
+      >>> context = Context(batch, logps, old_logps=logps, multiplier=None, mean_reward=jnp.mean(rewards))
+      >>> objective = chain(group_relative_advantages(scale_by_std=False), drop_zero_variance())
+      >>> terms = objective(initial_terms(batch), context)
+      >>> terms.advantages.tolist(), terms.mask.tolist()
+      ([[0.5], [-0.5]], [[True], [True]])
+    """
 
     def apply(terms: Terms, context: Context) -> Terms:
         for transform in transforms:
@@ -89,7 +104,7 @@ def group_relative_advantages(*, scale_by_std: bool = True) -> LossTransform:
 
     def apply(terms: Terms, context: Context) -> Terms:
         batch = context.batch
-        return _spread(terms, relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std))
+        return _set_advantages(terms, relative_to_group(batch.rewards, batch.group_rewards, scale_by_std=scale_by_std))
 
     return apply
 
@@ -98,7 +113,7 @@ def leave_one_out_advantages() -> LossTransform:
     """A_i = R_i − mean of the group's other G − 1 rewards (RLOO, arXiv 2402.14740; paper B's estimator)."""
 
     def apply(terms: Terms, context: Context) -> Terms:
-        return _spread(terms, relative_to_others(context.batch.rewards, context.batch.group_rewards))
+        return _set_advantages(terms, relative_to_others(context.batch.rewards, context.batch.group_rewards))
 
     return apply
 
@@ -107,12 +122,13 @@ def batch_baseline_advantages() -> LossTransform:
     """A_i = R_i − mean R over all responses of the iteration: REINFORCE with the batch's mean as its baseline."""
 
     def apply(terms: Terms, context: Context) -> Terms:
-        return _spread(terms, relative_to_mean(context.batch.rewards, mean_reward=context.mean_reward))
+        return _set_advantages(terms, relative_to_mean(context.batch.rewards, mean_reward=context.mean_reward))
 
     return apply
 
 
-def _spread(terms: Terms, advantages: Float[Array, "B"]) -> Terms:
+def _set_advantages(terms: Terms, advantages: Float[Array, "B"]) -> Terms:
+    """Gives every token the advantage of its response."""
     return dataclasses.replace(terms, advantages=jnp.broadcast_to(advantages[:, None], terms.mask.shape))
 
 
@@ -120,7 +136,7 @@ def _spread(terms: Terms, advantages: Float[Array, "B"]) -> Terms:
 
 
 def drop_zero_variance() -> LossTransform:
-    """Takes groups whose rewards are all equal out of the loss and its denominator (paper B, §4.1); never out of δ̄."""
+    """Takes groups of equal rewards out of the loss and its denominator (paper B, §4.1), but not out of δ̄."""
 
     def apply(terms: Terms, context: Context) -> Terms:
         groups = context.batch.group_rewards
@@ -144,7 +160,7 @@ def discrepancy_penalty(
     """Ã = A − λ · stop_gradient(pen(δ)) with δ of `old_logps` and `rollout_logps` (paper A, eqs. 3-4 and 8-10).
 
     Args:
-      discrepancy: δ, one of the signals or a `measure` of it.
+      discrepancy: δ, one of the signals or a `measure` of one.
       shape: pen.
       form: `as_published`, or `centred_on_response`.
       multiplier: a fixed λ; None takes the one of `dual_ascent` in the optimiser's chain.
@@ -174,8 +190,8 @@ def direct_penalty(
 ) -> LossTransform:
     """loss += λ · pen(δ(π_θ, stop_gradient(μ))) on each sampled token, differentiated through π_θ.
 
-    The advantage stays GRPO's; the surrogate's clip and weights do not touch this term. It is not in paper A: the
-    published penalty is a reward for the sampled action, this one is a gradient on the gap itself.
+    The advantage stays GRPO's, and the surrogate's clip and weights do not apply to this term. It is not in paper A,
+    whose penalty changes the reward of the sampled action; this one differentiates the gap itself.
 
     Args:
       discrepancy: δ, given π_θ's log-probs as `old_logps`.
@@ -200,14 +216,15 @@ def direct_penalty(
 def kl_penalty(coefficient: float, *, kind: str = "k3") -> LossTransform:
     """loss += β · KL(π_θ ‖ π_ref), estimated on each sampled token and differentiated (GRPO, arXiv 2402.03300, eq. 4).
 
-    Metric, by row: `kl/reference`, its mean over the response.
+    Per-row metric: `kl/reference`, the mean of the estimate over the response.
 
     Args:
       coefficient: β, at least 0; both papers have 0.
-      kind: of `kl_estimate`: "k1", "k2", "k3" or "abs". On-policy, only k2's gradient is the KL's, and k1's has mean 0.
+      kind: "k1", "k2", "k3" or "abs", as in `kl_estimate`. On-policy, only k2 has the KL's gradient on average; k1's
+        gradient has mean 0.
 
     Raises:
-      ValueError: a negative coefficient; at trace time, another kind, or no reference log-probs.
+      ValueError: a negative coefficient; at trace time, an unknown kind, or no reference log-probs.
     """
     if not coefficient >= 0:
         raise ValueError(f"coefficient is {coefficient}; it must be at least 0")

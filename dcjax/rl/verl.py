@@ -1,12 +1,13 @@
-"""verl's rollout correction, as verl computes it: for runs and figures that are compared with verl's.
+"""verl's rollout correction, as verl computes it, for runs and metrics that are compared with verl's.
 
 Option and metric names are verl's (docs/algo/rollout_corr.md of January 2026; the `rollout_rs` levels `token`,
 `sequence` and `geometric` and the veto are of December 2025). What differs from the rest of this library:
 
 - Rejection edits the response mask, and with it the loss's denominator. Paper B's masking (`corrections`) keeps it.
-- Responses without a token count: in means over rows with a mean log-prob, log-ratio or weight of 0.
-- Means are divided by count + 1e-8. Deviation and effective sample size are of weights clamped to the bounds.
-- `log_ppl_abs_diff` is by token; perplexities and `k3_kl` are not clamped, and may be infinite.
+- Responses without a token count in means over rows, with a mean log-prob, log-ratio or weight of 0.
+- Means are sums divided by count + 1e-8. Standard deviation and effective sample size are of weights clamped to the
+  bounds.
+- `log_ppl_abs_diff` is per token; perplexities and `k3_kl` are not clamped, and may be infinite.
 - `seq-mean-token-sum-norm` is not divided by the number of responses.
 - k3 is bounded by 10 as a penalty.
 """
@@ -22,13 +23,13 @@ from jaxtyping import Bool, Float
 
 from dcjax.arguments import masks
 from dcjax.rl.corrections import log_importance
-from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp, kl_estimate
+from dcjax.rl.losses import MAX_LOG_RATIO, bounded_exp, clamp_log_ratio, kl_estimate
 from dcjax.rl.masked import Aggregation, LossSum, masked_sum
 from dcjax.rl.transforms import Context, LossTransform, Terms
 from dcjax.types import Array, Metrics
 
 EPSILON = 1e-8
-"""Added to what verl's means divide by."""
+"""Added to the denominators of verl's means."""
 
 MAX_K3 = 10.0
 
@@ -46,7 +47,7 @@ DIVERGENCE_OPTIONS = tuple(
 
 
 class Bound(NamedTuple):
-    """What one rejection option keeps: lower ≤ its statistic ≤ upper, bounds of ratios; of k2 and k3 themselves."""
+    """One rejection option, which keeps lower ≤ its statistic ≤ upper. Bounds of k1 are given as those of a ratio."""
 
     option: str
     lower: float
@@ -54,10 +55,10 @@ class Bound(NamedTuple):
 
 
 def parse_bounds(options: str, thresholds: str) -> tuple[Bound, ...]:
-    """A bound for each option of, say, "token_k1,seq_max_k2" with the thresholds "0.5_2.0,0.3".
+    """A bound for each option: of "token_k1,seq_max_k2" with the thresholds "0.5_2.0,0.3", for example.
 
     Raises:
-      ValueError: another option, another number of thresholds, or bounds that are not positive and in order.
+      ValueError: an unknown option, another number of thresholds, or bounds that are not positive and in order.
     """
     names, given = options.split(","), thresholds.split(",")
     if len(names) != len(given):
@@ -88,18 +89,18 @@ class Correction:
     """The options of verl's `rollout_correction`.
 
     Raises:
-      ValueError: when built, an option of another name or a threshold that cannot be one.
+      ValueError: when built, an unknown option or an impossible threshold.
     """
 
     # importance weights: token, sequence or None
     rollout_is: str | None = None
-    # C
+    # C, at which the weights are truncated
     rollout_is_threshold: float = 2.0
-    # comma-separated; a token counts where every option keeps it
+    # rejection options, comma-separated; a token is kept where every option keeps it
     rollout_rs: str | None = None
-    # one for each option: "u" or, for ratios and k1, "lower_upper"; "u" alone is (1/u, u) there
+    # one per option: "u" or, for ratios and k1, "lower_upper"; for these "u" alone means (1/u, u)
     rollout_rs_threshold: str | None = None
-    # a response with a token whose π_old/μ is below is left out
+    # a response that has a token with π_old/μ below this is rejected
     rollout_token_veto_threshold: float | None = None
     # π_old is not recomputed: the policy being differentiated stands in for it
     bypass_mode: bool = False
@@ -116,7 +117,7 @@ class Correction:
         veto = self.rollout_token_veto_threshold
         if veto is not None and not veto > 0:
             raise ValueError(f"rollout_token_veto_threshold is {veto}; it must be above 0, or None")
-        # parsed once, so that what is wrong shows here
+        # parses them, so that errors are raised here
         _ = self.bounds
 
     @property
@@ -146,9 +147,9 @@ PRESETS: dict[str, Correction] = {
     "bypass_pg_geo_rs_seq_tis": dataclasses.replace(_GEOMETRIC, rollout_is="sequence", bypass_mode=True),
     "bypass_pg_geo_rs_token_tis": dataclasses.replace(_GEOMETRIC, rollout_is="token", bypass_mode=True),
 }
-"""verl's presets by its names. The `bypass_pg` ones go with `policy_gradient` and `seq_mean_token_sum`.
+"""verl's presets by their names there. `bypass_pg` ones need `policy_gradient` and `seq_mean_token_sum`.
 
-Its `bypass_ppo_clip` ones are missing: they clip π_θ/μ, and a surrogate here is given π_old. What it calls
+verl's `bypass_ppo_clip` presets are missing: they clip π_θ/μ, and a surrogate here is given π_old. verl's
 `decoupled_token_icepop` is `corrections.icepop_mask(0.5, 5.0)`.
 """
 
@@ -156,8 +157,8 @@ Its `bypass_ppo_clip` ones are missing: they clip π_θ/μ, and a surrogate here
 def rollout_correction(correction: Correction) -> LossTransform:
     """Multiplies the weights and takes rejected tokens out of the loss and its denominator.
 
-    Weights are of the whole response mask: what rejection takes out does not change them. Metric, by row:
-    `verl/masked_fraction`, the share of its tokens that were rejected.
+    Weights are computed over the whole response mask, whatever is rejected. Per-row metric: `verl/masked_fraction`, the
+    share of the row's tokens that were rejected.
     """
 
     def apply(terms: Terms, context: Context) -> Terms:
@@ -184,11 +185,11 @@ def correct(
     mask: Bool[Array, "B T"],
     correction: Correction,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Metrics]:
-    """Weights, the mask that rejection leaves, and all of verl's metrics of a whole batch, named `rollout_corr/…`.
+    """Weights, the mask after rejection, and all of verl's metrics of a whole batch, named `rollout_corr/…`.
 
     Returns:
       weights: 1 where `rollout_is` is None; 0 outside the mask.
-      mask: tokens that rejection and veto leave.
+      mask: the tokens that neither rejection nor veto takes out.
       metrics: scalars.
     """
     gap = {"old_logps": old_logps, "rollout_logps": rollout_logps, "mask": mask}
@@ -218,15 +219,15 @@ def importance_weights(
     threshold: float,
     batch_normalize: bool = False,
 ) -> tuple[Float[Array, "B T"], Metrics]:
-    """min(ρ, C), ρ of the token or the response as in `corrections`, and `rollout_is_…` of ρ before truncation.
+    """min(ρ, C), with ρ of the token or response as in `corrections`, and metrics `rollout_is_…` of ρ itself.
 
     Args:
-      old_logps: of the training backend at the rollout's weights.
-      rollout_logps: of the serving engine.
+      old_logps: log-probs of the training backend at the rollout's weights.
+      rollout_logps: log-probs of the serving engine.
       mask: response tokens.
       level: `token` or `sequence`.
       threshold: C.
-      batch_normalize: divides by the mean weight of the whole batch, over tokens or over responses that have one.
+      batch_normalize: divides by the batch's mean weight, over tokens or over the responses that have one.
     """
     log_ratio = log_importance(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level=level)
     metrics = _ratio_metrics("rollout_is", log_ratio, mask, Bound(level, 1 / threshold, threshold))
@@ -247,14 +248,14 @@ def rejection_mask(
     mask: Bool[Array, "B T"],
     bounds: tuple[Bound, ...],
 ) -> tuple[Bool[Array, "B T"], Metrics]:
-    """The tokens that every bound keeps, and `rollout_rs_…` of each bound's statistic.
+    """The tokens that every bound keeps, and metrics `rollout_rs_…` of each bound's statistic.
 
     The statistics, x = log π_old − log μ clamped to ±20:
 
     - `token`, `sequence`, `geometric`: ρ = exp(x_t), exp(Σ x), exp(mean x).
-    - `…_k1`: −x, bounded by the logarithms of lower and upper; so asymmetric bounds are of μ/π_old, not of π_old/μ.
+    - `…_k1`: −x, bounded by log lower and log upper, so that asymmetric bounds are of μ/π_old and not of π_old/μ.
     - `…_k2`: x²/2. - `…_k3`: exp(x) − 1 − x.
-    - `token_…` by token; `seq_sum_…`, `seq_mean_…`, `seq_max_…` over a response, which is kept or rejected whole.
+    - `token_…`: per token; `seq_sum_…`, `seq_mean_…`, `seq_max_…`: over a response, which is kept or rejected whole.
     """
     kept, metrics = mask, {}
     for bound in bounds:
@@ -277,7 +278,7 @@ def veto_mask(
     mask: Bool[Array, "B T"],
     threshold: float,
 ) -> tuple[Bool[Array, "B T"], Metrics]:
-    """Leaves out each response with a token whose π_old/μ, not clamped, is below the threshold."""
+    """Rejects each response that has a token whose π_old/μ, not clamped, is below the threshold."""
     log_ratio = log_importance(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level="token")
     catastrophic = mask & (log_ratio < math.log(threshold))
     vetoed = jnp.any(catastrophic, axis=1)
@@ -293,7 +294,7 @@ def offpolicy_metrics(
 ) -> Metrics:
     """Perplexities of both policies, KL and χ² of the gap, over all rows; x = log π_old − log μ.
 
-    verl refuses a batch without a token; here it has perplexity 1 and no gap.
+    verl raises for a batch without a token; here its perplexity is 1 and its gap 0.
     """
     x = log_importance(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level="token")
     training, rollout = (-_mean(logps, mask, axis=1) for logps in (old_logps, rollout_logps))
@@ -325,7 +326,7 @@ def kl_penalty(
 
 
 def seq_mean_token_sum_norm(loss_scale_factor: int) -> Aggregation:
-    """Σ_it ℓ_it / H whatever the number of responses; over microbatches, the mean of theirs.
+    """Σ_it ℓ_it / H, whatever the number of responses; over microbatches, the mean of their values.
 
     Raises:
       ValueError: a factor below 1.
@@ -353,7 +354,7 @@ _REDUCTIONS = {
 
 
 def _std(rows: Array) -> Array:
-    """The sample deviation; 0 of one row."""
+    """The sample standard deviation over rows; 0 if there is only one."""
     return jnp.std(rows, ddof=1) if rows.shape[0] > 1 else jnp.zeros_like(rows[0])
 
 
@@ -363,10 +364,10 @@ def _clamped_std(x: Array, mask: Array, lower: float, upper: float) -> Array:
     return jnp.where(jnp.sum(mask) > 1, jnp.sqrt(jnp.maximum(variance, 0)), 0)
 
 
-def _share(happened: Array, mask: Array | None = None) -> Array:
-    """How often, among masked entries or among all."""
-    happened = happened.astype(jnp.float32)
-    return jnp.mean(happened) if mask is None else _mean(happened, mask)
+def _share(condition: Array, mask: Array | None = None) -> Array:
+    """The share of True entries, among those of the mask or among all."""
+    condition = condition.astype(jnp.float32)
+    return jnp.mean(condition) if mask is None else _mean(condition, mask)
 
 
 def _judge_ratio(*, old_logps: Array, rollout_logps: Array, mask: Array, bound: Bound) -> tuple[Array, Metrics]:
@@ -376,7 +377,7 @@ def _judge_ratio(*, old_logps: Array, rollout_logps: Array, mask: Array, bound: 
 
 
 def _ratio_metrics(prefix: str, log_ratio: Array, mask: Array, bound: Bound) -> Metrics:
-    """Of ρ before truncation. Extremes and shares are over tokens or, where ρ is a response's, over all rows."""
+    """Metrics of ρ before truncation. Extremes and shares are over tokens or, if ρ is a response's, over all rows."""
     _, lower, upper = bound
     ratios = bounded_exp(log_ratio)
     rows = _mean(ratios, mask, axis=1)
@@ -410,7 +411,7 @@ def _token_extremes(ratios: Array, mask: Array, bound: Bound) -> Metrics:
 def _row_extremes(log_ratio: Array, bound: Bound) -> Metrics:
     rows = log_ratio[:, 0]
     return {
-        # only upwards does verl clamp it
+        # verl clamps the largest but not the smallest
         "max": jnp.exp(jnp.minimum(jnp.max(rows), MAX_LOG_RATIO)),
         "min": jnp.exp(jnp.min(rows)),
         "ratio_fraction_high": _share(rows > math.log(bound.upper)),
@@ -421,7 +422,7 @@ def _row_extremes(log_ratio: Array, bound: Bound) -> Metrics:
 def _judge_divergence(*, old_logps: Array, rollout_logps: Array, mask: Array, bound: Bound) -> tuple[Array, Metrics]:
     level, kind = bound.option.rsplit("_", 1)
     x = log_importance(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level="token")
-    x = jnp.clip(x, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    x = clamp_log_ratio(x)
     values = {"k1": -x, "k2": x**2 / 2, "k3": jnp.exp(x) - 1 - x}[kind]
     if kind == "k1":
         bound = Bound(bound.option, math.log(bound.lower), math.log(bound.upper))
@@ -431,7 +432,7 @@ def _judge_divergence(*, old_logps: Array, rollout_logps: Array, mask: Array, bo
         rows = _REDUCTIONS[level](values, mask)
         statistic = jnp.broadcast_to(rows[:, None], values.shape)
     keeps = (statistic >= bound.lower) & (statistic <= bound.upper)
-    # by token or, where a response is judged whole, by response
+    # shares are of tokens or, where a response is judged whole, of responses
     units, counted = (statistic, mask) if level == "token" else (rows, jnp.any(mask, axis=1))
     metrics = {
         "mean": _mean(statistic, mask),
@@ -447,7 +448,7 @@ def _judge_divergence(*, old_logps: Array, rollout_logps: Array, mask: Array, bo
 
 
 def _row_metrics(rows: Array, mask: Array, rejected: Array, bound: Bound, *, two_sided: bool) -> Metrics:
-    """Over the rows that have a token."""
+    """Metrics over the rows that have a token."""
     occupied = jnp.any(mask, axis=1)
     centred = jnp.where(occupied, rows - _mean(rows, occupied), 0)
     metrics = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compiling import jit
 
-from dcjax.rl import discrepancy, group_relative, penalties, presets, probability_difference
+from dcjax.rl import discrepancy, group_relative, penalties, presets, probability_difference, transforms
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.penalties import centred_on_response, penalize
 from dcjax.rl.transforms import (

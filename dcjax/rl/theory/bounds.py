@@ -1,8 +1,8 @@
 """Theorem 3.1 and Lemma B.5 of paper B, both sides of each, by enumeration of every response.
 
-A response has T tokens of V kinds. The state at step t (from 0) is the prefix of t tokens, numbered in base V with
-the first token most significant, so that action a leads from state i to state i·V + a. A policy is T tables,
-`policy[t]` of shape [V**t, V]; there are V**T responses.
+A response has T tokens from a vocabulary of V. The state at step t (from 0) is the prefix of t tokens, numbered in
+base V with the first token most significant, so that action a leads from state i to state i·V + a. A policy is T
+tables, `policy[t]` of shape [V**t, V]; there are V**T responses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tables = Sequence[np.ndarray]
 """float64 [V**t, V] for t = 0 .. T − 1: probabilities of the actions in every state."""
 
 Vectors = Sequence[np.ndarray]
-"""float64 [V**t, V, P] for t = 0 .. T − 1: a vector of the parameters' size for every action in every state."""
+"""float64 [V**t, V, P] for t = 0 .. T − 1: a vector with P entries, one per parameter, for every action and state."""
 
 
 class StateGaps(NamedTuple):

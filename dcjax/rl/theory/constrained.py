@@ -11,13 +11,13 @@ from scipy.optimize import root_scalar
 from scipy.special import lambertw
 
 HALVINGS = 120
-"""Of the interval of ν: enough for float64's last bit, also where ν is much closer to its bound than the bound to 0."""
+"""Bisections of ν's interval: enough for the last bit of float64, even where ν is far closer to its bound than to 0."""
 
 LOG_BETA_RANGE = 25.0
 """log β is searched within ± this of the log of the advantages' range."""
 
 BRANCH_POINT = float(np.nextafter(np.exp(-1), 0))
-"""The largest κ: W₀ ends at −1/e, and scipy's is NaN there."""
+"""The largest κ that is used: W₀'s branch point is at −1/e, where scipy returns NaN."""
 
 SUM_TOLERANCE = 1e-9
 """How far Σ q may be from 1."""
@@ -42,7 +42,7 @@ def difference_optimum(
     and one with A > ν follows the formula. Tied marginal actions share what is left in proportion to q.
 
     Args:
-      advantages: A, one an action.
+      advantages: A, one per action.
       q: the reference policy, every probability positive.
       budget: ε > 0, below what the greedy policy spends.
       one_sided: only π > q counts.
@@ -76,7 +76,7 @@ def ratio_optimum(
     and s_a = 0 where π_a > 0. One-sided, m = max(π/q − 1, 0), as in `difference_optimum`.
 
     Args:
-      advantages: A, one an action.
+      advantages: A, one per action.
       q: the reference policy, every probability positive.
       budget: ε > 0, below what the greedy policy spends.
       weighted: the sum is an expectation under q; False is the plain sum over actions.
@@ -105,7 +105,7 @@ def log_ratio_optimum(*, advantages: Float[np.ndarray, "A"], q: Float[np.ndarray
     with π ≤ e·q, and a policy on the other branch may be better.
 
     Args:
-      advantages: A, one an action.
+      advantages: A, one per action.
       q: the reference policy, every probability positive.
       budget: ε > 0.
 

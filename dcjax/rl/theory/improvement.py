@@ -89,7 +89,7 @@ def quadratic_improvement(
 
     Args:
       parameters: θ; ∇J(θ) = −Lθ.
-      estimates: the values of g, one a row.
+      estimates: the values of g, one per row.
       probabilities: of each row.
       lr: η.
       curvature: L.
