@@ -423,7 +423,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     _refuse(options, SUITE_OPTIONS, "needs --suite")
     with _computing():
-        from dcjax.loop.evaluate import evaluate_source
+        from dcjax.tools.evaluate import evaluate_source
 
         results = evaluate_source(
             options.source, prompts=options.prompts, temperature=options.temperature, format=options.format

@@ -103,7 +103,7 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     """
     if not 0 <= seed < 2**63:
         raise RunError(f"seed is {seed}; it must be at least 0 and below 2**63")
-    config = source.config
+    config = source.model.config
     rungs = ladder(
         config.serving, config.mismatch, trained_in=config.model.precision.compute, stale_step=source.stale_step
     )
@@ -121,10 +121,10 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
 
 
 def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
-    config = source.config
+    config = source.model.config
     # recorded for the share of tokens that change their experts
     recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
-    policies = Policies(recording, source.end_tokens)
+    policies = Policies(recording, source.model.end_tokens)
     rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
     trained = policies.train(source.weights.params, rollout, temperature=rollout.temperature)
     replayed, replays = trained.logps, _replays(config, rollout)
@@ -165,18 +165,18 @@ def _measure(measured: _Measurement) -> Probe:
     positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
 
     def decode(ids: list[int]) -> str:
-        return str(source.tokenizer.decode(ids))
+        return str(source.model.tokenizer.decode(ids))
 
     return Probe(
-        source=source.name,
-        step=source.step,
+        source=source.model.name,
+        step=source.model.step,
         format=measured.rungs[-1].served.format,
         kv_cache=measured.rungs[-1].served.kv_cache,
         responses=len(mask),
         tokens=int(mask.sum()),
         stages=decompose(measured.trained.logps, [*policies, ("as_sampled", "", measured.sampled)], mask),
         total=gap(old_logps=old, rollout_logps=sampled, mask=mask),
-        recommended_budget=_budget(source.config, old, sampled, mask),
+        recommended_budget=_budget(source.model.config, old, sampled, mask),
         formats={name: _format(measured, name) for name in formats},
         by_position=bucketed(difference, positions, position_edges(mask.shape[1]), mask),
         by_probability=bucketed(difference, np.exp(old), PROBABILITIES, mask),
@@ -196,7 +196,7 @@ def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> flo
 
 def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
     """Without what the run adds on purpose, and of its present weights."""
-    served, config = Served.of(name), measured.source.config
+    served, config = Served.of(name), measured.source.model.config
     if served in measured.refused:
         return {"not_served": measured.refused[served]}
     stored = stored_parameters(config.model, serving_format(name), config.serving.keep)
@@ -216,9 +216,10 @@ def _by_layer(measured: _Measurement) -> list[dict[str, float]]:
 def _sharding(measured: _Measurement) -> dict[str, Any]:
     """The training forward on the run's mesh, or over two devices where that is one, against one device."""
     source, rollout = measured.source, measured.rollout
-    several = source.mesh if math.prod(astuple(source.mesh)) > 1 else MeshConfig(tensor=2)
+    trained_on = source.model.trained_on
+    several = trained_on if math.prod(astuple(trained_on)) > 1 else MeshConfig(tensor=2)
     try:
-        config, mesh = replace(source.config, mesh=several), make_mesh(several)
+        config, mesh = replace(source.model.config, mesh=several), make_mesh(several)
         params = jax.device_put(source.weights.params, params_shardings(config, mesh))
     except ValueError as error:
         return {"not_measured": str(error)}
@@ -229,8 +230,8 @@ def _sharding(measured: _Measurement) -> dict[str, Any]:
 
 def _sampling(measured: _Measurement) -> dict[str, Any]:
     """The trainer's distribution without temperature and truncation, against the one with them."""
-    settings, rollout = measured.source.config.rollout, measured.rollout
-    replays = _replays(measured.source.config, rollout)
+    settings, rollout = measured.source.model.config.rollout, measured.rollout
+    replays = _replays(measured.source.model.config, rollout)
     plain = measured.policies.train(
         measured.source.weights.params,
         rollout,

@@ -13,7 +13,7 @@ import numpy as np
 from dcjax.errors import RunError
 from dcjax.reporting.statistics import bootstrap_interval, majority_at_k, paired_bootstrap, pass_at_k
 from dcjax.serving.quantize import FormatName
-from dcjax.tools.suite.log import Policy, Sampled
+from dcjax.tools.suite.log import ProblemSamples, SuitePolicy
 
 RESULT = "suite.json"
 """In the directory of a result."""
@@ -61,7 +61,7 @@ class Score:
 class PolicyScores:
     """One policy on all benchmarks."""
 
-    policy: Policy
+    policy: SuitePolicy
     format: FormatName
     benchmarks: list[Score]
     average: Estimate
@@ -99,7 +99,7 @@ class Compared:
     p_value: float
 
 
-def score_benchmark(benchmark: str, sampled: Sequence[Sampled]) -> Score:
+def score_benchmark(benchmark: str, sampled: Sequence[ProblemSamples]) -> Score:
     """What all problems' samples come to."""
     correct = np.array([problem.rewards for problem in sampled]) > 0
     samples = correct.shape[1]
@@ -123,7 +123,7 @@ def score_benchmark(benchmark: str, sampled: Sequence[Sampled]) -> Score:
     )
 
 
-def score_policy(policy: Policy, format: FormatName, scores: list[Score]) -> PolicyScores:
+def score_policy(policy: SuitePolicy, format: FormatName, scores: list[Score]) -> PolicyScores:
     """A policy's benchmarks with their average."""
     by_problem = [np.array(list(score.by_problem.values())) for score in scores]
     average = Estimate(float(np.mean([part.mean() for part in by_problem])), bootstrap_interval(by_problem))
@@ -134,7 +134,7 @@ def _estimate(scores: np.ndarray) -> Estimate:
     return Estimate(float(scores.mean()), bootstrap_interval([scores]))
 
 
-def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[Policy, list[Compared]]:
+def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[SuitePolicy, list[Compared]]:
     """By policy, our accuracy less theirs on each benchmark and on the average.
 
     Raises:
