@@ -27,14 +27,14 @@ class Inspection:
 
     config: ModelConfig
     parameters: int
-    """All, a tied head counted once."""
+    """All parameters, a tied head counted once."""
     active_parameters: int
     """Those that one token passes through: of a layer's experts only num_experts_per_tok."""
     dtypes: dict[str, int]
-    """Tensors by the dtype they are stored in, in safetensors' names."""
+    """How many tensors are stored in each dtype, by safetensors' names."""
     files: int
     bytes: int
-    """Of the safetensors files."""
+    """The size of the safetensors files."""
     checksums: bool
     """Whether every tensor has dcjax's checksum."""
 

@@ -72,11 +72,12 @@ def load_source(
 
 
 def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
+    """A run with its held-out problems for prompts."""
     (state, cursor), stale = model.restore(), None
     if stale_step is not None:
         stale = model.restore(stale_step)[0].params
     elif state.history:
-        # a run whose weights lag has kept those that it serves
+        # A run whose weights lag has kept those that it serves.
         stale, stale_step = state.history[0], max(cursor.step - len(state.history), 0)
     weights = Weights(state.params, stale, version=cursor.step if stale_step is None else stale_step)
     try:
@@ -87,6 +88,7 @@ def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
 
 
 def _of_folder(model: OpenedModel, prompts_file: Path, count: int) -> Source:
+    """A folder with prompts of a file, which its engine is made long enough for."""
     prompts = [model.tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
     longest = max(model.config.rollout.max_prompt_length, *map(len, prompts))
     rollout = replace(model.config.rollout, max_prompt_length=longest)
