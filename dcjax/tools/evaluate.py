@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dcjax.errors import RunError
 from dcjax.loop.evaluate import Accuracy, evaluate, evaluate_average
 from dcjax.loop.reward_collector import check_golds, open_rewards
 from dcjax.loop.setup import Setup
 from dcjax.recipe.build import make_engines, open_problems
-from dcjax.recipe.config import Config
 from dcjax.tools.open_model import open_model, require_run
 
 
@@ -33,9 +30,9 @@ def evaluate_source(
       RunError: there is no such run or checkpoint, it is damaged, or a setting is out of range.
     """
     require_run(source, "dcjax evaluate --suite takes it")
-    model = open_model(source, format=format)
-    config = _with_evaluation(model.config, prompts=prompts, temperature=temperature)
-    state, cursor = model.restore()
+    settings = {"prompts": prompts, "temperature": temperature}
+    model = open_model(source, serving={"format": format}, evaluation=settings)
+    config, (state, cursor) = model.config, model.restore()
     engines = make_engines(config, model.mesh, model.end_tokens)
     problems = open_problems(config, model.tokenizer)
     check_golds(config, problems)
@@ -45,16 +42,3 @@ def evaluate_source(
         if config.optimizer.ema_decay:
             rows += evaluate_average(setup, state)
     return Evaluation(cursor.step, config.evaluation.temperature, rows)
-
-
-def _with_evaluation(config: Config, **settings: Any) -> Config:
-    """The config with those of the settings of its evaluation that are given.
-
-    Raises:
-      RunError: one of them is out of range.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    try:
-        return replace(config, evaluation=replace(config.evaluation, **given))
-    except ValueError as error:
-        raise RunError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dcjax.loop.run_directory import load_config, locate
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import abstract_state, starting_params, with_pretrained_model
-from dcjax.recipe.config import Config, ServingConfig, on_one_device
+from dcjax.recipe.config import Config, on_one_device
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Params, TrainState
 
@@ -66,22 +67,22 @@ class OpenedModel:
         return (Path() if self.step is None else self.directory) / results
 
 
-def open_model(source: Path, *, devices: int = 1, **serving: Any) -> OpenedModel:
+def open_model(source: Path, *, devices: int = 1, **sections: Mapping[str, Any]) -> OpenedModel:
     """Opens a run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
 
     Args:
       source: a run directory, RUN/checkpoints/STEP, or a folder.
       devices: how many share the weights; on one, nothing of a run's sharding is left, in serving neither.
-      serving: fields of `ServingConfig`; those that are not given, or None, are the run's, or the defaults.
+      sections: fields of the config's sections, as `serving={"format": "int8"}`; those that are not given, or None, are
+        the run's, or the defaults.
 
     Raises:
       RunError: there is no such source, it is damaged, or a setting is out of range.
     """
     source = source.resolve()
-    given = {name: value for name, value in serving.items() if value is not None}
     try:
         mesh = make_mesh(MeshConfig(fsdp=devices))
-        return (_open_folder if is_folder(source) else _open_run)(source, mesh, given)
+        return (_open_folder if is_folder(source) else _open_run)(source, mesh, sections)
     except ValueError as error:
         raise RunError(str(error)) from None
 
@@ -101,16 +102,19 @@ def require_run(source: Path, advice: str) -> None:
         raise RunError(f"{source} is a Hugging Face folder and not a run; {advice}")
 
 
-def _open_run(source: Path, mesh: Mesh, serving: dict[str, Any]) -> OpenedModel:
+def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
     run_dir, step = locate(source)
     recorded = load_config(run_dir)
-    config = _placed(replace(recorded, serving=replace(recorded.serving, **serving)), mesh)
+    config = _placed(_changed(recorded, sections), mesh)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    step = checkpoints.latest() if step is None else step
+    checkpoints.require(step)
     if not (run_dir / "tokenizer").is_dir():
         raise RunError(f"no tokenizer in {run_dir / 'tokenizer'}; dcjax train writes it when it starts")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     return OpenedModel(
         name=run_dir.name,
-        step=Checkpoints(run_dir / "checkpoints").latest() if step is None else step,
+        step=step,
         config=config,
         trained_on=recorded.mesh,
         mesh=mesh,
@@ -120,8 +124,8 @@ def _open_run(source: Path, mesh: Mesh, serving: dict[str, Any]) -> OpenedModel:
     )
 
 
-def _open_folder(source: Path, mesh: Mesh, serving: dict[str, Any]) -> OpenedModel:
-    config = _placed(with_pretrained_model(Config(pretrained=source, serving=ServingConfig(**serving))), mesh)
+def _open_folder(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
+    config = _placed(with_pretrained_model(_changed(Config(pretrained=source), sections)), mesh)
     tokenizer = load_tokenizer(source)
     return OpenedModel(
         name=source.name,
@@ -133,6 +137,19 @@ def _open_folder(source: Path, mesh: Mesh, serving: dict[str, Any]) -> OpenedMod
         end_tokens=folder_end_tokens(source, tokenizer),
         directory=source,
     )
+
+
+def _changed(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The config with those fields of its sections that are not None.
+
+    Raises:
+      ValueError: one of them is out of range.
+    """
+    changed = {
+        section: replace(getattr(config, section), **{name: x for name, x in fields.items() if x is not None})
+        for section, fields in sections.items()
+    }
+    return replace(config, **changed)
 
 
 def _placed(config: Config, mesh: Mesh) -> Config:

@@ -96,12 +96,15 @@ def test_several_devices_share_the_weights(source, request):
 
 
 @pytest.mark.parametrize("source", ["run", "folder"])
-def test_settings_of_serving_are_replaced_by_those_that_are_given(source, request):
+def test_settings_are_replaced_by_those_that_are_given(source, request):
     path = request.getfixturevalue(source)
-    config = open_model(path, format="fp8", kv_cache=None, slots=3).config
+    config = open_model(path, serving={"format": "fp8", "kv_cache": None, "slots": 3}, evaluation={"prompts": 5}).config
     assert (config.serving.format, config.serving.kv_cache, config.serving.slots) == ("fp8", "auto", 3)
+    assert config.evaluation == dataclasses.replace(open_model(path).config.evaluation, prompts=5)
     with pytest.raises(RunError, match=r"^serving\.format is 'int3'; it must be one of float32"):
-        open_model(path, format="int3")
+        open_model(path, serving={"format": "int3"})
+    with pytest.raises(RunError, match=r"^evaluation\.prompts is 0; it must be at least 1$"):
+        open_model(path, evaluation={"prompts": 0})
     with pytest.raises(RunError, match=r"^mesh\.fsdp is 0; it must be at least 1"):
         open_model(path, devices=0)
     with pytest.raises(RunError, match=r"^mesh\.fsdp is 3, which does not divide"):
@@ -127,7 +130,7 @@ def test_every_tool_refuses_what_is_missing_in_the_same_words(run, opener, tmp_p
     with pytest.raises(RunError, match=rf"^no run in {tmp_path}/nowhere: it has no config.json; give a directory"):
         opener(tmp_path / "nowhere")
     with pytest.raises(RunError, match=rf"^no checkpoint of step 4 in {run}/checkpoints; there: 3, 7$"):
-        opener(run / "checkpoints" / "4").restore()
+        opener(run / "checkpoints" / "4")
     bare = copied(run, tmp_path, "tokenizer")
     with pytest.raises(RunError, match=rf"^no tokenizer in {bare}/tokenizer; dcjax train writes it when it starts$"):
         opener(bare)

@@ -60,15 +60,16 @@ def load_source(
     count = PROMPTS if prompts is None else prompts
     if count < 1:
         raise RunError(f"prompts is {count}; it must be at least 1")
+    serving = {"format": format, "kv_cache": kv_cache}
     if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _of_run(open_model(path, format=format, kv_cache=kv_cache), stale_step, count)
+        return _of_run(open_model(path, serving=serving), stale_step, count)
     if stale_step is not None:
         raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:
         raise RunError(f"{path} is a Hugging Face folder, which has no prompts; give some with --prompts-file")
-    return _of_folder(open_model(path, format=format, kv_cache=kv_cache), prompts_file, count)
+    return _of_folder(open_model(path, serving=serving), prompts_file, count)
 
 
 def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:

@@ -122,7 +122,7 @@ def evaluate_suite(
       RunError: there is no such source or data, or the model, the hardware or its memory cannot serve the settings.
     """
     join(distributed)
-    model = open_model(source, devices=jax.device_count() if jax.process_count() > 1 else devices, **serving)
+    model = open_model(source, devices=jax.device_count() if jax.process_count() > 1 else devices, serving=serving)
     check_end_tokens_agree(model.end_tokens)
     plan = _make_plan(model, config, data_dir)
     directory = model.directory_for("suite") / (model.name if model.step is None else str(model.step))
