@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evaluate_heldout_prompts(options: argparse.Namespace) -> None:
-    from dcjax.loop.evaluate import evaluate_source
+    from dcjax.tools.evaluate import evaluate_source
 
     results = evaluate_source(
         options.source, prompts=options.prompts, temperature=options.temperature, format=options.format

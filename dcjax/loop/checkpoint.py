@@ -73,6 +73,16 @@ class Checkpoints:
             raise RunError(f"no checkpoint in {self.directory}; dcjax train writes the first one after the warm start")
         return steps[-1]
 
+    def require(self, step: int) -> None:
+        """Refuses a step that cannot be restored, before anything is read.
+
+        Raises:
+          RunError: there is no checkpoint of it.
+        """
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise RunError(f"no checkpoint of step {step} in {self.directory}; there: {there}")
+
     def save(self, state: TrainState, loop: Cursor) -> None:
         """Starts saving, unless that step or a later one is saved; the arrays may be donated as soon as this returns.
 
@@ -89,9 +99,7 @@ class Checkpoints:
         Raises:
           RunError: there is none, or it is damaged.
         """
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise RunError(f"no checkpoint of step {step} in {self.directory}; there: {there}")
+        self.require(step)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,20 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import decode_responses, encode_prompts
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.end_tokens import run_end_tokens
-from dcjax.loop.reward_collector import RewardCollector, check_golds, open_rewards
-from dcjax.loop.run_directory import load_config, locate
+from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.setup import Setup
-from dcjax.recipe.build import PolicyName, abstract_state, make_engines, open_problems
-from dcjax.recipe.config import on_one_device
+from dcjax.recipe.build import PolicyName
 from dcjax.reporting.statistics import wilson_interval
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.quantize import FormatName, formats
+from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import Sampling, require_finite
 from dcjax.sharding.hosts import total
-from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Params, Rollout, TrainState
 
 HELDOUT_SEED = 0
@@ -43,15 +37,6 @@ class Accuracy:
     accuracy: float
     # 95% Wilson
     interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Both policies at one checkpoint."""
-
-    step: int
-    temperature: float
-    rows: list[Accuracy]
 
 
 def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]:
@@ -100,13 +85,13 @@ def evaluate_state(setup: Setup, state: TrainState) -> dict[str, float]:
     rows = evaluate(setup, setup.engines, state.params, int(state.step))
     measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
     if setup.config.optimizer.ema_decay:
-        (row,) = _evaluate_average(setup, state)
+        (row,) = evaluate_average(setup, state)
         measured["eval/deployed_accuracy_ema"] = row.accuracy
     return measured | {"eval/prompts": setup.config.evaluation.prompts}
 
 
-def _evaluate_average(setup: Setup, state: TrainState) -> list[Accuracy]:
-    """The deployed engine with the moving average of the parameters."""
+def evaluate_average(setup: Setup, state: TrainState) -> list[Accuracy]:
+    """The accuracy of the deployed engine with the moving average of the parameters."""
     average = averaged_params(state.opt_state, state.params)
     return evaluate(setup, {"deployed_ema": setup.engines["deployed"]}, average, int(state.step))
 
@@ -116,43 +101,3 @@ def _require_finite(policy: PolicyName, rollout: Rollout, engine: Qwen3Engine) -
         require_finite(rollout, engine)
     except ValueError as error:
         raise RunError(f"the {policy} policy cannot be evaluated: {error}") from None
-
-
-def evaluate_source(
-    source: Path, *, prompts: int | None = None, temperature: float | None = None, format: str | None = None
-) -> Evaluation:
-    """Accuracies of a run's newest checkpoint, or of one checkpoint in it; None takes the run's own setting.
-
-    Raises:
-      RunError: no such run or checkpoint, a damaged one, or a setting out of range.
-    """
-    run_dir, step = locate(source)
-    config = load_config(run_dir)
-    if format is not None and format not in formats:
-        raise RunError(f"format is {format!r}; it must be one of {', '.join(formats)}")
-    settings = config.evaluation
-    try:
-        settings = replace(
-            settings,
-            prompts=settings.prompts if prompts is None else prompts,
-            temperature=settings.temperature if temperature is None else temperature,
-        )
-        serving = replace(config.serving, format=format or config.serving.format)
-        config = on_one_device(replace(config, evaluation=settings, serving=serving))
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    mesh = make_mesh(config.mesh)
-    checkpoints = Checkpoints(run_dir / "checkpoints")
-    if step is None:
-        step = checkpoints.latest()
-    state, loop = checkpoints.restore(step, abstract_state(config, mesh))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
-    end_tokens = run_end_tokens(run_dir, config, tokenizer)
-    engines, problems = make_engines(config, mesh, end_tokens), open_problems(config, tokenizer)
-    check_golds(config, problems)
-    with open_rewards(config) as rewards:
-        setup = Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines)
-        rows = evaluate(setup, engines, state.params, loop.step)
-        if config.optimizer.ema_decay:
-            rows += _evaluate_average(setup, state)
-    return Evaluation(loop.step, config.evaluation.temperature, rows)

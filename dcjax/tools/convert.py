@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcjax.errors import RunError
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
-from dcjax.models.hf import INDEX, WEIGHTS, Checkpoint
+from dcjax.models.hf import Checkpoint
 from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_names import Leaf
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
+
+if TYPE_CHECKING:
+    from dcjax.tools.open_model import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class Inspection:
 
     config: ModelConfig
     parameters: int
-    """All, a tied head counted once."""
+    """All parameters, a tied head counted once."""
     active_parameters: int
     """Those that one token passes through: of a layer's experts only num_experts_per_tok."""
     dtypes: dict[str, int]
-    """Tensors by the dtype they are stored in, in safetensors' names."""
+    """How many tensors are stored in each dtype, by safetensors' names."""
     files: int
     bytes: int
-    """Of the safetensors files."""
+    """The size of the safetensors files."""
     checksums: bool
     """Whether every tensor has dcjax's checksum."""
 
@@ -51,7 +55,7 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
     Raises:
       RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse.
     """
-    with _errors_told():
+    with _value_errors_as_run_errors():
         check_vacant(out)
         checkpoint = Checkpoint(source)
         checkpoint.verify_tied_head()
@@ -85,45 +89,35 @@ def export_run(
       RunError: no such run or checkpoint, a damaged one, one without an average that was asked for, or what `save_hf`
         refuses.
     """
-    # with JetStream they take seconds to import, which import and inspect need not wait for
-    from transformers import PreTrainedTokenizerFast
-
-    from dcjax.loop.checkpoint import Checkpoints
-    from dcjax.loop.end_tokens import run_end_tokens
-    from dcjax.loop.run_directory import load_config, locate
-    from dcjax.recipe.build import abstract_state
-    from dcjax.recipe.config import on_one_device
+    # These take seconds to import, with JetStream, which an import and an inspection need not wait for.
     from dcjax.rl.averaging import averaged_params
-    from dcjax.sharding.mesh import make_mesh
+    from dcjax.tools.open_model import open_model, require_run
 
-    run_dir, step = locate(source)
-    with _errors_told():
+    with _value_errors_as_run_errors():
         check_vacant(out)
-        if (source / WEIGHTS).exists() or (source / INDEX).exists():
-            raise RunError(f"{source} is a Hugging Face folder and not a run; dcjax convert import reads it")
-        config = on_one_device(load_config(run_dir))
-        if not (run_dir / "tokenizer").is_dir():
-            raise RunError(f"no tokenizer in {run_dir}; dcjax train writes it when it starts")
-        checkpoints = Checkpoints(run_dir / "checkpoints")
-        step = checkpoints.latest() if step is None else step
-        state, _ = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "tokenizer")
-        kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids: dict[str, int | list[int]] = {
-            kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None
-        }
-        ends = run_end_tokens(run_dir, config, tokenizer)
-        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        require_run(source, "dcjax convert import reads it")
+        model = open_model(source)
+        state, cursor = model.restore()
         save_hf(
             out,
-            config.model,
+            model.config.model,
             averaged_params(state.opt_state, state.params) if averaged else state.params,
             dtype=dtype,
-            tokenizer_from=run_dir / "tokenizer",
-            token_ids=ids,
+            tokenizer_from=model.directory / "tokenizer",
+            token_ids=_token_ids(model),
             told=told,
         )
-    return step
+    return cursor.step
+
+
+def _token_ids(model: OpenedModel) -> dict[str, int | list[int]]:
+    """The ids that a folder's configs name: all that end a response, and those of the tokenizer's other kinds."""
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    named: dict[str, int | list[int]] = {
+        kind: number for kind in kinds if (number := getattr(model.tokenizer, kind)) is not None
+    }
+    ends = model.end_tokens
+    return named | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def inspect_folder(source: Path) -> Inspection:
@@ -132,7 +126,7 @@ def inspect_folder(source: Path) -> Inspection:
     Raises:
       RunError: what `load_hf` refuses without reading weights.
     """
-    with _errors_told():
+    with _value_errors_as_run_errors():
         checkpoint = Checkpoint(source)
     tensors = checkpoint.tensors.values()
     files = {tensor.path for tensor in tensors}
@@ -153,7 +147,7 @@ def _active(config: ModelConfig, leaf: Leaf) -> int:
 
 
 @contextlib.contextmanager
-def _errors_told() -> Iterator[None]:
+def _value_errors_as_run_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:

@@ -1,27 +1,164 @@
-"""Where a model is: a run, one of its checkpoints, a Hugging Face folder."""
+"""One way to open what a tool works on: a run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from dcjax.data.tokenizers import load_tokenizer
+from dcjax.errors import RunError
+from dcjax.loop.checkpoint import Checkpoints, Cursor
+from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
+from dcjax.loop.run_directory import load_config, locate
 from dcjax.models.hf import INDEX, WEIGHTS
-from dcjax.recipe.build import with_pretrained_model
-from dcjax.recipe.config import Config
-from dcjax.recipe.serving import ServingConfig
+from dcjax.models.parallel.forward import check_model
+from dcjax.recipe.build import abstract_state, starting_params, with_pretrained_model
+from dcjax.recipe.config import Config, on_one_device
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.types import Params, TrainState
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a Hugging Face folder's weights lie there, and no run."""
-    return (path / WEIGHTS).exists() or (path / INDEX).exists()
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model with its settings; its weights are read only when they are asked for."""
+
+    name: str
+    """The name of the run's directory, or of the folder."""
+    step: int | None
+    """The step of the checkpoint; None for a Hugging Face folder."""
+    config: Config
+    """The settings of the run, or defaults around the folder's model, for `mesh`."""
+    trained_on: MeshConfig
+    """The mesh that the run was trained on."""
+    mesh: Mesh
+    """The devices that the weights are placed on."""
+    tokenizer: PreTrainedTokenizerFast
+    end_tokens: list[int]
+    """The ids that end a response, ascending."""
+    directory: Path
+    """The directory of the run, or the folder."""
+
+    def restore(self, step: int | None = None) -> tuple[TrainState, Cursor]:
+        """All that a run saved at a step, the model's own where None; the state is placed on the mesh.
+
+        Raises:
+          RunError: the run has no such checkpoint, the checkpoint is damaged, or the model is a Hugging Face folder.
+        """
+        if self.step is None:
+            raise RunError(f"{self.directory} is a Hugging Face folder, which has one set of weights")
+        like = abstract_state(self.config, self.mesh)
+        return Checkpoints(self.directory / "checkpoints").restore(self.step if step is None else step, like)
+
+    def params(self) -> Params:
+        """The weights, placed on the mesh.
+
+        Raises:
+          RunError: there are none, or they are damaged.
+        """
+        return starting_params(self.config, self.mesh) if self.step is None else self.restore()[0].params
+
+    def directory_for(self, results: str) -> Path:
+        """The directory where results of a tool go, unless it is told otherwise: in the run, or in the working one."""
+        return (Path() if self.step is None else self.directory) / results
 
 
-def folder_config(path: Path, serving: ServingConfig, *, max_prompt_length: int = 1) -> Config:
-    """A config of a Hugging Face folder's model, for prompts of that length at least.
+def open_model(source: Path, *, devices: int = 1, **sections: Mapping[str, Any]) -> OpenedModel:
+    """Opens a run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
+
+    Args:
+      source: a run directory, RUN/checkpoints/STEP, or a folder.
+      devices: how many share the weights; on one, nothing of a run's sharding is left, in serving neither.
+      sections: fields of the config's sections, as `serving={"format": "int8"}`; those that are not given, or None, are
+        the run's, or the defaults.
 
     Raises:
-      RunError: the folder holds no model that is supported.
+      RunError: there is no such source, it is damaged, or a setting is out of range.
     """
-    config = Config(pretrained=path, serving=serving)
-    longest = max(config.rollout.max_prompt_length, max_prompt_length)
-    return with_pretrained_model(replace(config, rollout=replace(config.rollout, max_prompt_length=longest)))
+    source = source.resolve()
+    try:
+        mesh = make_mesh(MeshConfig(fsdp=devices))
+        return (_open_folder if is_folder(source) else _open_run)(source, mesh, sections)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def is_folder(source: Path) -> bool:
+    """Whether weights as in a Hugging Face folder lie there, and so no run."""
+    return (source / WEIGHTS).exists() or (source / INDEX).exists()
+
+
+def require_run(source: Path, advice: str) -> None:
+    """Refuses a Hugging Face folder where only a run will do.
+
+    Raises:
+      RunError: the source is a Hugging Face folder; it ends with the advice.
+    """
+    if is_folder(source):
+        raise RunError(f"{source} is a Hugging Face folder and not a run; {advice}")
+
+
+def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
+    run_dir, step = locate(source)
+    recorded = load_config(run_dir)
+    config = _placed(_changed(recorded, sections), mesh)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    step = checkpoints.latest() if step is None else step
+    checkpoints.require(step)
+    if not (run_dir / "tokenizer").is_dir():
+        raise RunError(f"no tokenizer in {run_dir / 'tokenizer'}; dcjax train writes it when it starts")
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    return OpenedModel(
+        name=run_dir.name,
+        step=step,
+        config=config,
+        trained_on=recorded.mesh,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        end_tokens=run_end_tokens(run_dir, config, tokenizer),
+        directory=run_dir,
+    )
+
+
+def _open_folder(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
+    config = _placed(with_pretrained_model(_changed(Config(pretrained=source), sections)), mesh)
+    tokenizer = load_tokenizer(source)
+    return OpenedModel(
+        name=source.name,
+        step=None,
+        config=config,
+        trained_on=MeshConfig(),
+        mesh=mesh,
+        tokenizer=tokenizer,
+        end_tokens=folder_end_tokens(source, tokenizer),
+        directory=source,
+    )
+
+
+def _changed(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The config with those fields of its sections that are not None.
+
+    Raises:
+      ValueError: one of them is out of range.
+    """
+    changed = {
+        section: replace(getattr(config, section), **{name: x for name, x in fields.items() if x is not None})
+        for section, fields in sections.items()
+    }
+    return replace(config, **changed)
+
+
+def _placed(config: Config, mesh: Mesh) -> Config:
+    """The config of a model that is opened on a mesh.
+
+    Raises:
+      ValueError: the mesh does not divide the model.
+    """
+    if mesh.size == 1:
+        return on_one_device(config)
+    check_model(config.model, dict(mesh.shape))
+    return replace(config, mesh=MeshConfig())

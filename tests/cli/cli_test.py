@@ -561,7 +561,7 @@ def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "function", "expected"),
     [
-        (("evaluate", "run"), "dcjax.loop.evaluate.evaluate_source", "interrupted"),
+        (("evaluate", "run"), "dcjax.tools.evaluate.evaluate_source", "interrupted"),
         (("report", "run"), "dcjax.reporting.run_report.write_report", "interrupted"),
         (
             ("convert", "inspect", "in"),

@@ -72,6 +72,6 @@ def masters(config: ModelConfig, seed: int = 0):
 def write_recipe(path: Path, config: Config = CONFIG) -> Path:
     """Makes a file from which `dcjax train` takes a config."""
     path.write_text(
-        f"from dcjax.recipe.config import from_dict\n\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
+        f"from dcjax.recipe.plain import from_dict\n\n\ndef config():\n    return from_dict({to_dict(config)!r})\n"
     )
     return path

@@ -22,7 +22,8 @@ from dcjax.loop.run_directory import open_run, recorded_end_tokens
 from dcjax.models import read_end_tokens, save_hf
 from dcjax.recipe.config import Config
 from dcjax.reporting.record import read_transcripts
-from dcjax.tools.suite.model import load_model
+from dcjax.tools.open_model import open_model
+from dcjax.tools.suite.engines import make_suite_engine
 
 pytestmark = pytest.mark.heavy
 
@@ -281,10 +282,11 @@ def test_a_run_that_goes_on_samples_under_the_ends_that_it_began_with(published,
 
 def test_a_suite_asks_the_run_and_the_folder_under_the_same_ends(trained, published):
     for source in (trained[0], published):
-        model = load_model(source)
-        assert model.stop_tokens == ENDS
+        model = open_model(source)
+        assert model.end_tokens == ENDS
         for policy in ("deployed", "training"):
-            assert model.engine(policy, max_prompt_length=4, max_response_length=4).end_tokens == ENDS
+            engine = make_suite_engine(model, policy, max_prompt_length=4, max_response_length=4)
+            assert engine.end_tokens == ENDS
 
 
 def test_an_export_of_the_run_names_them_in_both_files_as_transformers_reads_them(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""How far apart the log-probs of two policies are, and where: of arrays on the host."""
+"""How far apart the log-probs of two policies are, and where; everything is of arrays on the host."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dcjax.rl.metrics import mismatch_metrics
 from dcjax.types import Array, Rollout
 
 WORST = 10
-"""Tokens shown."""
+"""How many of the worst tokens are shown."""
 CONTEXT = 24
-"""Tokens shown before each of them, and a third as many behind."""
+"""How many tokens are shown before each of them; a third as many are shown behind it."""
 FIGURES = (
     *("prob_diff_mean", "prob_diff_p50", "prob_diff_p90", "prob_diff_p99", "prob_diff_max"),
     *("k3", "log_ppl_abs_diff", "log_ppl_abs_diff_per_token"),
 )
-"""Of `mismatch_metrics`, which says what each is."""
+"""The figures of a gap, named by `mismatch_metrics`, which says what each is."""
 Gap = dict[str, float]
-"""FIGURES by name."""
+"""The FIGURES of one gap, by name."""
 Logps = Float[Array, "B T"]
 
 
@@ -44,7 +44,7 @@ _metrics = jax.jit(mismatch_metrics)
 
 @masks("mask")
 def gap(*, old_logps: Logps, rollout_logps: Logps, mask: Bool[Array, "B T"]) -> Gap:
-    """FIGURES of the gap between two policies' log-probs of the same tokens."""
+    """The FIGURES of the gap between two policies' log-probs of the same tokens."""
     measured = jax.device_get(_metrics(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask))
     return {name: float(measured[name]) for name in FIGURES}
 
@@ -132,6 +132,6 @@ def visible(text: str) -> str:
 
 
 def changed_experts(trained: Int[np.ndarray, "B S k M"], sampled: np.ndarray, fed: Bool[np.ndarray, "B S"]) -> Gap:
-    """Shares of the tokens that were fed: those that any sparse layer sent to other experts, and the mean layer's."""
+    """The shares of the tokens fed that any sparse layer, and that the mean sparse layer, sent to other experts."""
     changed = np.any(np.sort(trained, axis=-1) != np.sort(sampled, axis=-1), axis=-1)[fed]
     return {"any_layer": float(changed.any(axis=-1).mean()), "mean_layer": float(changed.mean())}

@@ -16,15 +16,16 @@ class Served:
     """A policy that an engine samples from."""
 
     format: FormatName
-    # never auto, so that equal policies are equal
     kv_cache: KVCacheName
+    """What keys and values are stored in; never auto, so that equal policies are equal."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
-    # of earlier weights
+    """What is added to the policy on purpose."""
     stale: bool = False
+    """Whether earlier weights are served."""
 
     @classmethod
     def of(cls, format: str, kv_cache: str = "auto") -> Served:
-        """With `auto` replaced by the format's own cache."""
+        """The policy of a format, with the format's own cache in place of `auto`."""
         chosen = serving_format(format, kv_cache)
         names = (name for name in typing.get_args(KVCacheName) if name != "auto")
         return cls(chosen.name, next(name for name in names if serving_format(format, name) == chosen))
@@ -33,9 +34,10 @@ class Served:
 class Rung(NamedTuple):
     """A policy of the ladder."""
 
-    # what it adds to the one below, and in which kind or size
     name: str
+    """What it adds to the rung below."""
     detail: str
+    """The kind or the size of what it adds."""
     served: Served
 
 
@@ -45,10 +47,10 @@ def ladder(
     """From an engine that computes as the trainer does to the deployed one; each rung adds one source of the gap.
 
     Args:
-      serving: the deployed format; what it does not have is no rung.
-      mismatch: what is added to it on purpose, a rung each; of its staleness `stale_step` tells.
+      serving: how the deployed policy is served; what that does not have is no rung.
+      mismatch: what is added to it on purpose, a rung each; `stale_step` tells of its staleness.
       trained_in: the dtype that the trainer computes in, by its format's name.
-      stale_step: of the weights that are served; None are the trainer's own.
+      stale_step: the step of the weights that are served; None where they are the trainer's own.
     """
     deployed, last = formats[serving.format], Served.of(serving.format, serving.kv_cache)
     wide = _unquantized_activations(serving.format, None)

@@ -34,26 +34,26 @@ class Weights(NamedTuple):
     """What the trainer holds, and what is served of it."""
 
     params: Params
-    # None where the params are served
     stale: Params | None
-    # of the served weights, which noise on them depends on
+    """Earlier weights, which are served; None where the params are."""
     version: int
+    """The version of the served weights, which noise on them depends on."""
 
 
 class Scored(NamedTuple):
-    """Of the training policy."""
+    """What the training policy says of a rollout's tokens."""
 
     logps: Logps
-    # as `Rollout.experts`; None without experts
     experts: Int[np.ndarray, "B S-1 M k"] | None
+    """The experts that its tokens went to, laid out as `Rollout.experts`; None where the model has none."""
 
 
 class Policies:
     """One model's training policy and engines for its served ones, each made once.
 
     Args:
-      config: of the run, on one device; serving and mismatch are of each policy asked for.
-      end_tokens: ids that end a response.
+      config: the settings of the run, on one device; serving and mismatch are those of each policy asked for.
+      end_tokens: the ids that end a response.
     """
 
     def __init__(self, config: Config, end_tokens: Sequence[int]):
@@ -64,13 +64,13 @@ class Policies:
         """One response to each prompt.
 
         Raises:
-          RunError: a prompt that does not fit, or as `score`.
+          RunError: a prompt does not fit, or the policy cannot be served.
         """
         engine, rollout = self._engine(served), self.config.rollout
         settings = {"temperature": rollout.temperature, "top_k": rollout.top_k, "top_p": rollout.top_p}
         try:
             return sample_responses(
-                engine, _params(engine, served, weights), prompts, samples_per_prompt=1, key=key, **settings
+                engine, _synced(engine, served, weights), prompts, samples_per_prompt=1, key=key, **settings
             )
         except ValueError as error:
             raise RunError(str(error)) from None
@@ -78,13 +78,13 @@ class Policies:
     def score(
         self, served: Served, weights: Weights, rollout: Rollout, key: jax.Array, *, keeps_residuals: bool = False
     ) -> DecodeScores:
-        """Log-probs of the whole softmax at the rollout's temperatures, and the residual stream where it is kept.
+        """Log-probs over the whole softmax at the rollout's temperatures, and the residual stream where it is kept.
 
         Raises:
-          RunError: the model, the hardware or its memory cannot serve that, or not in finite numbers.
+          RunError: the model, the hardware or its memory cannot serve the policy, or not in finite numbers.
         """
         engine = self._engine(served)
-        params = _params(engine, served, weights)
+        params = _synced(engine, served, weights)
         scores = score_responses(engine, params, rollout, key=key, keeps_residuals=keeps_residuals)
         _require_finite(f"format {served.format}", scores.logps)
         return scores
@@ -92,18 +92,22 @@ class Policies:
     def train(
         self, params: Params, rollout: Rollout, *, temperature: Array, replays: Rollout | None = None, mesh=None
     ) -> Scored:
-        """Of the training forward, over the whole softmax; with `replays` over its candidates and with its experts."""
+        """What the training forward says, over the whole softmax; of `replays` it takes the candidates and the experts.
+
+        Raises:
+          RunError: a log-prob is not finite.
+        """
         config, width = self.config, rollout.response_mask.shape[1]
         mesh = self._mesh if mesh is None else mesh
         mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
         for start in range(0, len(mask), size):
-            # the last batch is filled up, so that one program serves all
+            # The last batch is filled up, so that one program serves all.
             rows = np.resize(np.arange(start, len(mask))[:size], size)
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
             batch = jax.device_put(batch, batch_sharding(mesh))
-            parts.append(jax.device_get(_train(config.model, width, mesh, params, *batch)))
+            parts.append(jax.device_get(_training_forward(config.model, width, mesh, params, *batch)))
         logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
         logps = np.where(rollout.response_mask, logps, 0.0)
         _require_finite("the trainer", logps)
@@ -112,7 +116,7 @@ class Policies:
     def _engine(self, served: Served) -> Qwen3Engine:
         served = replace(served, stale=False)
         if served not in self._engines:
-            # one prompt in each pass of the prefill: its cache's roundings then do not depend on how many are beside it
+            # One prompt is in each pass of the prefill: its cache's roundings then do not depend on those beside it.
             most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
             serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
             config = replace(self.config, serving=serving, mismatch=served.mismatch)
@@ -120,7 +124,7 @@ class Policies:
         return self._engines[served]
 
 
-def _params(engine: Qwen3Engine, served: Served, weights: Weights) -> ServingParams:
+def _synced(engine: Qwen3Engine, served: Served, weights: Weights) -> ServingParams:
     return engine.sync(weights.stale if served.stale else weights.params, weights.version)
 
 
@@ -130,7 +134,7 @@ def _require_finite(what: str, logps: Logps) -> None:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _train(
+def _training_forward(
     model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, candidate_tokens
 ):
     imposed = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from dcjax.errors import RunError
+from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import params_shardings
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import make_discrepancy, make_mean_discrepancy
@@ -36,12 +37,12 @@ from dcjax.tools.probe.source import Source
 from dcjax.types import Rollout
 
 PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
-"""Edges of the buckets by the training policy's probability."""
+"""The edges of the buckets by the training policy's probability."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured; docs/probe.md tells how to read it."""
+    """What was measured, and written as JSON; docs/probe.md tells how to read it."""
 
     source: str
     step: int | None
@@ -50,19 +51,19 @@ class Probe:
     responses: int
     tokens: int
     stages: list[Stage]
-    # of training: what `mismatch/*` in metrics.jsonl is of
     total: Gap
+    """The gap that training sees, which `mismatch/*` in metrics.jsonl measures."""
     recommended_budget: float
-    # by name: a gap on the same tokens and the bytes of the weights, or why there is none
     formats: dict[str, dict[str, Any]]
+    """For each format, by name, the gap on the same tokens and the bytes of the weights, or why there is none."""
     by_position: list[dict[str, float]]
     by_probability: list[dict[str, float]]
     by_layer: list[dict[str, float]]
     worst_tokens: list[dict[str, Any]]
     sharding: dict[str, Any]
     sampling: dict[str, Any]
-    # None without experts
     routing: dict[str, Any] | None
+    """The experts of trainer and sampler compared; None where the model has none."""
 
 
 @dataclass
@@ -74,24 +75,25 @@ class _Measurement:
     rungs: list[Rung]
     key: jax.Array
     rollout: Rollout
-    # of the whole softmax at the sampler's temperature, without replay
     trained: Scored
-    # of the distribution that training compares with what was sampled: truncated, and with the sampler's experts
-    # where the run replays them
+    """The training policy over the whole softmax at the sampler's temperature, without replay."""
     replayed: Logps
+    """The training policy as training compares it with what was sampled: over the truncated distribution, and with the
+    sampler's experts where the run replays them."""
     logps: dict[Served, Logps] = field(default_factory=dict)
-    # of the first and the last rung, of the responses that are decoded at once
     residuals: dict[Served, np.ndarray] = field(default_factory=dict)
-    # why a format is not there
+    """The residual streams of the first and the last rung, of the responses that are decoded at once."""
     refused: dict[Served, str] = field(default_factory=dict)
+    """Why a policy cannot be served."""
 
     @property
     def mask(self) -> np.ndarray:
+        """bool [B, T]: the tokens of the responses."""
         return np.asarray(self.rollout.response_mask)
 
     @property
     def sampled(self) -> Logps:
-        """What the engine sampled with, of the whole softmax as the ladder is."""
+        """The engine's log-probs as it sampled, over the whole softmax as the ladder's are."""
         return np.where(self.mask, self.rollout.rollout_logps + self.rollout.log_mass, 0.0)
 
 
@@ -99,11 +101,11 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     """Samples each prompt once from the deployed engine, and scores the same tokens by all policies.
 
     Raises:
-      RunError: a seed out of range, what is asked for cannot be served, or a prompt does not fit.
+      RunError: the seed is out of range, what is asked for cannot be served, or a prompt does not fit.
     """
     if not 0 <= seed < 2**63:
         raise RunError(f"seed is {seed}; it must be at least 0 and below 2**63")
-    config = source.config
+    config = source.model.config
     rungs = ladder(
         config.serving, config.mismatch, trained_in=config.model.precision.compute, stale_step=source.stale_step
     )
@@ -121,10 +123,11 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
 
 
 def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
-    config = source.config
-    # recorded for the share of tokens that change their experts
+    """Samples from the deployed policy, and scores what was sampled by the training policy."""
+    config = source.model.config
+    # Experts are recorded for the share of tokens that change theirs.
     recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
-    policies = Policies(recording, source.end_tokens)
+    policies = Policies(recording, source.model.end_tokens)
     rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
     trained = policies.train(source.weights.params, rollout, temperature=rollout.temperature)
     replayed, replays = trained.logps, _replays(config, rollout)
@@ -143,6 +146,7 @@ def _replays(config: Config, rollout: Rollout) -> Rollout | None:
 
 
 def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
+    """Scores what was sampled by one served policy; where it is not required, it may refuse."""
     keeps_residuals = served in (measured.rungs[0].served, measured.rungs[-1].served)
     try:
         scores = measured.policies.score(
@@ -158,6 +162,7 @@ def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
 
 
 def _measure(measured: _Measurement) -> Probe:
+    """The gaps between all that was scored."""
     source, mask, rollout = measured.source, measured.mask, measured.rollout
     old, sampled = measured.replayed, rollout.rollout_logps
     policies = [(rung.name, rung.detail, measured.logps[rung.served]) for rung in measured.rungs]
@@ -165,18 +170,18 @@ def _measure(measured: _Measurement) -> Probe:
     positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
 
     def decode(ids: list[int]) -> str:
-        return str(source.tokenizer.decode(ids))
+        return str(source.model.tokenizer.decode(ids))
 
     return Probe(
-        source=source.name,
-        step=source.step,
+        source=source.model.name,
+        step=source.model.step,
         format=measured.rungs[-1].served.format,
         kv_cache=measured.rungs[-1].served.kv_cache,
         responses=len(mask),
         tokens=int(mask.sum()),
         stages=decompose(measured.trained.logps, [*policies, ("as_sampled", "", measured.sampled)], mask),
         total=gap(old_logps=old, rollout_logps=sampled, mask=mask),
-        recommended_budget=_budget(source.config, old, sampled, mask),
+        recommended_budget=_budget(source.model.config, old, sampled, mask),
         formats={name: _format(measured, name) for name in formats},
         by_position=bucketed(difference, positions, position_edges(mask.shape[1]), mask),
         by_probability=bucketed(difference, np.exp(old), PROBABILITIES, mask),
@@ -195,8 +200,8 @@ def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> flo
 
 
 def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
-    """Without what the run adds on purpose, and of its present weights."""
-    served, config = Served.of(name), measured.source.config
+    """The gap of a format without what the run adds on purpose, of its present weights."""
+    served, config = Served.of(name), measured.source.model.config
     if served in measured.refused:
         return {"not_served": measured.refused[served]}
     stored = stored_parameters(config.model, serving_format(name), config.serving.keep)
@@ -208,18 +213,19 @@ def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
 
 
 def _by_layer(measured: _Measurement) -> list[dict[str, float]]:
-    """Of the deployed policy, against the first rung, on as many responses as are decoded at once."""
+    """The deployed policy's residual stream against the first rung's, of the responses that are decoded at once."""
     residuals, reference = (measured.residuals[measured.rungs[place].served] for place in (-1, 0))
     return by_layer(residuals, reference, measured.mask[: len(residuals)])
 
 
 def _sharding(measured: _Measurement) -> dict[str, Any]:
     """The training forward on the run's mesh, or over two devices where that is one, against one device."""
-    source, rollout = measured.source, measured.rollout
-    several = source.mesh if math.prod(astuple(source.mesh)) > 1 else MeshConfig(tensor=2)
+    model, rollout = measured.source.model, measured.rollout
+    several = model.trained_on if math.prod(astuple(model.trained_on)) > 1 else MeshConfig(tensor=2)
     try:
-        config, mesh = replace(source.config, mesh=several), make_mesh(several)
-        params = jax.device_put(source.weights.params, params_shardings(config, mesh))
+        check_model(model.config.model, asdict(several))
+        mesh = make_mesh(several)
+        params = jax.device_put(measured.source.weights.params, params_shardings(model.config, mesh))
     except ValueError as error:
         return {"not_measured": str(error)}
     scored = measured.policies.train(params, rollout, temperature=rollout.temperature, mesh=mesh)
@@ -229,8 +235,8 @@ def _sharding(measured: _Measurement) -> dict[str, Any]:
 
 def _sampling(measured: _Measurement) -> dict[str, Any]:
     """The trainer's distribution without temperature and truncation, against the one with them."""
-    settings, rollout = measured.source.config.rollout, measured.rollout
-    replays = _replays(measured.source.config, rollout)
+    settings, rollout = measured.source.model.config.rollout, measured.rollout
+    replays = _replays(measured.source.model.config, rollout)
     plain = measured.policies.train(
         measured.source.weights.params,
         rollout,
@@ -250,7 +256,7 @@ def _routing(measured: _Measurement) -> dict[str, Any] | None:
     params, replays = measured.source.weights.params, replace(rollout, candidate_tokens=None)
     replayed = measured.policies.train(params, rollout, temperature=rollout.temperature, replays=replays)
     real = np.asarray(rollout.attention_mask)
-    # the last token of a response is never fed
+    # The last token of a response is never fed.
     shares = changed_experts(trained.experts, np.asarray(rollout.experts), real[:, :-1] & real[:, 1:])
     gaps = {
         name: gap(old_logps=scored.logps, rollout_logps=measured.sampled, mask=mask)

@@ -1,4 +1,4 @@
-"""What can be probed: a run, one of its checkpoints, a Hugging Face folder."""
+"""What a probe begins with: a model, the prompts that it is asked, and the weights that are served."""
 
 from __future__ import annotations
 
@@ -6,48 +6,32 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import encode_prompts
-from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.evaluate import HELDOUT_SEED
-from dcjax.loop.run_directory import load_config, locate
-from dcjax.recipe.build import abstract_state, open_problems, starting_params
-from dcjax.recipe.config import Config
-from dcjax.recipe.serving import ServingConfig
-from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.tools.open_model import folder_config, is_folder
+from dcjax.recipe.build import open_problems
+from dcjax.tools.open_model import OpenedModel, is_folder, open_model
 from dcjax.tools.probe.policies import Weights
 
 PROMPTS = 128
-"""Sampled from, one response each, where nothing else is asked for."""
+"""How many prompts are sampled from, one response each, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model with its settings and prompts, loaded."""
+    """A model on one device with its prompts and its weights, loaded."""
 
-    name: str
-    # None of a Hugging Face folder
-    step: int | None
-    # on one device
-    config: Config
-    # that it was trained on
-    mesh: MeshConfig
-    tokenizer: PreTrainedTokenizerFast
-    # ids that end a response
-    end_tokens: list[int]
+    model: OpenedModel
     prompts: list[list[int]]
     weights: Weights
-    # of the weights that are served; None where they are the trainer's own
     stale_step: int | None
-    # where results go, unless told otherwise
-    out: Path
+    """The step of the weights that are served; None where they are the trainer's own."""
+
+    @property
+    def out(self) -> Path:
+        """The directory where results go, unless the probe is told otherwise."""
+        return self.model.directory_for("probe")
 
 
 def load_source(
@@ -63,86 +47,61 @@ def load_source(
 
     Args:
       path: a run directory, RUN/checkpoints/STEP, or a folder.
-      format: serving format; None is the run's, or the default of `ServingConfig`.
-      kv_cache: likewise.
-      prompts: how many; PROMPTS where None.
+      format: the serving format; None is the run's, or the default of `ServingConfig`.
+      kv_cache: likewise what keys and values are stored in.
+      prompts: how many prompts; PROMPTS where None.
       prompts_file: of a folder, one prompt a line: {"prompt": ...} or the text itself.
       stale_step: of a run, the checkpoint whose weights are served.
 
     Raises:
-      RunError: no such source, a damaged one, or a setting out of range or of the other kind of source.
+      RunError: there is no such source, it is damaged, or a setting is out of range or of the other kind of source.
     """
     path = path.resolve()
     count = PROMPTS if prompts is None else prompts
     if count < 1:
         raise RunError(f"prompts is {count}; it must be at least 1")
-    serving = {name: value for name, value in (("format", format), ("kv_cache", kv_cache)) if value is not None}
-    try:
-        if is_folder(path):
-            if stale_step is not None:
-                raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
-            return _load_folder(path, serving, prompts_file, count)
+    serving = {"format": format, "kv_cache": kv_cache}
+    if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _load_run(path, serving, stale_step, count)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-
-
-def _load_run(path: Path, serving: dict[str, Any], stale_step: int | None, count: int) -> Source:
-    run_dir, step = locate(path)
-    recorded = load_config(run_dir)
-    config = replace(recorded, mesh=MeshConfig(), serving=replace(recorded.serving, **serving))
-    like, checkpoints = abstract_state(config, make_mesh(config.mesh)), Checkpoints(run_dir / "checkpoints")
-    state, loop = checkpoints.restore(checkpoints.latest() if step is None else step, like)
+        return _of_run(open_model(path, serving=serving), stale_step, count)
     if stale_step is not None:
-        stale = checkpoints.restore(stale_step, like)[0].params
-    else:
-        stale, stale_step = (
-            (state.history[0], max(loop.step - len(state.history), 0)) if state.history else (None, None)
-        )
-    version = loop.step if stale_step is None else stale_step
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
-    problems = open_problems(config, tokenizer).problems("heldout", HELDOUT_SEED, 0, count)
-    return Source(
-        name=run_dir.name,
-        step=loop.step,
-        config=config,
-        mesh=recorded.mesh,
-        tokenizer=tokenizer,
-        end_tokens=run_end_tokens(run_dir, config, tokenizer),
-        prompts=encode_prompts(tokenizer, problems),
-        weights=Weights(state.params, stale, version),
-        stale_step=stale_step,
-        out=run_dir / "probe",
-    )
-
-
-def _load_folder(path: Path, serving: dict[str, Any], prompts_file: Path | None, count: int) -> Source:
+        raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:
         raise RunError(f"{path} is a Hugging Face folder, which has no prompts; give some with --prompts-file")
-    tokenizer = load_tokenizer(path)
-    prompts = [tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
-    config = folder_config(path, ServingConfig(**serving), max_prompt_length=max(map(len, prompts)))
-    return Source(
-        name=path.name,
-        step=None,
-        config=config,
-        mesh=config.mesh,
-        tokenizer=tokenizer,
-        end_tokens=folder_end_tokens(path, tokenizer),
-        prompts=prompts,
-        weights=Weights(starting_params(config, make_mesh(config.mesh)), None, 0),
-        stale_step=None,
-        out=Path("probe"),
-    )
+    return _of_folder(open_model(path, serving=serving), prompts_file, count)
+
+
+def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
+    """A run with its held-out problems for prompts."""
+    (state, cursor), stale = model.restore(), None
+    if stale_step is not None:
+        stale = model.restore(stale_step)[0].params
+    elif state.history:
+        # A run whose weights lag has kept those that it serves.
+        stale, stale_step = state.history[0], max(cursor.step - len(state.history), 0)
+    weights = Weights(state.params, stale, version=cursor.step if stale_step is None else stale_step)
+    try:
+        problems = open_problems(model.config, model.tokenizer).problems("heldout", HELDOUT_SEED, 0, count)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    return Source(model, encode_prompts(model.tokenizer, problems), weights, stale_step)
+
+
+def _of_folder(model: OpenedModel, prompts_file: Path, count: int) -> Source:
+    """A folder with prompts of a file, which its engine is made long enough for."""
+    prompts = [model.tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
+    longest = max(model.config.rollout.max_prompt_length, *map(len, prompts))
+    rollout = replace(model.config.rollout, max_prompt_length=longest)
+    weights = Weights(model.params(), None, version=0)
+    return Source(replace(model, config=replace(model.config, rollout=rollout)), prompts, weights, stale_step=None)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, {"prompt": ...} or the text itself; empty lines are none.
+    """The prompts of a file, one a line: {"prompt": ...} or the text itself; empty lines are none.
 
     Raises:
-      RunError: a line in braces that is not such an object, no text in UTF-8, or no prompt at all.
+      RunError: a line in braces is not such an object, the file is not UTF-8, or it has no prompt at all.
     """
     try:
         prompts = list(_prompts(path, path.read_text(encoding="utf-8")))

@@ -19,31 +19,31 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import require_finite, sample_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import share
-from dcjax.tools.suite.log import Conditions, Problem, Sampled, SampleLog
-from dcjax.tools.suite.model import Model
+from dcjax.tools.open_model import OpenedModel
+from dcjax.tools.suite.log import Conditions, ProblemSamples, SampleLog, SuiteProblem
 from dcjax.types import Rollout
 
 SAMPLES_A_CALL = 256
-"""At most, of the engine: many, since slots run empty at its end, and not more than an interruption may cost."""
+"""How many samples one call of the engine draws at most: many, since slots run empty at the end of a call, and no more
+than an interruption may cost."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """This host's share of a batch, whose scores are awaited."""
+class _HostShare:
+    """This host's share of a batch, whose scores are awaited; the lists have an item for each sample."""
 
-    problems: list[Problem]
-    # of all their samples
+    problems: list[SuiteProblem]
     answers: list[str | None]
     lengths: list[int]
     finished: list[bool]
     scores: Pending
 
 
-def to_problems(model: Model, template: Template, examples: Sequence[Example]) -> list[Problem]:
-    """A benchmark's problems, in order.
+def to_problems(model: OpenedModel, template: Template, examples: Sequence[Example]) -> list[SuiteProblem]:
+    """A benchmark's problems, in order, as they are put to the model.
 
     Raises:
-      RunError: the model's tokenizer cannot spell one.
+      RunError: the model's tokenizer cannot spell one of them.
     """
     prompts = encode(model.tokenizer, [template.prompt(model.tokenizer, example.question) for example in examples])
     unknown = model.tokenizer.unk_token_id
@@ -54,14 +54,14 @@ def to_problems(model: Model, template: Template, examples: Sequence[Example]) -
                 "a suite needs a model whose tokenizer covers any text"
             )
     pairs = zip(examples, prompts, strict=True)
-    return [Problem(example.id, prompt, example.answer) for example, prompt in pairs]
+    return [SuiteProblem(example.id, prompt, example.answer) for example, prompt in pairs]
 
 
 def sample_problems(
     engine: Qwen3Engine,
     params: ServingParams,
-    model: Model,
-    problems: Sequence[Problem],
+    model: OpenedModel,
+    problems: Sequence[SuiteProblem],
     *,
     conditions: Conditions,
     template: Template,
@@ -74,35 +74,36 @@ def sample_problems(
     on the seed: neither on the slots, nor on the hosts, nor on what was logged before.
 
     Args:
-      engine, params: of the policy.
-      model: whose tokenizer reads responses.
-      problems: the benchmark's, from the first one on.
-      conditions: of the samples.
-      template: reads answers.
-      pool: scores them, by the template's reward.
-      log: of this process.
+      engine: the engine of the policy.
+      params: the policy's weights, as its engine serves them.
+      model: its tokenizer reads the responses.
+      problems: the benchmark's problems, from the first one on.
+      conditions: what the samples depend on.
+      template: it finds the answers in the responses.
+      pool: it scores the answers, by the template's reward.
+      log: the log of this process.
 
     Raises:
-      RunError: a prompt that the engine does not take, or log-probs that are not finite.
+      RunError: the engine does not take a prompt, or log-probs are not finite.
     """
     key = jax.random.fold_in(jax.random.key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
     size = max(1, SAMPLES_A_CALL // conditions.samples)
-    awaited: tuple[_Part, list[Problem]] | None = None
+    awaited: tuple[_HostShare, list[SuiteProblem]] | None = None
     for number, start in enumerate(range(0, len(problems), size)):
         batch = list(problems[start : start + size])
         if not (missing := log.missing(conditions, batch)):
             continue
         rollout = _sample(engine, params, batch, conditions, jax.random.fold_in(key, number))
-        part = _read(batch, rollout, model, template, pool)
+        mine = _begin_scoring(batch, rollout, model, template, pool)
         if awaited is not None:
-            yield _write(*awaited, conditions, log)
-        awaited = part, missing
+            yield _log_scored(*awaited, conditions, log)
+        awaited = mine, missing
     if awaited is not None:
-        yield _write(*awaited, conditions, log)
+        yield _log_scored(*awaited, conditions, log)
 
 
 def _sample(
-    engine: Qwen3Engine, params: ServingParams, batch: list[Problem], conditions: Conditions, key: jax.Array
+    engine: Qwen3Engine, params: ServingParams, batch: list[SuiteProblem], conditions: Conditions, key: jax.Array
 ) -> Rollout:
     try:
         rollout = sample_responses(
@@ -120,13 +121,15 @@ def _sample(
     return rollout
 
 
-def _read(batch: list[Problem], rollout: Rollout, model: Model, template: Template, pool: RewardPool) -> _Part:
-    """Begins to score this host's share of a batch."""
+def _begin_scoring(
+    batch: list[SuiteProblem], rollout: Rollout, model: OpenedModel, template: Template, pool: RewardPool
+) -> _HostShare:
+    """Hands this host's share of a batch to the pool."""
     mine, samples = share(len(batch)), len(rollout.finished) // len(batch)
     problems, rows = batch[mine], slice(mine.start * samples, mine.stop * samples)
     rollout = jax.tree.map(lambda leaf: leaf[rows], rollout)
     texts, finished = responses(model.tokenizer, rollout), rollout.finished.tolist()
-    return _Part(
+    return _HostShare(
         problems=problems,
         answers=[template.extract(text) if ended else None for text, ended in zip(texts, finished, strict=True)],
         lengths=rollout.response_mask.sum(axis=1).tolist(),
@@ -135,29 +138,28 @@ def _read(batch: list[Problem], rollout: Rollout, model: Model, template: Templa
     )
 
 
-def _write(part: _Part, missing: list[Problem], conditions: Conditions, log: SampleLog) -> int:
-    """Logs what was missing of a part, once its scores are there; how many problems were missing on all hosts.
+def _log_scored(mine: _HostShare, missing: list[SuiteProblem], conditions: Conditions, log: SampleLog) -> int:
+    """Logs what was missing of a share, once its scores are there; returns how many problems were missing on all hosts.
 
     Raises:
       RunError: the pool cannot score.
     """
     try:
-        rewards = part.scores.result().tolist()
+        rewards = mine.scores.result().tolist()
     except RuntimeError as error:
         raise RunError(one_line(error)) from error
-    tell_timeouts(part.scores.timeouts, len(rewards))
-    for place, problem in enumerate(part.problems):
+    tell_timeouts(mine.scores.timeouts, len(rewards))
+    for place, problem in enumerate(mine.problems):
+        if problem not in missing:
+            continue
         rows = slice(place * conditions.samples, (place + 1) * conditions.samples)
-        if problem in missing:
-            log.append(
-                conditions,
-                Sampled(
-                    problem.id,
-                    problem.answer,
-                    part.answers[rows],
-                    rewards[rows],
-                    part.lengths[rows],
-                    part.finished[rows],
-                ),
-            )
+        samples = ProblemSamples(
+            problem=problem.id,
+            gold=problem.answer,
+            answers=mine.answers[rows],
+            rewards=rewards[rows],
+            lengths=mine.lengths[rows],
+            finished=mine.finished[rows],
+        )
+        log.append(conditions, samples)
     return len(missing)

@@ -12,7 +12,7 @@ from dcjax.errors import RunError
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set that is sampled so often a problem."""
+    """A data set, with how many samples each of its problems gets."""
 
     dataset: str
     title: str
@@ -20,7 +20,7 @@ class Benchmark:
 
 
 SUITES: dict[str, tuple[Benchmark, ...]] = {
-    # paper A's, in the order of its tables
+    # These are paper A's, in the order of its tables.
     "paper": (
         Benchmark("aime24", "AIME24", 32),
         Benchmark("aime25", "AIME25", 32),
@@ -37,7 +37,7 @@ class SuiteConfig:
     """How a suite is sampled; the defaults are paper A's.
 
     Raises:
-      RunError: a field out of range.
+      RunError: a field is out of range.
     """
 
     suite: str = "paper"
@@ -49,13 +49,13 @@ class SuiteConfig:
     max_response_length: int = 32_768
     """Longest response (tokens), where the model has as many positions."""
     samples: int | None = None
-    """A problem; each benchmark's own number where None."""
+    """How many samples a problem gets; each benchmark's own number where None."""
     problems: int | None = None
-    """The first ones of each benchmark; all where None."""
+    """How many problems of each benchmark are asked, from the first one on; all where None."""
     template: TemplateName | None = None
     """What is put round questions, and reads answers; the one that the run was trained with, or boxed, where None."""
     seed: int = 0
-    """Of the samples."""
+    """The seed of the samples."""
 
     def __post_init__(self):
         if self.suite not in SUITES:
@@ -74,11 +74,11 @@ class SuiteConfig:
 
     @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
-        """The suite's."""
+        """The benchmarks of the suite."""
         return SUITES[self.suite]
 
     def samples_of(self, benchmark: Benchmark) -> int:
-        """Samples a problem."""
+        """How many samples a problem of the benchmark gets."""
         return self.samples or benchmark.samples
 
 

@@ -15,7 +15,8 @@ from dcjax.errors import RunError
 from dcjax.reporting.record import named_in_errors
 from dcjax.serving.quantize import FormatName
 
-Policy = Literal["deployed", "training"]
+SuitePolicy = Literal["deployed", "training"]
+"""The policies that a suite asks: no average of the weights is among them."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,15 @@ class Conditions:
     """What the samples of a problem depend on, beside the problem: under equal conditions they are the same samples."""
 
     benchmark: str
-    policy: Policy
-    # of the weights, bit by bit
+    policy: SuitePolicy
     weights: int
-    # the engine's settings, `mismatch` as it is added to the deployed policy
+    """The fingerprint of every bit of the weights."""
     format: FormatName
+    """The format that the engine serves."""
     kv_cache: str
     keep: list[str]
     mismatch: dict[str, float]
+    """What is added to the deployed policy on purpose."""
     samples: int
     seed: int
     temperature: float
@@ -41,12 +43,12 @@ class Conditions:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits."""
+        """16 hexadecimal digits that name the conditions."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Problem:
+class SuiteProblem:
     """One problem of a benchmark, as it is put to a policy."""
 
     id: str
@@ -55,27 +57,28 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """The samples of one problem; the lists have an item for each."""
+class ProblemSamples:
+    """The samples of one problem; the lists have an item for each sample."""
 
     problem: str
-    # the right answer that the rewards are by
+    """The id of the problem."""
     gold: str
-    # as written; None where a response has none or was cut
+    """The right answer that the rewards are given by."""
     answers: list[str | None]
+    """The answers as written; None where a response has none or was cut."""
     rewards: list[float]
-    # tokens
     lengths: list[int]
-    # whether it ended by itself
+    """The lengths of the responses (tokens)."""
     finished: list[bool]
+    """Whether a response ended by itself."""
 
 
 class SampleLog:
     """The file of one process, and what all processes' files held when it was opened.
 
     Args:
-      directory: made if missing; the same for all processes.
-      process: number of this one.
+      directory: the same for all processes; it is made if it is missing.
+      process: the number of this process.
 
     Raises:
       RunError: a damaged line stands before others; at the end of a file it is what a killed process leaves.
@@ -88,13 +91,13 @@ class SampleLog:
         self._path, self._done = path, read_samples(directory)
         self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the log, and `__exit__` closes it)
 
-    def missing(self, conditions: Conditions, problems: Sequence[Problem]) -> list[Problem]:
+    def missing(self, conditions: Conditions, problems: Sequence[SuiteProblem]) -> list[SuiteProblem]:
         """Those of the problems that had not been sampled, or by another right answer, when the log was opened."""
         done = self._done.get(conditions.fingerprint, {})
         return [problem for problem in problems if (problem.id, problem.answer) not in done]
 
-    def append(self, conditions: Conditions, sampled: Sampled) -> None:
-        """Writes one problem's line, and flushes it to the operating system."""
+    def append(self, conditions: Conditions, sampled: ProblemSamples) -> None:
+        """Writes the line of one problem, and flushes it to the operating system."""
         named = {"conditions": conditions.fingerprint, "benchmark": conditions.benchmark, "policy": conditions.policy}
         line = json.dumps(named | {"seed": conditions.seed} | asdict(sampled), allow_nan=False)
         with named_in_errors(self._path):
@@ -110,24 +113,24 @@ class SampleLog:
         self._file.close()
 
 
-def read_samples(directory: Path) -> dict[str, dict[tuple[str, str], Sampled]]:
-    """All processes' lines: by fingerprint of the conditions, then by problem and right answer.
+def read_samples(directory: Path) -> dict[str, dict[tuple[str, str], ProblemSamples]]:
+    """The lines of all processes: by the fingerprint of their conditions, then by problem and right answer.
 
     Raises:
       RunError: as `SampleLog`.
     """
-    found: dict[str, dict[tuple[str, str], Sampled]] = {}
+    found: dict[str, dict[tuple[str, str], ProblemSamples]] = {}
     for path in sorted(directory.glob("samples-*.jsonl")):
         for record in _records(path):
-            # lines of earlier versions do not say the gold; none is empty
+            # Lines of earlier versions do not say the gold; no gold is empty.
             record.setdefault("gold", "")
-            sampled = Sampled(**{name: record[name] for name in Sampled.__annotations__})
+            sampled = ProblemSamples(**{name: record[name] for name in ProblemSamples.__annotations__})
             found.setdefault(record["conditions"], {})[sampled.problem, sampled.gold] = sampled
     return found
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    # what follows the last newline is being written, or was when its process was killed
+    # What follows the last newline is being written, or was when its process was killed.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             yield json.loads(line)

@@ -13,13 +13,13 @@ import numpy as np
 from dcjax.errors import RunError
 from dcjax.reporting.statistics import bootstrap_interval, majority_at_k, paired_bootstrap, pass_at_k
 from dcjax.serving.quantize import FormatName
-from dcjax.tools.suite.log import Policy, Sampled
+from dcjax.tools.suite.log import ProblemSamples, SuitePolicy
 
 RESULT = "suite.json"
-"""In the directory of a result."""
+"""The name of a result's file, in the directory of the result."""
 
 AVERAGE = "average"
-"""Over all benchmarks, each counting alike; stands where a benchmark's name would."""
+"""Stands where a benchmark's name would, for the average over all benchmarks, each counting alike."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Estimate:
     """A mean over problems."""
 
     value: float
-    # 95%
     interval: tuple[float, float]
+    """The 95% interval over problems."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,24 @@ class Score:
 
     benchmark: str
     problems: int
-    # a problem
     samples: int
-    # avg@k, k being `samples`
+    """How many samples a problem has."""
     accuracy: Estimate
-    # by k
+    """avg@k, where k is `samples`."""
     pass_at: dict[int, Estimate]
+    """pass@k, by k."""
     majority_at: dict[int, Estimate]
-    # tokens
+    """maj@k, by k."""
     mean_length: float
-    # responses that were cut at the limit
+    """The mean length of a response (tokens)."""
     unfinished: int
-    # mean over samples, by the problem's id
+    """How many responses were cut at the limit."""
     by_problem: dict[str, float]
+    """The mean over a problem's samples, by the problem's id."""
 
     @property
     def unfinished_share(self) -> float:
-        """Of all responses."""
+        """The share of all responses that were cut at the limit."""
         return self.unfinished / (self.problems * self.samples)
 
 
@@ -61,7 +62,7 @@ class Score:
 class PolicyScores:
     """One policy on all benchmarks."""
 
-    policy: Policy
+    policy: SuitePolicy
     format: FormatName
     benchmarks: list[Score]
     average: Estimate
@@ -74,13 +75,13 @@ class SuiteResult:
     name: str
     step: int | None
     suite: str
-    # as `SuiteConfig` and the engine had them
     settings: dict[str, Any]
+    """The settings as `SuiteConfig` and the engine had them."""
     policies: list[PolicyScores]
-    # what is not as the papers do it
     notes: list[str]
-    # golds that cannot be read, by benchmark and problem's id: of these only their own text counted as right
+    """What is not as the papers do it."""
     unreadable: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The golds that cannot be read, by benchmark and problem's id; only their own text counted as right."""
 
     @property
     def title(self) -> str:
@@ -94,12 +95,12 @@ class Compared:
 
     benchmark: str
     difference: float
-    # 95%, of the paired bootstrap
     interval: tuple[float, float]
+    """The 95% interval of the paired bootstrap."""
     p_value: float
 
 
-def score_benchmark(benchmark: str, sampled: Sequence[Sampled]) -> Score:
+def score_benchmark(benchmark: str, sampled: Sequence[ProblemSamples]) -> Score:
     """What all problems' samples come to."""
     correct = np.array([problem.rewards for problem in sampled]) > 0
     samples = correct.shape[1]
@@ -123,7 +124,7 @@ def score_benchmark(benchmark: str, sampled: Sequence[Sampled]) -> Score:
     )
 
 
-def score_policy(policy: Policy, format: FormatName, scores: list[Score]) -> PolicyScores:
+def score_policy(policy: SuitePolicy, format: FormatName, scores: list[Score]) -> PolicyScores:
     """A policy's benchmarks with their average."""
     by_problem = [np.array(list(score.by_problem.values())) for score in scores]
     average = Estimate(float(np.mean([part.mean() for part in by_problem])), bootstrap_interval(by_problem))
@@ -134,11 +135,11 @@ def _estimate(scores: np.ndarray) -> Estimate:
     return Estimate(float(scores.mean()), bootstrap_interval([scores]))
 
 
-def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[Policy, list[Compared]]:
+def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[SuitePolicy, list[Compared]]:
     """By policy, our accuracy less theirs on each benchmark and on the average.
 
     Raises:
-      RunError: as `differences`.
+      RunError: they were not asked the same problems.
     """
     return {
         policy.policy: differences(policy, other)
@@ -179,7 +180,7 @@ def read_result(path: Path) -> SuiteResult:
     """A result from its file, or from the directory that it was written to.
 
     Raises:
-      RunError: no such file, or not one that `to_json` wrote.
+      RunError: there is no such file, or `to_json` did not write it.
     """
     path = path / RESULT if path.is_dir() else path
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dcjax.data.datasets import Example
+from dcjax.data.mathematics import MathTask
 from dcjax.data.store import load_examples
 from dcjax.data.templates import TemplateName, templates
 from dcjax.errors import RunError
@@ -23,47 +24,52 @@ from dcjax.rewards.pool import RewardPool
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.serving.quantize import FormatName
 from dcjax.sharding.hosts import DistributedConfig, as_loss, is_main, join, total
+from dcjax.tools.open_model import OpenedModel, open_model
 from dcjax.tools.suite.answers import sample_problems, to_problems
 from dcjax.tools.suite.benchmarks import Benchmark, SuiteConfig, published_counts
-from dcjax.tools.suite.log import Conditions, Policy, Problem, SampleLog, read_samples
-from dcjax.tools.suite.model import Model, load_model
+from dcjax.tools.suite.engines import make_suite_engine
+from dcjax.tools.suite.log import Conditions, SampleLog, SuitePolicy, SuiteProblem, read_samples
 from dcjax.tools.suite.result import SuiteResult, score_benchmark, score_policy
+from dcjax.types import Params
 
-POLICIES: tuple[Policy, ...] = ("deployed", "training")
+POLICIES: tuple[SuitePolicy, ...] = ("deployed", "training")
 
 DETECTED = DistributedConfig()
-"""Hosts find each other as JAX detects it."""
+"""With these settings hosts find each other as JAX detects it."""
 
 WORKERS = 8
-"""Processes that score answers, where there are as many cores: some thousands a second."""
+"""How many processes score answers, where there are as many cores: they score some thousands a second."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What is to be sampled of one model, decided before the first sample."""
 
-    model: Model
+    model: OpenedModel
     config: SuiteConfig
     template: TemplateName
-    problems: dict[Benchmark, list[Problem]]
-    # whose golds cannot be read, on process 0
+    params: Params
+    weights: int
+    """The fingerprint of `params`."""
+    problems: dict[Benchmark, list[SuiteProblem]]
     unreadable: list[Example]
+    """On process 0, the examples whose golds cannot be read."""
     max_prompt_length: int
     max_response_length: int
-    weights: int
     notes: list[str]
+    """What is not as the papers do it."""
 
-    def format(self, policy: Policy) -> FormatName:
-        """What a policy's engine computes in."""
+    def format(self, policy: SuitePolicy) -> FormatName:
+        """The format that a policy is served in."""
         return self.model.config.serving.format if policy == "deployed" else "float32"
 
-    def missing(self, policy: Policy, log: SampleLog) -> int:
+    def missing(self, policy: SuitePolicy, log: SampleLog) -> int:
         """How many problems the log lacks of a policy."""
         parts = self.problems.items()
         return sum(len(log.missing(self.conditions(policy, benchmark), problems)) for benchmark, problems in parts)
 
-    def conditions(self, policy: Policy, benchmark: Benchmark) -> Conditions:
-        """Of a policy's samples on a benchmark."""
+    def conditions(self, policy: SuitePolicy, benchmark: Benchmark) -> Conditions:
+        """What a policy's samples on a benchmark depend on."""
         serving, config = self.model.config.serving, self.config
         deployed = policy == "deployed"
         return Conditions(
@@ -79,7 +85,7 @@ class _Plan:
             temperature=config.temperature,
             top_p=config.top_p,
             max_response_length=self.max_response_length,
-            stop_tokens=self.model.stop_tokens,
+            stop_tokens=self.model.end_tokens,
             template=self.template,
         )
 
@@ -104,7 +110,7 @@ def evaluate_suite(
       config: what is sampled.
       data_dir: holds the benchmarks' local copies.
       out: where samples are logged; where None, RUN/suite/STEP, or ./suite/FOLDER.
-      devices: that share the weights and the samples; several hosts take all that they have.
+      devices: how many share the weights and the samples; several hosts take all that they have.
       distributed: how hosts find each other.
       serving: fields of `ServingConfig` in place of the run's; None is the run's.
 
@@ -113,16 +119,18 @@ def evaluate_suite(
 
     Raises:
       Interrupted: another host has gone.
-      RunError: no such source or data, or settings that the model, the hardware or its memory cannot serve.
+      RunError: there is no such source or data, or the model, the hardware or its memory cannot serve the settings.
     """
     join(distributed)
-    model = load_model(source, devices=devices, **serving)
-    check_end_tokens_agree(model.stop_tokens)
+    model = open_model(source, devices=jax.device_count() if jax.process_count() > 1 else devices, serving=serving)
+    check_end_tokens_agree(model.end_tokens)
     plan = _make_plan(model, config, data_dir)
-    directory = plan.model.out if out is None else out
+    directory = model.directory_for("suite") / (model.name if model.step is None else str(model.step))
+    directory = directory if out is None else out
     try:
         _sample(plan, directory)
-        total(0)  # all have written theirs
+        # Nobody reads before all have written their share.
+        total(0)
     except Exception as error:
         if (loss := as_loss(error)) is None:
             raise
@@ -130,8 +138,9 @@ def evaluate_suite(
     return (_result(plan, directory), directory) if is_main() else None
 
 
-def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
-    template = config.template or model.template
+def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan:
+    task = model.config.task
+    template = config.template or (task.template if isinstance(task, MathTask) else "boxed")
     problems, golds, notes = {}, [], []
     for benchmark in config.benchmarks:
         examples = _examples(benchmark, data_dir)[: config.problems]
@@ -150,15 +159,17 @@ def _make_plan(model: Model, config: SuiteConfig, data_dir: Path) -> _Plan:
             f"responses are cut at {room:,} tokens, not {config.max_response_length:,}: the model has {positions:,} "
             f"positions, and the longest prompt takes {longest:,}"
         )
+    params = model.params()
     return _Plan(
         model=model,
         config=config,
         template=template,
+        params=params,
+        weights=int(fingerprint(params)),
         problems=problems,
         unreadable=tell_unreadable(golds, templates[template].reward),
         max_prompt_length=longest,
         max_response_length=min(room, config.max_response_length),
-        weights=int(fingerprint(model.params)),
         notes=notes,
     )
 
@@ -171,11 +182,11 @@ def _examples(benchmark: Benchmark, data_dir: Path) -> Sequence[Example]:
 
 
 def _sample(plan: _Plan, directory: Path) -> None:
-    """Logs what is not logged yet, each host its share."""
+    """Samples what is not logged yet; each host scores and logs its share."""
     with SampleLog(directory, jax.process_index()) as log:
         missing = {policy: plan.missing(policy, log) for policy in POLICIES}
         left = sum(missing.values())
-        # none goes on before all have read what there was
+        # No host goes on before all have read what there was.
         if total(left) != left * jax.process_count():
             raise RunError(f"hosts read other samples in {directory}; give all of them one directory that they share")
         if not left:
@@ -184,7 +195,7 @@ def _sample(plan: _Plan, directory: Path) -> None:
         done = count - left
         with (
             RewardPool(templates[plan.template].reward, workers=min(WORKERS, os.cpu_count() or 1)) as pool,
-            _shown(count, done) as show,
+            _progress_shown(count, done) as show,
         ):
             for policy in (policy for policy in POLICIES if missing[policy]):
                 for benchmark, more in _sample_policy(plan, policy, pool, log):
@@ -193,8 +204,8 @@ def _sample(plan: _Plan, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _shown(count: int, done: int) -> Iterator[Callable[[int, Policy, Benchmark], None]]:
-    """What shows how many problems are done, on process 0."""
+def _progress_shown(count: int, done: int) -> Iterator[Callable[[int, SuitePolicy, Benchmark], None]]:
+    """A callback that shows on process 0 how many problems are done, and does nothing on the others."""
     if not is_main():
         yield lambda done, policy, benchmark: None
         return
@@ -202,12 +213,14 @@ def _shown(count: int, done: int) -> Iterator[Callable[[int, Policy, Benchmark],
         yield lambda done, policy, benchmark: progress.update(done, policy=policy, benchmark=benchmark.title)
 
 
-def _sample_policy(plan: _Plan, policy: Policy, pool: RewardPool, log: SampleLog) -> Iterator[tuple[Benchmark, int]]:
-    """Samples one benchmark after another; yields how many more of which are done."""
-    engine = plan.model.engine(
-        policy, max_prompt_length=plan.max_prompt_length, max_response_length=plan.max_response_length
+def _sample_policy(
+    plan: _Plan, policy: SuitePolicy, pool: RewardPool, log: SampleLog
+) -> Iterator[tuple[Benchmark, int]]:
+    """Samples one benchmark after another; yields which it is, and how many more of its problems are done."""
+    engine = make_suite_engine(
+        plan.model, policy, max_prompt_length=plan.max_prompt_length, max_response_length=plan.max_response_length
     )
-    params = engine.sync(plan.model.params, plan.model.step or 0)
+    params = engine.sync(plan.params, plan.model.step or 0)
     for benchmark, problems in plan.problems.items():
         conditions, template = plan.conditions(policy, benchmark), templates[plan.template]
         scored = {"conditions": conditions, "template": template, "pool": pool, "log": log}
@@ -216,6 +229,7 @@ def _sample_policy(plan: _Plan, policy: Policy, pool: RewardPool, log: SampleLog
 
 
 def _result(plan: _Plan, directory: Path) -> SuiteResult:
+    """The result, of what all hosts have logged in the directory."""
     logged = read_samples(directory)
     policies = []
     for policy in POLICIES:
@@ -230,7 +244,7 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
     settings = asdict(plan.config) | {
         "template": plan.template,
         "max_response_length": plan.max_response_length,
-        "stop_tokens": plan.model.stop_tokens,
+        "stop_tokens": plan.model.end_tokens,
     }
     unreadable: dict[str, dict[str, str]] = {}
     for example in plan.unreadable:

@@ -48,7 +48,7 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
     if against is not None:
         rows = [(f"{policy} policy", compared) for policy, compared in compare(result, against).items()]
         lines += _section(f"{result.title} less {against.title}", _difference_rows(result, rows))
-        # results of earlier versions do not say what ended a response
+        # Results of earlier versions do not say what ended a response.
         ours, theirs = (each.settings.get("stop_tokens") for each in (result, against))
         if theirs is not None and ours != theirs:
             lines += ["", f"Not measured alike: responses end in tokens {ours} here and {theirs} there."]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dcjax.errors import RunError
-from dcjax.tools.suite.log import Conditions, Problem, Sampled, SampleLog, read_samples
+from dcjax.tools.suite.log import Conditions, ProblemSamples, SampleLog, SuiteProblem, read_samples
 
 CONDITIONS = Conditions(
     benchmark="aime24",
@@ -22,11 +22,11 @@ CONDITIONS = Conditions(
     stop_tokens=[1],
     template="boxed",
 )
-PROBLEMS = [Problem(f"p{number}", [5, 6], "7") for number in range(3)]
+PROBLEMS = [SuiteProblem(f"p{number}", [5, 6], "7") for number in range(3)]
 
 
 def sampled(problem, answer="7", gold="7"):
-    return Sampled(problem, gold, [answer, None], [1.0, 0.0], [12, 64], [True, False])
+    return ProblemSamples(problem, gold, [answer, None], [1.0, 0.0], [12, 64], [True, False])
 
 
 def test_what_was_logged_is_read_back_by_its_conditions_and_is_not_missing_any_more(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from dcjax.errors import RunError
 from dcjax.tools.suite.benchmarks import SUITES, SuiteConfig
-from dcjax.tools.suite.log import Sampled
+from dcjax.tools.suite.log import ProblemSamples
 from dcjax.tools.suite.published import BENCHMARKS, PUBLISHED
 from dcjax.tools.suite.result import (
     AVERAGE,
@@ -34,7 +34,7 @@ def samples_of(rng, problems, samples, accuracy):
         kept = [None if answer == "none" else answer for answer in answers]
         rewards = [float(answer == "1") for answer in kept]
         lengths = rng.integers(1, 100, samples).tolist()
-        found.append(Sampled(f"p{number}", "1", kept, rewards, lengths, [answer is not None for answer in kept]))
+        found.append(ProblemSamples(f"p{number}", "1", kept, rewards, lengths, [answer is not None for answer in kept]))
     return found
 
 

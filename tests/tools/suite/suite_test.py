@@ -25,9 +25,9 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.serving import ServingConfig
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.sharding.mesh import make_mesh
+from dcjax.tools.open_model import open_model
 from dcjax.tools.suite.benchmarks import SUITES, Benchmark, SuiteConfig
 from dcjax.tools.suite.log import read_samples
-from dcjax.tools.suite.model import load_model
 from dcjax.tools.suite.result import read_result
 from dcjax.tools.suite.suite import evaluate_suite
 from dcjax.tools.suite.tables import write_result
@@ -296,8 +296,8 @@ def test_responses_are_cut_where_the_model_has_no_more_positions(folder, tmp_pat
 
 
 def test_a_folders_published_end_tokens_end_responses(folder):
-    model = load_model(folder)
-    assert model.stop_tokens == [model.tokenizer.eos_token_id, *STOPS]
+    model = open_model(folder)
+    assert model.end_tokens == [model.tokenizer.eos_token_id, *STOPS]
 
 
 # --- runs ---
@@ -324,8 +324,8 @@ def test_a_run_is_evaluated_in_its_own_format_and_its_results_lie_in_it(tmp_path
 
 
 def test_a_runs_ends_are_those_that_were_recorded_or_its_tokenizers(tmp_path):
-    assert load_model(make_run(tmp_path / "run", byte_tokenizer(), [1, *STOPS])).stop_tokens == [1, *STOPS]
-    assert load_model(make_run(tmp_path / "older", byte_tokenizer())).stop_tokens == [1]
+    assert open_model(make_run(tmp_path / "run", byte_tokenizer(), [1, *STOPS])).end_tokens == [1, *STOPS]
+    assert open_model(make_run(tmp_path / "older", byte_tokenizer())).end_tokens == [1]
 
 
 def test_a_run_whose_tokenizer_cannot_spell_the_problems_is_refused(tmp_path):

@@ -1,0 +1,44 @@
+"""`dcjax evaluate SOURCE`: accuracy of a run's policies on its held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcjax.loop.evaluate import Accuracy, evaluate, evaluate_average
+from dcjax.loop.reward_collector import check_golds, open_rewards
+from dcjax.loop.setup import Setup
+from dcjax.recipe.build import make_engines, open_problems
+from dcjax.tools.open_model import open_model, require_run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The accuracies of a run's policies at one checkpoint."""
+
+    step: int
+    temperature: float
+    rows: list[Accuracy]
+
+
+def evaluate_source(
+    source: Path, *, prompts: int | None = None, temperature: float | None = None, format: str | None = None
+) -> Evaluation:
+    """Accuracies of a run's newest checkpoint, or of one checkpoint in it; None takes the run's own setting.
+
+    Raises:
+      RunError: there is no such run or checkpoint, it is damaged, or a setting is out of range.
+    """
+    require_run(source, "dcjax evaluate --suite takes it")
+    settings = {"prompts": prompts, "temperature": temperature}
+    model = open_model(source, serving={"format": format}, evaluation=settings)
+    config, (state, cursor) = model.config, model.restore()
+    engines = make_engines(config, model.mesh, model.end_tokens)
+    problems = open_problems(config, model.tokenizer)
+    check_golds(config, problems)
+    with open_rewards(config) as rewards:
+        setup = Setup(config, rewards, model.tokenizer, problems, model.mesh, model.end_tokens, engines)
+        rows = evaluate(setup, engines, state.params, cursor.step)
+        if config.optimizer.ema_decay:
+            rows += evaluate_average(setup, state)
+    return Evaluation(cursor.step, config.evaluation.temperature, rows)
