@@ -74,8 +74,8 @@ def chain(*transforms: LossTransform) -> LossTransform:
 
       >>> rewards, mask, logps = jnp.array([1.0, 0.0]), jnp.ones((2, 1), bool), jnp.zeros((2, 1))
       >>> batch = Batch(
-      ...     tokens=jnp.zeros((2, 2), int), prompt_mask=mask, response_mask=mask, rollout_logps=logps,
-      ...     temperature=jnp.ones(2), rewards=rewards, group_rewards=jnp.array([[1.0, 0.0], [1.0, 0.0]]),
+      ...     tokens=jnp.zeros((2, 2), int), attention_mask=jnp.ones((2, 2), bool), response_mask=mask,
+      ...     rollout_logps=logps, temperature=jnp.ones(2), rewards=rewards, group_rewards=jnp.array([[1.0, 0.0]] * 2),
       ... )
       >>> context = Context(batch, logps, old_logps=logps, multiplier=None, mean_reward=jnp.mean(rewards))
       >>> objective = chain(group_relative_advantages(scale_by_std=False), drop_zero_variance())

@@ -350,6 +350,9 @@ def test_a_missing_field_takes_its_default():
 
 def test_an_unknown_field_is_named():
     assert "no field 'stepz'" in refusal(lambda: from_dict({"stepz": 7}))
+    # of an earlier version
+    told = refusal(lambda: from_dict({"rollout": {"ahead": 1}}))
+    assert "no field 'ahead'; it is called 'async_level' now" in told
     message = refusal(lambda: from_dict({"objective": {"budgets": 7}}))
     assert "ObjectiveConfig" in message and "'budgets'" in message
 

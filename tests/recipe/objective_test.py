@@ -222,8 +222,8 @@ def optimizer(steps=10, objective=None, **fields):
     ("decay", "expected"), [("constant", [1, 1, 1]), ("linear", [1, 0.55, 0.1]), ("cosine", [1, 0.55, 0.1])]
 )
 def test_schedules_end_at_the_floor(decay, expected):
-    schedule = make_schedule(optimizer(decay=decay))
-    warmed = make_schedule(optimizer(decay=decay, warmup_steps=2, updates=2))
+    schedule = make_schedule(optimizer(decay=decay).optimizer, steps=10)
+    warmed = make_schedule(optimizer(decay=decay, warmup_steps=2, updates=2).optimizer, steps=10)
     plain, after_warmup = jit(
         lambda: (
             [schedule(jnp.int32(step)) for step in (0, 5, 10)],
