@@ -85,7 +85,7 @@ def main(
         )
         # 3. a reward for each response: 1 where its box holds the right number
         answers = [problem.answer for problem in problems for _ in range(group_size)]
-        rewards = judge(task, tokenizer, rollout, answers)
+        rewards = reward_responses(task, tokenizer, rollout, answers)
         # 4. one step of the trainer in float32: log-probs, gaps, advantages, gradient, Adam, and λ
         batch = Batch.of(rollout, rewards=rewards, group_size=group_size)
         state, metrics = train_step(state, batch)
@@ -133,13 +133,13 @@ def warm_start(params: Params, apply_fn: ApplyFn, task: ArithmeticTask, tokenize
     return state.params
 
 
-def judge(task: ArithmeticTask, tokenizer, rollout: Rollout, answers: list[str]) -> np.ndarray:
+def reward_responses(task: ArithmeticTask, tokenizer, rollout: Rollout, answers: list[str]) -> np.ndarray:
     """Rewards [B] of sampled responses, whose tokens stand from column P on."""
     finished, columns = np.asarray(rollout.finished), rollout.response_mask.shape[1]
     rows = zip(rollout.tokens[:, -columns:], rollout.response_mask, strict=True)
     texts = decode_responses(tokenizer, [row[real] for row, real in rows], finished)
-    judged = zip(texts, answers, finished.tolist(), strict=True)
-    return np.array([task.reward(text, gold, finished=ended) for text, gold, ended in judged], np.float32)
+    scored = zip(texts, answers, finished.tolist(), strict=True)
+    return np.array([task.reward(text, gold, finished=ended) for text, gold, ended in scored], np.float32)
 
 
 if __name__ == "__main__":
