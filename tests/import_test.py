@@ -31,3 +31,11 @@ def test_importing_the_package_and_help_cost_little_beyond_importing_jax():
     jax, package, help = medians(("-c", "import jax"), ("-c", "import dcjax"), ("-m", "dcjax", "--help"))
     assert package <= 1.3 * jax
     assert help <= jax + 1.3
+
+
+def test_a_config_loads_neither_the_engine_nor_what_it_brings():
+    """TensorFlow logs from C++ when it is loaded, which the command line keeps quiet before it loads the engine."""
+    loaded = (
+        "import sys, dcjax.recipe.config; print([n for n in sys.modules if n.startswith(('tensorflow', 'jetstream'))])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True).strip() == "[]"

@@ -21,6 +21,7 @@ from dcjax.errors import RunError
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.models.parallel.forward import check_model, mesh_layout
 from dcjax.recipe.config import Config, what_is_compiled
+from dcjax.recipe.engine import make_engine
 from dcjax.recipe.objective import (
     make_aggregation,
     make_discrepancy,
@@ -29,7 +30,6 @@ from dcjax.recipe.objective import (
     make_surrogate,
 )
 from dcjax.recipe.optimizer import make_optimizer
-from dcjax.recipe.serving import make_engine
 from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH

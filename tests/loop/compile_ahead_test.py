@@ -11,9 +11,9 @@ from stepping import Stepper
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.loop import compile_ahead as ahead
 from dcjax.loop.compile_ahead import compiled_beside
-from dcjax.loop.evaluate import make_engines
 from dcjax.loop.reward_collector import open_rewards
 from dcjax.recipe import build
+from dcjax.recipe.build import make_engines
 from dcjax.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.heavy

@@ -10,7 +10,8 @@ import tiny
 from dcjax.errors import RunError
 from dcjax.loop.environment import describe
 from dcjax.models import presets
-from dcjax.recipe.build import build_engine, params_shardings, rollout_mesh, training_mesh
+from dcjax.recipe.build import build_engine, params_shardings, training_mesh
+from dcjax.recipe.engine import rollout_mesh
 from dcjax.recipe.serving import ServingConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 

@@ -12,8 +12,7 @@ from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
 from dcjax.models import save_hf
-from dcjax.recipe.build import initial_state, params_shardings
-from dcjax.recipe.optimizer import make_optimizer
+from dcjax.recipe.build import build_optimizer, initial_state, params_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.convert import export_run
 from dcjax.tools.evaluate import evaluate_source
@@ -39,7 +38,7 @@ def run(tmp_path_factory):
             params = jax.tree.map(np.array, tiny.masters(config.model))
             params["norm"] = np.full(config.model.hidden_size, step, np.float32)
             params = jax.device_put(params, params_shardings(config, mesh))
-            state = initial_state(config, mesh, make_optimizer(config), params)
+            state = initial_state(config, mesh, build_optimizer(config), params)
             checkpoints.save(state, Cursor(step=step, data_cursor=0, rollout_key=[0, 0]))
     return directory
 
