@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array | np.ndarray
-"""On the host or on devices: a batch starts on the one and is consumed on the other."""
+"""An array on the host or on devices: a batch starts on the host and is consumed on devices."""
 
 Params = Any
 """A pytree of arrays, as `dcjax.models.init_params` lays it out."""

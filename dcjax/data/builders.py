@@ -19,7 +19,7 @@ FIELDS = ("id", "question", "answer")
 """What is stored of an `Example`, as text."""
 
 VERSION = "1.1.0"
-"""Of what is stored: higher whenever the same files would give other examples."""
+"""Version of what is stored, raised whenever the same files would give other examples."""
 
 
 class Math(tfds.core.GeneratorBasedBuilder):

@@ -32,7 +32,7 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Of the evaluation examples, those in any pair."""
+        """The evaluation examples that are in any pair."""
         return len({evaluation for _, evaluation in self.exact + self.ngram}) / self.examples
 
 

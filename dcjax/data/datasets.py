@@ -27,7 +27,7 @@ DAPO_INSTRUCTIONS = (
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n",
     '\n\nRemember to put your answer on its own line after "Answer:".',
 )
-"""Before and after each question as DAPO-Math-17K was published."""
+"""The text before and after each question in DAPO-Math-17K as published."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Example:
     """One problem with its right answer."""
 
     id: str
-    """Of the question's text, so the same in every mirror: the first 12 hex digits of its SHA-256."""
+    """The first 12 hex digits of the SHA-256 of the question's text, which are the same in every mirror."""
     question: str
     """Bare, without instructions."""
     answer: str
-    """As `normalize_answer` leaves it."""
+    """The answer as `normalize_answer` returns it."""
     dataset: str
     """A name in `datasets`."""
 

@@ -41,7 +41,7 @@ class MathProblems:
     train: list[MathProblem]
     heldout: list[MathProblem]
     golds: list[Example]
-    """Of both: what the problems were made of."""
+    """What the problems of both splits were made of."""
     fingerprint: dict[str, str]
     """How many problems of each data set are used, and a SHA-256 of them in their order."""
 

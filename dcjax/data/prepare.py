@@ -18,13 +18,13 @@ class Prepared:
 
     name: str
     sha256: dict[str, str]
-    """Of each source file."""
+    """Fingerprint of each source file."""
     counts: dict[str, int]
-    """As `read_examples` counts."""
+    """What was dropped, as `read_examples` counts it."""
     published: tuple[int, ...]
     """How many examples there should be."""
     golds: Golds
-    """Of its answers."""
+    """What was found about its answers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Report:
     missing: dict[str, str]
     """Data sets without a copy: what to put where."""
     overlaps: list[Overlap]
-    """Of each evaluation set with the training set."""
+    """Overlap of each evaluation set with the training set."""
 
     def __str__(self) -> str:
         lines = [f"{'data set':15}{'rows':>10}{'kept':>8}{'published':>11}{'unreadable':>12}{'refused':>9}  dropped"]

@@ -96,7 +96,7 @@ def _loop(setup: Setup, checkpoints: Checkpoints) -> None:
 
 
 def make_sampler(setup: Setup, preemption: Preemption) -> Sampler:
-    """In turns with training, or asynchronous where the config says how far ahead."""
+    """The sampler of a run: in turns with training, or asynchronous if `rollout.async_level` is above 0."""
     draw, sync, level = Draw(setup, preemption), setup.engines["deployed"].sync, setup.config.rollout.async_level
     if not level:
         return InTurns(draw, sync)

@@ -171,7 +171,7 @@ class ModelConfig:
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
-        """Of each layer, whether it has experts."""
+        """Whether each layer has experts."""
         return tuple(
             self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
             for layer in range(self.num_layers)

@@ -104,7 +104,7 @@ class Checkpoint:
         return array
 
     def _check_tensors(self) -> None:
-        """That the files hold the tensors of the architecture, and no others, in its shapes."""
+        """Checks that the files hold the tensors of the architecture, in its shapes, and no others."""
         leaf_of = {leaf.name(index): leaf for leaf in self.leaves for index in leaf.indices()}
         allowed = {"lm_head.weight"} if self.config.tie_embeddings else set()
         faults = {
@@ -172,7 +172,7 @@ def _weight_files(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Of each tensor, the name of the file that the index says it is in: files beside the index only."""
+    """The name of each tensor's file according to the index; only files in the same folder are allowed."""
     placed = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{path} is damaged: its weight_map is {quote(placed)}, not an object of file names")

@@ -13,7 +13,7 @@ from dcjax.paths import local_path
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_CONFIG_BYTES = 1 << 20
-"""Of a config.json, and of a generation_config.json."""
+"""Largest size that is read of a config.json or generation_config.json, in bytes."""
 MAX_SIZE = 2**31
 """Largest value of any one size."""
 MAX_LAYERS = 4096

@@ -86,7 +86,7 @@ class StoredTensor:
     """One tensor of a safetensors file, of which only the header is read."""
 
     path: Path
-    """Of the file."""
+    """The path of the file."""
     name: str
     kind: str
     """Its dtype by the format's own name."""

@@ -32,7 +32,7 @@ class Leaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array in the tree."""
+        """Shape of the array in the tree."""
         return self.stack + self.matrix
 
     @property
@@ -42,15 +42,15 @@ class Leaf:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of one tensor in the file."""
+        """Shape of one tensor in the file."""
         return self.matrix[::-1] if self.transposed else self.matrix
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """Of each tensor, its place in `stack`."""
+        """The place of each tensor in `stack`."""
         return itertools.product(*map(range, self.stack))
 
     def name(self, index: tuple[int, ...]) -> str:
-        """Of the tensor at a place in `stack`."""
+        """Name of the tensor at a place in `stack`."""
         layer = self.layers[index[0]] if self.layers is not None else None
         return self.template.format(layer=layer, expert=index[-1] if index else None)
 

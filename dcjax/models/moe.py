@@ -235,7 +235,7 @@ def grouped_product(
 def _outer_products(
     rows: Float[Array, "N K"], gradient: Float[Array, "N M"], group_sizes: Int[Array, "E"], arithmetic: Arithmetic
 ) -> Float[Array, "E K M"]:
-    """Of each group, rowsᵀ gradient."""
+    """rowsᵀ gradient of each group."""
 
     def ragged(rows, gradient, group_sizes):
         dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())

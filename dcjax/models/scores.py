@@ -17,7 +17,7 @@ from dcjax.types import Array, Params
 
 @flax.struct.dataclass
 class TokenScores:
-    """Of the last T tokens of each sequence, under softmax(logits / temperature), in float32."""
+    """Scores of the last T tokens of each sequence under softmax(logits / temperature), in float32."""
 
     # natural log
     logps: Float[Array, "B T"]
@@ -92,7 +92,7 @@ def token_logps(
 
 
 def _restrict(logits: Float[Array, "B C V"], candidate_tokens: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
-    """So low a logit for tokens that could not be drawn that their probability is 0, but still finite."""
+    """Gives tokens that could not be drawn a logit that is finite, but so low that their probability is 0."""
     rows, columns = jnp.arange(len(logits))[:, None, None], jnp.arange(logits.shape[1])[:, None]
     ids = jnp.where(candidate_tokens < 0, logits.shape[-1], candidate_tokens)
     kept = jnp.zeros(logits.shape, bool).at[rows, columns, ids].set(True, mode="drop")

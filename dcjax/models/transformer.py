@@ -244,7 +244,7 @@ def checked_inputs(
 
 
 def _compact_columns(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
-    """Where each column goes when a row's real tokens move to its front and its padding behind them, in order."""
+    """The new place of each column when a row's real tokens move to the front and its padding to the back, in order."""
     real = jnp.cumsum(mask, axis=1)
     return jnp.where(mask, real, real[:, -1:] + jnp.cumsum(~mask, axis=1)) - 1
 

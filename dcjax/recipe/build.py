@@ -1,4 +1,4 @@
-"""From a `Config` to the objects that it describes."""
+"""Builds the objects that a `Config` describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the sections of a recipe to the engine that samples."""
+"""Builds the engine that samples from the sections of a recipe."""
 
 from __future__ import annotations
 

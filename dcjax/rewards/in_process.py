@@ -26,7 +26,7 @@ class InProcessRewards:
     def submit(
         self, texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool] | Bool[np.ndarray, "N"]
     ) -> Pending:
-        """As `RewardPool.submit`; scored before it returns."""
+        """Like `RewardPool.submit`, but the rewards are computed before it returns."""
         answers = zip(texts, golds, map(bool, finished), strict=True)
         return Pending.of([self._score(*answer) for answer in answers])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 MAX_EXPONENT = 99
-"""Of a number in scientific notation within an expression, either way; more would be written out at length."""
+"""Largest exponent, positive or negative, of a number in scientific notation inside an expression; a number beyond it
+would be written out with too many digits."""
 
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9_.\\])([0-9]++\.?[0-9]*+|\.[0-9]++)[eE]([-+]?)([0-9]++)(?!_|\.[0-9])")
 # not the dots of 0.333... and what says how a decimal goes on

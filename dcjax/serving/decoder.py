@@ -241,7 +241,7 @@ class Decoder:
         *,
         keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
-        """As many steps as there are inputs, each of which goes to `pick` with its step's distribution."""
+        """Takes one step per input; `pick` receives the input and the step's distribution."""
 
         def step(state: DecodeState, given: Array) -> tuple[DecodeState, Emitted]:
             return self._step(

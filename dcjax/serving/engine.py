@@ -401,7 +401,7 @@ class Qwen3Engine(engine_api.Engine):
 
 
 def _bytes(tree, placed) -> int:
-    """Of a tree of arrays, on one of the devices that share it."""
+    """Bytes that a tree of arrays takes on one of the devices that share it."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 

@@ -21,7 +21,7 @@ from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Params, Rollout
 
 REFILLS_PER_CALL = 64
-"""Times that one call decodes `steps_per_call` tokens and refills: then the host has a say."""
+"""How often one call decodes `steps_per_call` tokens and refills the slots before it returns to the host."""
 
 
 @flax.struct.dataclass
@@ -242,7 +242,7 @@ def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
 
 
 def _everywhere(decoder: Decoder, tree: Any) -> Any:
-    """On all devices alike: what has come out of the slots, and who is in them."""
+    """What has come out of the slots and which samples are in them, replicated on all devices."""
     return pinned(decoder.mesh, tree, EVERYWHERE)
 
 

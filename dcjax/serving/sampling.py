@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, then top-k, then top-p; the distribution that results, and draws from it."""
+"""Turns logits into a token: temperature, then top-k, then top-p give a distribution, from which tokens are drawn."""
 
 from __future__ import annotations
 

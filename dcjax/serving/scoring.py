@@ -19,7 +19,7 @@ from dcjax.types import Array, Rollout
 
 
 class DecodeScores(NamedTuple):
-    """Of N responses, on the host; 0 outside `response_mask`."""
+    """Scores of N responses, on the host; 0 outside `response_mask`."""
 
     # natural log, of the distribution that the engine would sample from
     logps: Float[np.ndarray, "N T"]

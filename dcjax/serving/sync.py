@@ -1,4 +1,4 @@
-"""From the trainer's float32 masters to serving params, in one compiled program."""
+"""Turns the trainer's float32 masters into serving params, in compiled programs."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequ
 def _fitting_shardings(
     config: ModelConfig, format: Format, mesh: Mesh, rules: Rules, keep: Sequence[str]
 ) -> ServingParams:
-    """Where rules put each array; everywhere whole where the mesh does not divide it."""
+    """Shards each array by the rules; an array that the mesh does not divide is whole on every device."""
 
     def fitting(leaf: Any, place: NamedSharding) -> NamedSharding:
         parts = (math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1 for axes in place.spec)

@@ -245,7 +245,7 @@ class Preemption:
         return total(self._noted, mesh) > 0
 
     def check(self, mesh: Mesh) -> None:
-        """Where `announced`, raises Stopped."""
+        """Raises Stopped if a stop was `announced`."""
         if self.announced(mesh):
             raise Stopped
 

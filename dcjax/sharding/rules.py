@@ -1,4 +1,4 @@
-"""From the logical axes that models name to the mesh axes that hold them."""
+"""Maps the logical axes that models name to the mesh axes that hold them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RULES: Rules = {
     # what a router scores, on every device
     "choices": None,
 }
-"""In training."""
+"""The mesh axes of each logical axis in training."""
 
 SERVING_RULES: Rules = dict.fromkeys(RULES) | {
     "batch": "data",

@@ -1,4 +1,4 @@
-"""From some devices to others."""
+"""Moves arrays from some devices to others."""
 
 from __future__ import annotations
 

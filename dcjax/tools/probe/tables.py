@@ -91,7 +91,7 @@ def _stage_rows(probe: Probe) -> Iterator[Row]:
 
 
 def stage_label(name: str, detail: str) -> str:
-    """As a reader sees a stage: `weights (int4)`."""
+    """A stage as tables name it, for example `weights (int4)`."""
     return name.replace("_", " ") + (f" ({detail})" if detail else "")
 
 
