@@ -105,8 +105,13 @@ MULTIPLIED = {
 }
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("format", MULTIPLIED)
+@pytest.mark.parametrize(
+    ("format", "devices"),
+    [
+        *((format, 1) for format in MULTIPLIED),
+        *(pytest.param(format, 4, marks=pytest.mark.slow) for format in MULTIPLIED),
+    ],
+)
 def test_an_engine_multiplies_float32_with_all_bits_and_what_is_narrower_as_it_is(format, devices):
     mesh = serving_mesh(mesh_of(data=devices), min(devices, 2))
     engine = engine_of(format, EXPERTS, mesh=mesh)

@@ -73,7 +73,7 @@ def test_what_the_page_names_exists(name):
     assert callable(resolve(name))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_an_iteration_calls_the_functions_in_the_order_of_the_page():
     """The first time that a function is named is its first call, the second time its second."""
     stepper = Stepper(CONFIG, InProcessRewards(CONFIG.task.reward))

@@ -215,7 +215,12 @@ def trained(published, tmp_path_factory):
     """A run of one iteration from it, and what was sampled meanwhile by training and by evaluations."""
     root = tmp_path_factory.mktemp("runs")
     config = dataclasses.replace(
-        tiny.CONFIG, steps=1, warm_start=dataclasses.replace(tiny.CONFIG.warm_start, steps=0), pretrained=published
+        tiny.CONFIG,
+        steps=1,
+        warm_start=dataclasses.replace(tiny.CONFIG.warm_start, steps=0),
+        # one program for both policies
+        serving=dataclasses.replace(tiny.CONFIG.serving, format="float32"),
+        pretrained=published,
     )
     recipe = tiny.write_recipe(root / "recipe.py", config)
     with pytest.MonkeyPatch.context() as patch:
