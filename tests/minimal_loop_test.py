@@ -31,6 +31,7 @@ def test_it_fits_on_a_page_and_imports_neither_recipe_nor_loop():
     assert not [name for name in imported if name.startswith(("dcjax.recipe", "dcjax.loop"))]
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_the_multiplier_follows_the_gap(capsys):
     script = runpy.run_path(str(SCRIPT))
     rewards = script["main"](30, warm_start_steps=20, task=TASK, model=tiny.DENSE)

@@ -101,6 +101,7 @@ def test_splash_compiles_for_a_tpu_in_memory_linear_in_the_length(length, segmen
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_float32_keeps_its_bits_in_what_a_tpu_runs():
     """Products of matrices, of rows with their experts' kernels, and of Pallas' attention."""
     model = dataclasses.replace(tiny.EXPERTS, attention="splash")
