@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null)
 VENV := .venv
 BIN := $(VENV)/bin
 # two workers, each with whole files, since tests of a file share what they compiled
-PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 ifdef UV
 CREATE := $(UV) venv --quiet --allow-existing $(if $(PYTHON),--python $(PYTHON),--python '>=3.11,<3.14') $(VENV)
