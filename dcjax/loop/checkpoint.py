@@ -83,15 +83,15 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise RunError(f"no checkpoint of step {step} in {self.directory}; there: {there}")
 
-    def save(self, state: TrainState, loop: Cursor) -> None:
+    def save(self, state: TrainState, cursor: Cursor) -> None:
         """Starts saving, unless that step or a later one is saved; the arrays may be donated as soon as this returns.
 
         Raises:
           RunError: this or an earlier save failed, for want of space say.
         """
-        described = asdict(loop) | {"fingerprint": int(fingerprint(state))}
+        described = asdict(cursor) | {"fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
-        self._guard(lambda: self._manager.save(loop.step, args=items))
+        self._guard(lambda: self._manager.save(cursor.step, args=items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Cursor]:
         """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings), whatever mesh it was saved from.

@@ -5,6 +5,7 @@
 
 import collections
 import functools
+import gzip
 import json
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dcjax.rl.masked import (
 )
 from dcjax.rl.metrics import mismatch_metrics
 
-VECTORS = json.loads((Path(__file__).parents[1] / "data" / "verl_vectors.json").read_text())
+VECTORS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "verl_vectors.json.gz").read_bytes()))
 CASES = {case["name"]: case for case in VECTORS["cases"]}
 RTOL = 1e-6
 
