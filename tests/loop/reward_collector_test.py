@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcjax.data.datasets import Example
-from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
+from dcjax.data.mathematics import MathTask
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.reward_collector import TOLD, RewardCollector, check_golds, open_rewards
@@ -24,7 +25,7 @@ from dcjax.serving.rollout import Ended
 pytestmark = pytest.mark.heavy
 
 TOKENIZER = byte_tokenizer()
-G, PROBLEMS = 3, [MathProblem("?", str(gold)) for gold in range(4)]
+G, PROBLEMS = 3, [TextProblem("?", str(gold)) for gold in range(4)]
 # of each problem: right, wrong, right but cut
 ANSWERS = [(answer, ended) for gold in range(4) for answer, ended in ((gold, True), (gold + 1, True), (gold, False))]
 RIGHT = [1.0, 0.0, 0.0] * 4
@@ -170,7 +171,8 @@ def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path
 
 
 def of_golds(*golds):
-    return MathProblems([], [], [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)], {})
+    examples = [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)]
+    return FixedProblems(PROBLEMS, PROBLEMS, golds=examples)
 
 
 MATH = Config(

@@ -42,6 +42,7 @@ def load_source(
     prompts: int | None = None,
     prompts_file: Path | None = None,
     stale_step: int | None = None,
+    recipe_code: bool = True,
 ) -> Source:
     """A run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
 
@@ -52,6 +53,7 @@ def load_source(
       prompts: how many prompts; PROMPTS where None.
       prompts_file: of a folder, one prompt a line: {"prompt": ...} or the text itself.
       stale_step: of a run, the checkpoint whose weights are served.
+      recipe_code: whether code of a run's own may be executed where its sections are not all of dcjax.
 
     Raises:
       RunError: there is no such source, it is damaged, or a setting is out of range or of the other kind of source.
@@ -64,7 +66,7 @@ def load_source(
     if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _of_run(open_model(path, serving=serving), stale_step, count)
+        return _of_run(open_model(path, recipe_code=recipe_code, serving=serving), stale_step, count)
     if stale_step is not None:
         raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:
