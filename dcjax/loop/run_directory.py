@@ -241,7 +241,7 @@ def _check_same(config: Config, directory: Path) -> None:
 
 def _check_same_recipe(recipe: CodeFile | None, directory: Path) -> None:
     kept = kept_recipe(directory)
-    if recipe is not None and (kept is None or kept.sha256 != recipe.sha256):
+    if None not in (recipe, kept) and kept.sha256 != recipe.sha256:
         raise RunError(
             f"{directory} holds a run of another recipe than {recipe.path}; dcjax train {directory} resumes it with "
             "its own, or choose another --run-dir"
