@@ -70,8 +70,10 @@ class _Decoder:
     def dataclass(self, nested: Any, declared: Any, name: str) -> Any:
         """An instance of the class that is named, or else of the declared one."""
         kind = self._class(nested[CLASS], name) if CLASS in nested else declared
-        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
+        if not is_frozen_dataclass(kind):
             raise ValueError(f"{name} names no class")
+        if is_frozen_dataclass(declared) and not issubclass(kind, declared):
+            raise ValueError(f"{name} is a {kind.__name__}; it must be a {declared.__name__}")
         kinds = typing.get_type_hints(kind)
         values = {field: value for field, value in nested.items() if field != CLASS}
         if unknown := set(values) - {field.name for field in dataclasses.fields(kind)}:
