@@ -1,0 +1,47 @@
+"""The complete files of the documentation, run as a reader would run them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dcjax.cli import main
+from dcjax.reporting.record import read_metrics
+
+pytestmark = pytest.mark.heavy
+
+DOCS = Path(__file__).parents[1] / "docs"
+FILES = re.compile(r"^```python\n(# (\w+\.py): dcjax train ([^\n]*)\n.*?)^```$", re.DOTALL | re.MULTILINE)
+SMALL = {
+    "steps": 2,
+    "warm_start.steps": 2,
+    "warm_start.batch_size": 8,
+    "rollout.prompts": 4,
+    "rollout.group_size": 4,
+    "optimizer.microbatch_size": 8,
+    "evaluation.prompts": 4,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "serving.slots": 8,
+    "serving.steps_per_call": 4,
+}
+"""A run of seconds."""
+
+
+def files():
+    return [match for page in sorted(DOCS.glob("*.md")) for match in FILES.findall(page.read_text())]
+
+
+def test_the_pages_have_a_complete_file_each():
+    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py"}
+
+
+@pytest.mark.parametrize(("source", "name", "command"), [pytest.param(*each, id=each[1]) for each in files()])
+def test_a_file_of_the_documentation_trains(source, name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(source)
+    overrides = [f"{field}={value}" for field, value in SMALL.items()]
+    assert main(["train", *command.split(), "--run-dir", "run", *overrides]) == 0
+    records = read_metrics(Path("run") / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert ("silenced" in records[-1]) == (name == "known_tokens.py")
