@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import typing
@@ -30,18 +31,35 @@ def local_path(given: str | os.PathLike[str]) -> Path:
 
 
 def localize(config: Any, section: str = "") -> None:
-    """Puts `local_path` of it into each field of a frozen dataclass that holds a path; for its `__post_init__`.
+    """Puts `local_path` of it into each field of a frozen dataclass that holds a path, and of those within it.
 
     Args:
-      config: an instance whose class declares these fields as Path, or Path | None.
+      config: an instance whose class declares these fields with Path, as in tuple[Path, ...] | None.
       section: stands before the field's name in an error.
 
     Raises:
       ValueError: as `local_path`, the field named.
     """
     for name, kind in typing.get_type_hints(type(config)).items():
-        if Path in (kind, *typing.get_args(kind)) and (given := getattr(config, name)) is not None:
-            try:
-                object.__setattr__(config, name, local_path(given))
-            except ValueError as error:
-                raise ValueError(f"{section}{name} {error}") from None
+        given = getattr(config, name)
+        for part in given if isinstance(given, tuple) else (given,):
+            if dataclasses.is_dataclass(part):
+                localize(part, f"{section}{name}.")
+        if holds_paths(kind):
+            object.__setattr__(config, name, _localized(given, f"{section}{name}"))
+
+
+def holds_paths(declared: Any) -> bool:
+    """Whether the declaration of a field says Path, as tuple[Path, ...] | None does."""
+    return declared is Path or any(map(holds_paths, typing.get_args(declared)))
+
+
+def _localized(given: Any, name: str) -> Any:
+    if isinstance(given, tuple):
+        return tuple(_localized(item, name) for item in given)
+    if not isinstance(given, str | os.PathLike):
+        return given
+    try:
+        return local_path(given)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None

@@ -146,6 +146,8 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
         if exit.code == 0:
             raise
         raise RunError(f"{_summarize_tyro_error(errors.getvalue())}; see dcjax train {source} --help") from None
+    except Exception as error:  # A section of the reader's own may raise anything.
+        raise RunError(f"{source}: {type(error).__name__}: {error}") from error
 
 
 def _with_classes_of(config: Config, sections: Iterable[str]) -> type[Config]:

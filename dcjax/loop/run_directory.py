@@ -93,7 +93,7 @@ def goes_on(config: Config) -> bool:
     return True
 
 
-def check_processes_agree(config: Config, recipe: CodeFile | None) -> None:
+def check_processes_agree(config: Config, recipe: CodeFile | None = None) -> None:
     """That all processes run one config of one recipe on the same versions; each says what differs.
 
     Raises:
@@ -223,8 +223,9 @@ def _read_all(directory: Path) -> dict:
 def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in: Path | None) -> Config:
     try:
         return from_dict(recorded, recipe, started_in)
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{directory / 'config.json'} cannot be read: {error}") from None
+    except Exception as error:  # a section of the reader's own may raise anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise RunError(f"{directory / 'config.json'} cannot be read: {kind}{error}") from error
 
 
 def _check_same(config: Config, directory: Path) -> None:
@@ -241,7 +242,7 @@ def _check_same(config: Config, directory: Path) -> None:
 
 def _check_same_recipe(recipe: CodeFile | None, directory: Path) -> None:
     kept = kept_recipe(directory)
-    if None not in (recipe, kept) and kept.sha256 != recipe.sha256:
+    if recipe is not None and kept is not None and kept.sha256 != recipe.sha256:
         raise RunError(
             f"{directory} holds a run of another recipe than {recipe.path}; dcjax train {directory} resumes it with "
             "its own, or choose another --run-dir"

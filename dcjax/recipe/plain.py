@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from dcjax.paths import holds_paths, local_path
 from dcjax.recipe.checks import is_frozen_dataclass
 from dcjax.recipe.config import Config
 from dcjax.user_code import CodeFile, find, reference_to
@@ -98,14 +99,13 @@ class _Decoder:
             return self.dataclass(value, declared, name)
         if isinstance(value, list):
             return tuple(self.value(item, declared, name) for item in value)
-        if isinstance(value, str) and _holds_paths(declared):
-            return Path(value) if self.directory is None else self.directory / value
-        return value
-
-
-def _holds_paths(declared: Any) -> bool:
-    """Whether the declaration of a field says Path, as tuple[Path, ...] | None does."""
-    return declared is Path or any(map(_holds_paths, typing.get_args(declared)))
+        if not (isinstance(value, str) and holds_paths(declared)):
+            return value
+        try:
+            path = local_path(value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        return path if self.directory is None else self.directory / path
 
 
 def path_fields(value: Any, prefix: str = "") -> set[str]:

@@ -122,6 +122,17 @@ def test_relative_paths_are_of_the_directory_that_is_given():
     assert read.objective.stages[0].file == Path("/started/z")
 
 
+def test_texts_in_fields_of_paths_become_local_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    own = own_module()
+    objective = own.Minimal(files=("~/x", "y"), stages=(own.Stage(file="z"),))
+    made = Config(objective=objective).objective
+    assert made.files == (Path("/home/me/x"), Path("y"))
+    assert made.stages[0].file == Path("z")
+    other = own.Minimal(files=("gs://bucket/x",))
+    assert refusal(lambda: Config(objective=other)).startswith("objective.files is 'gs://bucket/x'; it must be a local")
+
+
 def test_fields_that_hold_paths_are_known_by_their_names():
     assert path_fields(Config()) == set()
     assert path_fields(Config(pretrained=Path("a"), run_dir=Path("b"))) == {"pretrained", "run_dir"}

@@ -114,8 +114,15 @@ def ranks(iteration):
     return jnp.argsort(jnp.argsort(gap.reshape(-1))).reshape(gap.shape).astype(jnp.float32)
 
 
+def above_mean(iteration):
+    """By token: whether its log-prob is above the mean of all tokens."""
+    return iteration.old_logps > jnp.mean(iteration.old_logps)
+
+
 OF_ITERATION = Requirements(
-    quantities=tuple(IterationQuantity(compute.__name__, compute) for compute in (median_gap, gap_of_longest, ranks))
+    quantities=tuple(
+        IterationQuantity(compute.__name__, compute) for compute in (median_gap, gap_of_longest, ranks, above_mean)
+    )
 )
 
 
@@ -124,6 +131,7 @@ def log_them(terms, context):
         "median": jnp.broadcast_to(context.quantities["median_gap"], terms.mask.shape[:1]),
         "row": context.quantities["gap_of_longest"],
         "token": jnp.sum(context.quantities["ranks"] * context.old_logps, axis=1),
+        "mask": jnp.mean(context.quantities["above_mean"], axis=1),
     }
     return dataclasses.replace(terms, metrics=terms.metrics | shown)
 
@@ -137,6 +145,7 @@ def test_quantities_of_the_iteration_are_of_all_its_rows_in_every_minibatch(micr
     _, metrics = run(log_them, OF_ITERATION, microbatch_size=microbatch_size, updates=updates)
     np.testing.assert_allclose(metrics["median"], np.median(gap[MASK]), rtol=1e-5)
     np.testing.assert_allclose(metrics["row"], np.mean(rows / rows.max()), rtol=1e-5)
+    np.testing.assert_allclose(metrics["mask"], np.mean(old > old.mean()), rtol=1e-5)
     np.testing.assert_allclose(metrics["token"], np.mean((order * old).sum(1)), rtol=1e-5)
 
 
