@@ -28,8 +28,7 @@ NOISE_AHEAD = 2**22
 """The most random numbers that are drawn at once, ahead of the steps that use them."""
 
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
-"""Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and
-partitions them."""
+"""Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses or splits it."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
 """Numbers folded into a token's key, for random numbers other than those that draw the token."""
