@@ -162,15 +162,15 @@ def _compiler(
     """(conversion of masters, its part of ServingParams) -> the conversion, compiled, with results where they go."""
     if serving is None:
         return lambda convert, part: jax.jit(convert)
-    goes = served_shardings(config, format, serving, keep)
+    on_serving = served_shardings(config, format, serving, keep)
     if training is None:
-        return lambda convert, part: jax.jit(convert, out_shardings=part(goes))
-    stays = _fitting_shardings(config, format, training, RULES, keep)
+        return lambda convert, part: jax.jit(convert, out_shardings=part(on_serving))
+    on_training = _fitting_shardings(config, format, training, RULES, keep)
     if list(training.devices.flat) != list(serving.devices.flat):
 
         def transferred(convert, part):
-            quantized = jax.jit(convert, out_shardings=part(stays))
-            return lambda *arguments: across(quantized(*arguments), part(goes))
+            quantized = jax.jit(convert, out_shardings=part(on_training))
+            return lambda *arguments: across(quantized(*arguments), part(on_serving))
 
         return transferred
     # every device first gets a share of what its copy of the model needs, and then gathers the rest from other copies;
@@ -180,11 +180,11 @@ def _compiler(
     def resharded(convert, part):
         def sync(*arguments):
             converted = convert(*arguments)
-            for places in (stays, shared):
+            for places in (on_training, shared):
                 converted = lax.with_sharding_constraint(converted, part(places))
             return converted
 
-        return jax.jit(sync, out_shardings=part(goes))
+        return jax.jit(sync, out_shardings=part(on_serving))
 
     return resharded
 
