@@ -29,7 +29,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare_data` did."""
+    """The results of `prepare_data`."""
 
     prepared: list[Prepared]
     missing: dict[str, str]

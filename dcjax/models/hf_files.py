@@ -48,7 +48,7 @@ def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     with open(path, "rb") as file:
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
-        raise ValueError(f"{path} is longer than {most_bytes} bytes; such a file must be shorter")
+        raise ValueError(f"{path} is longer than {most_bytes} bytes; a file of this kind must be shorter")
     return parse_json_object(text, str(path))
 
 

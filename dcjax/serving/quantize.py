@@ -30,7 +30,7 @@ INT8, FP8 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Format:
-    """What a serving engine stores and computes in."""
+    """The dtypes that a serving engine stores and computes in."""
 
     name: FormatName
     activations: jnp.dtype

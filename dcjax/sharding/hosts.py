@@ -142,7 +142,7 @@ def check_divides(mesh: Mesh, *, serving: int, prompts: int, heldout: int) -> No
       heldout: the number of prompts in an evaluation.
 
     Raises:
-      RunError: a process has not.
+      RunError: a process does not.
     """
     processes = jax.process_count()
     if processes > 1 and mesh.size + serving < jax.device_count():

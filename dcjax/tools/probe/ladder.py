@@ -44,7 +44,7 @@ class Rung(NamedTuple):
 def ladder(
     serving: ServingConfig, mismatch: MismatchConfig, *, trained_in: FormatName, stale_step: int | None = None
 ) -> list[Rung]:
-    """From an engine that computes as the trainer does to the deployed one; each rung adds one source of the gap.
+    """The policies from one that computes as the trainer does to the deployed one; each adds one source of the gap.
 
     Args:
       serving: how the deployed policy is served; a source of the gap that it lacks has no rung.

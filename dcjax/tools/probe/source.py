@@ -30,7 +30,7 @@ class Source:
 
     @property
     def out(self) -> Path:
-        """The directory where results go, unless the probe is told otherwise."""
+        """The default directory of the results."""
         return self.model.directory_for("probe")
 
 
