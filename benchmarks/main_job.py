@@ -29,7 +29,8 @@ import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
 from dcjax.cli.allocator import keep_freed_memory
-from dcjax.data.arithmetic import build_tokenizer, encode_prompts
+from dcjax.data.arithmetic import build_tokenizer
+from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.evaluate import responses

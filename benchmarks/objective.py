@@ -32,6 +32,7 @@ from dcjax.models import init_params
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
@@ -119,7 +120,7 @@ def metrics_of(logps, old_logps, batch: Batch) -> dict:
 
 def both(logps, old_logps, batch: Batch) -> tuple:
     """DC-GRPO's loss with its gradient, and the metrics."""
-    return loss_of(dc_grpo(updates=1).objective)(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
+    return loss_of(dc_grpo(updates=1).transform)(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
 
 
 def bind(program: Callable, batch: Batch) -> Callable[[int], Any]:
@@ -140,10 +141,10 @@ def compare_arrays(rounds: int) -> list[dict[str, Any]]:
     """CPU-milliseconds of each preset's loss with gradient, and of the metrics; then of two on whole arrays."""
     batch = random_batch(LARGEST[0], 1, LARGEST[1], GROUP_SIZE)
     objectives = {
-        "grpo": grpo().objective,
-        "dc_grpo": dc_grpo(updates=1).objective,
-        "thresholded_dual_grpo": thresholded_dual_grpo().objective,
-        "dc_direct": dc_direct(updates=1).objective,
+        "grpo": grpo().transform,
+        "dc_grpo": dc_grpo(updates=1).transform,
+        "thresholded_dual_grpo": thresholded_dual_grpo().transform,
+        "dc_direct": dc_direct(updates=1).transform,
     }
     cut = {name: bind(in_microbatches(loss_of(objective)), batch) for name, objective in objectives.items()}
     whole = {name: bind(loss_of(objectives[name]), batch) for name in ("grpo", "dc_grpo")}
@@ -172,7 +173,7 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
     batch = random_batch(sizes.sequences, sizes.max_prompt_length, sizes.max_response_length, sizes.group_size)
     programs = {
         "step": whole_step(config, batch),
-        "objective": bind(loss_of(dc_grpo(updates=1).objective), batch),
+        "objective": bind(loss_of(dc_grpo(updates=1).transform), batch),
         "objective + metrics": bind(both, batch),
     }
     timed = measure("step", programs, rounds)
@@ -187,7 +188,7 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
 
 def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
     """The quickstart's training step, each call on from the last one's state."""
-    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, algorithm="dc_grpo"))
+    config = dataclasses.replace(config, objective=ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop"))
     mesh = make_mesh(config.mesh)
     step, tx = build.compile_train_step(config, mesh), build_optimizer(config)
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dcjax.models import ModelConfig
 from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 
 Tree = Any
@@ -131,10 +132,12 @@ def grpo_loss(config: Config, params, batch, skip_last_layer: bool):
     groups = batch["group_rewards"]
     advantages = (batch["rewards"] - groups.mean(1)) / (groups.std(1, ddof=1) + 1e-6)
     counted = batch["response_mask"]
-    if config.objective.zero_variance == "drop":
+    settings = config.objective
+    assert isinstance(settings, ObjectiveConfig)
+    if settings.zero_variance == "drop":
         counted &= (groups.max(1) != groups.min(1))[:, None]
     ratio = jnp.exp(jnp.clip(logps - jax.lax.stop_gradient(logps), -20, 20))
-    clipped = jnp.clip(ratio, 1 - config.objective.eps_low, 1 + config.objective.eps_high)
+    clipped = jnp.clip(ratio, 1 - settings.eps_low, 1 + settings.eps_high)
     losses = -jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
     return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(counted).astype(jnp.float32)
 
@@ -177,6 +180,9 @@ def make_update(config: Config, *, microbatch_size: int, skip_last_layer: bool) 
     def loss(params, rows):
         return grpo_loss(config, params, rows, skip_last_layer)
 
+    settings = config.optimizer
+    assert isinstance(settings, OptimizerConfig)
+
     def update(state, batch):
         def accumulate(sums, rows):
             (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], rows)
@@ -185,7 +191,7 @@ def make_update(config: Config, *, microbatch_size: int, skip_last_layer: bool) 
         cut = jax.tree.map(lambda x: x.reshape(-1, microbatch_size, *x.shape[1:]), batch)
         sums = (jax.tree.map(jnp.zeros_like, state["params"]), jnp.zeros(()), jnp.zeros(()))
         (grads, total, count), _ = jax.lax.scan(accumulate, sums, cut)
-        state, norm = adamw(config.optimizer, state, jax.tree.map(lambda g: g / count, grads))
+        state, norm = adamw(settings, state, jax.tree.map(lambda g: g / count, grads))
         return state, (total / count, norm)
 
     return jax.jit(update, donate_argnums=0)

@@ -85,6 +85,18 @@ class Batch(Sequences):
 
 
 @flax.struct.dataclass
+class TokenDistributions:
+    """The training policy's distributions at C response columns, as one chunk of the model's head computes them."""
+
+    # float32, natural log, of the distribution that the sampler drew from; very low for tokens that could not be drawn
+    log_probs: Float[Array, "B C V"]
+    # the sampled tokens
+    targets: Int[Array, "B C"]
+    # as in `Sequences`
+    candidate_tokens: Int[Array, "B C K"] | None
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that a step changes. λ and the learning rate's state live in `opt_state`."""
 

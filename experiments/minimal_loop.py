@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dcjax.data.arithmetic import ArithmeticTask, supervised_batch
-from dcjax.data.task import decode_responses, encode_prompts
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.data.task import decode_responses, encode_prompts, supervised_batch
 from dcjax.models import ModelConfig, init_params, presets, token_logps
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.dual import dual_ascent
@@ -125,8 +125,8 @@ def warm_start(params: Params, apply_fn: ApplyFn, task: ArithmeticTask, tokenize
     for step in range(steps):
         # it learns to think aloud, and then to rarely do so: RL finds out that it pays
         share = 0.8 if step < 0.8 * steps else 0.15
-        settings = {"seed": seed, "step": step, "batch_size": ROWS, "scratchpad_fraction": share}
-        examples = supervised_batch(task, tokenizer, **settings, **lengths)
+        solutions = task.demonstrations(seed=seed, step=step, count=ROWS, scratchpad_fraction=share)
+        examples = supervised_batch(tokenizer, solutions, **lengths)
         unsampled = np.zeros(examples["response_mask"].shape, np.float32)
         sequences = Sequences(**examples, rollout_logps=unsampled, temperature=ones)
         state, _ = supervised_step(state, Batch.of(sequences, rewards=zeros, group_size=1))

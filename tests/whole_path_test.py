@@ -198,21 +198,32 @@ def test_with_arithmetic_a_random_model_is_punished_for_its_length_and_benchmark
 # --- two hosts ---
 
 RECORDING = """
+import dataclasses
 import os
 import signal
-import sys
 
-if "STOPPED" in os.environ and "dcjax.loop.updater" in sys.modules:
-    from dcjax.loop.updater import Updater
+from dcjax.recipe.reward import RewardConfig
 
-    update = Updater.__call__
+@dataclasses.dataclass(frozen=True)
+class Recorded(RewardConfig):
+    def verifier(self, task):
+        if "STOPPED" in os.environ:
+            from dcjax.loop.updater import Updater
 
-    def stopped(self, *arguments):
-        # not while samples are drawn, whose iteration would be given up and judged again
-        os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, *arguments)
+            update = Updater.__call__
 
-    Updater.__call__ = stopped
+            def stopped(self, *arguments):
+                # not while samples are drawn, whose iteration would be given up and judged again
+                os.kill(os.getpid(), signal.SIGTERM)
+                return update(self, *arguments)
+
+            Updater.__call__ = stopped
+        return judge
+
+without_record = config
+
+def config():
+    return dataclasses.replace(without_record(), reward=Recorded(workers=1))
 
 def judge(text, gold, *, finished):
     with open(os.environ["JUDGED"], "a") as file:
@@ -224,9 +235,10 @@ def judge(text, gold, *, finished):
 @pytest.mark.slow
 def test_from_one_host_to_two_each_example_is_judged_once(recipe, tmp_path):
     """G responses of each problem of the stream, and one of each held-out problem by each policy and evaluation."""
-    (tmp_path / "recording.py").write_text(RECORDING)
-    command = [sys.executable, "-m", "dcjax", "train", str(recipe), "--run-dir", str(tmp_path / "run")]
-    command += ["--reward.function", "recording:judge", "--mesh.fsdp", "2"]
+    recording = tmp_path / "recording.py"
+    recording.write_text(recipe.read_text() + RECORDING)
+    command = [sys.executable, "-m", "dcjax", "train", str(recording), "--run-dir", str(tmp_path / "run")]
+    command += ["--mesh.fsdp", "2"]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -32,6 +32,15 @@ def _parse_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"it {error}") from None
 
 
+NO_RECIPE_CODE_FLAG = "--no-recipe-code"
+NO_RECIPE_CODE_HELP = "refuse a run whose sections are defined outside dcjax, rather than execute their code"
+
+
+def add_recipe_code_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --no-recipe-code, for a command that opens runs; the option's value is called `recipe_code`."""
+    parser.add_argument(NO_RECIPE_CODE_FLAG, dest="recipe_code", action="store_false", help=NO_RECIPE_CODE_HELP)
+
+
 def given_options(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Those of the named options that the user gave, by name."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dcjax.cli.arguments import Parser
+from dcjax.cli.arguments import Parser, add_recipe_code_option
 from dcjax.cli.session import jax_session
 
 DTYPES = ("float32", "bf16", "fp16")
@@ -60,6 +60,7 @@ def _add_export(actions) -> None:
     parser.add_argument(
         "--ema", action="store_true", help="export the moving average of the weights instead of the latest weights"
     )
+    add_recipe_code_option(parser)
     parser.set_defaults(run=_run_export)
 
 
@@ -88,7 +89,12 @@ def _run_export(options: argparse.Namespace) -> None:
         from dcjax.tools.convert import export_run
 
         step = export_run(
-            options.source, options.out, dtype=options.dtype, averaged=options.ema, told=progress_callback
+            options.source,
+            options.out,
+            dtype=options.dtype,
+            averaged=options.ema,
+            recipe_code=options.recipe_code,
+            told=progress_callback,
         )
     print(f"exported: {options.out} (step {step})")
 

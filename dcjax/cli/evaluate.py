@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dcjax.cli.arguments import given_options, reject_options
+from dcjax.cli.arguments import add_recipe_code_option, given_options, reject_options
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
 
@@ -39,6 +39,7 @@ def add_parser(commands) -> None:
         "--format", help="serving format of the deployed policy (default: the run's, or int8 for a Hugging Face folder)"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    add_recipe_code_option(parser)
     parser.set_defaults(run=run)
 
     suite = parser.add_argument_group(
@@ -102,7 +103,11 @@ def _evaluate_heldout_prompts(options: argparse.Namespace) -> None:
     from dcjax.tools.evaluate import evaluate_source
 
     results = evaluate_source(
-        options.source, prompts=options.prompts, temperature=options.temperature, format=options.format
+        options.source,
+        prompts=options.prompts,
+        temperature=options.temperature,
+        format=options.format,
+        recipe_code=options.recipe_code,
     )
     if options.json:
         print(json.dumps({"step": results.step, "policies": [dataclasses.asdict(row) for row in results.rows]}))
@@ -132,6 +137,7 @@ def _evaluate_suite(options: argparse.Namespace) -> None:
             SuiteConfig(**given_options(options, "suite", "temperature", *SAMPLING_OPTIONS)),
             data_dir=options.data_dir or Path("data"),
             distributed=distributed,
+            recipe_code=options.recipe_code,
             **given_options(options, "out", "devices", "format", "slots"),
         )
     # Only the first process of several has the result.

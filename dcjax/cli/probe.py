@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dcjax.cli.arguments import add_recipe_code_option
 from dcjax.cli.session import jax_session
 
 
@@ -39,6 +40,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--stale", type=int, metavar="STEP", help="serve the weights of the run's checkpoint at STEP")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (default: RUN/probe or ./probe)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    add_recipe_code_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -56,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
             prompts=options.prompts,
             prompts_file=options.prompts_file,
             stale_step=options.stale,
+            recipe_code=options.recipe_code,
         )
         result = probe(source, seed=options.seed)
     data, picture = write_probe(result, options.out or source.out)

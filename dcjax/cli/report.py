@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from dcjax.errors import RunError
@@ -21,8 +22,11 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Writes the report, and prints where it is."""
+    from dcjax.loop.recipe_copy import changed_recipe
     from dcjax.reporting.run_report import write_report
 
+    if (changed := changed_recipe(options.run_dir)) is not None:
+        print(f"dcjax: {changed}", file=sys.stderr)
     try:
         picture, page = write_report(options.run_dir)
     except ValueError as error:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import dataclasses
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dcjax.cli.arguments import NO_CACHE_HELP
+from dcjax.cli.arguments import NO_CACHE_HELP, NO_RECIPE_CODE_FLAG, NO_RECIPE_CODE_HELP
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
 from dcjax.paths import local_path
+from dcjax.user_code import CodeFile
 
 if TYPE_CHECKING:
     from dcjax.recipe.config import Config
@@ -30,60 +32,93 @@ ASSIGNMENT = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 def add_parser(commands) -> None:
     """Lists the command in `dcjax --help`; `run` parses its arguments."""
     commands.add_parser(
-        "train", help="run or resume a recipe: dcjax train [RECIPE] [--section.field VALUE ...]", add_help=False
+        "train",
+        help="run a recipe or resume a run: dcjax train [RECIPE or RUN] [--section.field VALUE ...]",
+        add_help=False,
     )
 
 
 def run(arguments: list[str]) -> None:
-    """Trains by the recipe that the arguments name, if any, with the fields that the others override."""
-    recipe = DEFAULT_RECIPE
+    """Trains by the recipe or resumes the run that the arguments name, with the fields that the others override."""
+    recipe_code = NO_RECIPE_CODE_FLAG not in arguments
+    arguments = [argument for argument in arguments if argument != NO_RECIPE_CODE_FLAG]
+    source = DEFAULT_RECIPE
     if arguments and not arguments[0].startswith("-") and not ASSIGNMENT.fullmatch(arguments[0]):
-        recipe, *arguments = arguments
-    config = _override_fields(_load_recipe(recipe), recipe, arguments)
+        source, *arguments = arguments
+    try:
+        path = local_path(source)
+    except ValueError as error:
+        raise RunError(f"the recipe {error}") from None
+    if (path / "config.json").is_file():
+        config, recipe = _resumed(path, source, arguments, recipe_code)
+    elif not recipe_code:
+        raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
+    else:
+        config, recipe = _begun(path, source, arguments)
     with jax_session(), _log_to_stderr(), leave_on_failure("train"):
         from dcjax.loop.train import train
 
-        report_paths = train(config)
+        report_paths = train(config, recipe)
     # Only the first process of several writes the report.
     if report_paths is not None:
         picture, page = report_paths
         print(f"plot:   {picture}\nreport: {page}")
 
 
-def _load_recipe(recipe: str) -> Config:
-    """Calls the `config()` of a recipe, given as a Python file or as the name of one in `RECIPES`."""
-    try:
-        given = local_path(recipe)
-    except ValueError as error:
-        raise RunError(f"the recipe {error}") from None
-    path = given if recipe.endswith(".py") else RECIPES / f"{recipe}.py"
+def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:
+    """The config of a recipe, and its file; of a run that it began and that it has changed since, the run's own."""
+    recipe = _find_recipe(path, source)
+    config = _override_fields(_call_recipe(recipe), source, arguments)
+    from dcjax.loop.recipe_copy import changed_recipe, kept_recipe
+
+    directory = config.directory
+    kept = kept_recipe(directory)
+    if kept is None or kept.sha256 == recipe.sha256 or changed_recipe(directory) is None:
+        return config, recipe
+    return _resumed(directory, source, arguments, recipe_code=True)
+
+
+def _resumed(directory: Path, source: str, arguments: list[str], recipe_code: bool) -> tuple[Config, CodeFile | None]:
+    """The config of a run that was begun, and the file that it keeps."""
+    from dcjax.loop.recipe_copy import kept_recipe
+    from dcjax.loop.run_directory import load_config
+
+    config = dataclasses.replace(load_config(directory, recipe_code=recipe_code), run_dir=directory)
+    return _override_fields(config, source, arguments), kept_recipe(directory)
+
+
+def _find_recipe(path: Path, source: str) -> CodeFile:
+    """The recipe that is given as a Python file, or as the name of one in `RECIPES`."""
+    path = path if source.endswith(".py") else RECIPES / f"{source}.py"
     if not path.is_file():
         # The other experiments are scripts, which define no config().
         recipes = (file.stem for file in RECIPES.glob("*.py") if "def config(" in file.read_text())
         known = ", ".join(sorted(recipes)) or "there are none here"
-        raise RunError(f"no recipe {path}; give a Python file, or the name of one in {RECIPES}/: {known}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass that the recipe defines looks up its module by name.
-    sys.modules[path.stem] = module
+        raise RunError(f"no recipe {path}; give a Python file, a run directory, or a name in {RECIPES}/: {known}")
+    return CodeFile.read(path)
+
+
+def _call_recipe(recipe: CodeFile) -> Config:
+    """What the `config()` of a recipe returns."""
     try:
-        spec.loader.exec_module(module)
-        config = module.config()
+        config = recipe.load().config()
     except (Exception, SystemExit) as error:  # The recipe's own code may raise anything.
-        raise RunError(f"recipe {path}: {type(error).__name__}: {error}") from error
+        raise RunError(f"recipe {recipe.path}: {type(error).__name__}: {error}") from error
     from dcjax.recipe.config import Config
 
     if not isinstance(config, Config):
         raise RunError(
-            f"recipe {path}: config() returned {type(config).__name__}; it must return a dcjax.recipe.config.Config"
+            f"recipe {recipe.path}: config() returned {type(config).__name__}; it must return a "
+            "dcjax.recipe.config.Config"
         )
     return config
 
 
-def _override_fields(config: Config, recipe: str, arguments: list[str]) -> Config:
-    """Sets fields of a recipe's Config that are given as `--section.field value` or as `section.field=value`."""
+def _override_fields(config: Config, source: str, arguments: list[str]) -> Config:
+    """Sets fields of a Config that are given as `--section.field value` or as `section.field=value`."""
     import tyro
+
+    from dcjax.recipe.sections import PROTOCOLS
 
     flags: list[str] = []
     for argument in arguments:
@@ -91,18 +126,18 @@ def _override_fields(config: Config, recipe: str, arguments: list[str]) -> Confi
         is_value = bool(flags) and flags[-1].startswith("--") and not argument.startswith("--")
         flags += [f"--{assignment[1]}", assignment[2]] if assignment and not is_value else [argument]
     errors = io.StringIO()
+    kind = _with_classes_of(config, PROTOCOLS)
     try:
         with contextlib.redirect_stderr(errors), _unparsed_paths():
-            return tyro.cli(
-                type(config),
-                default=config,
-                # A section that has several kinds, such as the task, keeps the recipe's kind.
-                config=(tyro.conf.AvoidSubcommands,),
+            overridden = tyro.cli(
+                kind,
+                default=kind(**_fields_of(config)),
                 args=flags,
                 use_underscores=True,
-                prog=f"dcjax train {recipe}",
-                description=f"{type(config).__doc__} {NO_CACHE_HELP}",
+                prog=f"dcjax train {source}",
+                description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}.",
             )
+            return type(config)(**_fields_of(overridden))
     except BrokenPipeError:
         # Only the help is printed here, and its reader, `head` for example, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,7 +145,21 @@ def _override_fields(config: Config, recipe: str, arguments: list[str]) -> Confi
     except SystemExit as exit:
         if exit.code == 0:
             raise
-        raise RunError(f"{_summarize_tyro_error(errors.getvalue())}; see dcjax train {recipe} --help") from None
+        raise RunError(f"{_summarize_tyro_error(errors.getvalue())}; see dcjax train {source} --help") from None
+
+
+def _with_classes_of(config: Config, sections: Iterable[str]) -> type[Config]:
+    """A Config that declares these sections with the classes that they have here, so that all fields can be set."""
+    declared = typing.get_type_hints(type(config))
+    fields = [
+        (name, type(value) if name in sections else declared[name], dataclasses.field(default=value))
+        for name, value in _fields_of(config).items()
+    ]
+    return dataclasses.make_dataclass("Config", fields, bases=(type(config),), frozen=True)
+
+
+def _fields_of(config: Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _unparsed_paths():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcjax.data.task import Split, encode, encode_prompts
+from dcjax.data.task import Demonstration, Split, Task
 from dcjax.rewards.boxed import integer_reward
 from dcjax.rewards.processes import Reward
 
@@ -34,7 +34,7 @@ _MAX_DRAWS = 10_000  # a tenth of a usual task's problems are held out: this man
 
 
 @dataclass(frozen=True)
-class Problem:
+class Chain:
     """A start value and the operations on it, in order: (12, (("-", 4), ("+", 3))) asks for 12-4+3."""
 
     start: int
@@ -78,7 +78,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class ArithmeticTask:
+class ArithmeticTask(Task):
     """A distribution over problems, and its division into two disjoint splits.
 
     The start value is uniform on 0..max_value, the number of operations on min_operations..max_operations,
@@ -111,7 +111,7 @@ class ArithmeticTask:
         if self.max_value < 1:
             raise ValueError(f"task.max_value is {self.max_value}; it must be at least 1")
 
-    def problem(self, split: Split, seed: int, index: int) -> Problem:
+    def problem(self, split: Split, seed: int, index: int) -> Chain:
         """Problem `index` of a split: a pure function of the task and the arguments.
 
         Args:
@@ -125,7 +125,7 @@ class ArithmeticTask:
             raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
         return _draw(self, split, np.random.default_rng([seed, _STREAMS[split], index]))
 
-    def problems(self, split: Split, seed: int, start: int, count: int) -> list[Problem]:
+    def problems(self, split: Split, seed: int, start: int, count: int) -> list[Chain]:
         """Problems start, start + 1, ..., start + count - 1 of a split; raises what `problem` raises."""
         return [self.problem(split, seed, index) for index in range(start, start + count)]
 
@@ -137,6 +137,20 @@ class ArithmeticTask:
     def build_tokenizer(self, pretrained: Path | None) -> "PreTrainedTokenizerFast":
         """The task's own, whatever the model starts from."""
         return build_tokenizer()
+
+    def demonstrations(self, *, seed: int, step: int, count: int, scratchpad_fraction: float) -> list[Demonstration]:
+        """Problems of the train split with right responses; each has a scratchpad with the given probability.
+
+        Raises:
+            ValueError: scratchpad_fraction is out of range.
+        """
+        if not 0.0 <= scratchpad_fraction <= 1.0:
+            raise ValueError(f"scratchpad_fraction is {scratchpad_fraction}; it must be between 0 and 1")
+        generator = np.random.default_rng([seed, _STREAMS["demonstrations"], step])
+        thinks = (generator.random(count) < scratchpad_fraction).tolist()
+        problems = [_draw(self, "train", generator) for _ in range(count)]
+        pairs = zip(problems, thinks, strict=True)
+        return [Demonstration(problem.prompt, problem.response(scratchpad)) for problem, scratchpad in pairs]
 
     def open(self, tokenizer: "PreTrainedTokenizerFast") -> "ArithmeticTask":
         """Itself: nothing is stored."""
@@ -208,7 +222,7 @@ def _longest_chain(
     return max(length + end_length(value) for value, length in zip(values, lengths, strict=True))
 
 
-def _draw(task: ArithmeticTask, split: Split, generator: np.random.Generator) -> Problem:
+def _draw(task: ArithmeticTask, split: Split, generator: np.random.Generator) -> Chain:
     """The next problem of a split from `generator`: random problems, until one belongs to the split."""
     for _ in range(_MAX_DRAWS):
         # All the uniforms a problem can need in one call: the cost of a problem is that of calls into NumPy.
@@ -219,7 +233,7 @@ def _draw(task: ArithmeticTask, split: Split, generator: np.random.Generator) ->
     raise ValueError(f"task: {task} has no {split!r} problem in {_MAX_DRAWS} draws; give it a larger range of problems")
 
 
-def _random_problem(task: ArithmeticTask, uniforms: Sequence[float]) -> Problem:
+def _random_problem(task: ArithmeticTask, uniforms: Sequence[float]) -> Chain:
     """A problem of either split from 2 + max_operations numbers in [0, 1)."""
     value = start = int(uniforms[0] * (task.max_value + 1))
     operations = task.min_operations + int(uniforms[1] * (task.max_operations - task.min_operations + 1))
@@ -231,7 +245,7 @@ def _random_problem(task: ArithmeticTask, uniforms: Sequence[float]) -> Problem:
         change = -(choice + 1) if choice < largest_minus else choice - largest_minus + 1
         steps.append(("-" if change < 0 else "+", abs(change)))
         value += change
-    return Problem(start, tuple(steps))
+    return Chain(start, tuple(steps))
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":
@@ -254,63 +268,3 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
         unk_token=unk,
         clean_up_tokenization_spaces=False,
     )
-
-
-def supervised_batch(
-    task: ArithmeticTask,
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    scratchpad_fraction: float,
-    prompt_length: int,
-    response_length: int,
-) -> dict[str, np.ndarray]:
-    """Right responses to imitate at one step of the warm start: a pure function of the arguments.
-
-    Problems are of the train split. Prompts are padded on the left to `prompt_length`, and responses, which
-    end in the end token, on the right to `response_length`: every response begins in the same column.
-
-    Args:
-        seed, step: not negative. Each pair gives a batch of its own.
-        batch_size: number of rows, B.
-        scratchpad_fraction: the probability of each response to have a scratchpad, in 0..1.
-        prompt_length, response_length: in tokens; P and T below, with S = P + T.
-
-    Returns:
-        tokens: int32 [B, S].
-        attention_mask: bool [B, S], true on the tokens of prompts and responses.
-        response_mask: bool [B, T], true on response tokens including the end token.
-
-    Raises:
-        ValueError: scratchpad_fraction is out of range, or a prompt or a response is longer than its length.
-    """
-    if not 0.0 <= scratchpad_fraction <= 1.0:
-        raise ValueError(f"scratchpad_fraction is {scratchpad_fraction}; it must be between 0 and 1")
-    generator = np.random.default_rng([seed, _STREAMS["demonstrations"], step])
-    thinks = (generator.random(batch_size) < scratchpad_fraction).tolist()
-    problems = [_draw(task, "train", generator) for _ in range(batch_size)]
-    prompts = encode_prompts(tokenizer, problems)
-    responses = encode(
-        tokenizer,
-        [problem.response(scratchpad) for problem, scratchpad in zip(problems, thinks, strict=True)],
-    )
-
-    tokens = np.full((batch_size, prompt_length + response_length), tokenizer.pad_token_id, np.int32)
-    attention_mask = np.zeros(tokens.shape, np.bool_)
-    response_mask = np.zeros((batch_size, response_length), np.bool_)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        response = [*response, tokenizer.eos_token_id]
-        _check_fits("prompt", prompt, prompt_length)
-        _check_fits("response", response, response_length)
-        first = prompt_length - len(prompt)
-        both = slice(first, prompt_length + len(response))
-        tokens[row, both], attention_mask[row, both] = prompt + response, True
-        response_mask[row, : len(response)] = True
-    return {"tokens": tokens, "attention_mask": attention_mask, "response_mask": response_mask}
-
-
-def _check_fits(name: str, tokens: list[int], length: int) -> None:
-    if len(tokens) > length:
-        raise ValueError(f"{name}_length is {length}; a {name} of this task takes {len(tokens)} tokens")

@@ -1,9 +1,7 @@
-"""The task of the papers: published problems in mathematics, answered in words, and judged by their last answer."""
+"""The task of the papers: published problems in mathematics, answered in words, and scored by their last answer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import typing
 from collections.abc import Sequence
@@ -12,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcjax.data.datasets import Example, find_dataset
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.select import PAPER_B_EXAMPLES, Questions, select, share_of
-from dcjax.data.stream import draw
-from dcjax.data.task import Split, encode_prompts
+from dcjax.data.task import Task, encode_prompts
 from dcjax.data.templates import TemplateName, templates
-from dcjax.data.tokenizers import byte_tokenizer, load_tokenizer
 from dcjax.paths import localize
 from dcjax.rewards.processes import Reward
 
@@ -27,36 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MathProblem:
-    """An example as it is put to the policy."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class MathProblems:
-    """Training problems, drawn epoch by epoch in shuffled orders, and held-out ones, which come round in their own."""
-
-    train: list[MathProblem]
-    heldout: list[MathProblem]
-    golds: list[Example]
-    """What the problems of both splits were made of."""
-    fingerprint: dict[str, str]
-    """How many problems of each data set are used, and a SHA-256 of them in their order."""
-
-    def problems(self, split: Split, seed: int, start: int, count: int) -> list[MathProblem]:
-        """Problems start, ..., start + count - 1 of a split: a pure function of the arguments.
-
-        Of n held-out problems, number i is the (i mod n)-th, whatever the seed: k · n of them are k samples of each.
-        """
-        if split == "train":
-            return [self.train[number] for number in draw(len(self.train), seed=seed, start=start, count=count)]
-        return [self.heldout[number % len(self.heldout)] for number in range(start, start + count)]
-
-
-@dataclass(frozen=True)
-class MathTask:
+class MathTask(Task):
     """Problems of one data set for training, and of another to be measured by.
 
     Raises:
@@ -98,24 +66,16 @@ class MathTask:
         return self.max_prompt_tokens
 
     @property
-    def max_response_length(self) -> int:
-        """0: how long a right response is, nobody knows."""
-        return 0
-
-    @property
     def reward(self) -> Reward:
         """The template's."""
         return templates[self.template].reward
 
-    def build_tokenizer(self, pretrained: Path | None) -> PreTrainedTokenizerFast:
-        """The tokenizer of the folder, or one of bytes.
+    @property
+    def needs_workers(self) -> bool:
+        """True: math-verify may take any time and memory."""
+        return True
 
-        Raises:
-          ValueError: as `load_tokenizer`.
-        """
-        return byte_tokenizer() if pretrained is None else load_tokenizer(pretrained)
-
-    def open(self, tokenizer: PreTrainedTokenizerFast) -> MathProblems:
+    def open(self, tokenizer: PreTrainedTokenizerFast) -> FixedProblems:
         """Reads both data sets, and prepares them where that is still to be done; logs how many problems are left.
 
         Raises:
@@ -144,16 +104,13 @@ class MathTask:
             raise ValueError(
                 f"task.max_prompt_tokens is {self.max_prompt_tokens}; {self.heldout} has a prompt of {longest}"
             )
-        used = {"train": self._problems(tokenizer, train), "heldout": self._problems(tokenizer, heldout)}
-        names = {"train": self.dataset, "heldout": self.heldout}
-        described = {f"{split} {names[split]}": _describe(problems) for split, problems in used.items()}
-        return MathProblems(**used, golds=[*train, *heldout], fingerprint=described)
+        return FixedProblems(
+            self._problems(tokenizer, train),
+            self._problems(tokenizer, heldout),
+            names=(f"train {self.dataset}", f"heldout {self.heldout}"),
+            golds=[*train, *heldout],
+        )
 
-    def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[MathProblem]:
+    def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[TextProblem]:
         prompt = templates[self.template].prompt
-        return [MathProblem(prompt(tokenizer, example.question), example.answer) for example in examples]
-
-
-def _describe(problems: Sequence[MathProblem]) -> str:
-    digest = hashlib.sha256(json.dumps([(each.prompt, each.answer) for each in problems]).encode()).hexdigest()
-    return f"{len(problems)} problems (SHA-256 {digest[:16]})"
+        return [TextProblem(prompt(tokenizer, example.question), example.answer) for example in examples]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from dcjax.data.datasets import Example
+from dcjax.data.tokenizers import byte_tokenizer, load_tokenizer
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 Split = Literal["train", "heldout"]
@@ -21,7 +23,7 @@ class Problem(Protocol):
 
     @property
     def prompt(self) -> str:
-        """The text that the policy goes on from."""
+        """The text that the policy continues."""
         ...
 
     @property
@@ -31,7 +33,7 @@ class Problem(Protocol):
 
 
 class Problems(Protocol):
-    """An endless supply of them."""
+    """An endless supply of problems; `dcjax.data.problems.FixedProblems` is one from two lists."""
 
     def problems(self, split: Split, seed: int, start: int, count: int) -> Sequence[Problem]:
         """Problems start, ..., start + count - 1 of a split: a pure function of the arguments."""
@@ -44,12 +46,24 @@ class Problems(Protocol):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What files they were read from held, by data set: a run goes on with the same. Empty without files."""
+        """What the files held that problems were read from: a run resumes with the same. Empty without files."""
         ...
 
 
+class Demonstration(NamedTuple):
+    """A problem with a right response, to be imitated in a warm start."""
+
+    prompt: str
+    response: str
+    """Without the token that ends it."""
+
+
 class Task(Protocol):
-    """A section of a run's config, from which everything else about its problems follows."""
+    """The `task` section of a recipe: a frozen dataclass from which everything about a run's problems follows.
+
+    A class that inherits from this one must define `max_prompt_length`, `reward` and `open`. The rest has the defaults
+    below, or stands in the class alike where it does not inherit. docs/tasks.md has a complete example.
+    """
 
     @property
     def max_prompt_length(self) -> int:
@@ -58,21 +72,55 @@ class Task(Protocol):
 
     @property
     def max_response_length(self) -> int:
-        """Tokens that a right response may need; 0 where nothing is known of that."""
-        ...
+        """Tokens that a right response may need; 0, the default, where that is not known."""
+        return 0
 
     @property
     def reward(self) -> Reward:
-        """Judges a response."""
+        """The function that scores a response, unless the reward section replaces it."""
+        ...
+
+    @property
+    def needs_workers(self) -> bool:
+        """Whether its reward may take any time and memory, so that only worker processes may run it."""
+        return False
+
+    def open(self, tokenizer: PreTrainedTokenizerFast) -> Problems:
+        """The problems, read from wherever they are kept.
+
+        Raises:
+          FileNotFoundError: a file is missing; the message says what to put where.
+          ValueError: a file or a field cannot be used.
+        """
         ...
 
     def build_tokenizer(self, pretrained: Path | None) -> PreTrainedTokenizerFast:
-        """The tokenizer, for a model that starts from the folder `pretrained` if that is not None."""
-        ...
+        """The tokenizer: of the Hugging Face folder that the model starts from, or one of bytes where there is none.
 
-    def open(self, tokenizer: PreTrainedTokenizerFast) -> Problems:
-        """The problems, read from wherever they are kept."""
-        ...
+        Raises:
+          ValueError: as `load_tokenizer`.
+        """
+        return byte_tokenizer() if pretrained is None else load_tokenizer(pretrained)
+
+    def solved(self, rewards: np.ndarray) -> np.ndarray:
+        """Which responses count as right in an evaluation, bool [N], by their rewards, float32 [N]: at least 1."""
+        return rewards >= 1
+
+    def demonstrations(
+        self, *, seed: int, step: int, count: int, scratchpad_fraction: float
+    ) -> Sequence[Demonstration]:
+        """What the warm start imitates at one of its steps: a pure function of the arguments.
+
+        Args:
+          seed: of the run.
+          step: of the warm start, from 1.
+          count: how many are wanted.
+          scratchpad_fraction: the probability of each to have step-by-step reasoning, where the task knows such.
+
+        Returns:
+          As many as are wanted, or none where the task has no solutions to imitate.
+        """
+        return ()
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> list[list[int]]:
@@ -97,3 +145,48 @@ def decode_responses(
     """
     rows = [row[:-1] if ended else row for row, ended in zip(responses, finished, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def supervised_batch(
+    tokenizer: PreTrainedTokenizerFast,
+    demonstrations: Sequence[Demonstration],
+    *,
+    prompt_length: int,
+    response_length: int,
+) -> dict[str, np.ndarray]:
+    """Demonstrations as arrays: prompts padded on the left, and responses, with their end token, on the right.
+
+    Args:
+      tokenizer: of the policy; its own end token is appended to each response.
+      demonstrations: B of them.
+      prompt_length: P, tokens.
+      response_length: T, tokens; every response begins in column P of S = P + T.
+
+    Returns:
+      tokens: int32 [B, S].
+      attention_mask: bool [B, S], true on the tokens of prompts and responses.
+      response_mask: bool [B, T], true on response tokens including the end token.
+
+    Raises:
+      ValueError: a prompt or a response is longer than its length.
+    """
+    prompts = encode(tokenizer, [each.prompt for each in demonstrations])
+    responses = encode(tokenizer, [each.response for each in demonstrations])
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokens = np.full((len(prompts), prompt_length + response_length), padding, np.int32)
+    attention_mask = np.zeros(tokens.shape, np.bool_)
+    response_mask = np.zeros((len(prompts), response_length), np.bool_)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        response = [*response, tokenizer.eos_token_id]
+        _check_fits("prompt", prompt, prompt_length)
+        _check_fits("response", response, response_length)
+        first = prompt_length - len(prompt)
+        both = slice(first, prompt_length + len(response))
+        tokens[row, both], attention_mask[row, both] = prompt + response, True
+        response_mask[row, : len(response)] = True
+    return {"tokens": tokens, "attention_mask": attention_mask, "response_mask": response_mask}
+
+
+def _check_fits(name: str, tokens: list[int], length: int) -> None:
+    if len(tokens) > length:
+        raise ValueError(f"{name}_length is {length}; a {name} of this task takes {len(tokens)} tokens")

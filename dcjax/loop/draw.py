@@ -13,7 +13,7 @@ from dcjax.data.task import Problem, encode_prompts
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.setup import Setup
-from dcjax.rewards.shaping import soft_overlong_punishment
+from dcjax.recipe.build import objective_of
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import Preemption, gather
@@ -79,7 +79,7 @@ class Draw:
         """
         key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(cursor.rollout_key, jnp.uint32)))
         sampled = self._once(serving, cursor.data_cursor, rollout_key)
-        if self._setup.config.objective.zero_variance == "resample":
+        if objective_of(self._setup.config).requires.mixed_groups:
             sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)
         following = Cursor(
             step=cursor.step + 1,
@@ -122,17 +122,7 @@ class Draw:
             collector.submit(ended)
             self._preemption.check(engine.mesh)
         rollout = sampling.rollout()
-        rewards = gather(collector.result(), engine.mesh) + self._length_rewards(rollout)
-        return Sampled(problems, rollout, rewards, len(problems))
-
-    def _length_rewards(self, rollout: Rollout) -> np.ndarray | float:
-        """What responses earn for their length (DAPO's overlong shaping), at most 0."""
-        settings = self._setup.config.reward
-        if not settings.overlong_buffer:
-            return 0.0
-        return soft_overlong_punishment(
-            np.asarray(rollout.response_mask).sum(axis=1),
-            max_length=self._setup.config.rollout.max_response_length,
-            buffer=settings.overlong_buffer,
-            factor=settings.overlong_factor,
+        rewards = gather(collector.result(), engine.mesh) + setup.config.reward.length_rewards(
+            np.asarray(rollout.response_mask).sum(axis=1), max_response_length=settings.max_response_length
         )
+        return Sampled(problems, rollout, rewards, len(problems))

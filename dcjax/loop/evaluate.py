@@ -13,7 +13,7 @@ from dcjax.data.task import decode_responses, encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.setup import Setup
-from dcjax.recipe.build import PolicyName
+from dcjax.recipe.build import PolicyName, optimizer_of
 from dcjax.reporting.statistics import wilson_interval
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
@@ -49,7 +49,7 @@ def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]
 def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring.
 
-    A response is right that earns at least 1.
+    Which rewards make a response right, the task says (`Task.solved`).
 
     Raises:
       RunError: a policy whose log-probs are not finite, or a reward that fails.
@@ -73,7 +73,7 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
             collector.submit(ended)
         rollout = sampling.rollout()
         _require_finite(policy, rollout, engine)
-        correct = total(int(np.sum(collector.result() >= 1)), engine.mesh)
+        correct = total(int(np.sum(setup.config.task.solved(collector.result()))), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))
@@ -84,7 +84,7 @@ def evaluate_state(setup: Setup, state: TrainState) -> dict[str, float]:
     """Held-out accuracies by the names of metrics.jsonl: of both policies, and of the average where one is kept."""
     rows = evaluate(setup, setup.engines, state.params, int(state.step))
     measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
-    if setup.config.optimizer.ema_decay:
+    if optimizer_of(setup.config).ema_decay:
         (row,) = evaluate_average(setup, state)
         measured["eval/deployed_accuracy_ema"] = row.accuracy
     return measured | {"eval/prompts": setup.config.evaluation.prompts}

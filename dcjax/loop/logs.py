@@ -92,10 +92,11 @@ class RunLog:
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, str]:
         deployed = self._deployed_accuracy
+        budget = f"/{metrics['dual/budget']:.4f}" if "dual/budget" in metrics else ""
         return {
             "reward": f"{metrics['reward']:.2f}",
             "deployed": "-" if deployed is None else f"{deployed:.2f}",
-            "δ̄": f"{metrics['dual/discrepancy']:.4f}/{metrics['dual/budget']:.4f}",
+            "δ̄": f"{metrics['dual/discrepancy']:.4f}{budget}",
             "λ": f"{metrics['dual/multiplier']:.3f}",
             "length": f"{metrics['response_length']:.1f}",
             "tok/s": f"{metrics['tokens_per_second']:.0f}",

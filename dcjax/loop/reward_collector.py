@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -15,8 +15,8 @@ from dcjax.data.templates import templates
 from dcjax.errors import RunError
 from dcjax.recipe.config import Config
 from dcjax.rewards.golds import unreadable
-from dcjax.rewards.in_process import InProcessRewards, Rewards, load_reward
-from dcjax.rewards.pool import Pending, RewardError, RewardPool
+from dcjax.rewards.in_process import Rewards
+from dcjax.rewards.pool import Pending, RewardError
 from dcjax.rewards.processes import Reward
 from dcjax.serving.rollout import Ended
 from dcjax.sharding.hosts import is_main, share
@@ -29,36 +29,22 @@ def open_rewards(config: Config) -> AbstractContextManager[Rewards]:
     """The run's reward in its worker processes, or in this one.
 
     Raises:
-      RunError: `reward.function` cannot be used.
+      RunError: the reward cannot be used.
     """
-    settings = config.reward
     try:
-        reward = _reward(config)
-        if not settings.workers:
-            return nullcontext(InProcessRewards(reward))
-        return RewardPool(
-            reward,
-            workers=settings.workers,
-            timeout=settings.timeout,
-            memory=settings.memory * 2**20,
-            warm_up=settings.warm_up,
-        )
+        return config.reward.open(config.reward.verifier(config.task))
     except ValueError as error:
         raise RunError(str(error)) from None
-
-
-def _reward(config: Config) -> Reward:
-    return config.task.reward if config.reward.function is None else load_reward(config.reward.function)
 
 
 def check_golds(config: Config, problems: Problems) -> None:
     """Names the golds that a run's reward cannot read, before anything is sampled; as `tell_unreadable`.
 
     Raises:
-      RunError: `reward.function` cannot be used, or as `tell_unreadable`.
+      RunError: the reward cannot be used, or as `tell_unreadable`.
     """
     try:
-        tell_unreadable(problems.golds, _reward(config))
+        tell_unreadable(problems.golds, config.reward.verifier(config.task))
     except ValueError as error:
         raise RunError(str(error)) from None
 

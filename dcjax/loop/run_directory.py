@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from dcjax.errors import RunError
+from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
 from dcjax.models.hf_config import end_tokens_in
 from dcjax.recipe.config import Config
-from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
+from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
 from dcjax.reporting.record import write_atomically
 from dcjax.sharding.hosts import gather, is_main
+from dcjax.user_code import CodeFile
 
 VERSIONED = (
     "dcjax",
@@ -32,36 +35,49 @@ VERSIONED = (
 )
 
 
-BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens")
+BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens", "recipe", "directory")
 """What config.json holds beside the config."""
 
 
 @contextlib.contextmanager
-def open_run(config: Config, *, data: dict[str, str] | None = None, end_tokens: Sequence[int] = ()) -> Iterator[Path]:
+def open_run(
+    config: Config,
+    *,
+    data: dict[str, str] | None = None,
+    end_tokens: Sequence[int] = (),
+    recipe: CodeFile | None = None,
+) -> Iterator[Path]:
     """Makes or re-enters `config.directory`, and holds it against other runs meanwhile; process 0 does it for all.
 
     Args:
       config: of the run.
       data: the `Problems.fingerprint` of what it trains on; None where nothing is read.
       end_tokens: ids that end a response; none where only the tokenizer's own does.
+      recipe: the file that the run keeps a copy of; None for a run without one.
 
     Raises:
-      RunError: the directory belongs to another configuration, to a run on other data, or to another process.
+      RunError: the directory belongs to another configuration or recipe, to a run on other data, or to another process.
     """
     directory, data = config.directory, data or {}
     if not is_main():
         yield directory
         return
-    if goes_on(config):
+    began = {"recipe": describe(recipe), "directory": str(Path.cwd())}
+    if resumes := goes_on(config):
         _check_same_data(data, directory)
+        _check_same_recipe(recipe, directory)
+        began = {name: _read_all(directory).get(name) for name in began}
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}; choose another --run-dir") from None
+        if recipe is not None and not resumes:
+            write_atomically(directory / COPY, recipe.source)
         beside = {"versions": _versions(), "platform": platform.platform(), "data": data, "end_tokens": [*end_tokens]}
-        write_atomically(directory / "config.json", json.dumps(to_dict(config) | beside, indent=2).encode())
+        described = to_dict(config) | beside | began
+        write_atomically(directory / "config.json", json.dumps(described, indent=2).encode())
         yield directory
 
 
@@ -77,13 +93,14 @@ def goes_on(config: Config) -> bool:
     return True
 
 
-def check_processes_agree(config: Config) -> None:
-    """That all processes run one config on the same versions; each tells what differs.
+def check_processes_agree(config: Config, recipe: CodeFile | None) -> None:
+    """That all processes run one config of one recipe on the same versions; each says what differs.
 
     Raises:
       RunError: they do not.
     """
-    described = flatten(to_dict(config) | {"versions": _versions()})
+    checksum = None if recipe is None else recipe.sha256
+    described = flatten(to_dict(config) | {"versions": _versions(), "recipe": {"sha256": checksum}})
     # how each finds the others may differ
     described = {name: value for name, value in described.items() if not name.startswith("distributed.")}
     _check_agree(described, "start the same command with the same versions on every host")
@@ -129,13 +146,40 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
 
 
-def load_config(directory: Path) -> Config:
-    """The configuration that a run was started with.
+def load_config(directory: Path, *, recipe_code: bool = True) -> Config:
+    """The configuration that a run was started with; its relative paths are of the directory that it was started in.
+
+    A run whose sections are all of dcjax executes nothing. For others, a line on standard error says which code is
+    executed. Another line says if the original of the run's recipe has changed since.
+
+    Args:
+      directory: of the run.
+      recipe_code: False refuses to execute code from outside dcjax.
 
     Raises:
-      RunError: the directory holds no run, or a damaged config.json.
+      RunError: the directory holds no run, a damaged config.json or recipe, a class that cannot be imported, or code
+        that must not be executed.
     """
-    return _parse(directory, _read(directory))
+    recorded = _read(directory)
+    outside = sorted({str(name) for name in classes_in(recorded) if not str(name).startswith("dcjax.")})
+    recipe = None
+    if outside:
+        if not recipe_code:
+            raise RunError(
+                f"{directory / 'config.json'} names code outside dcjax, {', '.join(outside)}, which --no-recipe-code "
+                "does not let run"
+            )
+        recipe = kept_recipe(directory)
+        _say(f"runs the code of {', '.join(outside)}" + (f" in {recipe.path}" if recipe is not None else ""))
+    if (changed := changed_recipe(directory)) is not None:
+        _say(changed)
+    started_in = Path(_read_all(directory).get("directory") or ".")
+    return _parse(directory, recorded, recipe, started_in if started_in.is_dir() else None)
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(f"dcjax: {line}", file=sys.stderr)
 
 
 def recorded_end_tokens(directory: Path, config: Config) -> list[int]:
@@ -176,18 +220,32 @@ def _read_all(directory: Path) -> dict:
         raise RunError(f"{path} is damaged: it is not a JSON object") from None
 
 
-def _parse(directory: Path, recorded: dict) -> Config:
+def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in: Path | None) -> Config:
     try:
-        return from_dict(recorded)
+        return from_dict(recorded, recipe, started_in)
     except (TypeError, ValueError) as error:
-        raise RunError(f"{directory / 'config.json'} is of another version of dcjax: {error}") from None
+        raise RunError(f"{directory / 'config.json'} cannot be read: {error}") from None
 
 
 def _check_same(config: Config, directory: Path) -> None:
-    changed = differences(to_dict(config), _read(directory))
+    recorded, started_in = flatten(_read(directory)), Path(_read_all(directory).get("directory") or ".")
+    ours = flatten(to_dict(config))
+    for name in path_fields(config):
+        ours[name] = str(Path.cwd() / ours[name])
+        recorded[name] = str(started_in / str(recorded.get(name)))
+    changed = differences(ours, recorded)
     if changed:
         listed = ", ".join(f"{name} {ours!r} (there {theirs!r})" for name, (ours, theirs) in sorted(changed.items()))
         raise RunError(f"{directory} holds a run of another config: {listed}; choose another --run-dir or remove it")
+
+
+def _check_same_recipe(recipe: CodeFile | None, directory: Path) -> None:
+    kept = kept_recipe(directory)
+    if None not in (recipe, kept) and kept.sha256 != recipe.sha256:
+        raise RunError(
+            f"{directory} holds a run of another recipe than {recipe.path}; dcjax train {directory} resumes it with "
+            "its own, or choose another --run-dir"
+        )
 
 
 def _check_same_data(data: dict[str, str], directory: Path) -> None:

@@ -30,6 +30,7 @@ from dcjax.rewards.in_process import Rewards
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.sharding.hosts import check_divides
 from dcjax.types import TrainState
+from dcjax.user_code import CodeFile
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Setup:
     end_tokens: list[int]
     # of the policy that is deployed, and of the one that is trained
     engines: dict[PolicyName, Qwen3Engine]
+    # the file that the run keeps a copy of
+    recipe: CodeFile | None = None
 
 
-def set_up(config: Config, rewards: Rewards) -> Setup:
+def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> Setup:
     """Builds a run's machinery; nothing is sampled or trained yet.
 
     Raises:
@@ -73,7 +76,7 @@ def set_up(config: Config, rewards: Rewards) -> Setup:
     end_tokens = starting_end_tokens(config, tokenizer)
     check_end_tokens_agree(end_tokens)
     engines = make_engines(config, mesh, end_tokens)
-    return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines)
+    return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe)
 
 
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:

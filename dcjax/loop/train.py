@@ -16,6 +16,7 @@ from dcjax.loop.draw import Draw, Sampled
 from dcjax.loop.environment import describe
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
+from dcjax.loop.recipe_copy import recipe_for
 from dcjax.loop.reward_collector import open_rewards
 from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
@@ -26,29 +27,38 @@ from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
 from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, join, threads_may_launch
 from dcjax.types import TrainState
+from dcjax.user_code import CodeFile
 
 
-def train(config: Config) -> tuple[Path, Path] | None:
+def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] | None:
     """Runs, or resumes from the last checkpoint in the run directory; returns the report's picture and page.
 
     With several processes, the first draws the report, and the others return None.
+
+    Args:
+      config: of the run.
+      recipe: the file that made it, which the run keeps a copy of; where None, the file of its sections' classes is
+        kept, unless all are of dcjax or of installed packages.
 
     Raises:
       Interrupted: the launcher stops a process, or another one has gone; what was checkpointed stays.
       RunError: the run cannot start or go on; what was checkpointed stays.
     """
     join(config.distributed)
-    check_processes_agree(config)
+    recipe = recipe_for(config, recipe)
+    check_processes_agree(config, recipe)
     config = with_pretrained_model(config)
     with open_rewards(config) as rewards:
-        return train_with(set_up(config, rewards))
+        return train_with(set_up(config, rewards, recipe))
 
 
 def train_with(setup: Setup) -> tuple[Path, Path] | None:
     """`train`, of a run that is set up."""
     check_data_agree(setup.problems.fingerprint)
     with (
-        open_run(setup.config, data=setup.problems.fingerprint, end_tokens=setup.end_tokens) as directory,
+        open_run(
+            setup.config, data=setup.problems.fingerprint, end_tokens=setup.end_tokens, recipe=setup.recipe
+        ) as directory,
         Checkpoints(directory / "checkpoints", keep=setup.config.checkpoint.keep) as checkpoints,
     ):
         try:

@@ -11,7 +11,6 @@ from dcjax.errors import RunError
 from dcjax.loop.draw import Sampled
 from dcjax.loop.setup import Setup
 from dcjax.recipe import build
-from dcjax.recipe.optimizer import make_schedule
 from dcjax.serving.rollout import require_finite
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
@@ -29,7 +28,8 @@ class Updater:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._step = build.compile_train_step(setup.config, setup.mesh)
-        self._schedule = make_schedule(setup.config.optimizer, setup.config.steps)
+        self._learning_rate = build.optimizer_of(setup.config).learning_rate
+        self._budget = build.objective_of(setup.config).budget
 
     def __call__(self, state: TrainState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         """One iteration; `state` is donated.
@@ -51,22 +51,20 @@ class Updater:
         if broken := [name for name, value in values.items() if not math.isfinite(value)]:
             self._stop(number, batch, f"{', '.join(broken)} not finite", LOWER)
         if values.get("dual/saturated") == ALARM:
-            self._warn_of_saturation(number)
+            self._warn_of_saturation(number, values["dual/multiplier"])
         return state, values | self._settings(number - 1, values) | {"prompts_taken": sampled.prompts_taken}
 
     def _settings(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The learning rate, and a given budget, which is drawn beside the gap even where no λ follows it."""
-        config = self._setup.config
-        scheduled = float(np.asarray(self._schedule(step * config.optimizer.updates)))
+        scheduled = float(np.asarray(self._learning_rate(step * self._setup.config.optimizer.updates)))
         settings = {"learning_rate": scheduled * metrics["learning_rate_scale"]}
-        if not isinstance(budget := config.objective.budget, str):
-            settings["dual/budget"] = budget
+        if self._budget is not None:
+            settings["dual/budget"] = self._budget
         return settings
 
-    def _warn_of_saturation(self, number: int) -> None:
-        bound = self._setup.config.objective.max_multiplier
+    def _warn_of_saturation(self, number: int, multiplier: float) -> None:
         print(
-            f"dcjax: step {number}: λ has been at objective.max_multiplier, {bound}, for {ALARM} iterations while the "
+            f"dcjax: step {number}: λ has been at its upper bound, {multiplier:g}, for {ALARM} iterations while the "
             "gap rises; the penalty does not close it",
             file=sys.stderr,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from functools import cache, partial
+from functools import cache
 from types import TracebackType
 from typing import Self
 
@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.data.arithmetic import ArithmeticTask, supervised_batch
+from dcjax.data.task import supervised_batch
 from dcjax.errors import RunError
-from dcjax.recipe.build import apply_policy, compile_step, initial_state, metrics_to_host, starting_params
-from dcjax.recipe.config import Config, what_is_compiled
+from dcjax.models.config import DtypeName, ModelConfig
+from dcjax.recipe.build import compile_step, initial_state, make_apply_fn, metrics_to_host, starting_params
+from dcjax.recipe.config import Config, WarmStartConfig
 from dcjax.recipe.optimizer import scale_loss
 from dcjax.reporting.progress import Progress
 from dcjax.reporting.record import MetricsLog
@@ -37,10 +38,12 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     """Starting parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
 
     Raises:
-      RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate.
+      RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate that
+        fits.
     """
     settings = config.warm_start
-    tx, update = _compile_update(what_is_compiled(config), mesh)
+    microbatch_size = math.gcd(settings.batch_size, config.optimizer.microbatch_size)
+    tx, update = _compile_update(config.model, settings, microbatch_size, mesh)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
     with _Log(config) as log:
         for count in range(1, settings.steps + 1):
@@ -55,17 +58,19 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
 
 
 @cache
-def _compile_update(config: Config, mesh: Mesh) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
-    tx = _optimizer(config)
+def _compile_update(
+    model: ModelConfig, settings: WarmStartConfig, microbatch_size: int, mesh: Mesh
+) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
+    tx = _optimizer(settings, model.precision.compute)
     supervised_step = make_train_step(
-        partial(apply_policy, config, mesh),
+        make_apply_fn(model, mesh),
         tx,
         negative_log_likelihood,
         chain(),
         group_size=1,
-        microbatch_size=math.gcd(config.warm_start.batch_size, config.optimizer.microbatch_size),
+        microbatch_size=microbatch_size,
     )
-    return tx, compile_step(config, mesh, tx, supervised_step)
+    return tx, compile_step(model, mesh, tx, supervised_step)
 
 
 class _Log:
@@ -92,8 +97,7 @@ class _Log:
             self._progress.update(count, loss=f"{values['loss']:.3f}")
 
 
-def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    settings = config.warm_start
+def _optimizer(settings: WarmStartConfig, compute: DtypeName) -> optax.GradientTransformationExtraArgs:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
@@ -102,24 +106,33 @@ def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         end_value=settings.learning_rate / 10,
     )
     descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    return optax.with_extra_args_support(scale_loss(descent, config.model.precision.compute))
+    return optax.with_extra_args_support(scale_loss(descent, compute))
 
 
 def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
     settings, rollout = config.warm_start, config.rollout
-    if not isinstance(config.task, ArithmeticTask):
-        raise RunError(f"warm_start.steps is {settings.steps}; this task has no solutions to imitate, so it must be 0")
     early = step <= EARLY_SHARE * settings.steps
-    examples = supervised_batch(
-        config.task,
-        tokenizer,
+    demonstrations = config.task.demonstrations(
         seed=config.seed,
         step=step,
-        batch_size=settings.batch_size,
+        count=settings.batch_size,
         scratchpad_fraction=settings.early_scratchpads if early else settings.late_scratchpads,
-        prompt_length=rollout.max_prompt_length,
-        response_length=rollout.max_response_length,
     )
+    if not demonstrations:
+        raise RunError(f"warm_start.steps is {settings.steps}; this task has no solutions to imitate, so it must be 0")
+    if (count := len(demonstrations)) != settings.batch_size:
+        raise RunError(
+            f"the task gave {count} demonstrations; it was asked for warm_start.batch_size {settings.batch_size}"
+        )
+    try:
+        examples = supervised_batch(
+            tokenizer,
+            demonstrations,
+            prompt_length=rollout.max_prompt_length,
+            response_length=rollout.max_response_length,
+        )
+    except ValueError as error:
+        raise RunError(f"warm start: {error}") from None
     sequences = Sequences(
         **examples,
         rollout_logps=np.zeros(examples["response_mask"].shape, np.float32),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from dcjax.models.config import ModelConfig
 from dcjax.models.layers import round_up
 from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.transformer import RouterRecord, checked_inputs, hidden_states, logits
-from dcjax.types import Array, Params
+from dcjax.types import Array, Params, TokenDistributions
 
 
 @flax.struct.dataclass
@@ -25,6 +27,8 @@ class TokenScores:
     entropy: Float[Array, "B T"]
     # None where the model has no experts; its experts are of the first S - 1 columns
     router: RouterRecord | None
+    # what `quantities` computed, by their names
+    quantities: dict[str, Float[Array, "B T"]]
 
 
 def token_logps(
@@ -38,6 +42,7 @@ def token_logps(
     segment_ids: Integer[Array, "B S"] | None = None,
     experts: Integer[Array, "M B S-1 k"] | None = None,
     candidate_tokens: Integer[Array, "B T K"] | None = None,
+    quantities: Mapping[str, Callable[[TokenDistributions], Array]] = {},
     layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
@@ -58,6 +63,8 @@ def token_logps(
       experts: routing replay, as for `hidden_states`; the last token is never fed, so one column fewer.
       candidate_tokens: of each response token, the tokens that could be drawn, -1 behind them; a row of -1 stands for
         the whole vocabulary, as its absence does.
+      quantities: functions, by name, of the whole distributions of C columns, float32 [B, C] each; called once a chunk,
+        and again in the backward pass.
       layout: how devices share the work.
 
     Raises:
@@ -79,16 +86,21 @@ def token_logps(
     def score(hidden, targets, candidate_tokens):
         hidden = layout.constrain(hidden, RESIDUAL)
         scaled = logits(config, params, hidden, layout) / temperature[:, None, None]
-        return _score(scaled if candidate_tokens is None else _restrict(scaled, candidate_tokens), targets)
+        scaled = scaled if candidate_tokens is None else _restrict(scaled, candidate_tokens)
+        logps, entropy, log_probs = _score(scaled, targets)
+        distributions = TokenDistributions(log_probs, targets, candidate_tokens)
+        return logps, entropy, {name: compute(distributions) for name, compute in quantities.items()}
 
     chunks = -(-response_length // config.head_chunk)
     columns = round_up(-(-response_length // chunks), layout.column_multiple)
     if columns == response_length:
-        return TokenScores(*score(hidden, targets, candidate_tokens), router)
+        logps, entropy, computed = score(hidden, targets, candidate_tokens)
+        return TokenScores(logps, entropy, router, computed)
     parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, candidate_tokens))
     scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), parts)
-    logps, entropy = (x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length] for x in scored)
-    return TokenScores(logps, entropy, router)
+    joined = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length], scored)
+    logps, entropy, computed = joined
+    return TokenScores(logps, entropy, router, computed)
 
 
 def _restrict(logits: Float[Array, "B C V"], candidate_tokens: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
@@ -100,14 +112,15 @@ def _restrict(logits: Float[Array, "B C V"], candidate_tokens: Int[Array, "B C K
     return jnp.where(kept | whole, logits, jnp.finfo(logits.dtype).min / 2)
 
 
-def _score(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
-    """Log-prob of each target and entropy of each row, from one set of exponentials."""
+def _score(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> tuple[Array, Array, Array]:
+    """Log-prob of each target, entropy of each distribution and all log-probs, from one set of exponentials."""
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponentials = jnp.exp(shifted)
     total = jnp.sum(exponentials, axis=-1)
     log_total = jnp.log(total)
     chosen = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
-    return chosen - log_total, log_total - jnp.sum(exponentials * shifted, axis=-1) / total
+    entropy = log_total - jnp.sum(exponentials * shifted, axis=-1) / total
+    return chosen - log_total, entropy, shifted - log_total[..., None]
 
 
 def _cut(x: Array, chunks: int, columns: int) -> Array:

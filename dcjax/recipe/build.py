@@ -20,44 +20,49 @@ from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.models.parallel.forward import check_model, mesh_layout
-from dcjax.recipe.config import Config, what_is_compiled
+from dcjax.recipe import sections
+from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
-from dcjax.recipe.objective import (
-    make_aggregation,
-    make_discrepancy,
-    make_mean_discrepancy,
-    make_objective,
-    make_surrogate,
-)
-from dcjax.recipe.optimizer import make_optimizer
-from dcjax.rl.step import TrainStep, make_train_step
+from dcjax.recipe.optimizer import Optimizer, chain_with
+from dcjax.rl.objective import Objective
+from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
-from dcjax.types import Array, Batch, Metrics, Params, TrainState
+from dcjax.types import Batch, Metrics, Params, TrainState
 
-Optimizer = optax.GradientTransformationExtraArgs
+Transform = optax.GradientTransformationExtraArgs
 PolicyName = Literal["deployed", "training", "deployed_ema"]
 
 
-def apply_policy(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-    """The training policy's log-probs and entropies of a batch's responses, under the sampler's transform of logits.
+def make_apply_fn(model: ModelConfig, mesh: Mesh, objective: Objective | None = None) -> ApplyFn:
+    """(params, batch) -> `PolicyOutputs` of the training policy, under the sampler's transform of logits.
 
-    And, where the model has experts, what its routers did, by row.
+    Args:
+      model: the architecture; where it has experts, the metrics are of what its routers did, by row.
+      mesh: the devices.
+      objective: whose required quantities the head computes; None requires none.
     """
-    scores = token_logps(
-        config.model,
-        params,
-        batch.tokens,
-        batch.attention_mask,
-        response_length=batch.response_mask.shape[1],
-        temperature=batch.temperature,
-        experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
-        candidate_tokens=batch.candidate_tokens,
-        layout=mesh_layout(mesh),
-    )
-    return scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics
+    quantities = {} if objective is None else objective.requires.of_head
+
+    def apply_fn(params: Params, batch: Batch) -> PolicyOutputs:
+        scores = token_logps(
+            model,
+            params,
+            batch.tokens,
+            batch.attention_mask,
+            response_length=batch.response_mask.shape[1],
+            temperature=batch.temperature,
+            experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
+            candidate_tokens=batch.candidate_tokens,
+            quantities=quantities,
+            layout=mesh_layout(mesh),
+        )
+        metrics = {} if scores.router is None else scores.router.metrics
+        return PolicyOutputs(scores.logps, scores.entropy, metrics, scores.quantities)
+
+    return apply_fn
 
 
 def params_shardings(config: Config, mesh: Mesh) -> Params:
@@ -102,10 +107,31 @@ def _fresh_params(model: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Param
     return jax.jit(partial(init_params, model), out_shardings=shardings(mesh, logical_axes(model)))
 
 
-def build_optimizer(config: Config) -> Optimizer:
-    """The optimiser of RL; the same object for configs that have it in common."""
-    compute = config.model.precision.compute
-    return make_optimizer(config.optimizer, config.objective, steps=config.steps, compute=compute)
+def objective_of(config: Config) -> Objective:
+    """The objective of RL; the same object for equal sections.
+
+    Raises:
+      ValueError: the section builds none.
+    """
+    return sections.build_objective(
+        config.objective,
+        updates=config.optimizer.updates,
+        max_response_length=config.rollout.max_response_length,
+    )
+
+
+def optimizer_of(config: Config) -> Optimizer:
+    """How RL descends; the same object for equal sections.
+
+    Raises:
+      ValueError: the section builds none, or does not fit the objective.
+    """
+    return sections.build_optimizer(config.optimizer, objective_of(config), steps=config.steps)
+
+
+def build_optimizer(config: Config) -> Transform:
+    """The whole optax chain of RL; the same object for configs that have it in common."""
+    return chain_with(optimizer_of(config), objective_of(config).ascent, config.model.precision.compute)
 
 
 @dataclass(frozen=True)
@@ -121,18 +147,18 @@ class PastParams:
     def needed_by(cls, config: Config) -> PastParams:
         """What RL needs."""
         return cls(
-            reference=bool(config.objective.kl_coefficient),
+            reference=objective_of(config).requires.reference_logps,
             history=config.rollout.async_level or config.mismatch.staleness,
         )
 
 
-def state_shardings(config: Config, mesh: Mesh, tx: Optimizer, kept: PastParams = PastParams()) -> Any:
+def state_shardings(config: Config, mesh: Mesh, tx: Transform, kept: PastParams = PastParams()) -> Any:
     """Where each leaf of the TrainState lives: moments and averages beside their parameters, scalars everywhere."""
     return _state_shardings(config.model, mesh, tx, kept)
 
 
 @cache
-def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Any:
+def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Transform, kept: PastParams) -> Any:
     params = shardings(mesh, logical_axes(model))
     everywhere: Any = replicated(mesh)
     shapes = abstract_params(model)
@@ -153,7 +179,7 @@ def _state_shardings(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastPa
     )
 
 
-def _create_state(tx: Optimizer, kept: PastParams, params: Params) -> TrainState:
+def _create_state(tx: Transform, kept: PastParams, params: Params) -> TrainState:
     def copied() -> Params:
         # the step donates the parameters' own buffers
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
@@ -174,19 +200,19 @@ def abstract_starting_params(config: Config, mesh: Mesh) -> Params:
 
 
 def initial_state(
-    config: Config, mesh: Mesh, tx: Optimizer, params: Params, kept: PastParams = PastParams()
+    config: Config, mesh: Mesh, tx: Transform, params: Params, kept: PastParams = PastParams()
 ) -> TrainState:
     """Step 0 from given parameters, which are donated."""
     return state_initializer(config, mesh, tx, kept)(params)
 
 
-def state_initializer(config: Config, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Any:
+def state_initializer(config: Config, mesh: Mesh, tx: Transform, kept: PastParams) -> Any:
     """`initial_state`'s program, from params to a state."""
     return _initializer(config.model, mesh, tx, kept)
 
 
 @cache
-def _initializer(model: ModelConfig, mesh: Mesh, tx: Optimizer, kept: PastParams) -> Callable[[Params], TrainState]:
+def _initializer(model: ModelConfig, mesh: Mesh, tx: Transform, kept: PastParams) -> Callable[[Params], TrainState]:
     places = _state_shardings(model, mesh, tx, kept)
     return jax.jit(partial(_create_state, tx, kept), out_shardings=places, donate_argnums=0)
 
@@ -221,37 +247,62 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
 
 
 def compile_step(
-    config: Config, mesh: Mesh, tx: Optimizer, step: TrainStep, kept: PastParams = PastParams()
+    model: ModelConfig, mesh: Mesh, tx: Transform, step: TrainStep, kept: PastParams = PastParams()
 ) -> TrainStep:
     """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
-    state = state_shardings(config, mesh, tx, kept)
+    state = _state_shardings(model, mesh, tx, kept)
     return jax.jit(
         step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
     )
 
 
+@dataclass(frozen=True)
+class _StepKey:
+    """All that the RL step depends on: steps with equal keys are one program."""
+
+    model: ModelConfig
+    objective: Objective
+    tx: Transform
+    kept: PastParams
+    group_size: int
+    microbatch_size: int
+    updates: int
+    ahead: bool
+
+
 def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     """The RL step, the same one for configs of the same program."""
-    return _compile_train_step(what_is_compiled(config), mesh)
+    key = _StepKey(
+        model=config.model,
+        objective=objective_of(config),
+        tx=build_optimizer(config),
+        kept=PastParams.needed_by(config),
+        group_size=config.rollout.group_size,
+        microbatch_size=config.optimizer.microbatch_size,
+        updates=config.optimizer.updates,
+        ahead=config.rollout.async_level > 0,
+    )
+    return _compile_train_step(key, mesh)
 
 
 @cache
-def _compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
-    objective, optimizer, tx = config.objective, config.optimizer, build_optimizer(config)
+def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
+    objective = key.objective
     step = make_train_step(
-        partial(apply_policy, config, mesh),
-        tx,
-        make_surrogate(objective),
-        make_objective(objective),
-        aggregate=make_aggregation(objective, config.rollout.max_response_length),
-        discrepancy=make_discrepancy(objective),
-        mean_discrepancy=make_mean_discrepancy(objective),
-        group_size=config.rollout.group_size,
-        microbatch_size=optimizer.microbatch_size,
-        updates=optimizer.updates,
-        ahead=config.rollout.async_level > 0,
+        make_apply_fn(key.model, mesh, objective),
+        key.tx,
+        objective.surrogate,
+        objective.transform,
+        aggregate=objective.aggregate,
+        discrepancy=objective.discrepancy,
+        mean_discrepancy=objective.mean_discrepancy,
+        requires=objective.requires,
+        group_size=key.group_size,
+        microbatch_size=key.microbatch_size,
+        updates=key.updates,
+        ahead=key.ahead,
     )
-    return compile_step(config, mesh, tx, step, PastParams.needed_by(config))
+    return compile_step(key.model, mesh, key.tx, step, key.kept)
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:

@@ -7,6 +7,12 @@ import typing
 from typing import Any
 
 
+def is_frozen_dataclass(kind: Any) -> bool:
+    """Whether a class is a dataclass whose instances are frozen, and equal where their fields are."""
+    parameters = getattr(kind, "__dataclass_params__", None)
+    return isinstance(kind, type) and parameters is not None and parameters.frozen and parameters.eq
+
+
 def require(section: str, config: Any, at_least: dict[str, float]) -> None:
     """Raises ValueError for the first field below its bound, or not a finite number."""
     for name, bound in at_least.items():

@@ -1,4 +1,7 @@
-"""A run as data: frozen, validated when built. Recipes return a `Config`; the command line overrides its fields."""
+"""A run as data: frozen, validated when built. Recipes return a `Config`; the command line overrides its fields.
+
+`task`, `objective`, `optimizer` and `reward` may be frozen dataclasses of a reader's own: `dcjax.recipe.sections`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcjax.data.arithmetic import ArithmeticTask
-from dcjax.data.mathematics import MathTask
+from dcjax.data.task import Task
 from dcjax.models.config import ModelConfig, presets
 from dcjax.models.parallel.forward import check_model
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
-from dcjax.recipe.optimizer import SCHEDULED, OptimizerConfig
+from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.reward import RewardConfig
 from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.sections import (
+    ObjectiveSection,
+    OptimizerSection,
+    RewardSection,
+    build_objective,
+    build_optimizer,
+    check_sections,
+)
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
@@ -92,15 +103,15 @@ class Config:
     pretrained: Path | None = None
     """Hugging Face folder that gives the architecture, the initial weights and the tokens that end a response.
     Of the model section, only remat, attention, head_chunk and precision are then used."""
-    task: ArithmeticTask | MathTask = field(default_factory=ArithmeticTask)
+    task: Task = field(default_factory=ArithmeticTask)
     model: ModelConfig = presets["tiny"]
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: RewardSection = field(default_factory=RewardConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveSection = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerSection = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -113,11 +124,12 @@ class Config:
             raise ValueError(f"seed is {self.seed}; it must be below 2**63")
         if not self.name or set(self.name) & set("/\\\0") or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}; it names a folder under runs/")
+        check_sections(self)
         self._check_lengths()
-        self._check_reward()
+        self.reward.check(self.task, max_response_length=self.rollout.max_response_length)
         self._check_sampling()
         self._check_divisions()
-        self._check_decay()
+        self._check_objective()
 
     def _check_lengths(self):
         for which in ("prompt", "response"):
@@ -129,18 +141,6 @@ class Config:
                 raise ValueError(
                     f"rollout.max_{which}_length is {limit}; this task's longest {which} needs {needed} tokens"
                 )
-
-    def _check_reward(self):
-        if isinstance(self.task, MathTask) and not (self.reward.workers or self.reward.function):
-            raise ValueError(
-                "reward.workers is 0; this task's answers may take any time and memory, and need worker processes: "
-                "as many as there are cores to spare, 8 say"
-            )
-        if self.reward.overlong_buffer > (longest := self.rollout.max_response_length):
-            raise ValueError(
-                f"reward.overlong_buffer is {self.reward.overlong_buffer}; "
-                f"it must be at most rollout.max_response_length, {longest}"
-            )
 
     def _check_sampling(self):
         if (ahead := self.rollout.async_level) and (staleness := self.mismatch.staleness):
@@ -183,17 +183,15 @@ class Config:
                 f"must be multiples of mesh.data × mesh.fsdp × mesh.expert, {shards}"
             )
 
-    def _check_decay(self):
-        if self.optimizer.decay == "discrepancy" and self.objective.sides == "signed":
-            raise ValueError(
-                "optimizer.decay is discrepancy, which needs a gap without a sign; objective.sides is signed"
-            )
-        if self.optimizer.decay != "dual":
-            return
-        if isinstance(self.objective.budget, str):
-            raise ValueError("optimizer.decay is dual and objective.budget is auto; this decay needs a number")
-        if self.optimizer.decay_floor == 0:
-            raise ValueError("optimizer.decay_floor is 0; it must be above 0 where optimizer.decay is dual")
+    def _check_objective(self):
+        objective = build_objective(
+            self.objective,
+            updates=self.optimizer.updates,
+            max_response_length=self.rollout.max_response_length,
+        )
+        if objective.requires.candidate_tokens and not self.rollout.top_k:
+            raise ValueError("rollout.top_k is 0; this objective requires candidate tokens, so it must be at least 1")
+        build_optimizer(self.optimizer, objective, steps=self.steps)
 
     @property
     def directory(self) -> Path:
@@ -205,17 +203,3 @@ def on_one_device(config: Config) -> Config:
     """The same run where nothing is shared."""
     serving = dataclasses.replace(config.serving, tensor=1, devices=0)
     return dataclasses.replace(config, mesh=MeshConfig(), serving=serving)
-
-
-def what_is_compiled(config: Config) -> Config:
-    """The same for configs whose train steps are the same program: fields at their defaults that are not in it."""
-    scheduled = config.optimizer.decay in SCHEDULED
-    return dataclasses.replace(
-        config,
-        name=Config.name,
-        steps=config.steps if scheduled else 0,
-        seed=Config.seed,
-        run_dir=None,
-        evaluation=EvaluationConfig(),
-        checkpoint=CheckpointConfig(),
-    )

@@ -1,31 +1,46 @@
-"""The policy objective, and the functions that it is made of."""
+"""The policy objective: the built-in section, and the functions that it puts together."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dcjax.recipe.checks import require, require_choice
-from dcjax.rl import corrections, discrepancy, losses, masked, penalties
-from dcjax.rl.discrepancy import Discrepancy
+from dcjax.rl import corrections, discrepancy, losses, masked, penalties, presets, verl
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation
+from dcjax.rl.objective import Objective, Requirements
 from dcjax.rl.transforms import (
     LossTransform,
     batch_baseline_advantages,
     chain,
-    direct_penalty,
-    discrepancy_penalty,
     drop_zero_variance,
     group_relative_advantages,
     kl_penalty,
     leave_one_out_advantages,
 )
-from dcjax.types import Array
+
+VerlPreset = Literal[
+    "disabled",
+    "decoupled_token_is",
+    "decoupled_seq_is",
+    "decoupled_seq_is_rs",
+    "decoupled_geo_rs",
+    "decoupled_geo_rs_seq_tis",
+    "decoupled_geo_rs_token_tis",
+    "decoupled_k3_rs",
+    "decoupled_k3_rs_seq_tis",
+    "decoupled_k3_rs_token_tis",
+    "bypass_pg_is",
+    "bypass_pg_geo_rs",
+    "bypass_pg_geo_rs_seq_tis",
+    "bypass_pg_geo_rs_token_tis",
+]
 
 
 @dataclass(frozen=True)
@@ -62,11 +77,11 @@ class ObjectiveConfig:
     thresholded_dual_grpo uses hinge when this is linear."""
     penalty_form: Literal["as_published", "centred"] = "as_published"
     """Use each token's penalty as it is (as_published), or minus its mean over the response (centred)."""
-    initial_multiplier: float = 0.1
+    initial_multiplier: float = presets.MULTIPLIER
     """Initial value of λ, or its value throughout if the algorithm keeps it fixed."""
-    dual_lr: float = 1.0
+    dual_lr: float = presets.DUAL_LR
     """Dual learning rate η_λ: λ grows by η_λ · (mean gap − budget) in each iteration."""
-    budget: float | Literal["auto"] = 0.0037
+    budget: float | Literal["auto"] = presets.BUDGET
     """Tolerated mean gap c. auto is 1.5 times the median gap of the first ten iterations,
     during which λ stays constant."""
     budget_window: int = 1
@@ -74,8 +89,9 @@ class ObjectiveConfig:
     discrepancy_mean: Literal["response", "token"] = "response"
     """How the mean gap weighs tokens: mean over responses of each response's mean,
     or mean over all tokens."""
-    max_multiplier: float = 1.0
-    """Upper bound of λ (our choice; the paper does not give one that we could recover)."""
+    max_multiplier: float | None = None
+    """Upper bound of λ; None is the algorithm's own: 1 for dc_grpo, .5 for dc_direct (our choices; the paper does
+    not give one that we could recover)."""
     correction: Literal[
         "none",
         "token_tis",
@@ -90,6 +106,9 @@ class ObjectiveConfig:
     per sequence or by geometric mean, or IcePop's."""
     correction_bound: float = 2.0
     """Upper bound of the importance weight; IcePop's lower bound is its inverse."""
+    verl: VerlPreset = "disabled"
+    """verl's rollout correction by the name of its preset, computed as verl does; excludes correction.
+    Those that begin with bypass_pg need the surrogate policy_gradient and the aggregation seq_mean_token_sum."""
     kl_coefficient: float = 0.0
     """Coefficient of the KL penalty to the policy that RL started from; 0, as in both papers, disables it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -103,33 +122,144 @@ class ObjectiveConfig:
     at −Ã times this value, which must be above 1; None sets no bound."""
 
     def __post_init__(self):
-        names = ["initial_multiplier", "dual_lr", "max_multiplier", "kl_coefficient", "eps_low", "eps_high"]
+        names = ["initial_multiplier", "dual_lr", "kl_coefficient", "eps_low", "eps_high"]
         if not isinstance(self.budget, str):
             names.append("budget")
         elif self.budget != "auto":
             raise ValueError(f"objective.budget is {self.budget!r}; it must be a number or auto")
+        if self.max_multiplier is not None:
+            names.append("max_multiplier")
         require("objective.", self, {**dict.fromkeys(names, 0), "budget_window": 1})
-        for name, kind in typing.get_type_hints(type(self)).items():
+        for name, kind in typing.get_type_hints(ObjectiveConfig).items():
             if typing.get_origin(kind) is Literal:
                 require_choice("objective.", self, name)
-        if self.initial_multiplier > self.max_multiplier:
+        if (bound := self._multiplier_bound) is not None and self.initial_multiplier > bound:
             raise ValueError(
                 f"objective.initial_multiplier is {self.initial_multiplier}; "
-                f"it must be at most objective.max_multiplier, {self.max_multiplier}"
+                f"it must be at most objective.max_multiplier, {bound}"
             )
         for name in ("correction_bound", "dual_clip"):
             if (bound := getattr(self, name)) is not None and not 1 < bound < math.inf:
                 raise ValueError(f"objective.{name} is {bound}; it must be a finite number above 1")
-        if self.budget == "auto" and (self.penalty != "linear" or not self.has_ascent):
+        if self.budget == "auto" and (self.penalty != "linear" or not self._has_ascent):
             raise ValueError(
                 f"objective.budget is auto, which {self.algorithm} with the penalty {self.penalty} cannot take: "
                 "a threshold or a fixed multiplier needs a number"
             )
+        self._check_verl()
+
+    def _check_verl(self) -> None:
+        if self.verl == "disabled":
+            return
+        if self.correction != "none":
+            raise ValueError(
+                f"objective.verl is {self.verl} and objective.correction {self.correction}; set one of the two"
+            )
+        if verl.PRESETS[self.verl].bypass_mode:
+            for name, value in (("surrogate", "policy_gradient"), ("aggregation", "seq_mean_token_sum")):
+                if (given := getattr(self, name)) != value:
+                    raise ValueError(f"objective.verl is {self.verl}, so objective.{name} must be {value}, not {given}")
 
     @property
-    def has_ascent(self) -> bool:
-        """Whether λ moves."""
+    def _has_ascent(self) -> bool:
         return self.algorithm in ("dc_grpo", "dc_direct")
+
+    @property
+    def _multiplier_bound(self) -> float | None:
+        """The upper bound of λ; None where λ is fixed and has none."""
+        own = {"dc_grpo": presets.MAX_MULTIPLIER, "dc_direct": presets.MAX_DIRECT_MULTIPLIER}.get(self.algorithm)
+        return own if self.max_multiplier is None else self.max_multiplier
+
+    def build(self, *, updates: int, max_response_length: int) -> Objective:
+        """The objective. A subclass may change what this returns, with `dataclasses.replace` for example.
+
+        The chain is: estimator, zero-variance groups left out, penalty, importance correction, KL to the reference.
+
+        Args:
+          updates: optimiser updates per iteration.
+          max_response_length: of rollouts, in tokens.
+        """
+        preset = self._preset(updates)
+        transforms = [preset.transform]
+        if self.zero_variance != "keep":
+            transforms.append(drop_zero_variance())
+        transforms += self._corrections()
+        if self.kl_coefficient:
+            transforms.append(kl_penalty(self.kl_coefficient, kind=self.kl_estimator))
+        return dataclasses.replace(
+            preset,
+            transform=chain(*transforms),
+            surrogate=self._surrogate(),
+            aggregate=self._aggregation(max_response_length),
+            mean_discrepancy=masked.response_mean if self.discrepancy_mean == "response" else masked.masked_mean,
+            budget=None if isinstance(self.budget, str) else self.budget,
+            signed=self.sides == "signed",
+            requires=Requirements(
+                reference_logps=bool(self.kl_coefficient), mixed_groups=self.zero_variance == "resample"
+            ),
+        )
+
+    def _preset(self, updates: int) -> Objective:
+        """The estimator and what `algorithm` puts behind it."""
+        parts = {
+            "estimator": ESTIMATORS[self.estimator](),
+            "discrepancy": discrepancy.measure(SIGNALS[self.signal], level=self.level, sides=self.sides),
+        }
+        if self.algorithm == "grpo":
+            return presets.grpo(**parts)
+        form = FORMS[self.penalty_form]
+        if self.algorithm == "thresholded_dual_grpo" and self.penalty == "linear":
+            return presets.thresholded_dual_grpo(
+                multiplier=self.initial_multiplier, threshold=self._threshold, form=form, **parts
+            )
+        shape = penalties.linear if self.penalty == "linear" else THRESHOLDS[self.penalty](self._threshold)
+        if not self._has_ascent:
+            return presets.dual_grpo(multiplier=self.initial_multiplier, shape=shape, form=form, **parts)
+        ascending: dict[str, Any] = {
+            "updates": updates,
+            "initial_multiplier": self.initial_multiplier,
+            "dual_lr": self.dual_lr,
+            "budget": self.budget,
+            "window": self.budget_window,
+            "shape": shape,
+        }
+        if self.max_multiplier is not None:
+            ascending["max_multiplier"] = self.max_multiplier
+        if self.algorithm == "dc_direct":
+            return presets.dc_direct(**ascending, **parts)
+        return presets.dc_grpo(**ascending, form=form, **parts)
+
+    @property
+    def _threshold(self) -> float:
+        assert not isinstance(self.budget, str)
+        return self.budget
+
+    def _corrections(self) -> list[LossTransform]:
+        bound = self.correction_bound
+        if self.verl != "disabled":
+            return [verl.rollout_correction(verl.PRESETS[self.verl])]
+        if self.correction == "none":
+            return []
+        if self.correction == "icepop":
+            return [corrections.icepop_mask(1 / bound, bound)]
+        return [getattr(corrections, self.correction)(bound)]
+
+    def _surrogate(self) -> Surrogate:
+        bounds = {"eps_low": self.eps_low, "eps_high": self.eps_high}
+        if self.surrogate == "clip":
+            return functools.partial(losses.clipped_surrogate, **bounds, dual_clip=self.dual_clip)
+        if self.surrogate == "policy_gradient":
+            return losses.policy_gradient
+        return functools.partial({"gspo": losses.gspo, "cispo": losses.cispo}[self.surrogate], **bounds)
+
+    def _aggregation(self, max_response_length: int) -> Aggregation:
+        if self.aggregation == "seq_mean_token_sum_norm":
+            return masked.seq_mean_token_sum_norm(max_response_length)
+        return {
+            "token_mean": masked.token_mean,
+            "seq_mean_token_mean": masked.seq_mean_token_mean,
+            "seq_mean_token_sum": masked.seq_mean_token_sum,
+        }[self.aggregation]
 
 
 ESTIMATORS: dict[str, Callable[[], LossTransform]] = {
@@ -155,73 +285,3 @@ FORMS: dict[str, penalties.PenaltyForm] = {
     "as_published": penalties.as_published,
     "centred": penalties.centred_on_response,
 }
-
-
-def make_objective(config: ObjectiveConfig) -> LossTransform:
-    """The chain: estimator, zero-variance groups left out, penalty, importance correction, KL to the reference."""
-    transforms = [ESTIMATORS[config.estimator]()]
-    if config.zero_variance != "keep":
-        transforms.append(drop_zero_variance())
-    transforms += _penalty(config) + _correction(config)
-    if config.kl_coefficient:
-        transforms.append(kl_penalty(config.kl_coefficient, kind=config.kl_estimator))
-    return chain(*transforms)
-
-
-def make_discrepancy(config: ObjectiveConfig) -> Discrepancy:
-    """δ, of the penalty and of what λ follows."""
-    return discrepancy.measure(SIGNALS[config.signal], level=config.level, sides=config.sides)
-
-
-def make_mean_discrepancy(config: ObjectiveConfig) -> Callable[[Array, Array], Array]:
-    """δ and mask to δ̄."""
-    return masked.response_mean if config.discrepancy_mean == "response" else masked.masked_mean
-
-
-def make_surrogate(config: ObjectiveConfig) -> Surrogate:
-    """Each token's loss."""
-    bounds = {"eps_low": config.eps_low, "eps_high": config.eps_high}
-    if config.surrogate == "clip":
-        return functools.partial(losses.clipped_surrogate, **bounds, dual_clip=config.dual_clip)
-    if config.surrogate == "policy_gradient":
-        return losses.policy_gradient
-    return functools.partial({"gspo": losses.gspo, "cispo": losses.cispo}[config.surrogate], **bounds)
-
-
-def make_aggregation(config: ObjectiveConfig, max_response_length: int) -> Aggregation:
-    """How tokens' losses become one."""
-    if config.aggregation == "seq_mean_token_sum_norm":
-        return masked.seq_mean_token_sum_norm(max_response_length)
-    return {
-        "token_mean": masked.token_mean,
-        "seq_mean_token_mean": masked.seq_mean_token_mean,
-        "seq_mean_token_sum": masked.seq_mean_token_sum,
-    }[config.aggregation]
-
-
-def _penalty(config: ObjectiveConfig) -> list[LossTransform]:
-    if config.algorithm == "grpo":
-        return []
-    delta, shape = make_discrepancy(config), _shape(config)
-    multiplier = None if config.has_ascent else config.initial_multiplier
-    if config.algorithm == "dc_direct":
-        return [direct_penalty(delta, shape=shape, multiplier=multiplier)]
-    form = FORMS[config.penalty_form]
-    return [discrepancy_penalty(delta, shape=shape, form=form, multiplier=multiplier)]
-
-
-def _shape(config: ObjectiveConfig) -> penalties.PenaltyShape:
-    name = config.penalty
-    if config.algorithm == "thresholded_dual_grpo" and name == "linear":
-        name = "hinge"
-    # a budget that is measured has no threshold
-    return penalties.linear if isinstance(config.budget, str) or name == "linear" else THRESHOLDS[name](config.budget)
-
-
-def _correction(config: ObjectiveConfig) -> list[LossTransform]:
-    bound = config.correction_bound
-    if config.correction == "none":
-        return []
-    if config.correction == "icepop":
-        return [corrections.icepop_mask(1 / bound, bound)]
-    return [getattr(corrections, config.correction)(bound)]

@@ -1,24 +1,42 @@
-"""The optimiser: one optax chain that holds λ, the learning rate and the average too."""
+"""The optimiser: the built-in section, and the one optax chain that holds λ, the learning rate and the average too."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import optax
 
 from dcjax.models.config import DtypeName
 from dcjax.recipe.checks import require, require_choice
-from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.rl.averaging import params_ema
-from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
 from dcjax.rl.loss_scale import dynamic_loss_scale
+from dcjax.rl.objective import Objective
 
-SCHEDULED = ("linear", "cosine")
-"""Decays that end with the run."""
+NO_REACTION = optax.with_extra_args_support(optax.identity())
+"""The reaction of a learning rate that follows nothing but the step."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How parameters descend: what an optimizer section of a recipe returns. dcjax adds the rest to the chain.
+
+    `descent` stands in a dynamic loss scale where the policy computes in fp16; behind `reaction` follow λ's ascent and
+    the moving average.
+    """
+
+    descent: optax.GradientTransformation
+    """Gradients to updates: clipping, Adam, the schedule."""
+    learning_rate: optax.Schedule
+    """The learning rate by optimiser update, as it is logged; a `learning_rate_scale` in the state multiplies it."""
+    reaction: optax.GradientTransformationExtraArgs = NO_REACTION
+    """Updates to updates by what training measures: `update` is given `discrepancy`, δ̄, and `response_length`, tokens,
+    of the iteration."""
+    ema_decay: float = 0.0
+    """Decay per update of the moving average of the weights; 0 keeps no average."""
 
 
 @dataclass(frozen=True)
@@ -77,49 +95,99 @@ class OptimizerConfig:
         if not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be above 0")
 
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate by optimiser update: linear warm-up, then constant, or to the floor at the run's end.
 
-def make_schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by optimiser update: linear warm-up, then constant, or to the floor at the run's end."""
-    rate, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    left = max(steps * optimizer.updates - warmup, 1)
-    after = {
-        "linear": optax.linear_schedule(rate, rate * optimizer.decay_floor, left),
-        "cosine": optax.cosine_decay_schedule(rate, left, alpha=optimizer.decay_floor),
-    }.get(optimizer.decay, optax.constant_schedule(rate))
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+        A subclass that defines this has a schedule of its own.
 
+        Args:
+          steps: RL iterations of the run.
+        """
+        # Equal rates are one object, whatever the length of the run, so that steps built with it are compiled once.
+        decay = self.decay if self.decay in ("linear", "cosine") else "constant"
+        left = max(steps * self.updates - self.warmup_steps, 1) if decay != "constant" else 0
+        return _schedule(decay, self.learning_rate, self.warmup_steps, self.decay_floor, left)
 
-def make_optimizer(
-    optimizer: OptimizerConfig, objective: ObjectiveConfig, *, steps: int, compute: DtypeName
-) -> optax.GradientTransformationExtraArgs:
-    """One optax chain: gradient clip, AdamW, what follows the gap or the length, λ's dual ascent, and the average.
+    def build(self, objective: Objective, *, steps: int) -> Optimizer:
+        """Gradient clip and AdamW by `schedule`, and what follows the gap or the response length.
 
-    Equal settings give the same object, so that steps built with it are compiled once.
+        Args:
+          objective: whose gap and budget a decay may follow.
+          steps: RL iterations of the run.
 
-    Args:
-      optimizer: its settings.
-      objective: of which the dual ascent is made.
-      steps: RL iterations, by which a scheduled decay ends.
-      compute: what the model computes in; fp16 needs a scaled loss.
-    """
-    return _make_optimizer(optimizer, objective, steps if optimizer.decay in SCHEDULED else 0, compute)
+        Raises:
+          ValueError: a decay that the objective does not fit.
+        """
+        self._check_decay(objective)
+        return _assemble(self, self.schedule(steps), objective.budget)
+
+    def _check_decay(self, objective: Objective) -> None:
+        if self.decay == "discrepancy" and objective.signed:
+            raise ValueError(
+                "optimizer.decay is discrepancy, which needs a gap without a sign; the objective's is signed"
+            )
+        if self.decay != "dual":
+            return
+        if objective.budget is None:
+            raise ValueError("optimizer.decay is dual, which needs a number for the objective's budget; it has none")
+        if self.decay_floor == 0:
+            raise ValueError("optimizer.decay_floor is 0; it must be above 0 where optimizer.decay is dual")
+
+    def reaction(self, budget: float | None) -> optax.GradientTransformationExtraArgs:
+        """What moves the learning rate by what training measures, as `decay` says."""
+        common = {"floor": self.decay_floor, "every": self.updates}
+        if self.decay == "period":
+            return length_decay(self.decay_period, **common)
+        if self.decay == "length":
+            return length_decay(Surge(ratio=self.surge_ratio, history=self.surge_history), **common)
+        if self.decay == "discrepancy":
+            return discrepancy_decay(**common)
+        if self.decay == "dual":
+            assert budget is not None
+            slowest = 1 / self.decay_floor - 1
+            return dual_learning_rate(self.decay_dual_lr, budget=budget, max_slowdown=slowest, every=self.updates)
+        return NO_REACTION
 
 
 @cache
-def _make_optimizer(
-    optimizer: OptimizerConfig, objective: ObjectiveConfig, steps: int, compute: DtypeName
-) -> optax.GradientTransformationExtraArgs:
+def _schedule(decay: str, rate: float, warmup: int, floor: float, left: int) -> optax.Schedule:
+    after = {
+        "linear": partial(optax.linear_schedule, rate, rate * floor, left),
+        "cosine": partial(optax.cosine_decay_schedule, rate, left, alpha=floor),
+        "constant": partial(optax.constant_schedule, rate),
+    }[decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after()], [warmup])
+
+
+@cache
+def _assemble(settings: OptimizerConfig, schedule: optax.Schedule, budget: float | None) -> Optimizer:
     descent = optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        optax.clip_by_global_norm(settings.max_grad_norm),
         optax.adamw(
-            make_schedule(optimizer, steps),
-            b1=optimizer.beta1,
-            b2=optimizer.beta2,
-            eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
+            schedule,
+            b1=settings.beta1,
+            b2=settings.beta2,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
         ),
     )
-    transforms = [scale_loss(descent, compute), *_reaction(optimizer, objective), *_ascent(optimizer, objective)]
+    return Optimizer(descent, schedule, reaction=settings.reaction(budget), ema_decay=settings.ema_decay)
+
+
+@cache
+def chain_with(
+    optimizer: Optimizer, ascent: optax.GradientTransformationExtraArgs, compute: DtypeName
+) -> optax.GradientTransformationExtraArgs:
+    """One optax chain: the optimizer's descent and reaction, λ's dual ascent, and the average.
+
+    Equal arguments give the same object, so that steps built with it are compiled once.
+
+    Args:
+      optimizer: of the recipe.
+      ascent: the objective's.
+      compute: what the model computes in; fp16 needs a scaled loss.
+    """
+    transforms = [scale_loss(optimizer.descent, compute), optimizer.reaction, ascent]
     if optimizer.ema_decay:
         transforms.append(params_ema(optimizer.ema_decay))
     return optax.with_extra_args_support(optax.chain(*transforms))
@@ -128,37 +196,3 @@ def _make_optimizer(
 def scale_loss(descent: optax.GradientTransformation, compute: DtypeName) -> optax.GradientTransformation:
     """Gradients in fp16 need a scaled loss; λ stays outside, since an overflow says nothing about the gap."""
     return dynamic_loss_scale(descent) if compute == "fp16" else descent
-
-
-def _reaction(optimizer: OptimizerConfig, objective: ObjectiveConfig) -> list[optax.GradientTransformation]:
-    """What moves the learning rate by what training measures."""
-    common = {"floor": optimizer.decay_floor, "every": optimizer.updates}
-    if optimizer.decay == "period":
-        return [length_decay(optimizer.decay_period, **common)]
-    if optimizer.decay == "length":
-        return [length_decay(Surge(ratio=optimizer.surge_ratio, history=optimizer.surge_history), **common)]
-    if optimizer.decay == "discrepancy":
-        return [discrepancy_decay(**common)]
-    if optimizer.decay == "dual":
-        budget = objective.budget
-        assert not isinstance(budget, str)
-        slowest = 1 / optimizer.decay_floor - 1
-        return [
-            dual_learning_rate(optimizer.decay_dual_lr, budget=budget, max_slowdown=slowest, every=optimizer.updates)
-        ]
-    return []
-
-
-def _ascent(optimizer: OptimizerConfig, objective: ObjectiveConfig) -> list[optax.GradientTransformation]:
-    if not objective.has_ascent:
-        return []
-    return [
-        dual_ascent(
-            objective.dual_lr,
-            budget=objective.budget,
-            init_value=objective.initial_multiplier,
-            max_value=objective.max_multiplier,
-            every=optimizer.updates,
-            window=objective.budget_window,
-        )
-    ]

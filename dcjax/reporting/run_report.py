@@ -10,7 +10,7 @@ from dcjax.reporting.curves import Records, accuracy_interval, draw_curves, seri
 from dcjax.reporting.record import read_metrics, read_transcripts, write_atomically
 
 _SAMPLES_SHOWN = 4
-_ENVIRONMENT_KEYS = ("versions", "platform")
+_ENVIRONMENT_KEYS = ("versions", "platform", "recipe", "directory")
 
 
 class Headline(NamedTuple):
@@ -95,9 +95,12 @@ def _load_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is a {type(config).__name__}; it must be a JSON object")
+    return config
 
 
 def _render(name: str, records: Records, config: dict[str, Any], samples: Records, picture: bytes) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +10,7 @@ from jaxtyping import Bool
 
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.rewards.processes import Reward, score
+from dcjax.user_code import find
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,16 @@ Rewards = RewardPool | InProcessRewards
 
 
 def load_reward(name: str) -> Reward:
-    """The function MODULE:FUNCTION; a module may lie in the working directory.
+    """The function MODULE:FUNCTION of dcjax or of an installed package.
 
     Raises:
       ValueError: there is none.
     """
-    module, _, function = name.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
     try:
-        reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        reward = find(name, recipe=None)
+    except ValueError as error:
         raise ValueError(
-            f"reward.function is {name!r}, which cannot be imported: {error}; give MODULE:FUNCTION"
+            f"reward.function is {name!r}: {error}; a function of your own stands in a recipe (docs/tasks.md)"
         ) from None
     if not callable(reward):
         raise ValueError(f"reward.function is {name!r}, a {type(reward).__name__}; it must be a function")

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float32
 
 from dcjax.rewards import processes
 from dcjax.rewards.processes import Reward
+from dcjax.user_code import code_files_in
 
 PATIENCE = 10.0
 """Seconds that the server has to end; it needs them only if the import of the reward's module hangs."""
@@ -171,7 +172,7 @@ class _Server:
             start_new_session=True,  # an interrupt from the terminal is the pool's to handle
         )
         theirs.close()
-        self.control.send((pickled, memory))
+        self.control.send((code_files_in(pickled), pickled, memory))
 
     def check(self) -> None:
         """Raises RuntimeError if the reward could not be imported."""

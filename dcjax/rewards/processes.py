@@ -44,12 +44,15 @@ LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 def serve(control: Connection) -> None:
     """Answers the pool's requests until its end of the pipe closes.
 
-    First come the pickled reward and the memory that an answer may take (`work`); the reply is empty, or the
-    traceback of what failed. Then `FORK`, followed by the worker's end of its pipe, is answered by a process id; a
-    process id ends that worker if it still runs, and is answered by its exit status (negative for a signal).
+    First come the files of users that the reward is defined in, the pickled reward and the memory that an answer may
+    take (`work`); the reply is empty, or the traceback of what failed. Then `FORK`, followed by the worker's end of its
+    pipe, is answered by a process id; a process id ends that worker if it still runs, and is answered by its exit
+    status (negative for a signal).
     """
-    pickled, memory = control.recv()
+    files, pickled, memory = control.recv()
     try:
+        for file in files:
+            file.load()
         reward = pickle.loads(pickled)
         if verifier := sys.modules.get("dcjax.rewards.verify"):
             verifier.warm_up()

@@ -20,9 +20,10 @@ from dcjax.rl.loss_scale import dynamic_loss_scale
 from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient
 from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
+from dcjax.rl.objective import HeadQuantity, Iteration, IterationQuantity, Objective, Requirements
 from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
-from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo
-from dcjax.rl.step import make_train_step
+from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo, verl_correction
+from dcjax.rl.step import PolicyOutputs, make_train_step
 from dcjax.rl.transforms import (
     Context,
     Terms,
@@ -38,6 +39,12 @@ from dcjax.rl.transforms import (
 
 __all__ = [
     "Context",
+    "HeadQuantity",
+    "Iteration",
+    "IterationQuantity",
+    "Objective",
+    "PolicyOutputs",
+    "Requirements",
     "Surge",
     "Terms",
     "as_published",
@@ -94,4 +101,5 @@ __all__ = [
     "token_mis",
     "token_tis",
     "truncated_importance_weights",
+    "verl_correction",
 ]

@@ -1,22 +1,26 @@
-"""The objectives of paper A and one of ours, ready-made. What each is reported to do was seen in runs of a tiny model.
+"""The objectives of paper A, one of ours and verl's, ready-made.
 
-    objective, ascent = dc_grpo(updates=4)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.95), ascent)
-    step = make_train_step(apply_fn, tx, surrogate, objective, ...)
+    objective = dc_grpo(updates=4)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.95), objective.ascent)
+    step = make_train_step(apply_fn, tx, objective.surrogate, objective.transform, ...)
 
-All keep groups of equal rewards, as paper A does; `chain(preset.objective, drop_zero_variance())` drops them.
+What each is reported to do was seen in runs of a tiny model. All keep groups of equal rewards, as paper A does;
+`chain(objective.transform, drop_zero_variance())` drops them. `objective.algorithm` and `objective.verl` of a recipe
+choose among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import optax
-
+from dcjax.rl import verl
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.dual import dual_ascent
-from dcjax.rl.penalties import PenaltyShape, hinge
+from dcjax.rl.losses import policy_gradient
+from dcjax.rl.masked import seq_mean_token_sum
+from dcjax.rl.objective import Objective
+from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, hinge, linear
 from dcjax.rl.transforms import (
     LossTransform,
     chain,
@@ -31,30 +35,39 @@ DUAL_LR = 1.0
 """η_λ of paper A."""
 BUDGET = 0.0037
 """c of paper A for 8B, a probability; it has .0050 for 30B-A3B."""
+MAX_MULTIPLIER = 1.0
+"""The upper bound of λ in `dc_grpo` (ours; the paper's was not recovered)."""
+MAX_DIRECT_MULTIPLIER = 0.5
+"""The upper bound of λ in `dc_direct`."""
+
+GROUP_RELATIVE = group_relative_advantages()
 
 
-class Preset(NamedTuple):
-    """What `make_train_step` needs."""
-
-    objective: LossTransform
-    # goes last into the optimiser's chain; does nothing where λ is fixed or absent
-    ascent: optax.GradientTransformationExtraArgs
-
-
-def grpo() -> Preset:
+def grpo(*, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Discrepancy = probability_difference) -> Objective:
     """Ã = A: no penalty, λ = 0.
 
     Seen: at int8 no penalty beat it. With int4 rollouts and a constant learning rate of 6e-4 the deployed policy ends
     at an accuracy of .58 or .61. Decaying the learning rate gives .82 to .87, and averaging the weights .81, so most of
     that loss is not due to the gap.
 
+    Args:
+      estimator: sets the advantages A.
+      discrepancy: δ, which is only measured.
+
     Returns:
-      The objective; no ascent.
+      The objective, without an ascent.
     """
-    return Preset(group_relative_advantages(), _no_ascent())
+    return Objective(estimator, discrepancy=discrepancy)
 
 
-def dual_grpo(*, multiplier: float = MULTIPLIER, discrepancy: Discrepancy = probability_difference) -> Preset:
+def dual_grpo(
+    *,
+    multiplier: float = MULTIPLIER,
+    estimator: LossTransform = GROUP_RELATIVE,
+    discrepancy: Discrepancy = probability_difference,
+    shape: PenaltyShape = linear,
+    form: PenaltyForm = as_published,
+) -> Objective:
     """Ã = A − λ · δ with λ fixed (paper A, eqs. 3-4).
 
     Seen: harmful at 4 bits, where δ̄ even rises with λ: the penalty lowers the probability of every sampled action
@@ -63,25 +76,30 @@ def dual_grpo(*, multiplier: float = MULTIPLIER, discrepancy: Discrepancy = prob
 
     Args:
       multiplier: λ.
+      estimator: sets the advantages A.
       discrepancy: δ.
+      shape: of the penalty as a function of δ.
+      form: of the penalty within a response.
 
     Returns:
-      The objective; no ascent.
+      The objective, without an ascent.
 
     Raises:
       ValueError: λ below 0.
     """
-    penalty = discrepancy_penalty(discrepancy, multiplier=multiplier)
-    return Preset(chain(group_relative_advantages(), penalty), _no_ascent())
+    penalty = discrepancy_penalty(discrepancy, shape=shape, form=form, multiplier=multiplier)
+    return Objective(chain(estimator, penalty), discrepancy=discrepancy)
 
 
 def thresholded_dual_grpo(
     *,
     multiplier: float = MULTIPLIER,
     threshold: float = BUDGET,
-    shape: Callable[[float], PenaltyShape] = hinge,
+    estimator: LossTransform = GROUP_RELATIVE,
     discrepancy: Discrepancy = probability_difference,
-) -> Preset:
+    shape: Callable[[float], PenaltyShape] = hinge,
+    form: PenaltyForm = as_published,
+) -> Objective:
     """Ã = A − λ · max(δ − c, 0), or A − λ · δ · 1[δ > c] with `shape=gate`; λ fixed (paper A, §5).
 
     Seen: it softens the effect of too large a λ, since tokens within the tolerance are not penalised. No penalty on the
@@ -90,17 +108,20 @@ def thresholded_dual_grpo(
     Args:
       multiplier: λ.
       threshold: c, in units of δ.
-      shape: `hinge` or `gate`.
+      estimator: sets the advantages A.
       discrepancy: δ.
+      shape: `hinge` or `gate`.
+      form: of the penalty within a response.
 
     Returns:
-      The objective; no ascent.
+      The objective, without an ascent.
 
     Raises:
       ValueError: λ or c below 0.
     """
-    penalty = discrepancy_penalty(discrepancy, shape=shape(threshold), multiplier=multiplier)
-    return Preset(chain(group_relative_advantages(), penalty), _no_ascent())
+    return dual_grpo(
+        multiplier=multiplier, estimator=estimator, discrepancy=discrepancy, shape=shape(threshold), form=form
+    )
 
 
 def dc_grpo(
@@ -109,9 +130,13 @@ def dc_grpo(
     initial_multiplier: float = MULTIPLIER,
     dual_lr: float = DUAL_LR,
     budget: float | Literal["auto"] = BUDGET,
-    max_multiplier: float = 1.0,
+    max_multiplier: float = MAX_MULTIPLIER,
+    window: int = 1,
+    estimator: LossTransform = GROUP_RELATIVE,
     discrepancy: Discrepancy = probability_difference,
-) -> Preset:
+    shape: PenaltyShape = linear,
+    form: PenaltyForm = as_published,
+) -> Objective:
     """Ã = A − λ · δ, λ ← clip(λ + η_λ (δ̄ − c), 0, max) once per iteration (paper A, eqs. 8-11, with its values for 8B).
 
     Seen: at int8 λ rises, δ̄ falls under the budget and λ anneals to 0; accuracy is the same as without the penalty. At
@@ -125,16 +150,28 @@ def dc_grpo(
       dual_lr: η_λ, per unit of δ̄.
       budget: c, in units of δ, or "auto".
       max_multiplier: λ's upper bound (ours; the paper's was not recovered).
+      window: iterations over which δ̄ is averaged for λ.
+      estimator: sets the advantages A.
       discrepancy: δ; give `make_train_step` the same one.
+      shape: of the penalty as a function of δ.
+      form: of the penalty within a response.
 
     Returns:
-      The objective and λ's ascent.
+      The objective with λ's ascent.
 
     Raises:
       ValueError: what `dual_ascent` refuses.
     """
-    ascent = dual_ascent(dual_lr, budget=budget, init_value=initial_multiplier, max_value=max_multiplier, every=updates)
-    return Preset(chain(group_relative_advantages(), discrepancy_penalty(discrepancy)), ascent)
+    penalty = discrepancy_penalty(discrepancy, shape=shape, form=form)
+    ascent = dual_ascent(
+        dual_lr,
+        budget=budget,
+        init_value=initial_multiplier,
+        max_value=max_multiplier,
+        every=updates,
+        window=window,
+    )
+    return Objective(chain(estimator, penalty), discrepancy=discrepancy, ascent=ascent)
 
 
 def dc_direct(
@@ -143,9 +180,12 @@ def dc_direct(
     initial_multiplier: float = MULTIPLIER,
     dual_lr: float = DUAL_LR,
     budget: float | Literal["auto"] = BUDGET,
-    max_multiplier: float = 0.5,
+    max_multiplier: float = MAX_DIRECT_MULTIPLIER,
+    window: int = 1,
+    estimator: LossTransform = GROUP_RELATIVE,
     discrepancy: Discrepancy = probability_difference,
-) -> Preset:
+    shape: PenaltyShape = linear,
+) -> Objective:
     """Ã = A, loss += λ · |p_θ − stop_gradient(μ)| on sampled tokens, λ as in `dc_grpo`. Ours, not the paper's.
 
     Seen, with a linearly decaying learning rate and ten fresh seeds: it brings the two policies together (δ̄ changes by
@@ -159,17 +199,49 @@ def dc_direct(
       dual_lr: η_λ, per unit of δ̄.
       budget: c, in units of δ, or "auto".
       max_multiplier: λ's upper bound.
+      window: iterations over which δ̄ is averaged for λ.
+      estimator: sets the advantages A.
       discrepancy: δ; give `make_train_step` the same one.
+      shape: of the penalty as a function of δ.
 
     Returns:
-      The objective and λ's ascent.
+      The objective with λ's ascent.
 
     Raises:
       ValueError: what `dual_ascent` refuses.
     """
-    ascent = dual_ascent(dual_lr, budget=budget, init_value=initial_multiplier, max_value=max_multiplier, every=updates)
-    return Preset(chain(group_relative_advantages(), direct_penalty(discrepancy)), ascent)
+    ascent = dual_ascent(
+        dual_lr,
+        budget=budget,
+        init_value=initial_multiplier,
+        max_value=max_multiplier,
+        every=updates,
+        window=window,
+    )
+    return Objective(chain(estimator, direct_penalty(discrepancy, shape=shape)), discrepancy=discrepancy, ascent=ascent)
 
 
-def _no_ascent() -> optax.GradientTransformationExtraArgs:
-    return optax.with_extra_args_support(optax.identity())
+def verl_correction(
+    name: str, *, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Discrepancy = probability_difference
+) -> Objective:
+    """GRPO with a preset of verl's rollout correction, as verl computes it (`dcjax.rl.verl`).
+
+    Args:
+      name: of `verl.PRESETS`. Those that begin with `bypass_pg` come with verl's surrogate and aggregation for them:
+        the policy gradient, summed over each response.
+      estimator: sets the advantages A.
+      discrepancy: δ, which is only measured.
+
+    Returns:
+      The objective, without an ascent.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if name not in verl.PRESETS:
+        raise ValueError(f"verl's preset is {name!r}; it must be one of {', '.join(verl.PRESETS)}")
+    correction = verl.PRESETS[name]
+    transform = chain(estimator, verl.rollout_correction(correction))
+    if not correction.bypass_mode:
+        return Objective(transform, discrepancy=discrepancy)
+    return Objective(transform, surrogate=policy_gradient, aggregate=seq_mean_token_sum, discrepancy=discrepancy)

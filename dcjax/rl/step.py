@@ -8,8 +8,9 @@ The file follows a batch from top to bottom. `_train_step` is one training itera
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.struct
@@ -23,11 +24,26 @@ from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation, masked_mean, response_mean, token_mean
 from dcjax.rl.metrics import budget_metrics, mismatch_metrics, staleness_metrics
+from dcjax.rl.objective import NO_REQUIREMENTS, Iteration, Requirements
 from dcjax.rl.transforms import Context, LossTransform, initial_terms
 from dcjax.types import Array, Batch, Metrics, Params, TrainState
 
-ApplyFn = Callable[[Params, Batch], tuple[Array, Array, dict[str, Array]]]
-"""(params, batch) -> log-probs and entropies of the response tokens, both float32 [B, T], and metrics per row, [B]."""
+
+class PolicyOutputs(NamedTuple):
+    """What the training policy computes for a batch."""
+
+    # log-probs of the response tokens, float32 [B, T]
+    logps: Array
+    # entropies of the distributions that they were drawn from, float32 [B, T]
+    entropy: Array
+    # of the model, by row, [B]
+    metrics: Mapping[str, Array] = MappingProxyType({})
+    # the `HeadQuantity`s that the objective requires, by name, [B, T]
+    quantities: Mapping[str, Array] = MappingProxyType({})
+
+
+ApplyFn = Callable[[Params, Batch], tuple]
+"""(params, batch) -> `PolicyOutputs`, or a plain tuple of its first two, three or four fields."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -50,6 +66,7 @@ class StepSpec:
     aggregate: Aggregation
     discrepancy: Discrepancy
     mean_discrepancy: Callable[[Array, Array], Array]
+    requires: Requirements
     group_size: int
     microbatch_size: int
     updates: int
@@ -68,7 +85,7 @@ class StepSpec:
     @property
     def recomputes_old_logps(self) -> bool:
         """Whether `old_logps` take a pass of their own; where not, the pass that is differentiated yields them."""
-        return self.updates > 1 or self.ahead
+        return self.updates > 1 or self.ahead or bool(self.requires.of_iteration)
 
     def token_discrepancy(self, old_logps: Array, batch: Batch) -> Array:
         """δ of each token, [B, T]."""
@@ -87,6 +104,19 @@ class Minibatch(NamedTuple):
     old_logps: Array | None
     # [B, T]; None where the state has no reference policy
     reference_logps: Array | None
+    # [B] or [B, T]: the quantities of the whole iteration that are no scalars
+    quantities: dict[str, Array]
+
+
+class Shared(NamedTuple):
+    """What all updates of an iteration share: scalars over all its responses."""
+
+    mean_reward: Array
+    response_length: Array
+    # δ̄; None where the pass that is differentiated yields it
+    discrepancy: Array | None
+    # by name, what the objective requires
+    quantities: dict[str, Array]
 
 
 @flax.struct.dataclass
@@ -120,6 +150,7 @@ def make_train_step(
     aggregate: Aggregation = token_mean,
     discrepancy: Discrepancy = probability_difference,
     mean_discrepancy: Callable[[Array, Array], Array] = response_mean,
+    requires: Requirements = NO_REQUIREMENTS,
     group_size: int,
     microbatch_size: int,
     updates: int = 1,
@@ -129,7 +160,8 @@ def make_train_step(
 
     With one update an iteration, the pass that is differentiated also yields `old_logps`. With several, they are
     computed once, before the first update. Where rollouts are sampled ahead of the trainer, `old_logps` are those of
-    the parameters that sampled, so that mismatch and staleness are measured separately. Gradients are summed over
+    the parameters that sampled, so that mismatch and staleness are measured separately. What the objective requires
+    of the whole iteration is computed from them, before the first update. Gradients are summed over
     microbatches and divided once by the minibatch's denominator. Where `tx` holds a `loss_scale`
     (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
 
@@ -141,6 +173,7 @@ def make_train_step(
       aggregate: how the losses of tokens are summed, and what the sum of a minibatch is divided by.
       discrepancy: the δ whose mean `tx` and the metrics get; where the objective has a penalty, the penalty's own.
       mean_discrepancy: (δ, mask) -> δ̄, over all responses of the iteration.
+      requires: what the objective reads in `Context` that is not always there.
       group_size: responses to one prompt; a minibatch consists of whole prompts.
       microbatch_size: sequences in one forward and backward pass; divides a minibatch.
       updates: optimiser updates in one iteration, each on its share of the prompts.
@@ -148,7 +181,7 @@ def make_train_step(
 
     Raises:
       ValueError: a size below 1; when the step is traced, a batch that does not divide into whole groups, updates and
-        microbatches.
+        microbatches, or a requirement that is not met.
     """
     spec = StepSpec(
         apply_fn=apply_fn,
@@ -158,6 +191,7 @@ def make_train_step(
         aggregate=aggregate,
         discrepancy=discrepancy,
         mean_discrepancy=mean_discrepancy,
+        requires=requires,
         group_size=group_size,
         microbatch_size=microbatch_size,
         updates=updates,
@@ -176,20 +210,25 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     if rows % (spec.updates * spec.group_size) or rows // spec.updates % spec.microbatch_size:
         raise ValueError(f"a batch of {rows} responses does not divide by {spec.sizes}")
     batch = as_sequences(batch)
+    _check_requirements(spec.requires, state, batch)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates
     reference_logps = None if state.reference is None else _recompute_logps(spec, state.reference, minibatches)
-    old_logps = mean_discrepancy = None
+    old_logps, shared = None, Shared(jnp.mean(batch.rewards), _mean_response_length(batch), None, {})
+    by_row: dict[str, Array] = {}
     if spec.recomputes_old_logps:
         sampling_params = state.history[0] if spec.ahead else state.params
         old_logps = _recompute_logps(spec, sampling_params, minibatches)
-        mean_discrepancy = spec.batch_discrepancy(_merge_rows(old_logps, spec.group_size), batch)
+        whole = _merge_rows((old_logps, reference_logps), spec.group_size)
+        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole))
+        shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
 
     def update(state: TrainState, minibatch: Minibatch) -> tuple[TrainState, UpdateOutputs]:
-        return _update(spec, state, minibatch, batch, mean_discrepancy)
+        return _update(spec, state, minibatch, shared)
 
-    trained, outputs = jax.lax.scan(update, state, Minibatch(minibatches, old_logps, reference_logps))
+    rows_of_updates = _split_rows(by_row, spec.updates, spec.group_size)
+    trained, outputs = jax.lax.scan(update, state, Minibatch(minibatches, old_logps, reference_logps, rows_of_updates))
 
     outputs = outputs._replace(rows=_merge_rows(outputs.rows, spec.group_size))
     old_logps = outputs.rows.logps if old_logps is None else _merge_rows(old_logps, spec.group_size)
@@ -197,6 +236,25 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     metrics = _metrics(spec, batch, old_logps, outputs, before=state, after=trained)
     history = (*state.history, state.params)[1:] if state.history else ()
     return dataclasses.replace(trained, step=state.step + 1, history=history), metrics
+
+
+def _check_requirements(requires: Requirements, state: TrainState, batch: Batch) -> None:
+    if requires.reference_logps and state.reference is None:
+        raise ValueError("the objective requires reference_logps; the TrainState has no reference policy")
+    if requires.candidate_tokens and batch.candidate_tokens is None:
+        raise ValueError("the objective requires candidate_tokens; the batch has none, so sample with a top_k")
+
+
+def _iteration_quantities(requires: Requirements, iteration: Iteration) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The quantities that are computed before the first gradient: scalars, and those by row or token."""
+    scalars, by_row = {}, {}
+    shapes = ((), iteration.batch.rewards.shape, iteration.old_logps.shape)
+    for name, compute in requires.of_iteration.items():
+        computed = jax.lax.stop_gradient(compute(iteration))
+        if computed.shape not in shapes:
+            raise ValueError(f"the quantity {name!r} has the shape {computed.shape}; it must be [], [B] or [B, T]")
+        (by_row if computed.shape else scalars)[name] = computed
+    return scalars, by_row
 
 
 def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch) -> Array:
@@ -210,33 +268,30 @@ def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch) -> Arra
 
 
 def _update(
-    spec: StepSpec, state: TrainState, minibatch: Minibatch, batch: Batch, mean_discrepancy: Array | None
+    spec: StepSpec, state: TrainState, minibatch: Minibatch, shared: Shared
 ) -> tuple[TrainState, UpdateOutputs]:
     """One optimiser update by the minibatch's gradients; the scalars that `tx` is given are of the whole batch."""
-    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, jnp.mean(batch.rewards))
-    if mean_discrepancy is None:
+    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, shared)
+    discrepancy = shared.discrepancy
+    if discrepancy is None:
         # this is the only update, and its minibatch the whole batch
-        mean_discrepancy = spec.batch_discrepancy(rows.logps, minibatch.batch)
+        discrepancy = spec.batch_discrepancy(rows.logps, minibatch.batch)
     changes, opt_state = spec.tx.update(
-        grads,
-        state.opt_state,
-        state.params,
-        discrepancy=mean_discrepancy,
-        response_length=_mean_response_length(batch),
+        grads, state.opt_state, state.params, discrepancy=discrepancy, response_length=shared.response_length
     )
     state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
     return state, UpdateOutputs(loss, optax.tree.norm(grads), rows)
 
 
 def _accumulate_gradients(
-    spec: StepSpec, state: TrainState, minibatch: Minibatch, mean_reward: Array
+    spec: StepSpec, state: TrainState, minibatch: Minibatch, shared: Shared
 ) -> tuple[Params, Array, RowOutputs]:
     """Gradients and loss of a minibatch: sums over its microbatches, divided once by the minibatch's denominator."""
     loss_scale = optax.tree.get(state.opt_state, "loss_scale", 1.0)
     loss_fn = partial(
         _microbatch_loss,
         spec,
-        mean_reward=mean_reward,
+        shared=shared,
         multiplier=optax.tree.get(state.opt_state, "multiplier"),
         loss_scale=loss_scale,
     )
@@ -261,21 +316,25 @@ def _microbatch_loss(
     params: Params,
     microbatch: Minibatch,
     *,
-    mean_reward: Array,
+    shared: Shared,
     multiplier: Array | None,
     loss_scale: Array | float,
 ) -> tuple[Array, tuple[Array, Array, RowOutputs]]:
     """The scaled sum of the losses, which is differentiated, and beside it the sum, its denominator and the rows."""
-    batch, old_logps, reference_logps = microbatch
-    logps, entropy, model_metrics = spec.apply_fn(params, batch)
+    batch, old_logps, reference_logps, by_row = microbatch
+    outputs = PolicyOutputs(*spec.apply_fn(params, batch))
+    if missing := [name for name in spec.requires.of_head if name not in outputs.quantities]:
+        raise ValueError(f"the objective requires the quantity {missing[0]!r}; apply_fn does not compute it")
+    logps = outputs.logps
     old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
-    context = Context(batch, logps, old_logps, multiplier, mean_reward, reference_logps)
+    quantities = {**shared.quantities, **by_row, **outputs.quantities}
+    context = Context(batch, logps, old_logps, multiplier, shared.mean_reward, reference_logps, quantities)
     terms = spec.objective(initial_terms(batch), context)
     losses, clipped = spec.surrogate(
         logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
     )
     total, denominator = spec.aggregate(losses + terms.loss, terms.mask)
-    rows = RowOutputs(logps, entropy, clipped, terms.mask, terms.metrics | model_metrics)
+    rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, {**terms.metrics, **outputs.metrics})
     return total * loss_scale, (total, denominator, rows)
 
 

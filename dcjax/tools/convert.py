@@ -71,7 +71,13 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
 
 
 def export_run(
-    source: Path, out: Path, *, dtype: DtypeName | None = None, averaged: bool = False, told: Told | None = None
+    source: Path,
+    out: Path,
+    *,
+    dtype: DtypeName | None = None,
+    averaged: bool = False,
+    recipe_code: bool = True,
+    told: Told | None = None,
 ) -> int:
     """Writes a run's policy as a Hugging Face folder, with the run's tokenizer.
 
@@ -80,6 +86,7 @@ def export_run(
       out: a folder to make.
       dtype: of the weights; None is as trained.
       averaged: the moving average of the weights in place of the last ones.
+      recipe_code: whether code of the run's own may be executed where its sections are not all of dcjax.
       told: called after each tensor.
 
     Returns:
@@ -96,7 +103,7 @@ def export_run(
     with _value_errors_as_run_errors():
         check_vacant(out)
         require_run(source, "dcjax convert import reads it")
-        model = open_model(source)
+        model = open_model(source, recipe_code=recipe_code)
         state, cursor = model.restore()
         save_hf(
             out,

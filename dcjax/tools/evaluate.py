@@ -8,7 +8,7 @@ from pathlib import Path
 from dcjax.loop.evaluate import Accuracy, evaluate, evaluate_average
 from dcjax.loop.reward_collector import check_golds, open_rewards
 from dcjax.loop.setup import Setup
-from dcjax.recipe.build import make_engines, open_problems
+from dcjax.recipe.build import make_engines, open_problems, optimizer_of
 from dcjax.tools.open_model import open_model, require_run
 
 
@@ -22,16 +22,28 @@ class Evaluation:
 
 
 def evaluate_source(
-    source: Path, *, prompts: int | None = None, temperature: float | None = None, format: str | None = None
+    source: Path,
+    *,
+    prompts: int | None = None,
+    temperature: float | None = None,
+    format: str | None = None,
+    recipe_code: bool = True,
 ) -> Evaluation:
     """Accuracies of a run's newest checkpoint, or of one checkpoint in it; None takes the run's own setting.
+
+    Args:
+      source: a run directory, or RUN/checkpoints/STEP.
+      prompts: how many held-out prompts, with one sample each.
+      temperature: of sampling; 0 is greedy.
+      format: the serving format.
+      recipe_code: whether code of the run's own may be executed where its sections are not all of dcjax.
 
     Raises:
       RunError: there is no such run or checkpoint, it is damaged, or a setting is out of range.
     """
     require_run(source, "dcjax evaluate --suite takes it")
     settings = {"prompts": prompts, "temperature": temperature}
-    model = open_model(source, serving={"format": format}, evaluation=settings)
+    model = open_model(source, recipe_code=recipe_code, serving={"format": format}, evaluation=settings)
     config, (state, cursor) = model.config, model.restore()
     engines = make_engines(config, model.mesh, model.end_tokens)
     problems = open_problems(config, model.tokenizer)
@@ -39,6 +51,6 @@ def evaluate_source(
     with open_rewards(config) as rewards:
         setup = Setup(config, rewards, model.tokenizer, problems, model.mesh, model.end_tokens, engines)
         rows = evaluate(setup, engines, state.params, cursor.step)
-        if config.optimizer.ema_decay:
+        if optimizer_of(config).ema_decay:
             rows += evaluate_average(setup, state)
     return Evaluation(cursor.step, config.evaluation.temperature, rows)

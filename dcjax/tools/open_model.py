@@ -67,12 +67,15 @@ class OpenedModel:
         return (Path() if self.step is None else self.directory) / results
 
 
-def open_model(source: Path, *, devices: int = 1, **sections: Mapping[str, Any]) -> OpenedModel:
+def open_model(
+    source: Path, *, devices: int = 1, recipe_code: bool = True, **sections: Mapping[str, Any]
+) -> OpenedModel:
     """Opens a run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
 
     Args:
       source: a run directory, RUN/checkpoints/STEP, or a folder.
       devices: how many share the weights; on one, nothing of a run's sharding is left, in serving neither.
+      recipe_code: whether code of a run's own may be executed where its sections are not all of dcjax.
       sections: fields of the config's sections, as `serving={"format": "int8"}`; those that are not given, or None, are
         the run's, or the defaults.
 
@@ -82,7 +85,9 @@ def open_model(source: Path, *, devices: int = 1, **sections: Mapping[str, Any])
     source = source.resolve()
     try:
         mesh = make_mesh(MeshConfig(fsdp=devices))
-        return (_open_folder if is_folder(source) else _open_run)(source, mesh, sections)
+        if is_folder(source):
+            return _open_folder(source, mesh, sections)
+        return _open_run(source, mesh, sections, recipe_code)
     except ValueError as error:
         raise RunError(str(error)) from None
 
@@ -102,9 +107,9 @@ def require_run(source: Path, advice: str) -> None:
         raise RunError(f"{source} is a Hugging Face folder and not a run; {advice}")
 
 
-def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
+def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]], recipe_code: bool) -> OpenedModel:
     run_dir, step = locate(source)
-    recorded = load_config(run_dir)
+    recorded = load_config(run_dir, recipe_code=recipe_code)
     config = _placed(_changed(recorded, sections), mesh)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     step = checkpoints.latest() if step is None else step

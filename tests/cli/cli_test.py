@@ -70,7 +70,7 @@ def started(monkeypatch):
     """Configs that `dcjax train` would have run; none is."""
     configs = []
 
-    def train(config):
+    def train(config, recipe):
         configs.append(config)
         return Path("report.png"), Path("report.html")
 
@@ -549,7 +549,7 @@ def test_a_report_says_where_it_is(capfd, directory):
 
 
 def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
-    def interrupted(config):
+    def interrupted(config, recipe):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dcjax.loop.train, "train", interrupted)

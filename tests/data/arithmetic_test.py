@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcjax.data.arithmetic import ArithmeticTask, Problem, build_tokenizer, encode_prompts, supervised_batch
+from dcjax.data.arithmetic import ArithmeticTask, Chain, build_tokenizer
+from dcjax.data.task import encode_prompts, supervised_batch
 
 SEEDS = st.integers(0, 2**40)
 SPLITS = st.sampled_from(["train", "heldout"])
@@ -23,7 +24,7 @@ TASKS = st.builds(
     st.integers(5, 30),
     st.integers(5, 200),
 )
-EXAMPLE = Problem(12, (("-", 4), ("-", 4), ("+", 3), ("-", 2), ("-", 4)))
+EXAMPLE = Chain(12, (("-", 4), ("-", 4), ("+", 3), ("-", 2), ("-", 4)))
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,10 @@ def tokenizer():
     return build_tokenizer()
 
 
-def batch(tokenizer, **changes):
-    arguments = {
-        "seed": 0,
-        "step": 0,
-        "batch_size": 64,
-        "scratchpad_fraction": 0.5,
-        "prompt_length": 13,
-        "response_length": 45,
-    }
-    return supervised_batch(ArithmeticTask(), tokenizer, **(arguments | changes))
+def batch(tokenizer, *, prompt_length=13, response_length=45, **changes):
+    arguments = {"seed": 0, "step": 0, "count": 64, "scratchpad_fraction": 0.5}
+    demonstrations = ArithmeticTask().demonstrations(**(arguments | changes))
+    return supervised_batch(tokenizer, demonstrations, prompt_length=prompt_length, response_length=response_length)
 
 
 def rows(tokenizer, examples):
@@ -155,7 +150,7 @@ def all_problems(task):
     for start in range(task.max_value + 1):
         for operations in range(task.min_operations, task.max_operations + 1):
             for steps in itertools.product(signed, repeat=operations):
-                problem = Problem(start, steps)
+                problem = Chain(start, steps)
                 if all(0 <= value <= task.max_value for value in problem.values):
                     yield problem
 
@@ -180,7 +175,7 @@ def test_max_lengths_are_those_of_the_longest_problems(task, tokenizer):
 
 def test_max_lengths_of_the_default_task_are_reached(tokenizer):
     task = ArithmeticTask()
-    longest = Problem(20, (("-", 1),) * 5)
+    longest = Chain(20, (("-", 1),) * 5)
     assert task.max_prompt_length == 13 == len(encode_prompts(tokenizer, [longest])[0])
     assert task.max_response_length == 45 == len(tokenizer.encode(longest.response(scratchpad=True))) + 1
 
@@ -239,7 +234,7 @@ def test_prompts_encode_one_by_one_as_in_a_batch(tokenizer):
 
 
 def test_a_supervised_batch_has_its_shapes_and_types(tokenizer):
-    examples = batch(tokenizer, batch_size=8, prompt_length=16, response_length=50)
+    examples = batch(tokenizer, count=8, prompt_length=16, response_length=50)
     assert {name: (array.shape, array.dtype) for name, array in examples.items()} == {
         "tokens": ((8, 66), np.int32),
         "attention_mask": ((8, 66), np.bool_),
@@ -274,7 +269,7 @@ def test_supervised_responses_are_right_and_of_the_train_split(tokenizer):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
 def test_the_fraction_of_scratchpads(tokenizer, fraction):
-    examples = batch(tokenizer, batch_size=512, scratchpad_fraction=fraction)
+    examples = batch(tokenizer, count=512, scratchpad_fraction=fraction)
     share = np.mean(["," in response for _, response in rows(tokenizer, examples)])
     assert abs(share - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / 512)
 

@@ -8,7 +8,8 @@ import pytest
 
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.datasets import SAMPLES
-from dcjax.data.mathematics import MathProblem, MathTask
+from dcjax.data.mathematics import MathTask
+from dcjax.data.problems import TextProblem
 from dcjax.data.store import load_examples
 from dcjax.data.task import encode_prompts
 from dcjax.data.templates import templates
@@ -33,7 +34,7 @@ def tokenizer():
 def test_an_epoch_asks_every_training_question_once(tokenizer):
     problems = TASK.open(tokenizer)
     message = templates["boxed"].message
-    wanted = {MathProblem(message(each.question), each.answer) for each in load_examples("dapo-math-17k", SAMPLES)}
+    wanted = {TextProblem(message(each.question), each.answer) for each in load_examples("dapo-math-17k", SAMPLES)}
     assert len(wanted) == 29
     for epoch in range(3):
         assert set(problems.problems("train", 7, 29 * epoch, 29)) == wanted

@@ -137,11 +137,11 @@ def module_row(policy):
 def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch, capsys, saturated, is_told):
     config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75, budget=0.25))
     updater = Stepper(config, HERE).updater
-    metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "nonfinite_at": -1}
+    metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "dual/multiplier": 0.75, "nonfinite_at": -1}
     monkeypatch.setattr(updater, "_step", lambda state, batch: (state, metrics))
     _, logged = updater(type("State", (), {"step": 4})(), sampled(0, MIXED * 4))
     told = capsys.readouterr().err
-    assert ("step 5: λ has been at objective.max_multiplier, 0.75, for 10 iterations" in told) == is_told
+    assert ("step 5: λ has been at its upper bound, 0.75, for 10 iterations" in told) == is_told
     assert logged["dual/budget"] == 0.25
     assert logged["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / 2)
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcjax.data.datasets import Example
-from dcjax.data.mathematics import MathProblem, MathProblems, MathTask
+from dcjax.data.mathematics import MathTask
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.reward_collector import TOLD, RewardCollector, check_golds, open_rewards
@@ -20,11 +21,12 @@ from dcjax.rewards.boxed import integer_reward
 from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.serving.rollout import Ended
+from dcjax.user_code import CodeFile
 
 pytestmark = pytest.mark.heavy
 
 TOKENIZER = byte_tokenizer()
-G, PROBLEMS = 3, [MathProblem("?", str(gold)) for gold in range(4)]
+G, PROBLEMS = 3, [TextProblem("?", str(gold)) for gold in range(4)]
 # of each problem: right, wrong, right but cut
 ANSWERS = [(answer, ended) for gold in range(4) for answer, ended in ((gold, True), (gold + 1, True), (gold, False))]
 RIGHT = [1.0, 0.0, 0.0] * 4
@@ -94,7 +96,7 @@ def test_a_run_is_judged_here_by_its_task_or_in_as_many_workers_as_it_says():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_that_cannot_be_imported_ends_the_run_in_one_line(workers):
-    with pytest.raises(RunError, match=r"reward\.function is 'my:own', which cannot be imported"):
+    with pytest.raises(RunError, match=r"reward\.function is 'my:own': .* nor in an installed package"):
         open_rewards(Config(reward=RewardConfig(function="my:own", workers=workers)))
 
 
@@ -155,12 +157,24 @@ def test_a_batch_of_which_most_answers_take_too_long_is_told_of(capsys, timeouts
     assert errors.startswith(line) if told else errors == ""
 
 
-def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path, monkeypatch):
-    (tmp_path / "slow_reward_for_this_test.py").write_text(
-        "import time\ndef judge(text, gold, *, finished): time.sleep(60)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    reward = RewardConfig(function="slow_reward_for_this_test:judge", workers=1, warm_up=0.2)
+SLOW = """
+import time
+from dataclasses import dataclass
+from dcjax.recipe.reward import RewardConfig
+
+def judge(text, gold, *, finished):
+    time.sleep(60)
+
+@dataclass(frozen=True)
+class Slow(RewardConfig):
+    def verifier(self, task):
+        return judge
+"""
+
+
+def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    reward = CodeFile.read(tmp_path / "slow.py").load().Slow(workers=1, warm_up=0.2)
     with open_rewards(Config(reward=reward)) as scorer:
         collector = RewardCollector(scorer, TOKENIZER, PROBLEMS, samples_per_prompt=G)
         collector.submit(ended(range(12)))
@@ -170,7 +184,8 @@ def test_a_reward_whose_first_call_is_too_slow_ends_the_run_in_one_line(tmp_path
 
 
 def of_golds(*golds):
-    return MathProblems([], [], [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)], {})
+    examples = [Example(f"id{n}", "?", gold, "minerva") for n, gold in enumerate(golds)]
+    return FixedProblems(PROBLEMS, PROBLEMS, golds=examples)
 
 
 MATH = Config(

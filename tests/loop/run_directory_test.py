@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dcjax.errors import RunError
-from dcjax.loop.run_directory import VERSIONED, load_config, locate, open_run, recorded_end_tokens
+from dcjax.loop.run_directory import BESIDE_CONFIG, VERSIONED, load_config, locate, open_run, recorded_end_tokens
 from dcjax.recipe.config import CheckpointConfig, Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -41,9 +41,10 @@ def test_a_run_directory_is_made_with_its_config(config):
     with open_run(config) as directory:
         assert directory == config.directory
         recorded = json.loads((directory / "config.json").read_text())
-    versions, *_ = (recorded.pop(name) for name in ("versions", "platform", "data", "end_tokens"))
+    versions, *_, started_in = (recorded.pop(name) for name in BESIDE_CONFIG)
     assert recorded == to_dict(config)
     assert load_config(config.directory) == config
+    assert started_in == str(Path.cwd())
     assert versions == {name: importlib.metadata.version(name) for name in VERSIONED} | {
         "python": platform.python_version()
     }

@@ -95,7 +95,7 @@ def test_any_warm_up_goes_with_any_number_of_steps_and_any_batch_with_any_microb
 @pytest.mark.parametrize(("steps", "warmup_steps"), [(5, 5), (1, 0), (1, 1), (1, 50)])
 def test_any_warm_up_goes_with_any_number_of_steps(steps, warmup_steps):
     settings = dataclasses.replace(CONFIG.warm_start, steps=steps, warmup_steps=warmup_steps)
-    tx = module._optimizer(dataclasses.replace(CONFIG, warm_start=settings))
+    tx = module._optimizer(settings, "float32")
     params = {"w": np.ones(3, np.float32)}
     changes, _ = tx.update(params, tx.init(params), params)
     assert np.isfinite(changes["w"]).all() and (np.any(changes["w"] != 0) == (warmup_steps == 0))
@@ -111,8 +111,8 @@ def test_two_devices_warm_up_as_one_does(usual, tmp_path):
 def infinite(monkeypatch):
     """Updates that give an infinite loss."""
     metrics = {"loss": np.float32(np.inf), "grad_norm": np.float32(1)}
-    compiled = module._optimizer(CONFIG), lambda state, batch: (state, metrics)
-    monkeypatch.setattr(module, "_compile_update", lambda config, mesh: compiled)
+    compiled = module._optimizer(CONFIG.warm_start, "float32"), lambda state, batch: (state, metrics)
+    monkeypatch.setattr(module, "_compile_update", lambda *described: compiled)
 
 
 def test_a_loss_that_is_not_finite_stops_the_warm_start(infinite, tmp_path):

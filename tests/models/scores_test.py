@@ -118,12 +118,58 @@ def test_gradients_do_not_depend_on_the_chunks():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, whole)
 
 
-def test_no_array_holds_the_logits_of_more_columns_than_a_chunk():
+def collision(distributions):
+    """Σ_v p_v²: the probability that two samples are equal, which depends on the whole distribution."""
+    return jnp.sum(jnp.exp(2 * distributions.log_probs), axis=-1)
+
+
+def rank(distributions):
+    """How many tokens are more probable than the one that was sampled, of those that could be drawn."""
+    own = jnp.take_along_axis(distributions.log_probs, distributions.targets[..., None], axis=-1)
+    return jnp.sum(distributions.log_probs > own, axis=-1).astype(jnp.float32)
+
+
+QUANTITIES = {"collision": collision, "rank": rank}
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+def test_quantities_of_whole_distributions_against_numpy_whatever_the_chunks(restricted):
+    candidates = random_support() if restricted else None
+
+    @jit
+    def run(params):
+        def loss(params, chunk):
+            given = params, random_tokens(B, S), ragged_mask()
+            scores = in_chunks(SMALL, chunk, *given, candidate_tokens=candidates, quantities=QUANTITIES)
+            return jnp.sum(jnp.where(real, scores.quantities["collision"], 0)), scores.quantities
+
+        return [jax.grad(loss, has_aux=True)(params, chunk) for chunk in (T, 3)]
+
+    distribution, real = distribution_of(SMALL)
+    (whole, computed), (chunked, computed_in_chunks) = run(masters(SMALL))
+    if restricted:
+        kept = np.zeros(distribution.shape, bool)
+        for row, column in np.ndindex(B, T):
+            kept[row, column, candidates[row, column][candidates[row, column] >= 0]] = True
+        kept |= (candidates < 0).all(-1, keepdims=True)
+        distribution = log_softmax(np.where(kept, distribution, -np.inf))
+    own = at_tokens(distribution, random_tokens(B, S)[:, -T:])[..., None]
+    for found in (computed, computed_in_chunks):
+        np.testing.assert_allclose(found["collision"][real], np.exp(2 * distribution).sum(-1)[real], atol=2e-5)
+        np.testing.assert_array_equal(found["rank"][real], (distribution > own).sum(-1)[real])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, chunked)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole)) > 1e-3
+
+
+@pytest.mark.parametrize("quantities", [{}, QUANTITIES])
+def test_no_array_holds_the_logits_of_more_columns_than_a_chunk(quantities):
     config = dataclasses.replace(SMALL, vocab_size=1009, hidden_size=16, head_chunk=4)
 
     def loss(params, tokens):
-        scores = token_logps(config, params, tokens, response_length=32, temperature=np.ones(2, np.float32))
-        return jnp.sum(scores.logps)
+        scores = token_logps(
+            config, params, tokens, response_length=32, temperature=np.ones(2, np.float32), quantities=quantities
+        )
+        return jnp.sum(scores.logps) + sum(map(jnp.sum, scores.quantities.values()))
 
     def most_columns(config_of_loss):
         arguments = abstract_params(config), jax.ShapeDtypeStruct((2, 40), jnp.int32)

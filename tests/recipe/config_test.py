@@ -227,6 +227,8 @@ def test_every_number_of_every_section_has_a_bound():
     }
     # tested by name: one is bounded by another field, and the bounds of two are open
     others = {"task.max_operations", "model.rope_theta", "model.rms_norm_eps"}
+    # by default the algorithm's own
+    numbers.add("objective.max_multiplier")
     assert numbers == set(LOWER_BOUNDS) | set(UPPER_BOUNDS) | others
 
 
@@ -342,8 +344,12 @@ def test_a_config_comes_back_from_json_equal(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+def section(fields):
+    return {"class": "dcjax.recipe.objective:ObjectiveConfig"} | fields
+
+
 def test_a_missing_field_takes_its_default():
-    assert from_dict({"steps": 7, "objective": {"budget": 0.5}}) == Config(
+    assert from_dict({"steps": 7, "objective": section({"budget": 0.5})}) == Config(
         steps=7, objective=ObjectiveConfig(budget=0.5)
     )
 
@@ -353,12 +359,12 @@ def test_an_unknown_field_is_named():
     # of an earlier version
     told = refusal(lambda: from_dict({"rollout": {"ahead": 1}}))
     assert "no field 'ahead'; it is called 'async_level' now" in told
-    message = refusal(lambda: from_dict({"objective": {"budgets": 7}}))
+    message = refusal(lambda: from_dict({"objective": section({"budgets": 7})}))
     assert "ObjectiveConfig" in message and "'budgets'" in message
 
 
 def test_a_value_out_of_range_is_refused_when_it_is_read():
-    assert "objective.budget is -1" in refusal(lambda: from_dict({"objective": {"budget": -1}}))
+    assert "objective.budget is -1" in refusal(lambda: from_dict({"objective": section({"budget": -1})}))
 
 
 def test_flatten_joins_the_names_of_nested_fields_with_dots():
@@ -414,11 +420,11 @@ def test_a_budget_may_be_measured_where_a_multiplier_follows_it():
 
 def test_a_decay_must_fit_the_gap_that_it_follows():
     signed = ObjectiveConfig(sides="signed")
-    assert "objective.sides is signed" in refusal(
+    assert "needs a gap without a sign; the objective's is signed" in refusal(
         lambda: small(objective=signed, optimizer=OptimizerConfig(microbatch_size=8, decay="discrepancy"))
     )
     dual = OptimizerConfig(microbatch_size=8, decay="dual")
-    assert "this decay needs a number" in refusal(
+    assert "needs a number for the objective's budget" in refusal(
         lambda: small(objective=ObjectiveConfig(budget="auto"), optimizer=dual)
     )
     no_floor = dataclasses.replace(dual, decay_floor=0.0)

@@ -10,11 +10,10 @@ import optax
 import pytest
 from compiling import jit
 
-from dcjax.recipe import objective as built
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
-from dcjax.recipe.optimizer import OptimizerConfig, make_schedule
+from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.rl import (
     Context,
     chain,
@@ -60,6 +59,10 @@ def context():
 def same(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), ours, theirs)
+
+
+def built(config):
+    return config.build(updates=1, max_response_length=2 * T)
 
 
 delta = measure(probability_difference)
@@ -119,7 +122,7 @@ def by_hand(context):
             return objective(initial_terms(context.batch), context)
 
         return {
-            name: (terms(built.make_objective(ObjectiveConfig(**fields))), terms(chain(*transforms)))
+            name: (terms(built(ObjectiveConfig(**fields)).transform), terms(chain(*transforms)))
             for name, (fields, transforms) in BY_HAND.items()
         }
 
@@ -149,7 +152,7 @@ def test_any_estimator_composes_with_the_penalty_and_any_correction(context, cel
     def run(context):
         def terms(estimator, correction, **fields):
             config = ObjectiveConfig(estimator=estimator, correction=correction, zero_variance="drop", **fields)
-            return built.make_objective(config)(initial_terms(context.batch), context)
+            return built(config).transform(initial_terms(context.batch), context)
 
         return [(terms(*cell), terms(*cell, algorithm="grpo")) for cell in cells]
 
@@ -171,10 +174,10 @@ def slopes(context):
 
         def loss(logps, name, aggregation):
             config = ObjectiveConfig(surrogate=name, aggregation=aggregation)
-            losses, _ = built.make_surrogate(config)(
+            losses, _ = built(config).surrogate(
                 logps, old_logps=context.old_logps, advantages=ones, weights=ones, mask=mask
             )
-            total, denominator = built.make_aggregation(config, 2 * T)(losses, mask)
+            total, denominator = built(config).aggregate(losses, mask)
             return total / denominator
 
         pairs = itertools.product(choices("surrogate"), choices("aggregation"))
@@ -203,8 +206,8 @@ def test_every_surrogate_goes_with_every_aggregation(context, slopes, name, aggr
 def test_the_mean_gap_is_over_responses_or_over_tokens(context):
     mask = context.batch.response_mask
     values = np.arange(B * T, dtype=np.float32).reshape(B, T)
-    by_response = jit(built.make_mean_discrepancy(ObjectiveConfig()))(values, mask)
-    by_token = jit(built.make_mean_discrepancy(ObjectiveConfig(discrepancy_mean="token")))(values, mask)
+    by_response = jit(built(ObjectiveConfig()).mean_discrepancy)(values, mask)
+    by_token = jit(built(ObjectiveConfig(discrepancy_mean="token")).mean_discrepancy)(values, mask)
     rows = zip(values, mask, strict=True)
     np.testing.assert_allclose(by_response, np.mean([row[kept].mean() for row, kept in rows]), rtol=1e-6)
     np.testing.assert_allclose(by_token, values[mask].mean(), rtol=1e-6)
@@ -222,8 +225,8 @@ def optimizer(steps=10, objective=None, **fields):
     ("decay", "expected"), [("constant", [1, 1, 1]), ("linear", [1, 0.55, 0.1]), ("cosine", [1, 0.55, 0.1])]
 )
 def test_schedules_end_at_the_floor(decay, expected):
-    schedule = make_schedule(optimizer(decay=decay).optimizer, steps=10)
-    warmed = make_schedule(optimizer(decay=decay, warmup_steps=2, updates=2).optimizer, steps=10)
+    schedule = optimizer(decay=decay).optimizer.schedule(10)
+    warmed = optimizer(decay=decay, warmup_steps=2, updates=2).optimizer.schedule(10)
     plain, after_warmup = jit(
         lambda: (
             [schedule(jnp.int32(step)) for step in (0, 5, 10)],

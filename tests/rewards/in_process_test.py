@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 
@@ -25,20 +23,23 @@ def test_a_reward_is_found_by_its_name():
     assert load_reward("dcjax.rewards.math:math_reward") is math_reward
 
 
-def test_a_reward_of_the_working_directory_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_reward_for_this_test.py").write_text("def judge(text, gold, *, finished): return 0.5\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    assert load_reward("my_reward_for_this_test:judge")("", "", finished=True) == 0.5
+def test_a_module_that_merely_lies_somewhere_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_reward_for_this_test.py").write_text("raise SystemExit('executed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="nor in an installed package; a function of your own stands in a recipe"):
+        load_reward("my_reward_for_this_test:judge")
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("nowhere:judge", "No module named 'nowhere'; give MODULE:FUNCTION"),
-        ("dcjax.rewards.math:judge", "has no attribute 'judge'; give MODULE:FUNCTION"),
-        ("dcjax.rewards.math", "give MODULE:FUNCTION"),
-        ("", "give MODULE:FUNCTION"),
+        ("nowhere:judge", "nor in an installed package"),
+        ("os:system", "nor in an installed package"),
+        ("subprocess:run", "nor in an installed package"),
+        ("dcjax.rewards.nowhere:judge", "No module named 'dcjax.rewards.nowhere'"),
+        ("dcjax.rewards.math:judge", "has no attribute 'judge'"),
+        ("dcjax.rewards.math", "is not MODULE:NAME"),
+        ("", "is not MODULE:NAME"),
         ("dcjax.rewards.math:ANSWER_LINE_WINDOW", "a int; it must be a function"),
     ],
 )

@@ -41,7 +41,7 @@ def gap(context, logps=None):
 
 def run(preset, context, multiplier=None):
     context = dataclasses.replace(context, multiplier=None if multiplier is None else jnp.float32(multiplier))
-    return jit(lambda context: preset.objective(initial_terms(context.batch), context))(context)
+    return jit(lambda context: preset.transform(initial_terms(context.batch), context))(context)
 
 
 def test_each_preset_is_its_formula(context):

@@ -15,7 +15,6 @@ from jax.extend.core import jaxprs_in_params
 
 from dcjax.models import forward
 from dcjax.recipe import build
-from dcjax.recipe.config import Config
 from dcjax.rl import (
     chain,
     clipped_surrogate,
@@ -179,7 +178,7 @@ def test_an_iteration_of_the_transformer_is_the_plain_loops(updates, drop, micro
     )
     tx = optax.chain(optax.sgd(learning_rate), ascent(every=updates))
     transforms = [group_relative_advantages(), *([drop_equal] if drop else []), penalty]
-    policy = partial(build.apply_policy, Config(model=MODEL), make_mesh(MeshConfig()))
+    policy = build.make_apply_fn(MODEL, make_mesh(MeshConfig()))
     step = make_train_step(
         policy, tx, surrogate, chain(*transforms), group_size=G, microbatch_size=microbatch_size, updates=updates
     )

@@ -11,9 +11,8 @@ import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.models.parallel.forward import check_model
-from dcjax.recipe.build import params_shardings
+from dcjax.recipe.build import objective_of, params_shardings
 from dcjax.recipe.config import Config
-from dcjax.recipe.objective import make_discrepancy, make_mean_discrepancy
 from dcjax.reporting.progress import Progress
 from dcjax.rl.dual import CALIBRATION_FACTOR
 from dcjax.serving.quantize import FormatName, KVCacheName, formats, serving_format
@@ -195,8 +194,9 @@ def _measure(measured: _Measurement) -> Probe:
 
 def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float:
     """The budget that `objective.budget auto` would set after such an iteration, in the unit of the run's own δ."""
-    delta = make_discrepancy(config.objective)(old_logps=old, rollout_logps=sampled, mask=mask)
-    return CALIBRATION_FACTOR * float(make_mean_discrepancy(config.objective)(delta, mask))
+    objective = objective_of(config)
+    delta = objective.discrepancy(old_logps=old, rollout_logps=sampled, mask=mask)
+    return CALIBRATION_FACTOR * float(objective.mean_discrepancy(delta, mask))
 
 
 def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def load_source(
     prompts: int | None = None,
     prompts_file: Path | None = None,
     stale_step: int | None = None,
+    recipe_code: bool = True,
 ) -> Source:
     """A run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
 
@@ -52,6 +53,7 @@ def load_source(
       prompts: how many prompts; None is PROMPTS.
       prompts_file: for a folder, a file with one prompt per line: {"prompt": ...} or the text itself.
       stale_step: for a run, the checkpoint whose weights are served.
+      recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
 
     Raises:
       RunError: the source does not exist or is damaged, or a setting is out of range or for the other kind of source.
@@ -64,7 +66,7 @@ def load_source(
     if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _of_run(open_model(path, serving=serving), stale_step, count)
+        return _of_run(open_model(path, recipe_code=recipe_code, serving=serving), stale_step, count)
     if stale_step is not None:
         raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:

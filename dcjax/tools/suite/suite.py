@@ -98,6 +98,7 @@ def evaluate_suite(
     out: Path | None = None,
     devices: int = 1,
     distributed: DistributedConfig = DETECTED,
+    recipe_code: bool = True,
     **serving: Any,
 ) -> tuple[SuiteResult, Path] | None:
     """The accuracies of a model's deployed policy, in its format, and of its training policy, in float32.
@@ -112,6 +113,7 @@ def evaluate_suite(
       out: the directory where samples are logged; None is RUN/suite/STEP or ./suite/FOLDER.
       devices: how many devices share the weights and the samples; several hosts take all that they have.
       distributed: how hosts find each other.
+      recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
       serving: fields of `ServingConfig` that replace the run's; None keeps the run's.
 
     Returns:
@@ -123,7 +125,8 @@ def evaluate_suite(
         settings.
     """
     join(distributed)
-    model = open_model(source, devices=jax.device_count() if jax.process_count() > 1 else devices, serving=serving)
+    devices = jax.device_count() if jax.process_count() > 1 else devices
+    model = open_model(source, devices=devices, recipe_code=recipe_code, serving=serving)
     check_end_tokens_agree(model.end_tokens)
     plan = _make_plan(model, config, data_dir)
     directory = model.directory_for("suite") / (model.name if model.step is None else str(model.step))

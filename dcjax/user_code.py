@@ -1,0 +1,132 @@
+"""Python files of users: recipes above all. They are loaded by path, kept with a run, and loaded again from there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RECIPE = "recipe"
+"""The module's name in references to what the recipe of a run defines: recipe:MyObjective."""
+
+_PREFIX = "dcjax_recipe_"
+_loaded: dict[str, CodeFile] = {}
+"""The files that were loaded, by the names of their modules."""
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """A Python file and what it held when it was read."""
+
+    path: Path
+    source: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> CodeFile:
+        """The file at a path; raises OSError."""
+        return cls(path.absolute(), path.read_bytes())
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the source, in hexadecimal."""
+        return hashlib.sha256(self.source).hexdigest()
+
+    @property
+    def module_name(self) -> str:
+        """What its module is called: equal sources are one module, whose classes are equal, wherever they were read."""
+        return f"{_PREFIX}{self.sha256[:16]}"
+
+    def load(self) -> ModuleType:
+        """Executes the file as a module, once a process; raises whatever it raises."""
+        if self.module_name in _loaded:
+            return sys.modules[self.module_name]
+        module = ModuleType(self.module_name)
+        module.__file__ = str(self.path)
+        # A dataclass looks its module up by name while it is being defined.
+        sys.modules[self.module_name] = module
+        try:
+            exec(compile(self.source, self.path, "exec", dont_inherit=True), module.__dict__)
+        except BaseException:
+            del sys.modules[self.module_name]
+            raise
+        _loaded[self.module_name] = self
+        return module
+
+
+def code_files_in(pickled: bytes) -> list[CodeFile]:
+    """The loaded files whose modules a pickled object refers to; another process has to load them first."""
+    return [file for name, file in _loaded.items() if name.encode() in pickled]
+
+
+def file_of(module_name: str) -> CodeFile | None:
+    """The file that a module of user code was loaded from; None if dcjax or an installed package provides the module.
+
+    Raises:
+      ValueError: the module has no file, as in a notebook.
+    """
+    if module_name in _loaded:
+        return _loaded[module_name]
+    if is_installed(module_name):
+        return None
+    path = getattr(sys.modules[module_name], "__file__", None)
+    if path is None:
+        raise ValueError(f"{module_name} is not a file; put what it defines into a Python file")
+    return CodeFile.read(Path(path))
+
+
+def is_installed(module_name: str) -> bool:
+    """Whether dcjax or an installed package provides a module; nothing is imported to find out."""
+    top = module_name.partition(".")[0]
+    return top == "dcjax" or top in _installed_modules()
+
+
+@functools.cache
+def _installed_modules() -> frozenset[str]:
+    # An editable installation may list no modules; it is then taken to provide the one that is called like itself.
+    names = {distribution.name for distribution in importlib.metadata.distributions()}
+    return frozenset(importlib.metadata.packages_distributions()) | {
+        name.replace("-", "_") for name in names if name is not None
+    }
+
+
+def reference_to(defined: Any) -> str:
+    """MODULE:NAME of a class or function; MODULE is `recipe` for what a user's file defines.
+
+    Raises:
+      ValueError: it is not defined at the top level of its module, or the module has no file.
+    """
+    name = defined.__qualname__
+    if "<" in name:
+        raise ValueError(f"{name} must be defined at the top level of its file")
+    module = defined.__module__ if file_of(defined.__module__) is None else RECIPE
+    return f"{module}:{name}"
+
+
+def find(reference: str, recipe: CodeFile | None) -> Any:
+    """What MODULE:NAME refers to. Only dcjax, installed packages and the recipe are imported.
+
+    Args:
+      reference: as `reference_to` gives it.
+      recipe: the file that `recipe:` stands for; None if there is none.
+
+    Raises:
+      ValueError: it is no such reference, or refers to something else or to nothing; or the recipe raises an error.
+    """
+    module_name, colon, name = reference.partition(":") if isinstance(reference, str) else (reference, "", "")
+    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), *name.split(".")))):
+        raise ValueError(f"{reference!r} is not MODULE:NAME")
+    if module_name == RECIPE and recipe is None:
+        raise ValueError(f"{reference!r} is in a recipe, and there is none")
+    if module_name != RECIPE and not is_installed(module_name):
+        raise ValueError(f"{reference!r} is neither in dcjax, nor in the recipe, nor in an installed package")
+    try:
+        found: Any = recipe.load() if module_name == RECIPE and recipe else importlib.import_module(module_name)
+        return functools.reduce(getattr, name.split("."), found)
+    except (Exception, SystemExit) as error:  # The module's own code may raise anything.
+        raise ValueError(f"{reference!r} cannot be imported: {type(error).__name__}: {error}") from error
