@@ -17,7 +17,8 @@ from launching import complaints
 
 import dcjax.tools.probe.probe
 from dcjax.cli import main
-from dcjax.data.arithmetic import build_tokenizer, encode_prompts
+from dcjax.data.arithmetic import build_tokenizer
+from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError
 from dcjax.models import forward, init_params
 from dcjax.recipe.serving import ServingConfig
