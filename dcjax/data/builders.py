@@ -16,10 +16,10 @@ from dcjax.data.sources import checksum, find_files, instructions, read_examples
 _log = logging.getLogger(__name__)
 
 FIELDS = ("id", "question", "answer")
-"""What is stored of an `Example`, as text."""
+"""The fields of an `Example` that are stored, as text."""
 
 VERSION = "1.1.0"
-"""Version of what is stored, raised whenever the same files would give other examples."""
+"""Version of the stored examples, raised whenever the same files would give different ones."""
 
 
 class Math(tfds.core.GeneratorBasedBuilder):
@@ -27,14 +27,14 @@ class Math(tfds.core.GeneratorBasedBuilder):
 
     name = "dcjax_math"
     VERSION = tfds.core.Version(VERSION)
-    # looked up by TFDS, this would need importlib_resources, which TFDS does not install
+    # if TFDS looked this up, it would need importlib_resources, which it does not install
     code_path = tfds.core.Path(__file__)
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in datasets]  # noqa: RUF012, as TFDS has it
     MANUAL_DOWNLOAD_INSTRUCTIONS = "\n".join(instructions(dataset, "MANUAL_DIR") for dataset in datasets.values())
 
     @property
     def dataset(self) -> Dataset:
-        """The declaration."""
+        """The declaration of the data set."""
         return datasets[self.builder_config.name]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -42,7 +42,7 @@ class Math(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=f"{self.dataset.name}: bare questions and answers.",
             features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS}),
-            # the order of the rows
+            # examples keep the order of the rows
             disable_shuffling=True,
             homepage=self.dataset.hub,
             citation=self.dataset.citation,

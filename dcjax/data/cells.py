@@ -1,7 +1,7 @@
-"""What a cell of a published file is taken for: text, a number, a list, a mapping, or nothing; else it is refused.
+"""Reads cells of published files as text, numbers, lists, mappings or nothing; anything else is refused.
 
 Files of one data set differ from mirror to mirror: columns are binary, chats hold parts, empty cells are NaN. An error
-quotes the cell and says what it must be; whoever reads the file adds the file, the row and the column.
+quotes the cell and says what it must be; the code that reads the file adds the file, the row and the column.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 _LONGEST = 120
-"""Characters of a quoted cell."""
+"""The most characters of a quoted cell."""
 _quoting = reprlib.Repr()
 _quoting.maxstring = _quoting.maxother = 60
 _quoting.maxlevel = 3
@@ -31,12 +31,12 @@ def refused(cell: Any, right: str) -> ValueError:
 def plain(cell: Any) -> Any:
     """A cell as text, a number, a list or a mapping; None for an empty one, which NaN is too.
 
-    Bytes are text where they are UTF-8 without a NUL; a decimal is the text of its digits. What a list or a mapping
-    holds is left as it is.
+    Bytes are text if they are UTF-8 without a NUL; a decimal becomes the text of its digits. The contents of a list or
+    a mapping are left as they are.
 
     Raises:
-      ValueError: other bytes, text that UTF-8 cannot hold (half of a surrogate pair), a truth value, an infinity, or
-        a value of another kind: a date, say.
+      ValueError: the cell holds other bytes, text that UTF-8 cannot encode (half of a surrogate pair), a bool, an
+        infinity, or a value of another type, such as a date.
     """
     match cell:
         case bytes() | str():
@@ -64,10 +64,10 @@ def _utf8(cell: bytes | str) -> str:
 
 
 def text_of(cell: Any) -> str:
-    """A cell of text; "" for an empty one.
+    """The text of a cell; "" for an empty one.
 
     Raises:
-      ValueError: anything else.
+      ValueError: the cell holds anything else.
     """
     match plain(cell):
         case None:
@@ -84,7 +84,7 @@ def question_of(cell: Any) -> str:
     parts of type text, a line each. A list of one text is that text.
 
     Raises:
-      ValueError: anything else, or a message that is not of a user.
+      ValueError: the cell holds anything else, or a message that is not a user's.
     """
     match plain(cell):
         case None | []:

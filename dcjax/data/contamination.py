@@ -13,7 +13,7 @@ from dcjax.rewards.golds import unreadable
 from dcjax.rewards.math import math_reward
 
 NGRAM = 13
-"""Words in a row whose like in a training question counts as overlap (as in GPT-3, arXiv 2005.14165, appendix C)."""
+"""How many consecutive words shared with a training question count as overlap (GPT-3, arXiv 2005.14165, appendix C)."""
 
 # a Chinese character is a word of its own: there are no spaces between them
 _WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
@@ -28,25 +28,26 @@ class Overlap:
     exact: tuple[tuple[str, str], ...]
     """The questions have the same words."""
     ngram: tuple[tuple[str, str], ...]
-    """They share at least one n-gram of words, and are not the same."""
+    """The questions share at least one n-gram of words, and are not the same."""
 
     @property
     def share(self) -> float:
-        """The evaluation examples that are in any pair."""
+        """The share of the evaluation examples that are in any pair."""
         return len({evaluation for _, evaluation in self.exact + self.ngram}) / self.examples
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case, punctuation and LaTeX's signs; compatibility characters are as their like."""
+    """The words of a text, without case, punctuation and LaTeX's signs; characters are normalised (NFKC)."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def find_overlap(train: Sequence[Example], evaluation: Sequence[Example], *, n: int = NGRAM) -> Overlap:
-    """The questions of an evaluation set that a training set holds, whole or in n words in a row.
+    """Finds the questions of an evaluation set that a training set shares, as a whole or in n consecutive words.
 
     Args:
-      train, evaluation: the latter of one data set, and not empty.
-      n: words; questions with fewer can only be the same.
+      train: the training examples.
+      evaluation: the evaluation examples, at least one, all of one data set.
+      n: how many consecutive words count as overlap; shorter questions overlap only if they are the same.
     """
     whole, parts = defaultdict(set), defaultdict(set)
     for example in evaluation:
@@ -68,16 +69,16 @@ def _ngrams(question: list[str], n: int) -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Golds:
-    """The examples of a data set whose answers are in the way of a fair verdict."""
+    """The examples of a data set whose gold answers prevent fair scores."""
 
     unreadable: tuple[Example, ...]
-    """Only their own text is right, and no other spelling of it."""
+    """Only the same text is right, and no other spelling of it."""
     refused: tuple[Example, ...]
-    """Not even that is right in a box, so that nobody can earn their reward: too long, or of braces without a match."""
+    """Not even the same text in a box is right, so no response can score: too long, or with unmatched braces."""
 
 
 def check_golds(examples: Sequence[Example]) -> Golds:
-    r"""The golds that `math_reward` cannot read, and those that it refuses when they come back in `\boxed{}`.
+    r"""The gold answers that `math_reward` cannot read, and those that it scores 0 when they come back in `\boxed{}`.
 
     Raises:
       RuntimeError: as `dcjax.rewards.golds.unreadable`.
@@ -90,5 +91,5 @@ def check_golds(examples: Sequence[Example]) -> Golds:
 
 
 def box(answer: str) -> str:
-    """The answer as a response gives it."""
+    """The answer in a box, as a response gives it."""
     return rf"\boxed{{{answer}}}"

@@ -1,7 +1,7 @@
 r"""The data sets of both papers as declarations: what is published, under which columns, and what is stored of it.
 
-Of each row the bare question and its answer as text are stored: instructions that a publisher put round the question
-are cut off, for the template to choose (`dcjax.data.templates`).
+The bare question and the answer of each row are stored as text: instructions that a publisher put around the question
+are cut off, since the template chooses them (`dcjax.data.templates`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Example:
     id: str
     """The first 12 hex digits of the SHA-256 of the question's text, which are the same in every mirror."""
     question: str
-    """Bare, without instructions."""
+    """The bare question, without instructions."""
     answer: str
     """The answer as `normalize_answer` returns it."""
     dataset: str
@@ -54,11 +54,11 @@ class Dataset:
     name: str
     split: str
     counts: tuple[int, ...]
-    """Examples without duplicates; several where publishers differ."""
+    """The number of examples without duplicates; several numbers if publishers differ."""
     questions: tuple[str, ...]
-    """Columns of the question, as `question_of` reads it."""
+    """Columns that may hold the question, which `question_of` reads."""
     answers: tuple[str, ...]
-    """Columns of the answer, as `normalize_answer` reads it."""
+    """Columns that may hold the answer, which `normalize_answer` reads."""
     hub: str
     """Repository on the Hugging Face Hub."""
     licence: str
@@ -66,14 +66,14 @@ class Dataset:
     files: tuple[str, ...] = ("*.parquet", "*.jsonl")
     """Patterns of its files there."""
     solutions: tuple[str, ...] = ()
-    r"""Columns whose last `\boxed{...}` is the answer, where no column of answers is present."""
+    r"""Columns whose last `\boxed{...}` is the answer, if no column of answers is present."""
     context: str | None = None
-    """Column of what stands before the question; it may be empty."""
+    """Column of text that stands before the question; its cells may be empty."""
     around: tuple[str, str] = ("", "")
     """Instructions before and after the question, which are cut off."""
 
     def example(self, row: Mapping[str, Any]) -> Example | None:
-        """The example of one row; None where its question or its answer is empty.
+        """The example of one row; None if its question or its answer is empty.
 
         Raises:
           ValueError: the row has no column for one of them, or a cell that is neither empty nor what it should be;
@@ -94,7 +94,7 @@ class Dataset:
         """The column of a row, or of a schema, that holds its "question" or its "answer".
 
         Raises:
-          ValueError: there is none; the columns found and those wanted are named.
+          ValueError: there is none; the message names the columns found and those wanted.
         """
         wanted = self.questions if kind == "question" else self.answers + self.solutions
         present = {name.lower() for name in row}
@@ -108,7 +108,7 @@ class Dataset:
 
 
 def example_id(question: str) -> str:
-    """The id of a question, by its text."""
+    """The id of a question, which its text determines."""
     return hashlib.sha256(question.encode()).hexdigest()[:12]
 
 
@@ -118,7 +118,7 @@ def normalize_answer(answer: Any) -> str:
     A float becomes the shortest decimal that is read back as the same float: 3e-05 -> "0.00003".
 
     Raises:
-      ValueError: what `plain` refuses, a mapping, or a list in a list.
+      ValueError: the answer is a mapping, a list in a list, or anything that `plain` refuses.
     """
     match plain(answer):
         case None:
@@ -141,7 +141,7 @@ def _boxed(solution: Any) -> str:
 
 
 def _read(columns: Mapping[str, Any], path: str, take: Callable[[Any], str]) -> str:
-    """What `take` makes of the cell at `path`; its error names the column."""
+    """The cell at `path` as `take` reads it; an error of `take` then names the column."""
     try:
         return take(_value(columns, path))
     except ValueError as error:
@@ -149,7 +149,7 @@ def _read(columns: Mapping[str, Any], path: str, take: Callable[[Any], str]) -> 
 
 
 def _value(columns: Mapping[str, Any], path: str) -> Any:
-    """What lies at `path` in a row; None where what is on the way is no struct, or has no such field."""
+    """The value at `path` in a row; None if something on the path is not a struct or lacks the field."""
     value: Any = columns
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -166,7 +166,7 @@ datasets: dict[str, Dataset] = {
             split="train",
             counts=(17_398,),
             questions=("prompt",),
-            # those of the published schema, and of the flat one
+            # the first is that of the published schema, the others are of flat ones
             answers=("reward_model.ground_truth", "solution", "answer"),
             around=DAPO_INSTRUCTIONS,
             hub="BytedTsinghua-SIA/DAPO-Math-17k",
@@ -236,7 +236,7 @@ datasets: dict[str, Dataset] = {
             answers=("final_answer", "answer"),
             context="context",
             hub="Hothan/OlympiadBench",
-            # open-ended, text only, competition mathematics in English
+            # the part that is open-ended competition mathematics in English, without pictures
             files=("*OE_TO_maths_en_COMP*.parquet",),
             licence="Apache-2.0",
             citation="He et al., OlympiadBench, arXiv 2402.14008",
@@ -249,7 +249,7 @@ def find_dataset(name: str) -> Dataset:
     """The declaration of a data set.
 
     Raises:
-      ValueError: no such data set.
+      ValueError: there is no such data set.
     """
     if name not in datasets:
         raise ValueError(f"dataset is {name!r}; it must be one of {', '.join(datasets)}")

@@ -1,4 +1,4 @@
-"""Prepares every data set that is there, and reports what became of it."""
+"""Prepares every data set that has a local copy, and reports the result."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dcjax.data.store import load_examples, prepare, read_metadata
 
 @dataclass(frozen=True)
 class Prepared:
-    """One data set."""
+    """The result for one data set."""
 
     name: str
     sha256: dict[str, str]
     """Fingerprint of each source file."""
     counts: dict[str, int]
-    """What was dropped, as `read_examples` counts it."""
+    """The rows kept and dropped, as `read_examples` counts them."""
     published: tuple[int, ...]
     """How many examples there should be."""
     golds: Golds
-    """What was found about its answers."""
+    """The gold answers that prevent fair scores."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare_data` did."""
+    """The results of `prepare_data`."""
 
     prepared: list[Prepared]
     missing: dict[str, str]
-    """Data sets without a copy: what to put where."""
+    """For each data set without a local copy, what to put where."""
     overlaps: list[Overlap]
     """Overlap of each evaluation set with the training set."""
 
@@ -64,7 +64,7 @@ class Report:
                 lines.append(
                     f"{each.name}: gold {gold.answer!r} of {gold.id} is refused, even as its own text in a box"
                 )
-        return "\n".join(lines + [f"{name}: not there; {told}" for name, told in self.missing.items()])
+        return "\n".join(lines + [f"{name}: not there; {what_to_put}" for name, what_to_put in self.missing.items()])
 
 
 def prepare_data(
@@ -77,14 +77,14 @@ def prepare_data(
     """Prepares the data sets that have a copy in `data_dir`, and checks them.
 
     Args:
-      data_dir: holds the copies, as `dcjax.data.sources.instructions` says.
-      names: which; in `datasets`.
+      data_dir: the directory of the copies, as `dcjax.data.sources.instructions` describes it.
+      names: names in `datasets`.
       download: whether to fetch those without a copy from the Hugging Face Hub first.
       cache_dir: as in `prepare`.
 
     Raises:
       OSError: a download failed.
-      ValueError: no such data set, several copies, or files of another schema.
+      ValueError: there is no such data set, there are several copies of one, or its files have another schema.
     """
     missing, prepared, examples = {}, [], {}
     for name in names:
@@ -109,7 +109,7 @@ def download_dataset(name: str, data_dir: Path) -> None:
     """Fetches a data set's files from the Hugging Face Hub into `data_dir`/NAME.
 
     Raises:
-      OSError: no network, or no such file there; says what to put where by hand.
+      OSError: there is no network, or no such file on the Hub; the message says what to put where by hand.
     """
     from huggingface_hub import snapshot_download
 
@@ -119,5 +119,5 @@ def download_dataset(name: str, data_dir: Path) -> None:
             dataset.hub, repo_type="dataset", allow_patterns=[*dataset.files], local_dir=data_dir / dataset.name
         )
     except OSError as error:
-        told = str(error).splitlines()[0]
-        raise OSError(f"{name} was not downloaded ({told}); {instructions(dataset, data_dir)}") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name} was not downloaded ({reason}); {instructions(dataset, data_dir)}") from None

@@ -1,4 +1,4 @@
-"""Which examples of a data set are used: shares, languages, lengths, lists of ids. Every step says what it left."""
+"""Which examples of a data set are used: by share, language, length or a list of ids. Each step is counted."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _INTEGER = re.compile(r"-?[0-9]+")
 def share_of(examples: Sequence[Example], subset: str) -> list[Example]:
     """A share of the examples, in their order.
 
-    Examples are ranked by a hash of their ids, and the first are taken, n · share of them rounded to the nearest: so
-    smaller shares lie within larger ones, and every mirror of a data set gives the same.
+    Examples are ranked by a hash of their ids, and the first n · share of them are taken, rounded to the nearest
+    number: so smaller shares lie within larger ones, and every mirror of a data set gives the same ones.
 
     Args:
-      examples: any.
+      examples: the examples to choose from.
       subset: "all", or a percentage above 0 and at most 100: "25%", "2.5%".
 
     Raises:
-      ValueError: neither of them.
+      ValueError: `subset` is neither.
     """
     if subset == "all":
         return list(examples)
@@ -46,16 +46,16 @@ def share_of(examples: Sequence[Example], subset: str) -> list[Example]:
 def is_english_integer(example: Example) -> bool:
     """Whether the question holds no Chinese character and the answer is an integer.
 
-    Of paper B's filter only the size is known ("about 13k"). This one, with prompts of at most 1,024 tokens, is ours.
+    Only the size of paper B's filter is known ("about 13k"). This one, with prompts of at most 1,024 tokens, is ours.
     """
     return not _CHINESE.search(example.question) and bool(_INTEGER.fullmatch(example.answer))
 
 
 def listed(examples: Sequence[Example], index_file: Path) -> list[Example]:
-    """The examples whose ids a file lists, one a line, in the order of the file.
+    """The examples whose ids a file lists, one per line, in the order of the file.
 
     Raises:
-      ValueError: the file lists an id that is not there, lists one twice, or lists none, or is not UTF-8.
+      ValueError: the file lists an id that no example has, lists one twice, lists none, or is not UTF-8.
     """
     by_id = {example.id: example for example in examples}
     try:
@@ -78,14 +78,15 @@ def select(
     max_length: int,
     subset: str,
 ) -> tuple[list[Example], dict[str, int]]:
-    """The examples to train on, and how many each step left, by its name, in order.
+    """The examples to train on, and how many were left after each step, by its name and in order.
 
     Args:
-      questions: "all", or those of which `is_english_integer` holds.
-      index_file: lists ids, which are taken in place of `questions`; None for no list.
-      lengths: the tokens of each example's prompt.
+      examples: the examples to choose from.
+      questions: "all", or "english_integer" for those that `is_english_integer` accepts.
+      index_file: a file of ids, which replaces `questions`; None for no list.
+      lengths: gives the number of tokens of each example's prompt.
       max_length: examples with longer prompts are left out.
-      subset: as in `share_of`, of what the other steps left.
+      subset: the share of what the other steps left, as in `share_of`.
 
     Raises:
       ValueError: as `listed` and `share_of`.

@@ -25,10 +25,10 @@ def instructions(dataset: Dataset, data_dir: Path | str) -> str:
 
 
 def find_files(dataset: Dataset, data_dir: Path) -> list[Path]:
-    """The files of a local copy: NAME.parquet, NAME.jsonl, or whatever of these kinds lies anywhere in NAME/; sorted.
+    """The files of a local copy, sorted: NAME.parquet, NAME.jsonl, or all files of these kinds anywhere in NAME/.
 
     Raises:
-      FileNotFoundError: there is none; says what to put where.
+      FileNotFoundError: there is none; the message says what to put where.
       ValueError: there are several copies.
     """
     folder = data_dir / dataset.name
@@ -50,10 +50,11 @@ def checksum(path: Path) -> str:
 
 
 def read_rows(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of one file, of a parquet file the columns that `dataset` needs.
+    """The rows of one file; from a parquet file, only the columns that `dataset` needs.
 
     Raises:
-      ValueError: no column of the question or of the answer, or no file of its kind: one line, which names the file.
+      ValueError: the file has no column of the question or of the answer, or is not of its kind; the message is one
+        line, which names the file.
     """
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -78,7 +79,7 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {text.rstrip()[:60]!r} is no JSON object")
+                raise ValueError(f"{path}, line {number}: {text.rstrip()[:60]!r} is not a JSON object")
             yield row
 
 
@@ -102,11 +103,11 @@ def _read_parquet(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _to_python(batch: Any, path: Path, done: int) -> list[dict[str, Any]]:
-    """The rows of an Arrow batch, behind `done` others of the file."""
+    """The rows of an Arrow batch, which comes after `done` other rows of the file."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):
-        # text that is not UTF-8, or a time that Python does not know: found cell by cell
+        # text that is not UTF-8, or a time that Python cannot represent: look for the cell
         for number in range(batch.num_rows):
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 try:
@@ -118,15 +119,15 @@ def _to_python(batch: Any, path: Path, done: int) -> list[dict[str, Any]]:
 
 
 def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example], dict[str, int]]:
-    """The examples of a copy in the order of its rows, each question once, and what became of the rows.
+    """The examples of a copy in the order of its rows, each question once, and the counts of rows.
 
     Returns:
       The examples, and the counts `rows`, `kept`, and of the dropped `empty` (no question or no answer), `duplicate`
       and `conflicting` (the question came before, with another answer).
 
     Raises:
-      ValueError: as `read_rows`, a row without its columns, a cell that is not what it should be, or no example at all;
-        the file, the row (from 1, empty lines left out) and the column are named.
+      ValueError: as `read_rows`; or a row lacks its columns, a cell is not what it should be, or there is no example.
+        The message names the file, the row (from 1, without empty lines) and the column.
     """
     kept: dict[str, Example] = {}
     counts = Counter(rows=0, kept=0, empty=0, duplicate=0, conflicting=0)

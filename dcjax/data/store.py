@@ -22,18 +22,18 @@ def default_cache() -> Path:
 
 
 def prepare(name: str, data_dir: Path, *, cache_dir: Path | None = None) -> Path:
-    """Where the data set lies prepared: a folder of the cache, named by what its source files hold.
+    """Prepares a data set on first use, and returns its folder in the cache, named by a hash of its source files.
 
-    Several processes may prepare the same one at the same time: what the first finishes counts.
+    Several processes may prepare the same one at the same time: the first one that finishes counts.
 
     Args:
-      name: in `datasets`.
-      data_dir: holds the local copy, as `dcjax.data.sources.instructions` says.
-      cache_dir: `default_cache()` where None.
+      name: a name in `datasets`.
+      data_dir: the directory of the local copy, as `dcjax.data.sources.instructions` describes it.
+      cache_dir: the cache; None is `default_cache()`.
 
     Raises:
-      FileNotFoundError: there is no local copy; says what to put where.
-      ValueError: no such data set, several copies, or files of another schema.
+      FileNotFoundError: there is no local copy; the message says what to put where.
+      ValueError: there is no such data set, there are several copies, or its files have another schema.
     """
     from dcjax.data.builders import VERSION
 
@@ -61,7 +61,7 @@ def _write(name: str, data_dir: Path, scratch: Path) -> Path:
     from dcjax.data.builders import Math
 
     tfds.disable_progress_bar()
-    # TFDS prints to standard output, where a command's results go, that it downloads, which it does not
+    # TFDS announces downloads on standard output, where a command's results go, though it downloads nothing
     with contextlib.redirect_stdout(io.StringIO()):
         builder = Math(config=name, data_dir=scratch, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=data_dir))
@@ -69,7 +69,7 @@ def _write(name: str, data_dir: Path, scratch: Path) -> Path:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What `prepare` recorded: `sha256` of each source file, and the `counts` of `read_examples`."""
+    """What `prepare` recorded: the `sha256` of each source file, and the `counts` of `read_examples`."""
     import tensorflow_datasets as tfds
 
     return dict(tfds.builder_from_directory(folder).info.metadata)
@@ -85,7 +85,7 @@ def load_examples(
       subset: "all", or a share such as "25%" (see `share_of`).
 
     Raises:
-      FileNotFoundError, ValueError: as `prepare`, or a subset that is neither.
+      FileNotFoundError, ValueError: as `prepare`, or `subset` is neither.
     """
     import tensorflow_datasets as tfds
 

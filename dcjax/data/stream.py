@@ -13,7 +13,8 @@ import numpy as np
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of 0..size - 1, int64. Of PCG64's raw bits, which NumPy keeps."""
+    """The order of one epoch: a permutation of 0..size - 1, int64. It is made of PCG64's raw bits, which no
+    version of NumPy changes."""
     order = np.argsort(np.random.PCG64([seed, epoch]).random_raw(size), kind="stable")
     order.setflags(write=False)
     return order
@@ -25,7 +26,7 @@ def draw(size: int, *, seed: int, start: int, count: int) -> list[int]:
     Numbers k · size up to (k + 1) · size - 1 are epoch k: each example once, in an order of the epoch's own.
 
     Raises:
-      ValueError: no examples, or a negative number.
+      ValueError: there are no examples, or a number is negative.
     """
     if size < 1 or min(seed, start, count) < 0:
         raise ValueError(

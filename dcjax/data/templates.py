@@ -1,4 +1,4 @@
-r"""How a question is put to a model, and how its answer is found again: one named pair each, never mixed."""
+r"""How a question is put to a model, and how its answer is found again: named pairs, which are never mixed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TemplateName = Literal["boxed", "dapo"]
 
 @dataclass(frozen=True)
 class Template:
-    """What stands round a question, and what reads the answer in a response."""
+    """The instructions around a question, and how the answer is read from a response."""
 
     before: str
     after: str
     extract: Callable[[str], str | None]
-    """The answer in a response, as written; None where there is none."""
+    """Finds the answer in a response, as written; returns None if there is none."""
     reward: Reward
-    """Judges what `extract` finds."""
+    """Scores what `extract` finds."""
 
     def message(self, question: str) -> str:
         """The question with its instructions."""
         return f"{self.before}{question}{self.after}"
 
     def prompt(self, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-        """The text that the model goes on from: the message as a user's turn, of a tokenizer without chats bare."""
+        """The text that the model continues: the message as a user's turn, or bare without a chat template."""
         message = self.message(question)
         if tokenizer.chat_template is None:
             return message

@@ -1,4 +1,4 @@
-"""Tokenizers: of a model's folder, or one of bytes for models that have none."""
+"""Tokenizers: that of a model's folder, or one of bytes for models that have none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte of UTF-8, behind <pad> and <eos>: 258 in all.
+    """A tokenizer with a token for each byte of UTF-8 after <pad> and <eos>, 258 in all.
 
-    It adds no beginning or end by itself, reads "<eos>" in a text as the five characters, and decoding what it encoded
-    gives the text back exactly. It has no chat template.
+    It adds no beginning or end by itself, reads "<eos>" in a text as the five characters, and decodes what it encoded
+    to exactly the same text. It has no chat template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -38,13 +38,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a Hugging Face folder.
 
     Raises:
-      ValueError: there is none, it is damaged, or it has no end token.
+      ValueError: there is no tokenizer, it is damaged, or it has no end token.
     """
     from transformers import PreTrainedTokenizerFast
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library's own, in Rust, is no ValueError
+    except Exception as error:  # the library raises an exception of its own, from Rust
         raise ValueError(f"no tokenizer can be read in {folder}: {str(error).splitlines()[0]}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no end token; a response could not end")

@@ -1,4 +1,4 @@
-"""What the network computes. Imports nothing of rl, serving or data."""
+"""The network: its architecture, parameters, forward pass and file formats. Imports nothing of rl, serving or data."""
 
 from dcjax.models.config import ModelConfig, Precision, presets
 from dcjax.models.hf import load_hf

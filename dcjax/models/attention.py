@@ -1,7 +1,8 @@
 """Causal self-attention of the training forward, by one of three kernels.
 
-All compute softmax(q kᵀ / √D) v under the same mask; they differ in rounding and in memory. `xla` holds S × S weights,
-`cudnn` (GPU) and `splash` (Pallas, TPU) blocks of them, forward and backward; of packed rows cudnn holds an S × S mask.
+All compute softmax(q kᵀ / √D) v under the same mask; they differ in rounding and in memory. `xla` stores all S × S
+attention weights. `cudnn` (GPU) and `splash` (Pallas, TPU) store only blocks of them, in the forward and in the
+backward pass, but for packed rows `cudnn` stores an S × S mask.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ from dcjax.models.layers import attend_grouped, pad_columns, round_up
 from dcjax.types import Array
 
 Kernel = Literal["xla", "cudnn", "splash"]
-"""What `auto` comes down to."""
+"""The kernels that `auto` chooses among."""
 
-# where the kernels that hold blocks run: JAX's names of platforms, and dtypes
+# the platforms, by JAX's names, and the dtypes that the blockwise kernels support
 _BLOCKED: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cudnn": (("gpu", "cuda"), ("bfloat16", "float16")),
-    "splash": (("tpu",), ("bfloat16", "float32")),  # Mosaic, which compiles it, loads no float16
+    "splash": (("tpu",), ("bfloat16", "float32")),  # its compiler, Mosaic, does not support float16
 }
-_LANES = 128  # splash takes key blocks in multiples of a TPU's lanes
-_BLOCK = 512  # queries and keys of one splash step: 1 MiB of float32 scores, well within a TPU core's own memory
+_LANES = 128  # splash requires blocks of keys that are multiples of a TPU's lanes
+_BLOCK = 512  # queries and keys in one step of splash: 1 MiB of float32 scores, well within a TPU core's own memory
 
 
 def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
     """The kernel that `kernel` means on JAX's `platform` ("cpu", "gpu" or "cuda", "tpu") for q, k, v of `dtype`.
 
-    `auto` is splash on TPU in bf16 and float32, cudnn on GPU in bf16 and fp16, xla elsewhere. On widths of a head cuDNN
-    has its own say, when called: multiples of 8, at most 256, or 128 before Hopper.
+    `auto` is splash on TPU in bf16 and float32, cudnn on GPU in bf16 and fp16, xla elsewhere. cuDNN itself
+    checks the width of a head when it is called: it must be a multiple of 8 and at most 256, or 128 before Hopper.
 
     Raises:
-      ValueError: a kernel that the platform, or the dtype, cannot run.
+      ValueError: the kernel does not run on the platform, or not in the dtype.
     """
     name = jnp.dtype(dtype).name
-    able = [kind for kind, (platforms, dtypes) in _BLOCKED.items() if platform in platforms and name in dtypes]
+    supported = [kind for kind, (platforms, dtypes) in _BLOCKED.items() if platform in platforms and name in dtypes]
     if kernel == "auto":
-        return able[0] if able else "xla"
-    if kernel == "xla" or kernel in able:
+        return supported[0] if supported else "xla"
+    if kernel == "xla" or kernel in supported:
         return kernel
     platforms, dtypes = _BLOCKED[kernel]
     raise ValueError(
@@ -69,11 +70,11 @@ def causal_attention(
     `segment_ids` a query sees its own segment only. Padding is segment 0, a segment like the others: every query sees
     at least itself, and every row of the result is finite.
 
-    `auto` asks which platform is JAX's default while tracing. A named kernel is taken as it is, so that a program for
-    a TPU can be compiled on a host without one; `choose` says beforehand whether a kernel and a platform go together.
+    `auto` is resolved for JAX's default platform at trace time. A named kernel is used as it is, so that a program for
+    a TPU can be compiled on a host without one; `choose` checks beforehand whether a platform supports a kernel.
     """
     chosen = choose(kernel, jax.default_backend(), q.dtype) if kernel == "auto" else kernel
-    if chosen == "cudnn":  # which takes 16 bits only
+    if chosen == "cudnn":  # cuDNN takes only 16-bit dtypes, to which `float32` does not apply
         return _cudnn(q, k, v, segment_ids)
     return {"xla": _xla, "splash": _splash}[chosen](q, k, v, segment_ids, float32)
 
@@ -118,9 +119,9 @@ def _splash(
     # around it, over batch and heads.
     length = q.shape[1]
     block = min(_BLOCK, round_up(length, _LANES))
-    # the kernel does not scale; the factor is scarcely a power of two, so q is scaled in float32 and rounded once
+    # the kernel does not scale the scores; the factor is rarely a power of two, so q is scaled in float32, rounded once
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    # columns added at the end are the future of all others
+    # the added columns come last, so causal order hides them from all others
     q_heads, k_heads, v_heads = (pad_columns(x, block).swapaxes(1, 2) for x in (scaled, k, v))
     ids = None
     if segment_ids is not None:
@@ -128,17 +129,17 @@ def _splash(
         ids = splash_attention.SegmentIds(q=padded, kv=padded)
     attend = jax.vmap(_splash_kernel(q.shape[2], q_heads.shape[2], block))
     if q.dtype == jnp.float32:
-        attend = _asking(float32, attend)
+        attend = _with_float32_precision(float32, attend)
     return attend(q_heads, k_heads, v_heads, ids).swapaxes(1, 2)[:, :length]
 
 
-def _asking(float32: lax.Precision, function: Callable[..., Array]) -> Callable[..., Array]:
-    """The function, whose products ask for no precision themselves, with this one, forward and backward."""
-    # Mosaic has these two
+def _with_float32_precision(float32: lax.Precision, function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function with this precision for its products, forward and backward, which set no precision themselves."""
+    # Mosaic supports only these two precisions
     name = "default" if float32 == lax.Precision.DEFAULT else "highest"
 
     @jax.custom_vjp
-    def asking(*operands):
+    def at_precision(*operands):
         with jax.default_matmul_precision(name):
             return function(*operands)
 
@@ -150,8 +151,8 @@ def _asking(float32: lax.Precision, function: Callable[..., Array]) -> Callable[
         with jax.default_matmul_precision(name):
             return back(gradient)
 
-    asking.defvjp(forward, backward)
-    return asking
+    at_precision.defvjp(forward, backward)
+    return at_precision
 
 
 def _splash_kernel(heads: int, length: int, block: int) -> Callable[..., Any]:

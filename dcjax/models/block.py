@@ -19,25 +19,25 @@ from dcjax.models.moe import Choice, GroupedDot, Routing, grouped_dot, moe
 from dcjax.types import Array
 
 Dot = Callable[[Array, Any], Array]
-"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or what an engine's dot reads."""
+"""(x [..., K], kernel of K × N) -> [..., N] in x's dtype. A kernel is an array, or an engine's form of weights."""
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> (context [B, S, H, D], cache or None)."""
 
 
 class Products(NamedTuple):
-    """How a layer multiplies: by one kernel, and by the kernel of each row's expert."""
+    """A layer's two products: of all rows with one kernel, and of each row with the kernel of its expert."""
 
     dot: Dot
     grouped_dot: GroupedDot
 
 
 PRODUCT = "product"
-"""What the training products return goes by this name for `jax.checkpoint`."""
+"""The name by which `jax.checkpoint` finds the results of the training products."""
 
 
 def training_products(precision: Precision) -> Products:
-    """Products of float arrays by the policy's arithmetic."""
+    """The products of the training forward, computed as `precision` says."""
     arithmetic = Arithmetic(DTYPES[precision.accumulation], precision.float32)
 
     def dot(x: Array, kernel: Array) -> Array:
@@ -59,10 +59,21 @@ def block(
     experts: Choice | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S E"], Any, Routing | None]:
-    """x + attention(norm x), then + SwiGLU or experts of (norm x); `attend`'s cache; the routing of a sparse layer.
+    """Adds attention to the residual stream, and then the SwiGLU or the experts, each of the normed stream.
 
-    `params` are one layer's, with experts where they hold a router. `experts` imposes another choice of experts,
-    `layout` says how devices share the layer.
+    Args:
+      config: the architecture.
+      params: one layer's parameters; the layer has experts if they hold a router.
+      x: the residual stream before the layer.
+      rope: the rotary angles of the columns, as `rope_table` returns them.
+      attend: the attention of the layer, which may write a cache.
+      products: the products of the layer.
+      experts: imposes another choice of experts than the router's.
+      layout: how devices share the layer.
+
+    Returns:
+      The residual stream after the layer, the cache that `attend` returned, and the routing, which is None in a layer
+      without experts.
     """
     normed = rms_norm(x, params["input_layernorm"], config.rms_norm_eps)
     context, cache = attend(*_heads(config, params, normed, rope, products.dot))
@@ -77,7 +88,7 @@ def block(
 
 
 def _heads(config: ModelConfig, params: Mapping[str, Any], normed: Array, rope: Rope, dot: Dot):
-    """Queries [B, S, H, D], keys and values [B, S, K, D]: normed per head in Qwen3, with a bias in Qwen2."""
+    """Queries [B, S, H, D], keys and values [B, S, K, D]; Qwen3 normalises queries and keys, Qwen2 adds biases."""
 
     def project(name: str) -> Array:
         projected = dot(normed, params[f"{name}_proj"])

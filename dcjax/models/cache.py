@@ -1,4 +1,4 @@
-"""The KV cache of one layer, as an argument: written in place, read by causal attention, stored wide or in 8 bits."""
+"""The KV cache of a layer: written in place, read by causal attention, stored in 16 or 32 bits or quantised to 8."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
 from dcjax.types import Array
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-"""What vectors are scaled to in the narrow dtypes; e4m3 has no infinity, and rounds what is larger to NaN."""
+"""The largest magnitude in each 8-bit dtype, to which vectors are scaled; e4m3 turns anything larger into NaN."""
 
 
 @flax.struct.dataclass
@@ -30,29 +30,30 @@ class LayerCache:
     In int8 and fp8, each token's head vector has its own scale: value ≈ narrow · scale.
     """
 
-    # [B, K, C, D], behind an axis of layers in `stack_layers`
+    # [B, K, C, D]; `stack_layers` adds a leading axis of layers
     k: jax.Array
     v: jax.Array
-    # float32 [B, K, C], likewise; None where the cache is wide
+    # float32 [B, K, C], likewise; None unless the cache is in 8 bits
     k_scale: jax.Array | None
     v_scale: jax.Array | None
 
 
 Caches = tuple[LayerCache, ...] | LayerCache
-"""One a layer, or all of `stack_layers`."""
+"""One cache per layer, or those of all layers as `stack_layers` stacks them."""
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
-    """An empty cache; int8 and float8_e4m3fn add the scales."""
+    """An empty cache, with scales if `dtype` is int8 or float8_e4m3fn."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     scale = jnp.zeros(shape[:-1], jnp.float32) if dtype in LARGEST else None
     return LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), k_scale=scale, v_scale=scale)
 
 
 def quantize_rows(x: Float[Array, "... D"], dtype: jnp.dtype) -> tuple[Shaped[Array, "... D"], Float[Array, "..."]]:
-    """Symmetric int8 or e4m3 of each vector along the last axis, with its float32 scale: x ≈ narrow · scale.
+    """Quantises each vector along the last axis to int8 or e4m3, with a float32 scale: x ≈ narrow · scale.
 
-    The largest magnitude becomes 127 or 448. A vector whose scale is no normal float32, such as zero, becomes zero.
+    The largest magnitude becomes 127 or 448. A vector whose scale is not a normal float32, such as the
+    zero vector, becomes zero.
     """
     wide, largest = x.astype(jnp.float32), LARGEST[dtype]
     peak = jnp.max(jnp.abs(wide), axis=-1)
@@ -69,7 +70,7 @@ def write(
     positions: Int[Array, "B S"],
     layer: Int[Array, ""] | None = None,
 ) -> LayerCache:
-    """Stores S tokens a sequence at their positions (tokens beyond the capacity are dropped).
+    """Stores S tokens of each sequence at their positions; tokens beyond the capacity are dropped.
 
     `layer` is the number of this layer in a cache that holds several.
     """
@@ -99,7 +100,7 @@ def attend(
 
 
 CachedAttention = Callable[..., tuple[Array, LayerCache]]
-"""`attend_cached`, or what computes the same."""
+"""`attend_cached`, or a function that computes the same."""
 
 
 def attend_cached(
@@ -112,30 +113,30 @@ def attend_cached(
     *,
     float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
-    """`attend` after `write`, and what was written to."""
+    """`write` followed by `attend`; returns the attention's result and the new cache."""
     written = write(cache, k, v, positions, layer)
     own = written if layer is None else jax.tree.map(lambda leaf: leaf[layer], written)
     return attend(own, q, positions, float32=float32), written
 
 
 def stack_layers(layers: Sequence[Any]) -> Any:
-    """Weights or caches of layers that are alike as one tree, whose leaves have an axis of layers in front.
+    """Stacks the weights or caches of layers of one kind into a tree whose leaves have a leading axis of layers.
 
-    `forward_cached` loops over what is stacked, so that a program's size does not grow with the depth.
+    `forward_cached` loops over stacked layers, so that a program's size does not grow with the depth.
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 class Decoded(NamedTuple):
-    """What tokens leave behind on their way through the layers."""
+    """The results of running tokens through the layers."""
 
-    # normed
+    # after the last norm
     hidden: Float[Array, "B S E"]
-    # stacked where they came so
+    # stacked if the caches passed in were
     caches: Caches
-    # what the M sparse layers chose; None without experts
+    # the experts that the M sparse layers chose; None without experts
     experts: Int[Array, "M B S k"] | None
-    # the residual stream behind each of the L layers
+    # the residual stream after each of the L layers
     residuals: Float[Array, "L B S E"]
 
 
@@ -150,11 +151,12 @@ def forward_cached(
     layout: Layout = ONE_DEVICE,
     attention: CachedAttention = attend_cached,
 ) -> Decoded:
-    """Embedded tokens through all layers against their caches: prefill with S tokens, decode with one.
+    """Runs embedded tokens through all layers with their caches: S tokens in prefill, one in decoding.
 
-    `params["layers"]` and `caches` hold one element a layer, and the layers are then unrolled; or both are of
-    `stack_layers`, and are looped over. `choose` takes a layer's number and its router's probabilities, and returns the
-    experts; the most probable ones where absent. `layout` and `attention` say how devices share the work.
+    `params["layers"]` and `caches` either hold one element per layer, and the layers are unrolled, or are both stacked
+    by `stack_layers`, and the layers are looped over. `choose` takes a layer's number and its router's probabilities,
+    and returns the experts; if None, the most probable ones are chosen. `layout` and `attention` determine how devices
+    share the work.
     """
     stacked = isinstance(caches, LayerCache)
     capacity = (caches if isinstance(caches, LayerCache) else caches[0]).k.shape[-2]
@@ -189,7 +191,7 @@ def _unrolled(layer: Callable, x: Array, weights: Sequence[Any], caches: tuple[L
 
 def _looped(layer: Callable, x: Array, weights: Any, caches: LayerCache):
     def turn(carry, inputs):
-        # the caches of all layers are carried, so that each is written to where it is
+        # the caches of all layers are carried, so that each is written in place
         x, caches, experts = layer(carry[0], inputs[0], carry[1], inputs[1])
         return (x, caches), (experts, x)
 

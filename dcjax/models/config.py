@@ -34,21 +34,21 @@ Remat = Literal["none", "products", "full"]
 
 @dataclass(frozen=True)
 class Precision:
-    """In what the training forward and backward compute. Norms, softmax, router and log-probs are float32 throughout,
-    and the router's product keeps all bits whatever is chosen here.
+    """The dtypes that the training forward and backward compute in. Norms, softmax, router and log-probs are float32
+    throughout, and the router's product keeps all bits whatever is chosen here.
 
     Raises:
-      ValueError: an unknown dtype.
+      ValueError: a field has an unknown value.
     """
 
     parameters: DtypeName = "float32"
-    """Fresh parameters, and with them the optimiser's moments."""
+    """Dtype of fresh parameters, and with them of the optimiser's moments."""
     compute: DtypeName = "float32"
-    """Activations, and both sides of every product; with fp16 the loss is scaled dynamically."""
+    """Dtype of activations, and of both sides of every product; with fp16 the loss is scaled dynamically."""
     accumulation: DtypeName = "float32"
-    """Sums inside products, forward and backward; gradients of parameters are not rounded further."""
+    """Dtype of sums inside products, forward and backward; gradients of parameters are not rounded further."""
     head: DtypeName = "float32"
-    """Both sides of the product with the output head. Paper B looks at a float32 head as a remedy for the gap."""
+    """Dtype of both sides of the product with the output head. Paper B studies float32 here as a remedy for the gap."""
     float32_products: Float32Products = "highest"
     """How training and serving multiply float32 with float32: highest keeps all bits. high and default are faster and
     keep fewer: on a TPU three passes of bf16 or one, on an NVIDIA GPU TF32. CPUs keep all bits in any case."""
@@ -60,7 +60,7 @@ class Precision:
 
     @property
     def float32(self) -> lax.Precision:
-        """`float32_products` as JAX has it."""
+        """`float32_products` as JAX's own type."""
         return PRECISIONS[self.float32_products]
 
 
@@ -69,7 +69,8 @@ class ModelConfig:
     """A decoder-only transformer of the Qwen family: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
 
     Raises:
-      ValueError: a size that is not positive, heads that the key-value heads do not divide, or experts that do not fit.
+      ValueError: a size is not positive, the key-value heads do not divide the heads, or the experts' fields do not
+        agree.
     """
 
     family: Family = "qwen3"
@@ -93,29 +94,29 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
-    """The output head is the embedding table."""
+    """Whether the output head is the embedding table."""
     max_position_embeddings: int = 40_960
     """Longest sequence that the model is made for, in tokens; exported, but not enforced here."""
     num_experts: int = 0
-    """Number of experts in each sparse layer; 0 is a dense model."""
+    """Number of experts in each sparse layer; 0 for a dense model."""
     num_experts_per_tok: int = 8
     """Number of experts that each token is routed to."""
     moe_intermediate_size: int = 768
     """Width of one expert's hidden layer."""
     norm_topk_prob: bool = True
-    """Divide the chosen experts' probabilities by their sum."""
+    """Whether the chosen experts' probabilities are divided by their sum."""
     decoder_sparse_step: int = 1
     """Every n-th layer, counted from 1, has experts."""
     mlp_only_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that are always dense."""
     remat: Remat = "products"
-    """What the backward pass finds kept: products (what matrix products returned; the rest is computed again) or full
-    (only what entered each layer), both in a loop, so that program size is flat in depth; or none (everything is kept,
-    layers are laid out one after the other, the fastest for two or three)."""
+    """What the backward pass recomputes. products keeps the results of matrix products and recomputes the rest, and
+    full keeps only the input of each layer; both loop over the layers, so that the program does not grow with depth.
+    none keeps everything and unrolls the layers, which is the fastest for two or three."""
     attention: AttentionKernel = "auto"
     """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere."""
     head_chunk: int = 512
-    """Columns of a response whose logits exist at one time (tokens a sequence)."""
+    """Number of columns of a response whose logits are in memory at one time (tokens per sequence)."""
     precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self):
@@ -198,7 +199,7 @@ _FULL = ModelConfig(
 
 
 def _published(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int = 8, **others) -> ModelConfig:
-    """A full-size model: what most of Qwen3's share, and its sizes."""
+    """A full-size model: the settings that most Qwen3 models share, with these sizes."""
     return replace(
         _FULL,
         num_layers=layers,
@@ -225,4 +226,4 @@ presets: dict[str, ModelConfig] = {
         28, 1536, 8960, 12, 2, family="qwen2", rope_theta=1e4, max_position_embeddings=131_072
     ),
 }
-"""Configurations by name; sizes as published."""
+"""Configurations by name; those of released models have the published sizes."""

@@ -32,15 +32,15 @@ _ONE_SET = "keep those that are meant and move the others out of the folder"
 
 
 class Checkpoint:
-    """A Hugging Face folder whose config and headers are read and agree; weights are read when asked for.
+    """A Hugging Face folder whose config and headers have been read and agree; weights are read on request.
 
     Attributes:
       config: the architecture.
-      leaves: of the architecture, as `leaves` lists them.
-      tensors: in its files, by name; buffers that are no weights are left out.
+      leaves: the arrays of the params tree, as `leaves` lists them.
+      tensors: the tensors in its files, by name; buffers that are not weights are left out.
 
     Raises:
-      ValueError, FileNotFoundError: as `load_hf`, save what only shows in the weights themselves.
+      ValueError, FileNotFoundError: as `load_hf`, except for faults in the weights themselves.
     """
 
     def __init__(self, path: Path):
@@ -53,7 +53,7 @@ class Checkpoint:
         self._check_tensors()
 
     def verify_tied_head(self) -> None:
-        """Of a checkpoint with tied embeddings that stores a head as well, that it is the embedding.
+        """Checks that a head stored beside tied embeddings is the embedding table, bit for bit.
 
         Raises:
           ValueError: it is not.
@@ -67,10 +67,10 @@ class Checkpoint:
                 )
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """In what a leaf is stored.
+        """The dtype that a leaf is stored in.
 
         Raises:
-          ValueError: an unsupported dtype, or tensors of several.
+          ValueError: the dtype is not supported, or the leaf's tensors have several.
         """
         first = leaf.name((0,) * len(leaf.stack))
         dtype = self.tensors[first].dtype
@@ -86,7 +86,7 @@ class Checkpoint:
         """The part of a leaf that `index` selects; other layers, experts, rows and columns are not read.
 
         Raises:
-          ValueError: a value beyond the range of `dtype`.
+          ValueError: a value is beyond the range of `dtype`.
         """
         spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
         depth = len(leaf.stack)
@@ -96,7 +96,7 @@ class Checkpoint:
             matrix = tuple(index[depth:])
             part = self.tensors[name].part[matrix[::-1]].T if leaf.transposed else self.tensors[name].part[matrix]
             target = tuple(position for position, _ in places)
-            # what overflows is refused in the next line, by name
+            # an overflow is reported below, with the tensor's name
             with np.errstate(over="ignore"):
                 array[target] = part
             if part.dtype != dtype and not np.isfinite(array[target]).all():
@@ -111,9 +111,9 @@ class Checkpoint:
             "missing": [name for name in leaf_of if name not in self.tensors],
             "unexpected": sorted(self.tensors.keys() - leaf_of.keys() - allowed),
         }
-        if told := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
+        if listed := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
             raise ValueError(
-                f"{self._path}: of the {len(leaf_of)} tensors that config.json describes: {', '.join(told)}"
+                f"{self._path}: of the {len(leaf_of)} tensors that config.json describes: {', '.join(listed)}"
             )
         for name, leaf in leaf_of.items():
             if (found := self.tensors[name].shape) != leaf.stored_shape:
@@ -140,12 +140,12 @@ def _open_folder(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: {quote(first)} is in {tensors[first].path.name} and again in {name}")
         tensors |= opened
     for name in {**placed, **tensors} if placed else ():
-        said, found = placed.get(name), tensors[name].path.name if name in tensors else None
-        if said != found:
+        indexed, found = placed.get(name), tensors[name].path.name if name in tensors else None
+        if indexed != found:
             raise ValueError(
-                f"{path / INDEX} places {quote(name)} in {said or 'no file'}; it is in {found or 'none of them'}"
+                f"{path / INDEX} places {quote(name)} in {indexed or 'no file'}; it is in {found or 'none of them'}"
             )
-    # a buffer that old versions saved; it follows from rope_theta
+    # old versions of transformers saved this buffer, which follows from rope_theta
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -154,7 +154,7 @@ def _weight_files(path: Path) -> tuple[dict[str, str], list[str]]:
 
     Raises:
       ValueError: model.safetensors lies beside shards that are not of one index with it. Loaders differ in which they
-        take: transformers the single file, vLLM what the index names.
+        read: transformers the single file, vLLM the files that the index names.
       FileNotFoundError: there are no weights.
     """
     has_single = (path / WEIGHTS).is_file()
@@ -199,21 +199,21 @@ def load_hf(
     """A Hugging Face folder's architecture and weights, in the tree of `init_params`.
 
     Weights come from model.safetensors, or from the files that model.safetensors.index.json names; a folder with both
-    is refused, unless the index names the former. Files of other names are not read. Each tensor is
-    read through once to see that it is finite and, where the file carries dcjax's checksums, undamaged; then each
-    device's part is read and placed, one leaf at a time: the host holds one leaf and one tensor beside the params.
-    The config's `precision.parameters` is their dtype, of leaves in several the narrowest that holds them all.
+    is refused, unless the index names the former. Files of other names are not read. Each tensor is read once in full
+    to check that it is finite and, if the file carries dcjax's checksums, undamaged; then each device's part is read
+    and placed, one leaf at a time: the host holds one leaf and one tensor beside the params. The returned config's
+    `precision.parameters` is the params' dtype, or the narrowest that holds all of them.
 
     Args:
       path: the folder; files in it may be links, as in Hugging Face's cache.
-      dtype: of all params; None keeps each leaf's stored dtype (float32, bf16 or fp16).
-      mesh: places each leaf by `sharding.rules`; None is JAX's default device.
+      dtype: the dtype of all params; None keeps each leaf's stored dtype (float32, bf16 or fp16).
+      mesh: the mesh on which each leaf is placed by `sharding.rules`; None is JAX's default device.
 
     Raises:
-      ValueError: an architecture that is not supported, or a checkpoint that is damaged, incomplete, infinite
-        anywhere, of pickles, or not of its config's tensors, shapes and dtypes; or a mesh that does not divide a leaf.
-        One line, which names the tensor.
-      FileNotFoundError: what was looked for and is not there.
+      ValueError: the architecture is not supported; the checkpoint is damaged, is not finite, has its weights only as
+        pickles, or does not have the tensors, shapes and dtypes of its config; or the mesh does not divide a leaf. The
+        message is one line, which names the tensor.
+      FileNotFoundError: the config or the weights are missing; the message names the path.
     """
     checkpoint = Checkpoint(local_path(path))
     places = _places(checkpoint, mesh)
@@ -225,11 +225,11 @@ def load_hf(
             checkpoint.tensors[name].read()
         parent = params if len(leaf.path) == 1 else params.setdefault(leaf.path[0], {})
         parent[leaf.path[-1]] = _place(checkpoint, leaf, dtypes[leaf], places[leaf.path])
-    return _holding(checkpoint.config, dtypes.values()), params
+    return _with_parameters_in(checkpoint.config, dtypes.values()), params
 
 
-def _holding(config: ModelConfig, dtypes: Iterable[np.dtype]) -> ModelConfig:
-    """The config of parameters in these dtypes."""
+def _with_parameters_in(config: ModelConfig, dtypes: Iterable[np.dtype]) -> ModelConfig:
+    """The config with the narrowest dtype of parameters that holds all of these dtypes."""
     widest = jnp.result_type(*dtypes)
     name = next(name for name, dtype in DTYPES.items() if dtype == widest)
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, parameters=name))
@@ -275,5 +275,5 @@ def _place(checkpoint: Checkpoint, leaf: Leaf, dtype: np.dtype, place: Sharding)
         return parts[key]
 
     array = jax.make_array_from_callback(leaf.shape, place, part, dtype=dtype)
-    # transfers run in the background and hold the host's copies: without this, leaves pile up
+    # transfers run in the background and keep the host's copies alive: without waiting, leaves would pile up
     return array.block_until_ready()

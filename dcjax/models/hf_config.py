@@ -1,4 +1,4 @@
-"""Between Hugging Face's config.json, in its old and its new style, and `ModelConfig`."""
+"""Converts between Hugging Face's config.json, in its old and its new style, and `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from dcjax.paths import local_path
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_CONFIG_BYTES = 1 << 20
-"""Largest size that is read of a config.json or generation_config.json, in bytes."""
+"""Largest config.json or generation_config.json that is read, in bytes."""
 MAX_SIZE = 2**31
-"""Largest value of any one size."""
+"""Largest value accepted for any one size."""
 MAX_LAYERS = 4096
+"""Largest number of layers."""
 MAX_EXPERTS = 2**18
-"""Experts of all layers together."""
+"""Largest number of experts, over all layers together."""
 MAX_END_TOKENS = 256
-"""Ids that one file names as ends of a response."""
+"""Largest number of end tokens in one file."""
 
 SUPPORTED = "qwen3, qwen3_moe and qwen2"
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# of another model than the one written, or of how its weights were stored, when a config.json is carried over
+# fields that are not carried over from another config.json: they describe that model, or how its weights were stored
 _NOT_CARRIED = (
     "quantization_config",
     "layer_types",
@@ -61,7 +62,7 @@ class _Fields:
         return ValueError(f"{self.where}: {name} is {quote(self.values[name])}; it must be {right}")
 
     def get(self, name: str, default: Any) -> Any:
-        """The value, where null is as good as absent."""
+        """The value, or `default` if it is absent or null."""
         value = self.values.get(name)
         return default if value is None else value
 
@@ -85,7 +86,7 @@ class _Fields:
         return value
 
     def token_ids(self, name: str, vocab_size: int) -> list[int]:
-        """The ids that a field holds, one or a list of them; none where it is absent or null."""
+        """The ids that a field holds, one or a list of them; no ids if it is absent or null."""
         value = self.get(name, [])
         ids = value if isinstance(value, list) else [value]
         if len(ids) > MAX_END_TOKENS or not all(type(each) is int and 0 <= each < vocab_size for each in ids):
@@ -94,7 +95,7 @@ class _Fields:
         return ids
 
     def require(self, name: str, expected: Any) -> None:
-        """Absent, null, or the only value that is supported."""
+        """Checks that a field is absent, null, or the only value that is supported."""
         value = self.get(name, expected)
         if type(value) is not type(expected) or value != expected:
             raise self.refuse(name, f"{expected!r}, the only one supported" if expected is not False else "false")
@@ -103,18 +104,19 @@ class _Fields:
 def read_config(path: Path | str) -> ModelConfig:
     """The architecture in a Hugging Face folder's config.json.
 
-    Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. What
-    config.json does not say (remat, attention, head_chunk, precision) keeps `ModelConfig`'s defaults. Only head_dim,
-    tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, which then are what
-    `transformers` takes them for.
+    Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. Fields of
+    `ModelConfig` that config.json does not have (remat, attention, head_chunk, precision) keep their defaults. Only
+    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and then have
+    the defaults of `transformers`.
 
     Args:
       path: the folder.
 
     Raises:
-      ValueError: another architecture than Qwen3, Qwen3-MoE and Qwen2 with plain RoPE and full attention, quantised
-        weights, or a field that is missing, of the wrong kind or absurd; one line, which quotes the value.
-      FileNotFoundError: no config.json there.
+      ValueError: the architecture is not Qwen3, Qwen3-MoE or Qwen2 with plain RoPE and full attention, the weights are
+        quantised, or a field is missing, of the wrong type or out of range; the message is one line, which quotes the
+        value.
+      FileNotFoundError: the folder has no config.json.
     """
     values, where = read_fields(local_path(path))
     return _to_config(_Fields(values, where))
@@ -123,21 +125,21 @@ def read_config(path: Path | str) -> ModelConfig:
 def read_end_tokens(path: Path | str) -> list[int]:
     """The ids that a folder's config.json and generation_config.json name as ends of a response, ascending.
 
-    There are none where neither file names one: then only the tokenizer's own ends it.
+    The list is empty if neither file names one; then only the tokenizer's end token ends a response.
 
     Args:
       path: the folder.
 
     Raises:
-      ValueError: an eos_token_id that is neither an id of config.json's vocabulary nor a list of them, or a damaged
-        file; one line, which quotes the value.
-      FileNotFoundError: no config.json there, or a link to nothing in place of a file.
+      ValueError: an eos_token_id is neither an id of config.json's vocabulary nor a list of them, or a file is damaged;
+        the message is one line, which quotes the value.
+      FileNotFoundError: the folder has no config.json, or a file is a dangling link.
     """
     values, where = read_fields(Path(path))
     vocab_size = _Fields(values, where).integer("vocab_size")
     ends = set(end_tokens_in(values, where, vocab_size=vocab_size))
     generation = Path(path) / GENERATION_CONFIG
-    # a link to nothing is an incomplete download, and no model without the file
+    # a dangling link is an incomplete download, not a model that lacks the file
     if os.path.lexists(generation):
         published = read_json_object(generation, MAX_CONFIG_BYTES)
         ends |= set(end_tokens_in(published, str(generation), vocab_size=vocab_size))
@@ -145,26 +147,26 @@ def read_end_tokens(path: Path | str) -> list[int]:
 
 
 def end_tokens_in(values: Mapping[str, Any], where: str, *, vocab_size: int, name: str = "eos_token_id") -> list[int]:
-    """The ids that one file names as ends of a response: one, a list, or none where the field is absent or null.
+    """The ids that one file names as ends of a response; an empty list if the field is absent or null.
 
     Args:
-      values: what the file says.
+      values: the fields of the file.
       where: its path, for error messages.
-      vocab_size: of the model, which samples ids below it.
-      name: of the field.
+      vocab_size: the size of the model's vocabulary, which all ids must be below.
+      name: the name of the field, which holds one id or a list of them.
 
     Raises:
-      ValueError: anything else, a bool among them, or an id that the vocabulary does not have.
+      ValueError: the field holds anything else, such as a bool, or an id that the vocabulary does not have.
     """
     return _Fields(values, where).token_ids(name, vocab_size)
 
 
 def read_fields(folder: Path) -> tuple[dict[str, Any], str]:
-    """All that config.json says, and its path for error messages.
+    """All fields of config.json, and its path for error messages.
 
     Raises:
-      ValueError: it is not a JSON object, or longer than a mebibyte.
-      FileNotFoundError: no config.json there.
+      ValueError: it is not a JSON object, or it is longer than `MAX_CONFIG_BYTES`.
+      FileNotFoundError: the folder has no config.json.
     """
     path = folder / "config.json"
     try:
@@ -179,7 +181,7 @@ def _to_config(fields: _Fields) -> ModelConfig:
         raise fields.refuse("model_type", f"one of those supported, {SUPPORTED}")
     _check_supported(fields, kind)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    # as in transformers: Qwen3's class has a number, the others divide
+    # the defaults of transformers: a fixed number for Qwen3, hidden_size over heads for the others
     head_dim = 128 if kind == "qwen3" else max(hidden // heads, 1)
     sizes: dict[str, Any] = {
         "family": "qwen2" if kind == "qwen2" else "qwen3",
@@ -219,7 +221,7 @@ def _check_supported(fields: _Fields, kind: str) -> None:
 
 
 def _rope_theta(fields: _Fields) -> float:
-    """The base of RoPE, from either style; where a file has both they must agree."""
+    """The base of RoPE, from either style; if a file has both, they must agree."""
     _check_rope_scaling(fields, "rope_scaling", {"rope_type", "type", "rope_theta"})
     _check_rope_scaling(fields, "rope_parameters", {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     parameters = fields.get("rope_parameters", {})
@@ -258,12 +260,12 @@ def _experts(fields: _Fields, num_layers: int) -> dict[str, Any]:
 
 
 def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json is to say, in both styles, for `transformers` from 4.51 and for vLLM.
+    """The fields of config.json, in both styles, for `transformers` from 4.51 and for vLLM.
 
     Args:
       config: the architecture.
-      dtype: of the weights in the files.
-      carried: another config.json's fields; token ids and whatever is unknown here are kept.
+      dtype: the dtype of the weights in the files.
+      carried: another config.json's fields, of which token ids and fields unknown to dcjax are kept.
     """
     kind = "qwen3_moe" if config.num_experts else config.family
     fields = {name: value for name, value in carried.items() if name not in _NOT_CARRIED}

@@ -1,6 +1,6 @@
 """The files of a Hugging Face checkpoint: strict JSON, and safetensors with a checksum of each tensor in the metadata.
 
-Headers, slices and tensors are the `safetensors` library's work; the checksums are dcjax's own addition.
+The `safetensors` library reads and writes headers, slices and tensors; the checksums are dcjax's own addition.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
 }
-"""What weights may be stored in, by the format's own names."""
+"""The dtypes that weights may be stored in, by the names that safetensors uses."""
 
 CHECKSUMS = "dcjax.crc32"
 """The metadata key of the checksums: a JSON object from names to CRC-32s, eight hexadecimal digits."""
@@ -34,7 +34,7 @@ _quoting.maxstring, _quoting.maxother, _quoting.maxlong = 100, 60, 30
 
 
 def quote(value: object) -> str:
-    """`value` as one line of at most about 100 characters, whoever wrote it."""
+    """`value` as one line of at most about 100 characters, whatever it contains."""
     return " ".join(_quoting.repr(value).split())
 
 
@@ -42,13 +42,13 @@ def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     """A file's JSON object, as `parse_json_object` reads it.
 
     Raises:
-      ValueError: it is none, or longer than `most_bytes`.
+      ValueError: it is not a JSON object, or it is longer than `most_bytes`.
       OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
-        raise ValueError(f"{path} is longer than {most_bytes} bytes, which no such file is")
+        raise ValueError(f"{path} is longer than {most_bytes} bytes; a file of this kind must be shorter")
     return parse_json_object(text, str(path))
 
 
@@ -56,7 +56,7 @@ def parse_json_object(text: bytes | str, where: str) -> dict[str, Any]:
     """A JSON object, strictly: UTF-8, no name twice, no NaN.
 
     Raises:
-      ValueError: anything else, nesting too deep to parse, or integers of thousands of digits.
+      ValueError: the text is anything else, nests too deeply to parse, or has integers of thousands of digits.
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
@@ -89,31 +89,31 @@ class StoredTensor:
     """The path of the file."""
     name: str
     kind: str
-    """Its dtype by the format's own name."""
+    """The dtype by the name that safetensors uses."""
     shape: tuple[int, ...]
     checksum: str | None
-    """None where the file carries none."""
+    """The CRC-32 as 8 hexadecimal digits; None if the file carries no checksums."""
     part: Any
-    """Reads the part that it is indexed with; nothing else is read."""
+    """A view of the file: indexing it reads that part of the tensor and nothing else."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of its values.
+        """The dtype of its values.
 
         Raises:
-          ValueError: one that is not in `DTYPES`.
+          ValueError: it is not in `DTYPES`.
         """
         if self.kind not in DTYPES:
             raise ValueError(f"{self.path}: {self.name} is stored as {self.kind}; supported are {', '.join(DTYPES)}")
         return DTYPES[self.kind]
 
     def read(self) -> np.ndarray:
-        """All of it, verified.
+        """The whole tensor, verified.
 
         Raises:
-          ValueError: an unsupported dtype, bits that are not the ones its checksum was made of, an infinity or a NaN.
+          ValueError: its dtype is not supported, it does not match its checksum, or it has an infinity or a NaN.
         """
-        # asked first: what the library does with other dtypes differs from one to the next
+        # checked first, because the library treats each of the other dtypes in its own way
         dtype = self.dtype
         array = np.asarray(self.part[:], dtype)
         if self.checksum is not None and (found := checksum(array)) != self.checksum:
@@ -135,23 +135,23 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, its header read and checked, its payload mapped and not read.
 
     Raises:
-      ValueError: a damaged header, a payload that is not exactly as long as the header says, or checksums of other
-        tensors.
+      ValueError: the header is damaged, the payload is not exactly as long as the header says, or the checksums are of
+        other tensors.
       OSError: the file cannot be read.
     """
-    # whatever keeps the library from opening a file, it says that there is none
+    # this raises the true error: the library reports any file that it cannot open as missing
     open(path, "rb").close()
     try:
         file = safe_open(path, "np")
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     except SafetensorError as error:
-        told = str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {quote(told)[1:-1]}") from None
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {quote(reason)[1:-1]}") from None
     written = parse_json_object(metadata.get(CHECKSUMS, "{}"), f"{path}: its {CHECKSUMS}")
     if written and (others := written.keys() ^ parts.keys()):
         raise ValueError(
-            f"{path} is damaged: {CHECKSUMS} must name the file's tensors, and {quote(min(others))} is in one only"
+            f"{path} is damaged: {CHECKSUMS} must name the file's tensors, and {quote(min(others))} is only in one"
         )
     return {
         name: StoredTensor(
@@ -162,10 +162,10 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file with checksums, down to the disk; the same tensors are always the same bytes.
+    """Writes one safetensors file with checksums, and syncs it to disk; equal tensors always give equal bytes.
 
     Args:
-      path: a file to make.
+      path: the file to write.
       tensors: contiguous, of dtypes in `DTYPES`; their names are ASCII.
 
     Raises:

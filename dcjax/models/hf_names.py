@@ -18,11 +18,11 @@ class Leaf:
     template: str
     """Names of the tensors, with {layer} and {expert} to fill in."""
     matrix: tuple[int, ...]
-    """Shape of one layer's (one expert's) part, as it is here."""
+    """Shape of the part of one layer, or of one expert, in the tree."""
     layers: tuple[int, ...] | None = None
-    """Layers that have it, in order; None for what stands outside the layers."""
+    """The numbers of the layers that have it, in order; None outside the layers."""
     experts: int | None = None
-    """Experts of a layer; None for what is no expert's."""
+    """The number of experts in a layer; None for arrays that are not of experts."""
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Leaf:
 
     @property
     def transposed(self) -> bool:
-        """Kernels are [in, out] here and [out, in] there; tables and vectors are the same."""
+        """Whether the files hold the transpose: kernels are [in, out] in the tree and [out, in] in the files."""
         return self.layers is not None and len(self.matrix) == 2
 
     @property
@@ -46,11 +46,11 @@ class Leaf:
         return self.matrix[::-1] if self.transposed else self.matrix
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """The place of each tensor in `stack`."""
+        """The index of each tensor along the axes of `stack`."""
         return itertools.product(*map(range, self.stack))
 
     def name(self, index: tuple[int, ...]) -> str:
-        """Name of the tensor at a place in `stack`."""
+        """Name of the tensor at an index along the axes of `stack`."""
         layer = self.layers[index[0]] if self.layers is not None else None
         return self.template.format(layer=layer, expert=index[-1] if index else None)
 

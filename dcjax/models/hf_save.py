@@ -1,4 +1,4 @@
-"""Params written as a Hugging Face checkpoint."""
+"""Writes params as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dcjax.paths import local_path
 from dcjax.types import Params
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""Payload of one file; a tensor that is larger has a file of its own."""
+"""Largest payload of one file (bytes); a tensor that is larger has a file of its own."""
 
 COPIED = (
     "tokenizer.json",
@@ -40,34 +40,34 @@ COPIED = (
     "chat_template.json",
     GENERATION_CONFIG,
 )
-"""Files that `save_hf` takes over from `tokenizer_from`, those of them that are there."""
+"""The files that `save_hf` copies from `tokenizer_from`, if they exist."""
 
 Told = Callable[[int, int], None]
-"""Called after each tensor, with how many are done and how many there are."""
+"""A progress callback: it is called after each tensor with the number done and the total."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor that is to be written, and is fetched only then."""
+    """A tensor to be written, which is fetched only then."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """Fetches it, in any dtype."""
+    """Fetches the tensor, in any dtype."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def fetch(self) -> np.ndarray:
-        """As it is to be written.
+        """The tensor as it is to be written.
 
         Raises:
-          ValueError: an infinity or a NaN, or a value that the dtype turns into one.
+          ValueError: it has an infinity, a NaN, or a value beyond the range of `dtype`.
         """
-        # what overflows is refused in the next line, by name
+        # an overflow is reported below, with the tensor's name
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(self.read().astype(self.dtype, copy=False))
         if not np.isfinite(array).all():
@@ -90,27 +90,28 @@ def save_hf(
 ) -> None:
     """Writes params as a Hugging Face folder that `transformers`, vLLM and `load_hf` read.
 
-    The folder holds config.json in both styles, safetensors with an index if there are several, a CRC-32 of each tensor
-    in their metadata, and the tokenizer. It appears when whole: a crash leaves at most a hidden `.NAME.*.partial`
-    beside it. One tensor is fetched from the devices at a time, and the host holds those of one file.
+    The folder holds config.json in both styles, safetensors files with a CRC-32 of each tensor in their metadata, an
+    index if there are several files, and the tokenizer. It appears only once it is complete: a crash leaves at most a
+    hidden `.NAME.*.partial` beside it. One tensor is fetched from the devices at a time, and the host holds those of
+    one file.
 
     Args:
-      path: a folder to make; an empty one may be there.
+      path: the folder to make; it may exist if it is empty.
       config: the architecture.
-      params: as `init_params` lays them out, on one device or sharded; all of it must be within this process's reach.
-      dtype: of the weights; None keeps each leaf's.
+      params: as `init_params` lays them out, on one device or sharded; this process must be able to address all of it.
+      dtype: the dtype of the weights; None keeps each leaf's.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied, and whose config.json
-        gives the token ids and what else dcjax does not know.
+        gives the token ids and any fields unknown to dcjax.
       token_ids: bos_token_id, eos_token_id (one or a list), pad_token_id for config.json and generation_config.json,
-        over those of `tokenizer_from`.
-      max_shard_bytes: payload of one file (bytes).
-      told: called after each tensor.
+        in place of those of `tokenizer_from`.
+      max_shard_bytes: largest payload of one file (bytes).
+      told: progress callback, called after each tensor with the number done and the total.
 
     Raises:
-      ValueError: params that are not the architecture's, or not finite, or beyond the range of `dtype`; or no local
-        path.
-      FileExistsError: the folder has something in it.
-      FileNotFoundError: no `tokenizer_from`.
+      ValueError: the params do not have the architecture's arrays, are not finite, or are beyond the range of `dtype`;
+        or the path is not local.
+      FileExistsError: the folder is not empty.
+      FileNotFoundError: `tokenizer_from` does not exist.
     """
     table = leaves(config)
     _check_tree(table, params)
@@ -151,7 +152,7 @@ def _one_of_stack(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _fetch(array: Any, index: tuple[int, ...], transposed: bool) -> np.ndarray:
-    """One tensor of a leaf, on the host as Hugging Face has it."""
+    """One tensor of a leaf, on the host and in Hugging Face's layout."""
     on_host = isinstance(array, np.ndarray)
     # jitted with the index as data: one compilation serves all layers, and a sharded stack is never gathered whole
     part = array[index] if on_host else np.asarray(_one_of_stack(array, np.array(index, np.int32)))
@@ -168,7 +169,7 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     told: Told | None = None,
 ) -> None:
-    """Writes a Hugging Face folder of tensors that are fetched when their file is written; see `save_hf`."""
+    """Writes a Hugging Face folder; each tensor is fetched when its file is written. See `save_hf`."""
     path = check_vacant(path)
     carried, copied = _carried(None if tokenizer_from is None else local_path(tokenizer_from))
     name = max(DTYPES, key=lambda name: sum(tensor.nbytes for tensor in pending if tensor.dtype == DTYPES[name]))
@@ -178,7 +179,7 @@ def write_folder(
             _copy(file, partial_path / file.name)
         _write_json(partial_path / "config.json", fields)
         if token_ids:
-            # transformers takes a model's ends from here, and from config.json only where the file is not there
+            # transformers reads a model's end tokens from this file, and from config.json only if it does not exist
             generation = partial_path / GENERATION_CONFIG
             carried = read_json_object(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
             _write_json(generation, carried | dict(token_ids))
@@ -186,20 +187,20 @@ def write_folder(
 
 
 def check_vacant(path: Path | str) -> Path:
-    """The local path, where a folder may be written.
+    """Checks that a folder may be written at a path, and returns it as a local path.
 
     Raises:
       ValueError: as `local_path`.
-      FileExistsError: there is a file, or a folder with something in it.
+      FileExistsError: there is a file, or a folder that is not empty.
     """
     path = local_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there and not an empty folder; choose another, nothing is overwritten")
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another, nothing is overwritten")
     return path
 
 
 def _carried(source: Path | None) -> tuple[dict[str, Any], list[Path]]:
-    """The fields of a folder's config.json, if it has one, and its files to copy."""
+    """The fields of a folder's config.json, if it has one, and the files to copy from it."""
     if source is None:
         return {}, []
     if not source.is_dir():
@@ -211,13 +212,13 @@ def _carried(source: Path | None) -> tuple[dict[str, Any], list[Path]]:
 def _copy(file: Path, to: Path) -> None:
     shutil.copyfile(file, to)
     if file.name == "tokenizer_config.json":
-        # transformers 5 calls the class so; 5 still knows the old name, and 4 knows no other
+        # transformers 5 writes this new name of the class; 5 also reads the old name, and 4 reads no other
         to.write_bytes(to.read_bytes().replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"'))
 
 
 @contextlib.contextmanager
 def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, renamed to it at the end, or removed if that is not reached."""
+    """Yields a hidden folder beside `path`, which is renamed to `path` at the end, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

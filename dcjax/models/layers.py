@@ -24,21 +24,21 @@ class Arithmetic(NamedTuple):
 
     # dtype of the sums
     accumulate: jnp.dtype = FLOAT32
-    # of float32 with float32: hardware takes narrower numbers as they are, but would round these unless asked not to
+    # precision of products of float32 with float32, whose operands hardware would otherwise round to fewer bits
     float32: lax.Precision = lax.Precision.HIGHEST
 
     def of(self, dtype: jnp.dtype) -> dict[str, Any]:
-        """What JAX's products are told where both sides are of a dtype."""
+        """Keyword arguments of JAX's products for two operands of this dtype."""
         return {"precision": precision_of(dtype, self.float32), "preferred_element_type": self.accumulate}
 
 
 def precision_of(dtype: jnp.dtype, float32: lax.Precision) -> lax.Precision | None:
-    """The precision of a product whose sides are both of a dtype: `float32` for that one, JAX's own for others."""
+    """The precision of a product of two operands of `dtype`: `float32` if that is float32, else None, JAX's default."""
     return float32 if dtype == FLOAT32 else None
 
 
 EXACT = Arithmetic()
-"""Sums in float32, all bits of float32."""
+"""Sums are in float32, and products of float32 keep all bits."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -47,8 +47,8 @@ def product(
 ) -> Float[Array, "*N M"]:
     """rows @ kernel, both in the rows' dtype, returned in `out`.
 
-    Its gradients are products of the same kind: both sides in the rows' dtype, the same arithmetic. What reaches a
-    float32 kernel was not rounded to the rows' dtype on the way, as differentiating the casts would do.
+    Its gradients are products of the same kind: both sides in the rows' dtype, the same arithmetic. The gradient of a
+    float32 kernel is not rounded to the rows' dtype on the way, as it would be if the casts were differentiated.
     """
     return jnp.matmul(rows, kernel.astype(rows.dtype), **arithmetic.of(rows.dtype)).astype(out)
 
@@ -61,7 +61,7 @@ def _product_backward(arithmetic, out, saved, gradient):
     rows, kernel = saved
     gradient = gradient.astype(rows.dtype)
     to_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T, **arithmetic.of(rows.dtype))
-    # not of rows merged into one axis: where a mesh splits two of the merged, it could not split the merged one
+    # the row axes are not merged into one: a mesh may split two of them, but could not split the merged one
     merged = tuple(range(rows.ndim - 1))
     to_kernel = jnp.tensordot(rows, gradient, (merged, merged), **arithmetic.of(rows.dtype))
     return to_rows.astype(rows.dtype), to_kernel.astype(kernel.dtype)
@@ -92,7 +92,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 def rope_table(positions: Int[Array, "B S"], length: int, head_dim: int, theta: float) -> Rope:
     """Rotary angles of each position below `length`: position · theta^(-2i / head_dim) for pair i.
 
-    Sines and cosines are taken of `length` positions once and looked up, not taken again wherever they are used.
+    Sines and cosines are computed once for `length` positions and then looked up, rather than computed at each use.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
@@ -110,7 +110,7 @@ def apply_rope(x: Float[Array, "B S H D"], rope: Rope) -> Float[Array, "B S H D"
 def _scores(
     rows: Float[Array, "B K R D"], keys: Float[Array, "B K C D"], float32: lax.Precision
 ) -> Float[Array, "B K R C"]:
-    """rows · keys, in float32. Gradients are products of the sides' dtype, to which the scores' own is rounded."""
+    """rows · keys in float32. The gradient of the scores is rounded to the operands' dtype, as are the others."""
     return jnp.einsum("bkrd,bkcd->bkrc", rows, keys, **Arithmetic(FLOAT32, float32).of(rows.dtype))
 
 
@@ -134,11 +134,11 @@ def attend_grouped(
     *,
     float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> Float[Array, "B S H D"]:
-    """softmax(q kᵀ / √D) v, the H / K query heads of a key-value head merged into the rows of one product.
+    """softmax(q kᵀ / √D) v, where the H / K query heads of a key-value head become the rows of one product.
 
-    Scores and softmax are float32, products of q's dtype (`float32` is their precision where that is it). An int8 or
-    fp8 k or v comes with a scale per token, which multiplies scores and weights, so that the integers are never widened
-    to a second copy of a cache.
+    Scores and softmax are float32, and the operands of products are in q's dtype; `float32` is the precision of
+    products of float32. An int8 or fp8 k or v comes with a scale per token, which multiplies the scores or the weights,
+    so that a cache is never copied to a wider dtype.
     """
     batch, length, _, head_dim = q.shape
     kv_heads, context = k.shape[1:3]
@@ -158,11 +158,11 @@ def attend_grouped(
 
 
 def pad_columns(x: Shaped[Array, "B S ..."], multiple: int) -> Shaped[jax.Array, "B padded ..."]:
-    """Zeros after the last column, up to a multiple."""
+    """Appends columns of zeros until there are a multiple of `multiple`."""
     extra = round_up(x.shape[1], multiple) - x.shape[1]
     return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not below a number."""
+    """The smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple

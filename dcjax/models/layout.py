@@ -1,6 +1,6 @@
-"""What a forward pass asks of the devices that share it.
+"""How devices share a forward pass.
 
-Models name the axes of their arrays; who has a mesh (`models.parallel`) says where they are, and passes it in.
+Models name the logical axes of their arrays; `models.parallel` maps these to a mesh, and passes the result in.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from dcjax.types import Array
 RESIDUAL = ("batch", "sequence", None)
 """Axes of hidden states, [B, S, E]."""
 SAVED = ("batch", "saved_sequence", None)
-"""Axes of hidden states between layers, which the backward pass finds kept."""
+"""Axes of hidden states between layers, which are kept for the backward pass."""
 HIDDEN = ("batch", "sequence", "mlp")
-"""Axes of what is between an MLP's products, [B, S, F]."""
+"""Axes of an MLP's hidden activations, [B, S, F]."""
 LOGITS = ("batch", "sequence", "vocab")
+"""Axes of logits, [B, S, V]."""
 TABLE = ("vocab", "embed")
 """Axes of the embedding and of the head."""
 
 
 class Layout(NamedTuple):
-    """How a forward pass is shared; the default is one device."""
+    """How devices share a forward pass; the default is one device."""
 
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
-    """(x, logical axis of each dimension) -> x, split as they say."""
+    """(x, logical axis of each dimension) -> x, split along those axes."""
     attention: Callable[..., Array] = causal_attention
-    """`causal_attention`, or what computes the same."""
+    """`causal_attention`, or a function that computes the same."""
     lookup: Callable[[Array, Array, jnp.dtype], Array] = lookup
-    """`layers.lookup`, or what computes the same."""
+    """`layers.lookup`, or a function that computes the same."""
     mixture: Mixture = mix
-    """`moe.mix`, or what computes the same."""
+    """`moe.mix`, or a function that computes the same."""
     column_multiple: int = 1
     """Sequences are padded to a multiple of this (tokens)."""
 

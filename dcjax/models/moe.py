@@ -1,7 +1,7 @@
 """Sparse experts of Qwen3-MoE: the router, and three products over rows sorted by expert.
 
-No token is dropped and no expert has a capacity: every choice is a row, and work grows with their number alone.
-The products are passed in, so that a quantised engine runs the same layer with its own.
+No token is dropped and no expert has a capacity: every choice of an expert is a row, and the work grows with the number
+of rows alone. The products are passed in, so that a quantised engine runs the same layer with its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dcjax.types import Array
 GroupedDot = Callable[[Array, Any, Array], Array]
 """(rows [N, K] sorted by group, kernels of E × K × M, int32 sizes [E]) -> [N, M] in the rows' dtype.
 
-Row n is multiplied by the kernel of its group; rows behind the last group belong to none, and mean nothing in the
-result. Kernels are an array, or what an engine's product reads.
+Row n is multiplied by the kernel of its group; rows after the last group belong to none, and their results are
+meaningless. Kernels are an array, or an engine's form of weights.
 """
 
 Choice = Array | Callable[[Array], Array]
@@ -37,7 +37,7 @@ SwiGLU = Callable[[Array, Array], Array]
 
 @flax.struct.dataclass
 class Routing:
-    """Where each token went, and what the router thought of it."""
+    """The experts that each token was routed to, and the router's probabilities."""
 
     # most probable first, unless imposed
     experts: Int[Array, "B S k"]
@@ -48,7 +48,7 @@ class Routing:
 
 
 Mixture = Callable[[Array, Routing, Array, tuple[Any, Any, Any], GroupedDot], Array]
-"""`mix`, or what computes the same."""
+"""`mix`, or a function that computes the same."""
 
 
 def route(
@@ -59,11 +59,11 @@ def route(
 ) -> tuple[Routing, Float[Array, "B S k"]]:
     """Each token's experts and their weights in x's dtype; router, softmax and weights are float32 inside.
 
-    As Hugging Face's Qwen3-MoE: the k largest of softmax(x router), lowest index first where equal, divided by their
-    sum if `norm_topk_prob`. `experts` imposes another choice; weights are then still the router's own, so that it has
-    gradients.
+    The result is that of Hugging Face's Qwen3-MoE: the k largest of softmax(x router), the lowest index first among
+    equal ones, divided by their sum if `norm_topk_prob`. `experts` imposes another choice; the weights still come from
+    the router, so that it has gradients.
     """
-    # accelerators would multiply float32 in fewer bits, and other experts would be chosen
+    # by default accelerators would multiply float32 in fewer bits, which would change the choice of experts
     logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     logps = logits - logsumexp[..., None]
@@ -94,14 +94,14 @@ def mix_rows(
     num_experts: int,
     through: SwiGLU,
 ) -> Float[Array, "B S D"]:
-    """Σ_k weight · expert(x), in float32, where `through` takes rows sorted by expert to their outputs."""
+    """Σ_k weight · expert(x), in float32, where `through` maps rows sorted by expert to their outputs."""
     choices = experts.reshape(-1)
     order = jnp.argsort(choices, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
     rows = _permute(jnp.repeat(x.reshape(-1, x.shape[-1]), weights.shape[-1], axis=0), order, inverse)
     outputs = _permute(through(rows, sizes), inverse, order).reshape(*weights.shape, -1)
-    # not as a product of matrices, which hardware could round to fewer bits
+    # a sum rather than a matrix product, which hardware could round to fewer bits
     return jnp.sum(weights[..., None].astype(jnp.float32) * outputs.astype(jnp.float32), axis=2)
 
 
@@ -112,7 +112,7 @@ def mix(
     kernels: tuple[Any, Any, Any],
     grouped_dot: GroupedDot,
 ) -> Float[Array, "B S D"]:
-    """Σ_k weight · expert(x), in float32, of experts that are all here."""
+    """Σ_k weight · expert(x), in float32, on a device that has all experts."""
     num_experts = routing.probabilities.shape[-1]
     return mix_rows(x, routing.experts, weights, num_experts, partial(swiglu, kernels, grouped_dot))
 
@@ -128,11 +128,11 @@ def moe(
     """Σ_k weight · down(silu(gate x) · up x) of each token's experts, in x's dtype and summed in float32.
 
     Args:
-      config: whose `num_experts_per_tok` and `norm_topk_prob` are read.
-      params: of one layer: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
-      x: hidden states, normalised.
-      grouped_dot: the three products.
-      experts: another choice, as `route` takes it.
+      config: the architecture, of which `num_experts_per_tok` and `norm_topk_prob` are read.
+      params: one layer's: router [D, E], experts_gate_proj and experts_up_proj [E, D, F], experts_down_proj [E, F, D].
+      x: normalised hidden states.
+      grouped_dot: the product with each of the three kernels.
+      experts: imposes another choice, as in `route`.
       mixture: how the chosen experts are computed: by `mix`, unless devices share them.
     """
     routing, weights = route(config, params["router"], x, experts)
@@ -153,11 +153,11 @@ _permute.defvjp(
 
 
 def router_metrics(routing: Routing, mask: Bool[Array, "B S"]) -> dict[str, Float[Array, "B"]]:
-    """How evenly and how surely the real tokens of each row were routed; 0 for a row that has none.
+    """How evenly and how confidently the real tokens of each row were routed; 0 for a row that has none.
 
-    `router/load_balance` is E Σ_e f_e P_e (Switch Transformer, arXiv:2101.03961, eq. 4-6), f_e the share of the tokens'
-    k choices that went to e and P_e its mean probability: 1 when even, E when all go to one. `router/z` is the mean of
-    logsumexp² (ST-MoE, arXiv:2202.08906, eq. 5), `router/entropy` of the router's entropy (nats).
+    `router/load_balance` is E Σ_e f_e P_e (Switch Transformer, arXiv:2101.03961, eq. 4-6), where f_e is the share of
+    the tokens' k choices that went to e and P_e its mean probability: 1 if even, E if all go to one. `router/z` is the
+    mean of logsumexp² (ST-MoE, arXiv:2202.08906, eq. 5), and `router/entropy` that of the router's entropy (nats).
     """
     batch, _, k = routing.experts.shape
     num_experts = routing.probabilities.shape[-1]
@@ -182,7 +182,7 @@ def grouped_dot(
 ) -> Float[Array, "N M"]:
     """The training product: row n times its group's kernel, both in the rows' dtype.
 
-    Gradients of kernels go from the sums' dtype to the kernels', without a rounding to the rows' between.
+    Gradients of kernels are cast from the sums' dtype straight to the kernels', without rounding to the rows' dtype.
     """
     return grouped_product(rows, kernels, group_sizes, arithmetic).astype(rows.dtype)
 
@@ -209,11 +209,11 @@ def grouped_product(
     transposed: bool = False,
     read: Callable[[Any, jnp.dtype], jax.Array] = jnp.asarray,
 ) -> Shaped[Array, "N M"]:
-    """Row n times its group's kernel, or the kernel's transpose: sums as they are, not rounded to the rows' dtype.
+    """Row n times its group's kernel, or the kernel's transpose; the sums are not rounded to the rows' dtype.
 
-    int8 rows and kernels with int32 sums are how an engine's quantised experts call it; `read` makes arrays [..., K, M]
-    of a dtype of what else kernels are stored in, leaves [E, ...]. It has no gradient of its own.
-    Compilers for accelerators know ragged products; the CPU's would multiply every row with every kernel.
+    An engine's quantised experts call it with int8 rows and kernels, and int32 sums. Kernels may be stored in any form
+    with leaves [E, ...], of which `read` makes arrays [..., K, M] in a given dtype. It has no gradient of its own.
+    Compilers for accelerators support ragged products; the CPU's would multiply every row by every kernel.
     """
     contracted = 2 if transposed else 1
 
@@ -223,7 +223,7 @@ def grouped_product(
 
     def in_blocks(rows, kernels, group_sizes):
         def product(block, expert):
-            # read here, as a few tokens need a few of the kernels
+            # kernels are read one by one, because few tokens need only few of them
             kernel = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), kernels)
             return _dot(block, read(kernel, block.dtype), (1, contracted - 1), arithmetic)
 
@@ -235,7 +235,7 @@ def grouped_product(
 def _outer_products(
     rows: Float[Array, "N K"], gradient: Float[Array, "N M"], group_sizes: Int[Array, "E"], arithmetic: Arithmetic
 ) -> Float[Array, "E K M"]:
-    """rowsᵀ gradient of each group."""
+    """The product rowsᵀ gradient of each group."""
 
     def ragged(rows, gradient, group_sizes):
         dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
@@ -243,7 +243,7 @@ def _outer_products(
 
     def in_blocks(rows, gradient, group_sizes):
         size = _block_size(len(rows), len(group_sizes))
-        rows, gradient = _with_room(rows, size), _with_room(gradient, size)
+        rows, gradient = _append_rows(rows, size), _append_rows(gradient, size)
 
         def add(totals, expert, start, used):
             block = lax.dynamic_slice_in_dim(rows, start, size)
@@ -252,34 +252,34 @@ def _outer_products(
             return totals.at[expert].add(product.astype(totals.dtype))
 
         shape, sums = (len(group_sizes), rows.shape[1], gradient.shape[1]), arithmetic.accumulate
-        return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _held_in(sums))).astype(sums)
+        return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _carry_dtype(sums))).astype(sums)
 
     return _by_platform(in_blocks, ragged)(rows, gradient, group_sizes)
 
 
 def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -> Callable[..., Array]:
-    """The one of them that belongs to the platform that a program is lowered for; a vmap runs it once for each."""
+    """The function for the platform that a program is lowered for; a vmap calls it once for each element."""
     return sequential_vmap(lambda *operands: lax.platform_dependent(*operands, cpu=cpu, default=accelerator))
 
 
 def blocked(
     rows: Shaped[Array, "N K"], group_sizes: Int[Array, "E"], product: Callable[[Array, Array], Array]
 ) -> Shaped[Array, "N M"]:
-    """product(block [T, K], expert int32 []) -> [T, M], row by row, of each group's rows cut into blocks of T.
+    """Applies product(block [T, K], expert int32 []) -> [T, M] to each group's rows, cut into blocks of T.
 
-    The number of blocks is that of the groups' sizes, at most N / T + E, and only they are computed. A group's last
-    block also reads rows behind it, so a product must treat every row alone.
+    Only as many blocks are computed as the groups' sizes need, at most N / T + E. A group's last block also reads rows
+    after it, so the result of a row must not depend on other rows.
     """
     size = _block_size(len(rows), len(group_sizes))
-    padded = _with_room(rows, size)
+    padded = _append_rows(rows, size)
     of_block = jax.eval_shape(product, padded[:size], jnp.int32(0))
 
     def write(out, expert, start, used):
         computed = product(lax.dynamic_slice_in_dim(padded, start, size), expert).astype(out.dtype)
-        # what lands behind the group is overwritten: the next group's blocks come later, and start there
+        # rows written after the end of the group are overwritten by the next group's blocks, which start there
         return lax.dynamic_update_slice_in_dim(out, computed, start, axis=0)
 
-    out = jnp.zeros((len(padded), of_block.shape[1]), _held_in(of_block.dtype))
+    out = jnp.zeros((len(padded), of_block.shape[1]), _carry_dtype(of_block.dtype))
     return _over_blocks(group_sizes, size, write, out)[: len(rows)].astype(of_block.dtype)
 
 
@@ -298,17 +298,18 @@ def _over_blocks(group_sizes: Array, size: int, step: Callable[[Array, Array, Ar
 
 
 def _block_size(rows: int, groups: int) -> int:
-    """About half a mean group, as a power of 2: larger blocks compute more that is not used, smaller ones turn more."""
+    """About half a mean group, as a power of 2: larger blocks waste more work, smaller ones take more iterations."""
     half = rows // (2 * groups)
     return min(max(1 << max(half - 1, 0).bit_length(), 8), 128)
 
 
-def _with_room(rows: Array, size: int) -> Array:
+def _append_rows(rows: Array, size: int) -> Array:
+    """The rows, followed by `size` rows of zeros."""
     return jnp.pad(rows, ((0, size), (0, 0)))
 
 
-def _held_in(dtype: jnp.dtype) -> jnp.dtype:
-    """What a loop carries values of a dtype in: on CPU a bfloat16 buffer would be widened whole in every turn."""
+def _carry_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of a loop's carry: on CPU a whole bfloat16 buffer would be widened in every iteration."""
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 

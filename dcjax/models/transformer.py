@@ -1,4 +1,4 @@
-"""The scanned stack: its parameters declared in Flax Linen, hidden states and logits as pure functions of them."""
+"""The transformer: parameters declared in Flax Linen, and hidden states and logits as pure functions of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPARSE = ("router", "experts_gate_proj", "experts_up_proj", "experts_down_proj")
 
 
 class Layers(nn.Module):
-    """The parameters of all layers, each leaf stacked over the layers that have it, each axis named once."""
+    """The parameters of all layers, each leaf stacked over the layers that have it, with named axes."""
 
     config: ModelConfig
 
@@ -49,7 +49,7 @@ class Layers(nn.Module):
         }
 
     @property
-    def _narrow(self) -> float:
+    def _residual_scale(self) -> float:
         # projections into the residual stream start smaller in deeper stacks (GPT-2), so its variance does not grow
         return (2 * self.config.num_layers) ** -0.5
 
@@ -59,7 +59,9 @@ class Layers(nn.Module):
         axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
         declared = {
             "input_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
-            "o_proj": self._kernel(c.num_layers, (widths["q"], c.hidden_size), ("heads", "embed"), self._narrow),
+            "o_proj": self._kernel(
+                c.num_layers, (widths["q"], c.hidden_size), ("heads", "embed"), self._residual_scale
+            ),
             "post_attention_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
         }
         for name, width in widths.items():
@@ -75,7 +77,7 @@ class Layers(nn.Module):
         return {
             "gate_proj": self._kernel(count, (self.config.hidden_size, wide), into),
             "up_proj": self._kernel(count, (self.config.hidden_size, wide), into),
-            "down_proj": self._kernel(count, (wide, self.config.hidden_size), out, self._narrow),
+            "down_proj": self._kernel(count, (wide, self.config.hidden_size), out, self._residual_scale),
         }
 
     def _experts(self, count: int) -> dict:
@@ -86,7 +88,7 @@ class Layers(nn.Module):
             "router": self._kernel(count, (c.hidden_size, c.num_experts), ("embed", "choices")),
             "experts_gate_proj": self._kernel(count, widen, into),
             "experts_up_proj": self._kernel(count, widen, into),
-            "experts_down_proj": self._kernel(count, narrow, out, self._narrow),
+            "experts_down_proj": self._kernel(count, narrow, out, self._residual_scale),
         }
 
     def _kernel(self, count: int, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 1.0):
@@ -131,16 +133,16 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map.
 
-    Traced once for a config, whose callers share the tree: it is not to be changed.
+    It is traced once per config; callers share the tree, and must not change it.
     """
     return nn.get_partition_spec(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
 
 
 @cache
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device looked for.
+    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device is used.
 
-    Traced once for a config, whose callers share the tree: it is not to be changed.
+    It is traced once per config; callers share the tree, and must not change it.
     """
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
@@ -151,14 +153,14 @@ def count_params(config: ModelConfig) -> int:
 
 
 def layer_params(kinds: Sequence[bool], stacked: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """One layer's parameters out of the stacked ones of layers of these kinds (True has experts)."""
+    """One layer's parameters, taken from the stacked ones of layers of these kinds (True for layers with experts)."""
     return take_layer(stacked, kinds[layer], layer, sum(kind == kinds[layer] for kind in kinds[:layer]))
 
 
 def take_layer(
     stacked: Mapping[str, Any], sparse: bool, layer: int | Int[Array, ""], rank: int | Int[Array, ""]
 ) -> dict[str, Any]:
-    """The same by numbers that may be traced: of the layer, and of it among those of its kind."""
+    """As `layer_params`, for numbers that may be traced: the layer's own, and its rank among the layers of its kind."""
     others = DENSE if sparse else SPARSE
     return {
         name: leaf[rank if name in DENSE + SPARSE else layer] for name, leaf in stacked.items() if name not in others
@@ -166,17 +168,17 @@ def take_layer(
 
 
 def head_kernel(config: ModelConfig, params: Params):
-    """The output head as a table [V, E]: the embedding where tied."""
+    """The output head as a table [V, E], which is the embedding table if they are tied."""
     return params["embed_tokens" if config.tie_embeddings else "lm_head"]
 
 
 @flax.struct.dataclass
 class RouterRecord:
-    """What the M sparse layers did with B × S tokens."""
+    """How the M sparse layers routed B × S tokens."""
 
     # chosen experts of each token, most probable first
     experts: Int[Array, "M B S k"]
-    # by name, each [B]: means over the sparse layers of `moe.router_metrics`
+    # `moe.router_metrics` by name, each [B]: means over the sparse layers
     metrics: dict[str, Array]
 
 
@@ -190,22 +192,23 @@ def hidden_states(
     experts: Integer[Array, "M B S k"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
-    """Normed hidden states in `precision.compute`, and what the routers did where the model has experts.
+    """Normed hidden states in `precision.compute`, and a record of the routing if the model has experts.
 
     Args:
       config: the architecture.
       params: as `init_params` lays them out.
-      tokens: ids; padding may stand anywhere.
+      tokens: ids; padding may be anywhere.
       attention_mask: True, or 1, on real tokens; all True where absent. Positions count real tokens only.
-      segment_ids: several sequences packed in a row: equal numbers from 1 are one sequence, side by side, and 0 is
-        padding. Positions start again in each. In place of `attention_mask`.
+      segment_ids: which of several sequences packed into a row a token belongs to: adjacent tokens with the same
+        number, from 1, are one sequence, and 0 is padding. Positions restart in each sequence. It replaces
+        `attention_mask`.
       experts: the choice of experts to impose on each sparse layer instead of its router's own (routing replay);
         weights are still the router's.
       layout: how devices share the work.
 
     Raises:
-      ValueError: both a mask and segments, ids that are no integers or, where they are not traced, not in the
-        vocabulary, or a mask that holds other than False and True, or 0 and 1.
+      ValueError: both a mask and segments were given, ids are not integers or, unless traced, not in the vocabulary,
+        or a mask holds anything other than False and True, or 0 and 1.
     """
     tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
     experts = None if experts is None else as_integers("experts", experts)
@@ -215,7 +218,7 @@ def hidden_states(
     columns = jnp.arange(tokens.shape[1])[None]
     if attention_mask is None:
         return _run(config, params, tokens, columns, jnp.ones(tokens.shape, bool), None, experts, layout)
-    # causal order alone hides padding that stands behind all real tokens, whatever kernel computes it
+    # causal order alone hides padding that comes after all real tokens, in every kernel
     to = _compact_columns(attention_mask)
     rows = jnp.arange(len(to))[:, None]
     tokens = jnp.zeros_like(tokens).at[rows, to].set(tokens)
@@ -234,7 +237,7 @@ def checked_inputs(
     attention_mask: Shaped[Array, "B S"] | None,
     segment_ids: Integer[Array, "B S"] | None,
 ) -> tuple[Array, Bool[Array, "B S"] | None, Array | None]:
-    """Arguments of `hidden_states` with a mask of booleans, or its errors; ids of padding may be anything."""
+    """The arguments of `hidden_states`, checked, with a mask of booleans; ids of padding may be anything."""
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("attention_mask and segment_ids were both given; padding is segment 0, so leave out the mask")
     mask = None if attention_mask is None else as_mask("attention_mask", attention_mask)
@@ -265,7 +268,7 @@ def _run(
     experts: Int[Array, "M B S k"] | None,
     layout: Layout,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
-    """`_run_columns` of columns whose number the layout divides, those at the end being padding."""
+    """`_run_columns`, after appending padding until the layout divides the number of columns."""
     pad, length = partial(layers.pad_columns, multiple=layout.column_multiple), tokens.shape[1]
     tokens, positions, real, segment_ids = jax.tree.map(pad, (tokens, positions, real, segment_ids))
     experts = None if experts is None else jax.vmap(pad)(experts)
@@ -285,7 +288,7 @@ def _run_columns(
     experts: Int[Array, "M B S k"] | None,
     layout: Layout,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
-    """Embedding, the scanned layers, the last norm. A turn of the scan is the shortest repeating run of layer kinds."""
+    """Embedding, scanned layers, last norm. One iteration of the scan is the shortest repeating run of layer kinds."""
     kinds, products = config.sparse_layers, training_products(config.precision)
     period = _period(kinds)
     rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
@@ -295,7 +298,7 @@ def _run_columns(
         return layout.attention(q, k, v, segment_ids=segment_ids, **how), None
 
     def layer(x, weights, imposed):
-        # XLA gives a value the first constraint on it, and what comes in is what is kept
+        # XLA applies the first constraint on a value, and the input of a layer is what is kept for the backward pass
         whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
         x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
         return layout.constrain(x, SAVED), None if routing is None else (routing.experts, router_metrics(routing, real))
@@ -325,7 +328,7 @@ def _run_columns(
 
 
 def _period(kinds: Sequence[bool]) -> int:
-    """Length of the shortest run of kinds that, repeated, is the whole stack."""
+    """Length of the shortest run of kinds that gives the whole stack when it is repeated."""
     return next(n for n in range(1, len(kinds) + 1) if list(kinds) == list(kinds[:n]) * (len(kinds) // n))
 
 
@@ -338,7 +341,7 @@ def forward(
     segment_ids: Integer[Array, "B S"] | None = None,
     experts: Integer[Array, "M B S k"] | None = None,
 ) -> Float[Array, "B S V"]:
-    """Next-token logits in float32, of all columns at once; arguments and errors as of `hidden_states`."""
+    """Next-token logits in float32, of all columns at once; arguments and errors are those of `hidden_states`."""
     hidden, _ = hidden_states(config, params, tokens, attention_mask, segment_ids=segment_ids, experts=experts)
     return logits(config, params, hidden)
 
@@ -346,9 +349,9 @@ def forward(
 def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "... E"], layout: Layout = ONE_DEVICE
 ) -> Float[Array, "... V"]:
-    """The head on hidden states: both sides in `precision.head`, summed in `precision.accumulation`, float32 out."""
+    """float32 logits of hidden states: both sides in `precision.head`, and sums in `precision.accumulation`."""
     rows = hidden.astype(DTYPES[config.precision.head])
-    # constrained where it is used, and so its gradient is divided too, chunk by chunk
+    # constrained where it is used, so that its gradient is divided too, chunk by chunk
     table = layout.constrain(head_kernel(config, params), TABLE)
     arithmetic = layers.Arithmetic(DTYPES[config.precision.accumulation], config.precision.float32)
     out = layers.product(rows, table.T, arithmetic, jnp.dtype(jnp.float32))

@@ -1,1 +1,1 @@
-"""Verifiers: functions on the host that judge one finished response. No JAX."""
+"""Reward functions, which score one finished response on the host, and their verifiers. No JAX."""

@@ -1,4 +1,4 @@
-"""Gold answers that cannot be read, found before anything is judged by them, and within the limits of an answer."""
+"""Finds gold answers that cannot be read, before any response is verified against them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dcjax.rewards.numbers import read_number
 from dcjax.rewards.pool import RewardPool
 
 WORKERS = 4
-"""Processes that read them, where there are as many cores."""
+"""The most processes that read gold answers; there are no more than cores."""
 
 
 def unreadable(golds: Iterable[str]) -> set[str]:
-    """Those of which only their own text is right by `math_reward` and `answer_line_reward`.
+    """Returns those of the gold answers of which `math_reward` and `answer_line_reward` accept only the same text.
 
     Numbers take no time; the others are read in a `RewardPool`, which takes some seconds to start, and one that exceeds
-    the limits of an answer counts as unreadable.
+    the limits on an answer's time and memory counts as unreadable.
 
     Raises:
       RuntimeError: the processes could not be started.
@@ -31,5 +31,5 @@ def unreadable(golds: Iterable[str]) -> set[str]:
 
 
 def reads(text: str, gold: str, *, finished: bool) -> float:
-    """Whether `gold` is `readable`, as a reward."""
+    """1.0 if `gold` is `readable`, else 0.0: a reward function, so that a pool can run it."""
     return float(readable(gold))

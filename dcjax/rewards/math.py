@@ -1,6 +1,6 @@
-r"""Rewards for mathematical answers in LaTeX, in the last box or on an answer line, judged by math-verify.
+r"""Rewards for mathematical answers in LaTeX, in the last box or on an answer line, verified by math-verify.
 
-An answer that SymPy computes with may take any time and memory: run these functions in a `RewardPool`.
+SymPy may need any amount of time and memory for an answer: run these functions in a `RewardPool`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MARKS = " \t\r*`"  # Markdown's emphasis and code
 # A million or more, however it is written: digits, 3e8, 10^{8}.
 _DIGITS = r"(?:[0-9]{6,}+|[0-9]*+\.?+[0-9]*+[eE]\+?0*(?:[6-9]|[1-9][0-9]))"
 _TEN_TO_THE = r"10\s*\^[\s{]*0*(?:[6-9]|[1-9][0-9])"
-# Powers and factorials that take SymPy seconds at least: three exponents deep, of a million, a factorial's factorial.
+# Powers and factorials that take SymPy at least seconds: exponents three deep or of a million, nested factorials.
 _EXPLODES = re.compile(
     rf"\^\{{[^{{}}]*\^\{{[^{{}}]*\^|\^[\s{{(]*[+-]?{_DIGITS}|\^\s*\{{[^{{}}^]*{_TEN_TO_THE}"
     rf"|(?:{_DIGITS}|{_TEN_TO_THE})[\s)}}]*!|![\s)}}]*!"
 )
-_MAX_DEPTH = 20  # brackets open at one point; the parser's time grows exponentially with them
+_MAX_DEPTH = 20  # most brackets open at one point; the parser's time grows exponentially with them
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
 
 
@@ -35,30 +35,30 @@ def math_reward(text: str, gold: str, *, finished: bool) -> float:
     The box is what `last_box` finds. Text identical to the gold answer is equal to it. Two numbers are compared as
     `same_number` says, everything else by math-verify, which evaluates what it is given: `12-4` equals 8. Numbers are
     equal exactly where both are exact, and within 1e-6 of the larger where one is a rounded decimal. Known deviations
-    from a mathematician's verdict are listed in docs/rewards.md. Of a gold answer that is not `readable` only its own
-    text is right, whatever its spaces.
+    from a mathematician's verdict are listed in docs/rewards.md. Of a gold answer that is not `readable` only the
+    same text is right, whatever its spaces.
 
     Args:
       text: the response, decoded without special tokens.
       gold: the right answer in LaTeX, without its box.
-      finished: whether the end token was generated; a response cut off earns nothing.
+      finished: whether the end token was generated; a response that was cut off scores 0.
     """
-    return _judge(last_box(text), gold) if finished else 0.0
+    return _score(last_box(text), gold) if finished else 0.0
 
 
 def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
     r"""1.0 for a finished response whose last line `Answer: X` holds an answer equal to `gold`, else 0.0.
 
-    X is what `answer_line` finds. Otherwise as `math_reward`.
+    X is what `answer_line` finds. In all else it is `math_reward`.
     """
-    return _judge(answer_line(text), gold) if finished else 0.0
+    return _score(answer_line(text), gold) if finished else 0.0
 
 
 def answer_line(text: str) -> str | None:
-    """The X of the last line `Answer: X` in the last `ANSWER_LINE_WINDOW` characters; None where there is none.
+    """The X of the last line `Answer: X` in the last `ANSWER_LINE_WINDOW` characters; None if there is none.
 
-    As in verl's DAPO recipe, whose template asks for it; X may also stand on a line of its own after `Answer:`. It may
-    be in math mode, in code or in a box, and may end in a full stop.
+    This is the rule of verl's DAPO recipe, whose template asks for such a line; X may also stand on a line of its own
+    after `Answer:`. It may be in math mode, in code or in a box, and may end in a full stop.
     """
     window = text[-ANSWER_LINE_WINDOW:]
     for found in reversed(list(_ANSWER.finditer(window))):
@@ -69,7 +69,7 @@ def answer_line(text: str) -> str | None:
 
 
 def _displayed(text: str) -> str | None:
-    """What a text begins with, if that is in display math up to the end of a line; it may have several lines."""
+    """The content of the display math that a text begins with; None unless a line ends with it."""
     for opening, closing in _MATH_MODE[1:3]:
         if text.startswith(opening):
             content, _, after = text[len(opening) :].partition(closing)
@@ -89,15 +89,15 @@ def _bare(line: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def readable(gold: str) -> bool:
-    """Whether other spellings of a gold answer can be told from wrong answers; where not, only its own text is right.
+    """Whether other spellings of a gold answer can be verified; if not, only its own text is right.
 
-    Takes as long as judging an answer, in a process that may be stopped: see `dcjax.rewards.golds`.
+    It takes as long as verifying an answer, so run it in a process that may be stopped, as `dcjax.rewards.golds` does.
     """
     return read_number(gold) is not None or (not _is_hostile(gold) and verify.readable(gold))
 
 
-def _judge(answer: str | None, gold: str) -> float:
-    """Whether there is an answer, and it equals gold."""
+def _score(answer: str | None, gold: str) -> float:
+    """1.0 if there is an answer and it equals `gold`, else 0.0."""
     answer, gold = (answer or "").strip(), gold.strip()
     if not answer:
         return 0.0
@@ -114,7 +114,7 @@ def _judge(answer: str | None, gold: str) -> float:
 
 
 def _is_hostile(answer: str) -> bool:
-    """Whether an answer is not worth SymPy's time; only what is cheap to see, since nothing can tell them all."""
+    """Whether an answer is clearly too costly for SymPy; the others that are meet the limits of the pool."""
     depth = deepest = 0
     for character in answer:
         if not (character.isprintable() or character.isspace()):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)
-"""Relative to the larger of two numbers: how far apart they may be where one is rounded."""
+"""How far apart two numbers may be if one of them is rounded, relative to the larger."""
 
 MAX_LENGTH = 1000
-"""Characters of a number; also, a bound on how far from its exponent a number's magnitude can be, in decimal places."""
+"""The most characters of a number; a number's magnitude is then within so many decimal places of its exponent."""
 
 _SPACE = r"(?:\s|\\[,;:! ]|~)*+"
 _DECIMAL = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)"
@@ -32,13 +32,13 @@ class Number:
     mantissa: Fraction
     exponent: int
     decimals: int = 0
-    """Digits after the point of the mantissa, as written; 0 is an exact number."""
+    """Number of digits after the point of the mantissa as written; 0 for an exact number."""
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a text writes, and nothing else; None where it is no number, or one over zero.
+    """The number that a text consists of; None if it is not just a number, or divides by zero.
 
-    Digits are ASCII. Linear in the length of the text; None above `MAX_LENGTH` characters.
+    Digits are ASCII. The time is linear in the length of the text, and the result None above `MAX_LENGTH` characters.
     """
     text = text.strip()
     if len(text) > MAX_LENGTH:
@@ -65,9 +65,9 @@ def _exponent(matched: re.Match[str]) -> int:
 def same_number(answer: Number, gold: Number) -> bool:
     """Whether an answer is the gold number.
 
-    Numbers of one value are. Beyond that, integers, fractions and powers of ten are exact, and decimals may be rounded:
-    a decimal is also the same as a fraction that no decimal equals, within `TOLERANCE`, and as another decimal, within
-    `TOLERANCE` and less than a unit of the last digit of the one with fewer of them.
+    Numbers of equal value are the same. Beyond that, integers, fractions and powers of ten are exact, but decimals may
+    be rounded: a decimal is also the same as a fraction without a finite decimal expansion, within `TOLERANCE`, and as
+    another decimal, within `TOLERANCE` and less than a unit of the last digit of the one with fewer decimals.
     """
     if not (answer.mantissa and gold.mantissa):
         return answer.mantissa == gold.mantissa
@@ -87,7 +87,7 @@ def same_number(answer: Number, gold: Number) -> bool:
 
 
 def _terminates(number: Fraction) -> bool:
-    """Whether a finite decimal equals it."""
+    """Whether the number has a finite decimal expansion."""
     rest = number.denominator
     for prime in (2, 5):
         while rest % prime == 0:

@@ -26,18 +26,18 @@ from dcjax.rewards.processes import Reward
 from dcjax.user_code import code_files_in
 
 PATIENCE = 10.0
-"""Seconds for the server to end; it takes them only where the reward's module hangs at its import."""
+"""Seconds that the server has to end; it needs them only if the import of the reward's module hangs."""
 
 ATTEMPTS = 2
-"""Workers that may die of unknown cause on one answer before it is taken for the cause."""
+"""How many workers may die of an unknown cause on one answer before it scores 0."""
 
 
 class RewardError(RuntimeError):
     """The reward function raised on an answer.
 
     Attributes:
-      answer: its number among those that were submitted together.
-      told: what it raised, the traceback's last line.
+      answer: the number of the answer among those submitted together.
+      told: the traceback's last line, which names the exception.
     """
 
     def __init__(self, answer: int, traceback: str):
@@ -47,9 +47,9 @@ class RewardError(RuntimeError):
 
 @dataclass
 class Counters:
-    """What a pool has seen since it was entered."""
+    """What has happened in a pool since it was entered."""
 
-    # workers killed because an answer took too long, and workers that ran out of memory on one: both score 0
+    # workers killed because an answer took too long, and workers that ran out of memory; their answers score 0
     timeouts: int = 0
     memory_kills: int = 0
     # workers replaced, for these and all other reasons
@@ -57,11 +57,11 @@ class Counters:
 
 
 class Pending:
-    """The scores of one `RewardPool.submit`, when they are there."""
+    """The scores of one `RewardPool.submit`, once they are complete."""
 
     def __init__(self, size: int):
         self.timeouts = 0
-        """Answers that took too long so far; all of them once there is a result."""
+        """How many answers have taken too long so far; final once there is a result."""
         self._scores = np.zeros(size, np.float32)
         self._left = size
         self._tracebacks: dict[int, str] = {}
@@ -72,7 +72,7 @@ class Pending:
 
     @classmethod
     def of(cls, scores: Sequence[float | Exception]) -> Pending:
-        """Scores that are there already, and what was raised in place of others."""
+        """Scores that are known already, with an exception in place of each that could not be computed."""
         pending = cls(len(scores))
         for index, score in enumerate(scores):
             if isinstance(score, Exception):
@@ -134,17 +134,17 @@ class _Worker:
     def begin(self, job: _Job, *, timeout: float, warm_up: float) -> None:
         self.job, self._timeout = job, timeout
         self.deadline = time.monotonic() + (timeout if self.warm else warm_up)
-        with suppress(OSError):  # it has just died, and will be heard of
+        with suppress(OSError):  # the worker has just died, which `finish` will notice
             self.connection.send(job.answer)
 
     def finish(self) -> bool:
-        """Takes its reply; False where it died instead."""
+        """Takes the worker's reply; returns False if it died instead."""
         try:
             reply = self.connection.recv_bytes()
         except (EOFError, OSError):
             return False
         job = self.job
-        if job is None:  # nobody asked it
+        if job is None:  # it was not asked for anything
             return False
         if reply == processes.WARM:
             self.warm, self.deadline = True, time.monotonic() + self._timeout
@@ -158,14 +158,14 @@ class _Worker:
 
 
 class _Server:
-    """The process that forks workers, from here."""
+    """The pool's side of the process that forks workers."""
 
     def __init__(self, pickled: bytes, memory: int):
         self.control, theirs = Pipe()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", processes.__name__, str(theirs.fileno())],
-            # sets of SymPy's are ordered by hashes, so verdicts could depend on them
+            # SymPy orders sets by hashes, on which scores could otherwise depend
             env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -193,7 +193,7 @@ class _Server:
         return self.control.recv()
 
     def close(self) -> None:
-        """Ends it and the workers."""
+        """Ends the server process and its workers."""
         self.control.close()
         try:
             self._process.wait(PATIENCE)
@@ -205,25 +205,27 @@ class _Server:
 class RewardPool:
     """Scores answers in worker processes; a context manager.
 
-    Workers are forked from a server process that has imported the reward function's module and no more of the program,
-    neither its `__main__` nor JAX; that takes seconds, meanwhile the pool takes answers. Scores do not depend on the
-    number of workers, nor on what each has scored before, as long as honest answers stay far from the limits.
+    Workers are forked from a server process that has imported the reward function's module and nothing else of the
+    program, neither its `__main__` nor JAX. That takes seconds, during which the pool accepts answers. Scores do not
+    depend on the number of workers, nor on what each has scored before, as long as honest answers stay far from the
+    limits.
 
-    Each worker calls the reward once before its first answer, with a response that is the gold answer, in a box and on
-    an answer line, and whatever comes of it: what the reward loads at its first call is not in any answer's time.
+    Before its first answer each worker calls the reward once, with the gold answer as the response, in a box and on an
+    answer line, and ignores the result: what the reward loads at its first call does not count towards any answer's
+    time.
 
-    An answer at which a worker exceeds a limit scores 0, and the worker is replaced. Where a worker dies otherwise,
-    killed from outside perhaps, its answer is tried once more, and scores 0 if that worker dies too.
+    An answer at which a worker exceeds a limit scores 0, and the worker is replaced. If a worker dies of another cause,
+    such as a signal from outside, its answer is tried once more, and scores 0 if that worker dies too.
 
     Args:
       reward: a picklable function of an importable module.
-      workers: processes; no more than there are cores, since time-outs are by the clock.
+      workers: the number of processes; at most the number of cores, since timeouts are in wall-clock time.
       timeout: seconds that one answer may take.
-      memory: bytes of address space that answers may add to a worker's own (Linux); the first call likewise.
-      warm_up: seconds that the reward's first call in a worker may take; where it takes more, the pool is over.
+      memory: bytes of address space that answers may add to a worker's own (Linux); the same holds for the first call.
+      warm_up: seconds that the reward's first call in a worker may take; if it takes more, the pool fails.
 
     Raises:
-      ValueError: a setting out of range, or a reward that workers could not import.
+      ValueError: a setting is out of range, or workers could not import the reward.
     """
 
     def __init__(
@@ -247,7 +249,7 @@ class RewardPool:
         self._limits = {"timeout": timeout, "warm_up": warm_up}
         self._jobs: deque[_Job] = deque()
         self._workers: list[_Worker] = []
-        self._lock = threading.Lock()  # of what submit and the dispatcher's end both touch
+        self._lock = threading.Lock()  # guards what `submit` and the end of the dispatcher both change
         self._over: Exception | None = RuntimeError("the pool was not entered")
         self._woken, self._waker = Pipe(duplex=False)
         self._dispatcher = threading.Thread(target=self._dispatch, name="rewards", daemon=True)
@@ -258,7 +260,7 @@ class RewardPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends all processes; what is not scored by then is not scored any more."""
+        """Ends all processes; answers that are not scored by then never will be."""
         self._stop(RuntimeError("the pool was closed"))
         self._dispatcher.join()
         self._waker.close()
@@ -280,7 +282,7 @@ class RewardPool:
         """
         if not len(texts) == len(golds) == len(finished):
             raise ValueError(
-                f"{len(texts)} texts, {len(golds)} golds and {len(finished)} finished; give as many of each"
+                f"{len(texts)} texts, {len(golds)} golds and {len(finished)} finished; give equally many of each"
             )
         pending = Pending(len(texts))
         answers = zip(texts, golds, map(bool, finished), strict=True)
@@ -303,7 +305,7 @@ class RewardPool:
             self._waker.send_bytes(b"")
 
     def _dispatch(self) -> None:
-        """What the thread does: starts the processes, and hands out answers until the pool is over."""
+        """Runs the dispatcher thread: starts the processes, and hands out answers until the pool ends."""
         try:
             with closing(_Server(self._pickled, self._memory)) as server:
                 while self._over is None and server.control not in self._listen([server.control]):
@@ -323,14 +325,14 @@ class RewardPool:
             job.pending._fail(self._over)
 
     def _listen(self, connections: list[Connection], seconds: float | None = None) -> list:
-        """Which of the connections have something, once one does or `submit` or `_stop` wakes it."""
+        """Waits until a connection is ready, or `submit` or `_stop` wakes it; returns the ready ones."""
         heard = wait([self._woken, *connections], seconds)
         if self._woken in heard:
             self._woken.recv_bytes()
         return heard
 
     def _turn(self, server: _Server) -> None:
-        """Gives the idle something to do, waits until something happens, and sees to it."""
+        """Gives idle workers an answer each, waits for events, and handles them."""
         for worker in self._workers:
             if worker.job is None and self._jobs:
                 worker.begin(self._jobs.popleft(), **self._limits)
@@ -345,10 +347,10 @@ class RewardPool:
                 self._workers[place] = server.fork()
 
     def _account(self, worker: _Worker, status: int, *, overdue: bool) -> None:
-        """Counts a worker that is gone, and scores its answer or puts it back.
+        """Counts a worker that has ended, and scores its answer or puts it back into the queue.
 
         Raises:
-          RuntimeError: it went at the reward's first call, and not by an accident.
+          RuntimeError: the worker ended during the reward's first call, and not by accident.
         """
         self.counters.restarts += 1
         job = worker.job
@@ -368,7 +370,7 @@ class RewardPool:
         job.pending._set(job.index, 0.0)
 
     def _first_call(self, status: int, *, overdue: bool) -> str:
-        """What became of the reward's first call in a worker that is gone, and what to do about it."""
+        """The error message for a reward's first call that failed: what happened, and what to do about it."""
         if overdue:
             limit = f"took more than warm_up, {self._limits['warm_up']:g} s; raise reward.warm_up, or load less in it"
         elif status == processes.OUT_OF_MEMORY:

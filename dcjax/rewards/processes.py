@@ -2,9 +2,10 @@
 
 `RewardPool` starts the server as `python -m dcjax.rewards.processes FD`, where FD is its end of a pipe. The server
 scores no answer, so it always responds. Its workers are its children: it alone kills and reaps them, so that no process
-id is used twice meanwhile, and it takes them along when the pipe closes, as it does however the pool's process ends.
+id is used twice meanwhile, and it ends them when the pipe closes, which happens however the pool's process ends.
 
-Each worker has a pipe of its own to the pool. What runs next to hostile text is not trusted: replies are not pickled.
+Each worker has a pipe of its own to the pool. Processes that handle hostile text are not trusted: replies are never
+pickled.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ text: the response, without special tokens; gold: the right answer; finished: wh
 """
 
 RETIRED = 0
-"""Exit status of a worker that has grown, after its reply: what SymPy keeps must not fail the next answer."""
+"""Exit status of a worker that has grown and ends after its reply, so that what SymPy keeps fails no answer."""
 OUT_OF_MEMORY = 3
 """Exit status of a worker whose answer needs more memory than it may have."""
 
 FORK = "fork"
 SCORE, RAISED, WARM = b"=", b"!", b"~"
-"""The first byte of a reply; a float64 follows, a traceback, or nothing: the reward's first call is over."""
+"""The first byte of a reply: a float64 follows, or a traceback, or nothing when the reward's first call is over."""
 FLOAT64 = struct.Struct("d")
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 
@@ -100,14 +101,14 @@ def _end(child: int) -> int:
 def work(pool: Connection, reward: Reward, memory: int) -> int:
     """Scores answers until the pool's end of the pipe closes or memory grows short; returns the exit status.
 
-    Before the first answer the reward is called with that answer's gold as the response, and the pool told `WARM`: what
-    it loads then is the worker's own, and its time not the answer's.
+    Before the first answer the reward is called with that answer's gold as the response, and the reply is `WARM`: what
+    the reward loads in that call counts towards the worker's own memory, and not towards the answer's time.
 
     Args:
-      pool: gives (text, gold, finished), and takes replies.
-      reward: the function.
-      memory: bytes of address space that the first call may add to those which the reward's imports take, and answers
-        to what it leaves.
+      pool: the connection that gives (text, gold, finished), and takes replies.
+      reward: the reward function.
+      memory: bytes of address space that the first call may add to those which the reward's imports take, and that
+        answers may add to those which the first call leaves.
     """
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, _address_space() + memory, for_good=False)

@@ -1,4 +1,4 @@
-r"""What math-verify misreads, spelt so that it does not: `3e8`, `5.`, `3+4i`, `\frac{1}{m} t`."""
+r"""Respells what math-verify would misread: `3e8`, `5.`, `3+4i`, `\frac{1}{m} t`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ MAX_EXPONENT = 99
 would be written out with too many digits."""
 
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9_.\\])([0-9]++\.?[0-9]*+|\.[0-9]++)[eE]([-+]?)([0-9]++)(?!_|\.[0-9])")
-# not the dots of 0.333... and what says how a decimal goes on
+# not the dots of 0.333..., nor a point before marks that continue a decimal
 _FINAL_POINT = re.compile(r"(?<=[0-9])\.(?![0-9.]|\s+[0-9]|\s*\\(?:overline|dot|bar|[lc]?dots)(?![a-zA-Z]))")
 _IMAGINARY = re.compile(r"(?<=[0-9])i(?![A-Za-z])")
 _WORDS = re.compile(r"\\(?:text|mbox|math[a-z]+)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _EULER = re.compile(r"(?<![A-Za-z])e(?![A-Za-z])")
-# what math-verify may take for a unit at the end, before a unit in \text: its "g ." is any character after "g "
+# what math-verify may take for a unit at the end, or before a unit in \text: its "g ." is any character after "g "
 _TAIL = re.compile(
     r"(?<=[0-9}\s])([a-z]+|[a-hqs] .)(\s*(?:\\(?:text|mbox|math[a-z]+)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*)?)$"
 )
-# the short ones that are rather units than products of symbols
+# short words that are more likely units than products of symbols
 _UNITS = re.compile(r"(?:[cmkd]m|kg|gm|lb|ft|hr|yr|mph|kmh|mtr|sec|min|deg|gal|ohm|day|m[ea]n|pie|toy)s?")
 _ORDINAL_OR_HOUR = re.compile(r"(?:1st|3rd|[0-9]th|[0-9]\s+[ap]m)$")
 _UNIT = re.compile(r"[0-9]\s*[mghls]\s*$")
 
 
 def spell(answer: str, gold: str) -> tuple[str, str]:
-    """Both texts as math-verify reads them rightly: (answer, gold).
+    """Both texts spelt so that math-verify reads them correctly: (answer, gold).
 
     A number in scientific notation is written out as a decimal, unless its exponent exceeds `MAX_EXPONENT`. `2e-3` is
     one, but not beside a text that holds Euler's number e itself: there it is 2e − 3. Letters at the end are symbols,
-    but for words and short units such as cm. A single letter is a unit only of an answer that ends with a number and m,
-    g, h, l or s, where no letter is in the gold answer.
+    except for words and short units such as cm. A single letter is a unit only if the answer ends with a number and m,
+    g, h, l or s, and the gold answer has no letter.
     """
     sums = any(_EULER.search(_bare(_SCIENTIFIC.sub(" ", text))) for text in (answer, gold))
     return (
@@ -51,7 +51,7 @@ def _spell(text: str, *, sums: bool, unit: bool) -> str:
 
 
 def _kept(tail: re.Match[str]) -> str:
-    r"""What math-verify drops at the end of a text; behind it a `\quad`, where it is no unit, so that it is kept."""
+    r"""What math-verify would drop at the end of a text; if it is not a unit, a `\quad` after it prevents that."""
     word = tail[1]
     if len(word) >= 4 or _UNITS.fullmatch(word) or _ORDINAL_OR_HOUR.search(tail.string[: tail.end(1)]):
         return tail[0]
@@ -59,14 +59,14 @@ def _kept(tail: re.Match[str]) -> str:
 
 
 def _written_out(matched: re.Match[str], *, sums: bool) -> str:
-    """A number in scientific notation as a decimal, or as an integer where its digits have no point; else as it is."""
+    """A number in scientific notation as a decimal, or as an integer if its digits have no point; or unchanged."""
     digits, sign, exponent = matched.groups()
     if len(exponent) > 4 or int(exponent) > MAX_EXPONENT:
         return matched[0]
     if sums and sign and digits.isdigit() and not exponent.startswith("0"):
         return matched[0]
     number = _moved(digits, int(f"{sign}{exponent}"))
-    # what follows a brace, math-verify may take apart
+    # math-verify may split a number that follows a brace
     return f"({number})" if matched.string[: matched.start()].rstrip().endswith("}") else number
 
 

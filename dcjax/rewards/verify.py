@@ -15,24 +15,25 @@ WARM_UP = (
     *(r"50\%", r"12\text{ cm}", r"30^\circ", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     *(r"\{1,2\}", "[0,1)", "(1,2,3)", "x=7", r"2\leq x<3"),
 )
-"""What answers are made of."""
+"""Examples of everything that answers usually consist of."""
 
 DECIMALS, DIGITS = 6, 15
-"""math-verify's own: the decimals that it rounds to, and the digits to which it evaluates."""
+"""math-verify's own defaults: the decimals that it rounds to, and the digits to which it evaluates."""
 
 MAX_PLACES = 350
-"""Zeros after the point of a small number that are still reckoned with; doubles have 324."""
+"""The most zeros after the point of a small number that are taken into account; doubles have up to 324."""
 
 
 @functools.lru_cache(maxsize=4096)
 def equal(answer: str, gold: str) -> bool:
-    """Whether math-verify judges the LaTeX `answer` equal to `gold`; remembered, because a policy's answers are few.
+    """Whether math-verify finds the LaTeX `answer` equal to `gold`; cached, because a policy's answers repeat.
 
-    Three things are not as it has them. Both texts are spelt first as `spell` says. Two numbers of which one comes from
-    decimals are equal within `TOLERANCE`, relative to the larger. And where numbers stand within something else, or
-    both are exact, its absolute precision is raised by the zeros with which the smallest number in `gold` begins.
+    Three things differ from math-verify alone. Both texts are spelt first as `spell` says. Two numbers of which one
+    comes from decimals are equal within `TOLERANCE`, relative to the larger. And if numbers are part of something
+    larger, or both are exact, its absolute precision is raised by the zeros with which the smallest number in `gold`
+    begins.
 
-    Takes about a millisecond for an honest answer and no bounded time or memory for a hostile one.
+    It takes about a millisecond for an honest answer, but for a hostile one time and memory have no bound.
 
     Raises:
       ValueError: math-verify cannot read `gold`.
@@ -40,7 +41,7 @@ def equal(answer: str, gold: str) -> bool:
     import math_verify
     from sympy.core import random
 
-    random.seed(0)  # SymPy tries equations at random points; verdicts must not depend on those drawn before
+    random.seed(0)  # SymPy tries equations at random points; results must not depend on those drawn before
     spelt, spelt_gold = spell(answer, gold)
     expected, given = _read(spelt_gold), _read(spelt)
     if not expected:
@@ -53,7 +54,7 @@ def equal(answer: str, gold: str) -> bool:
         places = _places(expected)
     except MemoryError:
         raise
-    except Exception:  # of SymPy, which cannot compute everything that can be written; math-verify has it so too
+    except Exception:  # SymPy cannot compute everything that can be written; math-verify also takes that as unequal
         return False
     # The comparison is asymmetric: the gold answer comes first.
     precision = {"float_rounding": DECIMALS + places, "numeric_precision": DIGITS + places}
@@ -61,7 +62,7 @@ def equal(answer: str, gold: str) -> bool:
 
 
 def readable(gold: str) -> bool:
-    """Whether math-verify reads `gold`, and finds it equal to itself; as much time and memory as for `equal`."""
+    """Whether math-verify reads `gold`, and finds it equal to itself; it takes as much time and memory as `equal`."""
     try:
         return equal(gold, gold)
     except ValueError:
@@ -69,7 +70,7 @@ def readable(gold: str) -> bool:
 
 
 def warm_up() -> None:
-    """Imports math-verify, and lets its parser meet what answers are made of: two seconds, spent beforehand."""
+    """Imports math-verify, and runs its parser on typical answers: two seconds that answers then do not take."""
     for answer in WARM_UP:
         equal(answer, answer)
     equal("x^{2}-1", "(x-1)(x+1)")
@@ -95,12 +96,12 @@ def _is_near(given: Any, expected: Any) -> bool:
 
 
 def _size(number: Any) -> Any:
-    """Its absolute value as a SymPy Float, where it can be computed."""
+    """The absolute value of a number as a SymPy Float, if it can be computed."""
     return abs(number.doit()).evalf(2 * DIGITS)
 
 
 def _places(expressions: list) -> int:
-    """The zeros after the point with which the smallest number in the expressions begins; 0 where all are above 0.1.
+    """The zeros after the point with which the smallest number in the expressions begins; 0 if all are above 0.1.
 
     A number is the largest part of an expression that has no symbol; those that are 0 do not count.
     """
@@ -124,7 +125,7 @@ def _read(content: str) -> list:
     """The SymPy expressions math-verify reads in a box around `content`; empty if it cannot."""
     import math_verify
 
-    # Without its timeouts math-verify warns that nobody keeps time. Whoever calls this does.
+    # Without its timeouts math-verify warns that nothing limits the time. The caller does.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     boxes_only = math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     return math_verify.parse(

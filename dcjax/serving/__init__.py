@@ -1,4 +1,4 @@
-"""What is deployed. Imports models, sharding and types; never rl.
+"""The engine that serves the deployed policy. Imports models, sharding and types; never rl.
 
 `Qwen3Engine` is imported on first use: JetStream brings TensorFlow along, which costs seconds.
 """

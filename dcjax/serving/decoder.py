@@ -1,4 +1,4 @@
-"""The serving policy as pure functions: prefill of prompts, one decoded token in every slot."""
+"""The serving policy as pure functions: prefill of prompts, and decoding of one token in every slot."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from dcjax.serving.sync import ServingParams
 from dcjax.types import Array
 
 NOISE_AHEAD = 2**22
-"""Random numbers that are drawn at once, before the steps that use them."""
+"""The most random numbers that are drawn at once, ahead of the steps that use them."""
 
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
-"""Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses and divides them."""
+"""Compiler options of programs that decode: what a format rounds is rounded, however XLA fuses or splits it."""
 
 LOGIT_NOISE, ROUTING_FLIPS = 1, 2
-"""Folded into a token's key, for random numbers beside those that it is drawn with."""
+"""Numbers folded into a token's key, for random numbers other than those that draw the token."""
 
 
 @flax.struct.dataclass
 class Requests:
-    """What N samples ask for."""
+    """The settings of N samples."""
 
     # tokens to sample at most, the end token included
     limits: Int[Array, "N"]
     sampling: SamplingParams
-    # ids that end a response, -1 behind them; themselves sampled, scored and returned
+    # ids that end a response, padded with -1; end tokens themselves are sampled, scored and returned
     stop_tokens: Int[Array, "N M"]
     # raw PRNG key data; the n-th token of a request is drawn with fold_in(key, n), wherever and whenever it runs
     keys: UInt32[Array, "N 2"]
@@ -49,10 +49,10 @@ class Requests:
 
 @flax.struct.dataclass
 class Prefix:
-    """Prompts prefilled into caches of their own: one row a prompt."""
+    """Prompts prefilled into caches of their own, one row for each prompt."""
 
     caches: Caches
-    # the last prompt token and its position: a step feeds it again, so that all sampled tokens come from one place
+    # the last prompt token and its position: decoding feeds it again, so that it computes every token that is sampled
     tokens: Int[Array, "rows"]
     positions: Int[Array, "rows"]
     # None unless recorded
@@ -61,7 +61,7 @@ class Prefix:
 
 @flax.struct.dataclass
 class DecodeState:
-    """One row a slot."""
+    """The state of all slots, one row for each."""
 
     caches: Caches
     # the token to feed next, and its position
@@ -75,27 +75,27 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Emitted:
-    """One token of every slot, with what a trainer has to know of it; meaningless where not `valid`."""
+    """One token from every slot, with what training needs to know about it; meaningless where not `valid`."""
 
     tokens: Int[Array, "slots"]
-    # of the distribution that was sampled from
+    # natural logs, under the distribution that was sampled from
     logps: Float[Array, "slots"]
     valid: Bool[Array, "slots"]
-    # of `sampling.Distribution`
+    # both as in `sampling.Distribution`
     log_mass: Float[Array, "slots"]
     candidate_tokens: Int[Array, "slots K"]
-    # of the token that was fed; None unless recorded
+    # those of the token that was fed; None unless recorded
     experts: Int[Array, "slots M k"] | None
-    # the residual stream behind each layer; None unless asked for
+    # the residual stream after each layer; None unless requested
     residuals: Float[Array, "L slots E"] | None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How one model is served; hashable, so that programs are compiled once for equal ones.
+    """How one model is served; hashable, so that equal decoders share compiled programs.
 
-    `prefill_tokens` bounds what one pass of the prefill takes of each copy of the model (tokens), whatever the prompts'
-    number and length.
+    `prefill_tokens` is the most tokens that one pass of the prefill runs through each copy of the model, whatever the
+    number and length of the prompts.
     """
 
     config: ModelConfig
@@ -108,18 +108,18 @@ class Decoder:
     records_experts: bool
     prefill_tokens: int
     mismatch: MismatchConfig
-    # of `serving_mesh`
+    # as `serving_mesh` makes it
     mesh: Mesh
-    # layers are looped over, and their weights and caches of `models.cache.stack_layers`; on one device
+    # whether layers are looped over, with weights and caches from `models.cache.stack_layers`; only on one device
     loops: bool = False
 
     @property
     def capacity(self) -> int:
-        """Tokens of a slot."""
+        """How many tokens a slot holds."""
         return self.max_prompt_length + self.max_response_length
 
     def empty(self, slots: int) -> DecodeState:
-        """No slot active."""
+        """A state in which no slot is active."""
         zeros = jnp.zeros(slots, jnp.int32)
         ones = jnp.ones(slots, jnp.float32)
         state = DecodeState(
@@ -138,7 +138,7 @@ class Decoder:
         return self._placed(state)
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
-        """Prompts, padded on the right, into caches: as many at once as `prefill_tokens` allows, or one in pieces."""
+        """Prefills prompts, padded on the right: as many at once as `prefill_tokens` allows, or each in pieces."""
         rows, width = tokens.shape
         columns = min(width, self.prefill_tokens)
         copies = self.mesh.shape[COPIES]
@@ -166,8 +166,10 @@ class Decoder:
         def joined(leaf: Array) -> Array:
             return leaf.reshape(-1, *leaf.shape[2:])[:rows]
 
-        # one pass or several, each leaf with them in front
-        caches, experts = lax.map(prompts, padded.reshape(passes, at_once, -1)) if passes > 1 else _one(prompts(padded))
+        # each leaf has a leading axis of passes
+        caches, experts = (
+            lax.map(prompts, padded.reshape(passes, at_once, -1)) if passes > 1 else _with_leading_axis(prompts(padded))
+        )
         if self.loops:
             caches = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), caches)
         caches, experts = self._each_layer(joined, caches), jax.tree.map(joined, experts)
@@ -183,7 +185,7 @@ class Decoder:
         rows: Int[Array, "slots"],
         requests: Requests,
     ) -> DecodeState:
-        """Begins samples in the slots that are `starting`: of each one the prompt's row, and what it asks for."""
+        """Begins samples in the slots that are `starting`, each with its prompt's row of `prefix` and its request."""
 
         def chosen(new: Array, held: Array) -> Array:
             return jnp.where(starting.reshape(-1, *[1] * (held.ndim - 1)), new, held)
@@ -204,7 +206,7 @@ class Decoder:
         return self._placed(started)
 
     def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
-        """`count` tokens in every active slot, each leaf of `Emitted` with them in front."""
+        """Decodes `count` tokens in every active slot; each leaf of `Emitted` has a leading axis of tokens."""
         counts = state.generated + jnp.arange(count)[:, None]
 
         vocab_size, keys = self.config.vocab_size, state.requests.keys
@@ -217,7 +219,7 @@ class Decoder:
             drawn = sampling.gumbel_noise(jnp.tile(keys, (count, 1)), counts.reshape(-1), vocab_size)
             return pinned(self.mesh, drawn.reshape(*counts.shape, -1), PartitionSpec(None, *SCORES))
 
-        # half as costly drawn at once, while that is small
+        # drawing all noise at once halves its cost, as long as there is not too much of it
         ahead = counts.size * vocab_size <= NOISE_AHEAD
         drawn = noise_of_all() if ahead else counts
 
@@ -229,7 +231,7 @@ class Decoder:
     def follow(
         self, params: ServingParams, state: DecodeState, tokens: Int[Array, "T slots"], *, keeps_residuals: bool
     ) -> Emitted:
-        """What `steps` would have said of given tokens, one after another; with the residual stream on request."""
+        """What `steps` would have emitted for given tokens, fed one by one; with residual streams on request."""
         return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
 
     def _steps(
@@ -287,16 +289,16 @@ class Decoder:
 
     @property
     def state_places(self) -> Any:
-        """Where slots live: with the copy of the model that decodes them, and heads where they are attended with.
+        """The shardings of a `DecodeState`, as a prefix of its tree.
 
-        A prefix of the tree of `DecodeState`.
+        Slots are on the copy of the model that decodes them, and heads on the devices that attend with them.
         """
         rows: Any = named(self.mesh, ROWS)
         fields = {field.name: rows for field in dataclasses.fields(DecodeState)}
         return DecodeState(**fields | {"caches": named(self.mesh, CACHE)})
 
     def state_shardings(self, state: Any) -> Any:
-        """`state_places` for each leaf of a state."""
+        """The sharding of each leaf of a state, from `state_places`."""
         return jax.tree.broadcast(self.state_places, state)
 
     def _placed(self, state: DecodeState) -> DecodeState:
@@ -312,7 +314,7 @@ class Decoder:
         return tuple(one() for _ in range(count))
 
     def _each_layer(self, function: Callable[..., Array], *caches: Caches) -> Any:
-        """A function of leaves of one layer's caches, of all."""
+        """Applies a function of the leaves of one layer's caches to the caches of all layers."""
 
         def of_all(*caches: Any) -> Any:
             return jax.tree.map(function, *caches)
@@ -336,7 +338,7 @@ class Decoder:
         return parallel.distribution(self.mesh, logits, state.requests.sampling, self.max_candidates)
 
     def _recorded(self, decoded: Decoded) -> Array | None:
-        """Experts [B, S, M, k], if they are recorded at all; 16 bits count all that there are."""
+        """Experts [B, S, M, k] if they are recorded, else None; int16 holds the number of any expert."""
         if not self.records_experts or decoded.experts is None:
             return None
         return jnp.moveaxis(decoded.experts, 0, 2).astype(jnp.int16)
@@ -345,7 +347,7 @@ class Decoder:
         return parallel.most_probable(self.mesh, probabilities, self.config.num_experts_per_tok)
 
     def _flips(self, state: DecodeState) -> Callable[[int, Array], Array]:
-        """A choice of experts of which some are wrong: the first that was not chosen, for the last that was."""
+        """A choice of experts that is wrong for some tokens: the next expert takes the place of the last one chosen."""
 
         def choose(layer: int, probabilities: Array) -> Array:
             draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, layer)))
@@ -357,7 +359,8 @@ class Decoder:
         return choose
 
 
-def _one(tree: Any) -> Any:
+def _with_leading_axis(tree: Any) -> Any:
+    """The tree with an axis of size 1 in front of each leaf's axes."""
     return jax.tree.map(lambda leaf: leaf[None], tree)
 
 

@@ -1,4 +1,4 @@
-"""`Qwen3Engine`: a JetStream engine that samples, and says with which probability and from which weights."""
+"""`Qwen3Engine`: a JetStream engine that samples, and returns each token's log-prob and weights version."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _prefill = jax.jit(Decoder.prefill, static_argnums=0, compiler_options=NO_EXCESS
 
 @flax.struct.dataclass
 class SampledTokens(engine_api.ResultTokens):
-    """JetStream's result with what a trainer needs beside it: log-probs and weights versions, both [slots, K]."""
+    """JetStream's result, and what a trainer needs in addition: log-probs and weights versions, both [slots, K]."""
 
     log_prob: Any = None
     version: Any = None
@@ -64,7 +64,7 @@ class SampledTokens(engine_api.ResultTokens):
 
 
 DEEP = 8
-"""Layers from which on they are looped over, where that costs nothing at run time."""
+"""The number of layers from which on they are looped over, where that costs nothing at run time."""
 
 
 @jax.jit
@@ -75,17 +75,17 @@ def _stacked(served: ServingParams) -> ServingParams:
 def _loops(config: ModelConfig, format: quantize.Format, mesh: jax.sharding.Mesh) -> bool:
     """Whether layers are looped over, so that a program's size does not grow with their number.
 
-    Unrolled layers cost XLA .2 s of compiling each on a CPU. There int8 is as fast either way. Other formats take 1.2
+    Each unrolled layer takes XLA 0.2 s to compile on a CPU. There int8 is as fast either way. Other formats take 1.2
     to 6 times as long in a loop, since conversions of weights leave the loop over tokens only where layers are
     unrolled; experts take a fifth longer (`python benchmarks/depth.py`). On TPUs and GPUs caches are written in place
-    where layers are unrolled.
+    only where layers are unrolled.
     """
     on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return on_cpu and config.num_layers >= DEEP and not config.num_experts and format.name == "int8"
 
 
 class _Programs(NamedTuple):
-    """What decodes one request at a time; states all live in the same places, so that each is compiled once."""
+    """The programs that serve one request at a time; all states have the same shardings, so each compiles once."""
 
     empty: Any
     start: Any
@@ -133,7 +133,7 @@ def _generate(
 
 
 class Qwen3Engine(engine_api.Engine):
-    """Prefill once a prompt, insert once a sample, generate over slots.
+    """Prefills once for each prompt, inserts once for each sample, and generates in all slots.
 
     `rollout.sample_responses` runs whole batches of requests on it in compiled loops; JetStream's own interface takes
     one at a time.
@@ -141,25 +141,26 @@ class Qwen3Engine(engine_api.Engine):
     Args:
       config: the architecture.
       format: serving format, a name in `quantize.formats`.
-      kv_cache: what keys and values are stored in; auto is the format's own.
+      kv_cache: the dtype that keys and values are stored in; auto is the format's own.
       keep: names of weights that stay in the activations' dtype, as `sync.make_sync` takes them.
-      slots: samples decoded at once.
+      slots: how many samples are decoded at once.
       max_prompt_length: longest prompt (tokens).
       max_response_length: longest response (tokens, the end token included).
       end_tokens: ids that end a response unless a request names others; themselves sampled, scored and returned.
       steps_per_call: tokens that are decoded in each slot before ended samples are replaced.
-      prefill_tokens: tokens in one pass of the prefill: of several prompts, or a piece of a long one.
-      max_candidates: largest top_k of a request; the tokens that it leaves are recorded. 0 records none, for any top_k.
-      max_stop_tokens: how many ids a request may name; where there are more end tokens, the next power of two.
-      records_experts: the choices of an MoE's routers are recorded.
-      mismatch: what is added to the engine's own numerics; its staleness is the trainer's affair.
-      mesh: of `layout.serving_mesh`; the first device where None.
-      training_mesh: where the masters are that `sync` takes; the first device where None.
-      memory: bytes a device has for weights and cache; asked of the device, or on CPU of the machine, where None.
+      prefill_tokens: the most tokens in one pass of the prefill: several prompts, or a piece of a long one.
+      max_candidates: largest top_k of a request; the tokens that it keeps are recorded. 0 records none, for any top_k.
+      max_stop_tokens: how many ids a request may name; if there are more end tokens, the next power of two.
+      records_experts: whether the choices of an MoE's routers are recorded.
+      mismatch: mismatch to add to the engine's own numerics; its staleness is up to the trainer.
+      mesh: the mesh that serves, as `parallel.serving_mesh` makes it; None is the first device.
+      training_mesh: the mesh of the masters that `sync` takes; None is the first device.
+      memory: bytes that each device has for weights and cache; None is what the device, or on CPU the machine, has.
 
     Raises:
-      ValueError: an unknown format or one that the model or the hardware cannot serve, no slots, a cache that does not
-        fit, a prompt or a request that does not fit, or prefilling on top of an existing prefix.
+      ValueError: the format is unknown, or the model or the hardware cannot serve it; a setting is out of range; or the
+        cache does not fit in memory. Methods raise it for prompts and requests that do not fit, and for prefilling on
+        top of an existing prefix.
     """
 
     def __init__(
@@ -205,18 +206,18 @@ class Qwen3Engine(engine_api.Engine):
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             max_candidates=max_candidates,
-            # few capacities for all models, so that they share programs
+            # a power of two, so that models with similar numbers of end tokens share programs
             max_stop_tokens=max(max_stop_tokens, 1 << (len(end_tokens) - 1).bit_length()),
             records_experts=records_experts,
             prefill_tokens=prefill_tokens,
-            # of which the rest is not decoded with
+            # decoding does not depend on the other fields
             mismatch=MismatchConfig(logit_noise=mismatch.logit_noise, routing_flips=mismatch.routing_flips),
             mesh=self._mesh,
             loops=_loops(config, self.format, self._mesh),
         )
         if slots % (copies := self._mesh.shape[COPIES]):
             raise ValueError(f"slots is {slots}; it must be a multiple of the {copies} copies of the model")
-        # samples started without a key, which is then their number
+        # how many samples were started without a key; that number becomes the next one's key
         self._unkeyed = 0
         self._sync = make_sync(
             config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
@@ -230,7 +231,7 @@ class Qwen3Engine(engine_api.Engine):
         return self.sync(params, version)
 
     def prefill(self, *, params: ServingParams, existing_prefix=None, padded_tokens, true_length: int) -> Prefix:
-        """One prompt, int32 [L] padded on the right, into a Prefix of one row."""
+        """Prefills one prompt, int32 [L] padded on the right, into a Prefix of one row."""
         if existing_prefix is not None:
             raise ValueError("prefilling on top of an existing prefix is not supported; pass the whole prompt")
         length = int(as_integers("true_length", true_length))
@@ -242,7 +243,7 @@ class Qwen3Engine(engine_api.Engine):
     ) -> DecodeState:
         """Starts a sample of a row of `prefix` in `slot`; `decode_state` is donated.
 
-        `request` holds one, as `make_requests` makes them; by default it is at temperature 1 with a key of its own.
+        `request` is a single one from `make_requests`; by default it has temperature 1 and a key of its own.
         """
         _require_within("slot", [slot], 0, self.slots - 1)
         if request is None:
@@ -255,17 +256,17 @@ class Qwen3Engine(engine_api.Engine):
         return _programs(self.decoder).generate(self.decoder, params, decode_state, self.steps_per_call)
 
     def init_decode_state(self) -> DecodeState:
-        """All slots empty."""
+        """A state in which all slots are empty."""
         return _programs(self.decoder).empty(self.decoder, self.slots)
 
     def get_prefix_destination_sharding(self) -> Prefix:
-        """Heads of caches with the devices that attend with them, on every copy of the model."""
+        """The shardings of a Prefix: heads are on the devices that attend with them, in every copy of the model."""
         caches: Any = named(self._mesh, SHARED_CACHE)
         everywhere: Any = named(self._mesh, EVERYWHERE)
         return Prefix(caches, everywhere, everywhere, everywhere)
 
     def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:  # pyrefly: ignore[missing-attribute]
-        """No vocabulary file of JetStream's kinds; the rollout path never detokenises in the engine."""
+        """Empty parameters, without a vocabulary file: the rollout path never detokenises in the engine."""
         return tokenizer_pb2.TokenizerParameters()  # pyrefly: ignore[missing-attribute]
 
     @property
@@ -288,10 +289,10 @@ class Qwen3Engine(engine_api.Engine):
     def colocated_cpus(self) -> None:
         return None
 
-    # --- beside it ---
+    # --- beyond that interface ---
 
     def sync(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
-        """Serving params from the trainer's float32 masters, as `make_sync` says, for this engine's programs."""
+        """Serving params from the trainer's float32 masters, by `make_sync`, for this engine's programs."""
         served = self._sync(params, version)
         return _stacked(served) if self.decoder.loops else served
 
@@ -306,11 +307,11 @@ class Qwen3Engine(engine_api.Engine):
         return self.decoder.max_response_length
 
     def slots_for(self, samples: int) -> int:
-        """How many slots so many samples are decoded in: no more than there are samples for, on each copy alike."""
+        """How many slots decode this many samples: no more than needed, and equally many on each copy of the model."""
         return min(self.slots, round_up(samples, self._mesh.shape[COPIES]))
 
     def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
-        """P prompts in one call, one row each."""
+        """Prefills P prompts in one call, one row each."""
         _require_within("number of prompts", [len(prompts)], 1)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         _require_within("length of a prompt", lengths, 1, self.max_prompt_length)
@@ -321,7 +322,7 @@ class Qwen3Engine(engine_api.Engine):
         return _prefill(self.decoder, params, tokens, lengths)
 
     def compile_sync(self, masters: Params) -> ServingParams:
-        """Compiles `sync` for abstract masters; gives abstract serving params."""
+        """Compiles `sync` for abstract masters; returns abstract serving params."""
         self._sync.compile(masters)
         served = abstract_serving(self.config, self.format, self._keep)
         served = with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
@@ -330,7 +331,7 @@ class Qwen3Engine(engine_api.Engine):
         return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
 
     def compile_prefill(self, params: ServingParams, prompts: int) -> Prefix:
-        """Compiles `prefill_many` for so many prompts; from abstract params to an abstract prefix."""
+        """Compiles `prefill_many` for a number of prompts and abstract params; returns an abstract prefix."""
         tokens, lengths = np.zeros((prompts, self.max_prompt_length), np.int32), np.zeros(prompts, np.int32)
         compiled = _prefill.lower(self.decoder, params, tokens, lengths).compile()
         shapes = jax.eval_shape(self.decoder.prefill, params, tokens, lengths)
@@ -346,10 +347,10 @@ class Qwen3Engine(engine_api.Engine):
         top_ps: Float[Array, "N"] | float = 1.0,
         stop_tokens: Int[Array, "N M"] | Sequence[int] | None = None,
     ) -> Requests:
-        """Requests for N samples with keys [N, 2], on the host; one value counts for all.
+        """Requests for N samples with keys [N, 2], on the host; a single value applies to all samples.
 
-        `limits` are the longest possible and `stop_tokens` the engine's end tokens where None; rows of stop tokens may
-        be filled up with -1.
+        If None, `limits` are the longest possible and `stop_tokens` the engine's end tokens. Rows of stop tokens may be
+        padded with -1.
         """
         keys = np.asarray(keys, np.uint32)
 
@@ -371,8 +372,8 @@ class Qwen3Engine(engine_api.Engine):
         )
         if self.decoder.max_candidates and (unbounded := (drawn.top_ks == 0) & (drawn.top_ps < 1)).any():
             raise ValueError(
-                f"top_p is {drawn.top_ps[unbounded][0]:g} without top_k; this engine records what is left of truncated "
-                f"distributions, so it takes a top_k of 1 to {self.decoder.max_candidates} with it"
+                f"top_p is {drawn.top_ps[unbounded][0]:g} without top_k; this engine records the candidates of "
+                f"truncated distributions, so top_k must be 1 to {self.decoder.max_candidates}"
             )
         return Requests(
             limits=column("limit of a response", limit if limits is None else limits, np.int32, 1, limit),

@@ -1,4 +1,4 @@
-"""A gap between the policies of known kind and size, so that an experiment turns one knob at a time."""
+"""Mismatch of a known kind and size between the policies, so that an experiment varies one cause at a time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MismatchConfig:
-    """What is added to the serving policy's own numerics.
+    """Mismatch that is added to the serving policy on purpose, beside its own numerics.
 
     Raises:
-      ValueError: a size out of range.
+      ValueError: a size is out of range.
     """
 
     weight_noise: float = 0.0
-    """Standard deviation of normal noise added to each weight matrix, relative to its root mean
-    square; sampled again for each version of the weights."""
+    """Standard deviation of normal noise added to each weight matrix, relative to its root mean square;
+    sampled again for each version of the weights."""
     logit_noise: float = 0.0
     """Standard deviation of normal noise added to each logit before the temperature, for each token."""
     routing_flips: float = 0.0
@@ -33,4 +33,4 @@ class MismatchConfig:
 
 
 NO_MISMATCH = MismatchConfig()
-"""Nothing is added."""
+"""The settings with which nothing is added."""

@@ -1,4 +1,4 @@
-"""How the devices of a serving mesh share the engine's work: copies of the model, each of some devices."""
+"""How the devices of a serving mesh share the engine's work: copies of the model, each on some of the devices."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ CACHE = PartitionSpec("batch", "kv_heads")
 """Axes of a layer's cache, [B, K, C, ...]."""
 
 SHARED_CACHE = PartitionSpec(None, "kv_heads")
-"""The same where every copy has all sequences, as it has the prompts'."""
+"""The same for the caches of prompts, which every copy of the model has in full."""
 
 ROWS = PartitionSpec("batch")
-"""Axes of what there is one of for each sequence, [B, ...]."""
+"""Axes of arrays with one row for each sequence, [B, ...]."""
 
 SCORES = PartitionSpec("batch", "vocab")
 """Axes of logits, [B, V]."""
 
 EVERYWHERE = PartitionSpec()
-"""Axes of what every device has whole."""
+"""Axes of arrays that every device has whole."""
 
 
 def serving_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
-    """The devices of a mesh, in their order, as copies of the model of `tensor` neighbouring devices each.
+    """Arranges the devices of a mesh, in order, as copies of the model on `tensor` neighbouring devices each.
 
     Raises:
-      ValueError: a number of devices that `tensor` does not divide.
+      ValueError: `tensor` does not divide the number of devices.
     """
     if tensor < 1 or mesh.size % tensor:
         raise ValueError(f"serving.tensor is {tensor}; it must divide the number of devices, {mesh.size}")
@@ -50,20 +50,20 @@ def serving_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
 
 
 def named(mesh: Mesh, axes: PartitionSpec) -> NamedSharding:
-    """Where an array of these logical axes lives on a serving mesh."""
+    """The sharding of an array with these logical axes on a serving mesh."""
     return NamedSharding(mesh, partition_spec(axes, SERVING_RULES))
 
 
 def pinned(mesh: Mesh, tree: Any, axes: PartitionSpec) -> Any:
-    """Arrays of these logical axes, told to live there."""
+    """Constrains arrays with these logical axes to their sharding on a serving mesh."""
     return tree if mesh.size == 1 else lax.with_sharding_constraint(tree, named(mesh, axes))
 
 
 def serving_layout(mesh: Mesh) -> tuple[Layout, CachedAttention]:
     """How a layer's parts run on a serving mesh, and its attention on the cache.
 
-    XLA divides products and what is between them, told where activations live. Attention and experts run per device
-    (shard_map): a cache is written where it is, and XLA does not divide loops over experts.
+    XLA partitions products and the operations between them, given constraints on activations. Attention and experts run
+    per device (shard_map): a cache is written in place, and XLA does not partition loops over experts.
     """
     if mesh.size == 1:
         return ONE_DEVICE, attend_cached
@@ -84,7 +84,7 @@ def _attend(
     *,
     float32: lax.Precision,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
-    """`attend_cached`, each device with the sequences of its copy and its share of the heads."""
+    """`attend_cached` on a mesh: each device has the sequences of its copy and its share of the heads."""
     held, rows = partition_spec(CACHE, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
     heads = partition_spec(PartitionSpec("batch", None, "heads"), SERVING_RULES)
     return jax.shard_map(
@@ -104,7 +104,7 @@ def _mixture(
     kernels: tuple[Any, Any, Any],
     grouped_dot: GroupedDot,
 ) -> Float[Array, "B S D"]:
-    """`moe.mix`: a copy's devices all have its tokens, and each adds what its own experts make of them."""
+    """`moe.mix` on a mesh: all devices of a copy have its tokens, and each adds the outputs of its own experts."""
     rows = partition_spec(ROWS, SERVING_RULES)
     of_experts = partition_spec(PartitionSpec("experts"), SERVING_RULES)
     return jax.shard_map(
@@ -117,7 +117,7 @@ def _mixture(
 
 
 def most_probable(mesh: Mesh, probabilities: Float[Array, "B S E"], count: int) -> Int[Array, "B S k"]:
-    """A router's choice, each copy's for its own rows; XLA would gather them all."""
+    """The most probable experts; each copy chooses for its own rows, where XLA would gather all rows."""
 
     def choose(probabilities: Array) -> Array:
         return lax.top_k(probabilities, count)[1]
@@ -131,7 +131,7 @@ def most_probable(mesh: Mesh, probabilities: Float[Array, "B S E"], count: int) 
 def distribution(
     mesh: Mesh, logits: Float[Array, "B V"], params: SamplingParams, max_candidates: int
 ) -> sampling.Distribution:
-    """`sampling.distribution`, each copy's of its own rows; whole rows are gathered only where they are truncated."""
+    """`sampling.distribution` on a mesh: each copy has its own rows, gathered whole only if some are truncated."""
     if mesh.size == 1:
         return sampling.distribution(logits, params, max_candidates=max_candidates)
     shares: Any = partition_spec(SCORES, SERVING_RULES)
@@ -155,12 +155,12 @@ def _own_experts(
     weights: Float[Array, "b S k"],
     kernels: tuple[Any, Any, Any],
 ) -> Float[Array, "b S D"]:
-    """Choices of other devices' experts are sorted behind those of the `count` that are here, and weigh nothing."""
+    """The part of the `count` experts that are here; choices of others are sorted after theirs and weigh nothing."""
     chosen = experts - lax.axis_index(WITHIN) * count
     here = (chosen >= 0) & (chosen < count)
 
     def through(rows: Array, sizes: Array) -> Array:
-        # what a product says of rows behind the last group means nothing, and could be no number
+        # a product's results for rows after the last group are meaningless, and could be NaN
         computed = (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None]
         return jnp.where(computed, swiglu(kernels, grouped_dot, rows, sizes), 0)
 

@@ -30,11 +30,11 @@ INT8, FP8 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Format:
-    """What a serving engine stores and computes in."""
+    """The dtypes that a serving engine stores and computes in."""
 
     name: FormatName
     activations: jnp.dtype
-    # None: in the activations' dtype. int8 and fp8 (e4m3) have a scale per output channel, int4 one per 32 weights
+    # None is the activations' dtype. int8 and fp8 (e4m3) have a scale per output channel, int4 one per 32 weights
     weights: Literal["int8", "fp8", "int4"] | None
     # each token is quantised like the weights before it meets them (w8a8)
     quantizes_activations: bool
@@ -56,10 +56,10 @@ _KV_CACHES: dict[KVCacheName, jnp.dtype] = {"float32": FLOAT32, "bf16": BF16, "f
 
 
 def serving_format(name: str, kv_cache: str = "auto") -> Format:
-    """The format of this name, with a KV cache of its own or of another dtype.
+    """The format of this name, with its own KV cache or one of another dtype.
 
     Raises:
-      ValueError: an unknown name of either.
+      ValueError: one of the names is unknown.
     """
     if name not in formats:
         raise ValueError(f"format is {name!r}; it must be one of {', '.join(formats)}")
@@ -87,8 +87,8 @@ ROLES: dict[Role, tuple[str, ...]] = {
 }
 """What a format does with each parameter.
 
-Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. What is wide stays in the
-activations' dtype, and the router in float32.
+Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. Parameters of role
+"wide" stay in the activations' dtype, and the router stays in float32.
 """
 
 
@@ -96,7 +96,7 @@ def role_of(name: str) -> Role:
     """The role of a parameter.
 
     Raises:
-      ValueError: a parameter without one: nothing is left unquantised because nobody thought of it.
+      ValueError: the parameter has none, so that none is left unquantised by oversight.
     """
     for role, names in ROLES.items():
         if name in names:
@@ -107,7 +107,7 @@ def role_of(name: str) -> Role:
 
 
 def contracted_widths(config: ModelConfig) -> dict[str, int]:
-    """Length of the axis that products sum over, of each kernel and table that the model has."""
+    """The length of the axis that products sum over, for each kernel and table of the model."""
     params = abstract_params(config)
     leaves = {**params, **params["layers"]}
     axes = {name: {"kernel": -2, "table": -1}.get(role_of(name)) for name in leaves if name != "layers"}
@@ -115,10 +115,10 @@ def contracted_widths(config: ModelConfig) -> dict[str, int]:
 
 
 def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:
-    """The kernels and tables whose names match one of these patterns (as `fnmatch` has them).
+    """The kernels and tables whose names match one of these patterns (in the syntax of `fnmatch`).
 
     Raises:
-      ValueError: a pattern that matches none of the model's.
+      ValueError: a pattern matches none of the model's kernels and tables.
     """
     names = contracted_widths(config)
     for pattern in keep:
@@ -130,13 +130,13 @@ def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:
 
 
 def check_served(config: ModelConfig, format: Format, platform: str, keep: Sequence[str] = ()) -> None:
-    """Whether this model can be served in a format on a platform ("cpu", "gpu", "tpu").
+    """Checks that this model can be served in a format on a platform ("cpu", "gpu", "tpu").
 
-    Float8 is not refused where the hardware has no such products: its numbers are multiplied exactly in wider ones.
+    Float8 is accepted on hardware without float8 products: its numbers are multiplied exactly in a wider dtype.
 
     Raises:
-      ValueError: float16 on a TPU, which has none; groups of int4 weights that a contracted width does not fill; a
-        product so long that its int32 sum could overflow; or a pattern of `keep` that matches nothing.
+      ValueError: float16 is asked for on a TPU, which has none; a contracted width is not a multiple of int4's groups;
+        a product is so long that its int32 sum could overflow; or a pattern of `keep` matches nothing.
     """
     if platform == "tpu" and FP16 in (format.activations, format.kv_cache):
         what = f"format {format.name!r}" if format.activations == FP16 else "kv_cache 'fp16'"
@@ -169,7 +169,7 @@ class QuantizedMatrix:
 
     values: Shaped[Array, "*E rows columns"]
     scale: Float[Array, "*E channels"]
-    # whether products quantise what they multiply it with
+    # whether products quantise the activations too
     quantizes_activations: bool = flax.struct.field(pytree_node=False)
 
 
@@ -182,8 +182,8 @@ class PackedMatrix:
     """int4 weights −7 to 7, two to a byte along the contracted axis (the first in the low nibble), a scale per group.
 
     A kernel [K, N] has bytes [K / 2, N] and scales [K / 32, N], experts stacked in front; a table [V, E] has bytes
-    [V, E / 2] and scales [V, E / 32]. Scales are bfloat16: one comes with every 32 weights, so that float32 would make
-    it a fifth of all bytes.
+    [V, E / 2] and scales [V, E / 32]. Scales are bfloat16: there is one for every 32 weights, and in float32 they
+    would be a fifth of all bytes.
     """
 
     values: UInt8[Array, "*E rows columns"]
@@ -194,7 +194,7 @@ Matrix = QuantizedMatrix | PackedMatrix
 
 
 def quantize_kernel(kernel: Float[Array, "*E K N"], format: Format) -> Matrix:
-    """Symmetric per column, or per group of a column, from the float32 master."""
+    """Quantises a float32 master symmetrically per column, or per group of a column."""
     rows = quantize_table(kernel.swapaxes(-1, -2), format)
     if isinstance(rows, PackedMatrix):
         return PackedMatrix(rows.values.swapaxes(-1, -2), rows.scale.swapaxes(-1, -2))
@@ -202,7 +202,7 @@ def quantize_kernel(kernel: Float[Array, "*E K N"], format: Format) -> Matrix:
 
 
 def quantize_table(table: Float[Array, "*E V K"], format: Format) -> Matrix:
-    """Symmetric per row, or per group of a row: the output channels of a head, the rows that an embedding looks up."""
+    """Quantises symmetrically per row, or per group of a row: a head's output channels, an embedding's tokens."""
     if format.weights == "int4":
         return _pack(table)
     values, scale = quantize_rows(table, INT8 if format.weights == "int8" else FP8)
@@ -212,7 +212,7 @@ def quantize_table(table: Float[Array, "*E V K"], format: Format) -> Matrix:
 def _pack(rows: Float[Array, "*E V K"]) -> PackedMatrix:
     groups = rows.reshape(*rows.shape[:-1], -1, GROUP).astype(jnp.float32)
     scale = (jnp.max(jnp.abs(groups), axis=-1) / 7).astype(jnp.bfloat16)
-    # what is divided by is what is stored: rounded to bfloat16 it is at most 1/256 small, and 7.03 is still 7
+    # divide by the scale as stored: rounding to bfloat16 makes it at most 1/256 too small, and 7.03 still rounds to 7
     step = scale.astype(jnp.float32)[..., None]
     held = step >= jnp.finfo(jnp.float32).tiny
     values = jnp.round(jnp.where(held, groups / jnp.where(held, step, 1), 0)).astype(jnp.int8)
@@ -223,7 +223,7 @@ def _pack(rows: Float[Array, "*E V K"]) -> PackedMatrix:
 def unpack(matrix: PackedMatrix, dtype: jnp.dtype, axis: int) -> Float[jax.Array, "*E rows columns"]:
     """value · scale in float32, rounded once to `dtype`; `axis` is the contracted one, −2 of kernels, −1 of tables.
 
-    That rounding belongs to the format: engines whose products read int4 unpack to the activations' 16 bits too.
+    That rounding is part of the format: other engines' int4 products also unpack to the activations' 16 bits.
     """
     both = lax.bitcast_convert_type(matrix.values, jnp.int8)
     nibbles = jnp.stack([jnp.right_shift(jnp.left_shift(both, 4), 4), jnp.right_shift(both, 4)], axis)
@@ -234,7 +234,7 @@ def unpack(matrix: PackedMatrix, dtype: jnp.dtype, axis: int) -> Float[jax.Array
 
 
 Multiply = Callable[[Array, Array, Arithmetic], Array]
-"""(rows [N, K], values of weights, how) -> [N, M], the values cast to the rows' dtype."""
+"""(rows [N, K], values of weights, arithmetic) -> [N, M]; the values are cast to the rows' dtype."""
 
 
 def _scaled(
@@ -244,7 +244,7 @@ def _scaled(
     multiply: Multiply,
     arithmetic: Arithmetic,
 ) -> Float[Array, "N M"]:
-    """The float32 product of x and quantised weights, `scale` theirs; every product of two narrow numbers is exact."""
+    """The float32 product of x and weights with this scale; every product of two quantised numbers is exact."""
     if not weights.quantizes_activations:
         return multiply(x, weights.values, arithmetic) * scale
     rows, row_scale = quantize_rows(x, weights.values.dtype)
@@ -260,8 +260,8 @@ def _narrow_product(rows: Array, values: Array, multiply: Multiply, arithmetic: 
         return multiply(rows, values, arithmetic)
 
     def widened(rows, values):
-        # bfloat16 holds each e4m3 number and float32 each product; float8 itself would go through float32, four times
-        # as slow
+        # bfloat16 holds every e4m3 number, and float32 every product of two; XLA would compute float8 in float32, four
+        # times as slowly
         return multiply(rows.astype(BF16), values, arithmetic)
 
     return lax.platform_dependent(rows, values, cpu=widened, default=narrow)
@@ -278,7 +278,7 @@ def _along(contracted: int) -> Multiply:
 def dot(
     x: Float[Array, "... K"], kernel: Matrix | Float[Array, "K N"], arithmetic: Arithmetic = EXACT
 ) -> Float[Array, "... N"]:
-    """x @ kernel in x's dtype; where int8 meets int8, sums are int32."""
+    """x @ kernel in x's dtype; products of int8 with int8 are summed in int32."""
     if isinstance(kernel, QuantizedMatrix):
         rows = _scaled(x.reshape(-1, x.shape[-1]), kernel, kernel.scale[None], _along(0), arithmetic)
         return rows.astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -325,11 +325,11 @@ def logits(
 
 
 def arithmetic(config: ModelConfig) -> Arithmetic:
-    """How an engine multiplies: summed in float32, in whatever dtype the model is trained."""
+    """An engine's arithmetic: sums are float32, whatever dtype the model is trained in."""
     return EXACT._replace(float32=config.precision.float32)
 
 
 def products(config: ModelConfig) -> Products:
-    """What a layer multiplies with, whatever the kernels are stored in."""
+    """The products of a layer whose kernels are stored in any format."""
     how = arithmetic(config)
     return Products(partial(dot, arithmetic=how), partial(grouped_dot, arithmetic=how))

@@ -1,4 +1,4 @@
-"""Prompts in, a `Rollout` out: samples decoded in compiled loops that refill slots as they come free."""
+"""Samples a `Rollout` from prompts, in compiled loops that refill slots as they become free."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from dcjax.serving.sync import ServingParams
 from dcjax.types import Array, Params, Rollout
 
 REFILLS_PER_CALL = 64
-"""How often one call decodes `steps_per_call` tokens and refills the slots before it returns to the host."""
+"""How often one call refills the slots and decodes `steps_per_call` tokens before it returns to the host."""
 
 
 @flax.struct.dataclass
 class Samples:
-    """What N samples have so far; `rollout.Rollout` says what the parts mean."""
+    """What N samples have so far; `types.Rollout` explains the fields."""
 
     tokens: Int[Array, "N T"]
     logps: Float[Array, "N T"]
     versions: Int[Array, "N T"]
     log_mass: Float[Array, "N T"]
     candidate_tokens: Int[Array, "N T K"]
-    # of the token before each
+    # those of the token before each one
     experts: Int[Array, "N T M k"] | None
     lengths: Int[Array, "N"]
 
 
 @flax.struct.dataclass
 class RolloutState:
-    """The engine's slots, whose samples they hold, and what came out of them."""
+    """The engine's slots, which samples are in them, and what has been sampled."""
 
     decode: DecodeState
     samples: Samples
-    # the sample in each slot; N is none
+    # the number of the sample in each slot; N if there is none
     running: Int[Array, "slots"]
-    # samples that have begun, in order
+    # how many samples have begun; they begin in order
     started: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """Some samples that are whole, while others may still be decoded."""
+    """Some samples that have ended, while others may still be decoded."""
 
     # their numbers, in order
     samples: np.ndarray
@@ -76,22 +76,23 @@ def sample_responses(
 ) -> Rollout:
     """G samples of each prompt, the samples of one prompt next to each other, as host arrays.
 
-    Sample i is drawn with fold_in(key, i), so the tokens depend neither on the slots, nor on the steps a call, nor on
-    the devices. Where several processes share the engine's mesh, all call this with the same, and get the same.
+    Sample i is drawn with fold_in(key, i), so the tokens do not depend on the slots, on the steps per call or on the
+    devices. If several processes share the engine's mesh, all must call this with equal arguments, and all get the same
+    result.
 
     Args:
-      engine: decodes; its limits set the widths P and T of what is returned.
+      engine: the engine that decodes; its limits set the widths P and T of the result.
       params: from `engine.sync`.
       prompts: token ids, 1 to P each.
       samples_per_prompt: G.
-      temperature: of every sample; 0 is greedy.
+      temperature: the temperature of every sample; 0 is greedy.
       key: a typed PRNG key.
-      top_k: how many tokens can be drawn; 0 is all.
-      top_p: the most probable tokens can be drawn, until they hold so much.
-      stop_tokens: ids that end a response; the engine's end tokens where None.
+      top_k: how many of the most probable tokens can be drawn; 0 is all tokens.
+      top_p: the most probable tokens can be drawn, until they hold this much probability; 1 is all tokens.
+      stop_tokens: ids that end a response; None is the engine's end tokens.
 
     Raises:
-      ValueError: a prompt or a setting that the engine does not take.
+      ValueError: the engine does not accept a prompt or a setting.
     """
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_tokens": stop_tokens}
     sampling = Sampling(engine, params, prompts, samples_per_prompt=samples_per_prompt, key=key, **settings)
@@ -101,11 +102,11 @@ def sample_responses(
 
 
 class Sampling:
-    """A batch of samples under way: `advance` until it says that all have ended, then `rollout`.
+    """A batch of samples in progress: call `advance` until it returns True, then `rollout`.
 
-    Between two calls of `advance` the weights may be swapped: versions are of each token. `as_they_end` does it with
-    one set of weights. Arguments are those of
-    `sample_responses`, the three settings one for all samples or one for each.
+    The weights may be swapped between two calls of `advance`, since each token has its own version. `as_they_end` calls
+    it to the end with one set of weights. The arguments are those of `sample_responses`, except that the temperature,
+    top_k and top_p may also be one for each sample.
     """
 
     def __init__(
@@ -171,12 +172,12 @@ def sample_keys(key: jax.Array, samples: Array) -> Array:
 
 
 def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samples_per_prompt: int) -> None:
-    """Compiles what `engine.sync` and `sample_responses` run for so many prompts, on one device.
+    """Compiles the programs that `engine.sync` and `sample_responses` run for a number of prompts, on one device.
 
     Args:
-      engine: as it will sample.
-      masters: shapes, dtypes and shardings of what it syncs.
-      prompts: how many.
+      engine: the engine that will sample.
+      masters: the shapes, dtypes and shardings of the params that it will sync.
+      prompts: the number of prompts.
       samples_per_prompt: G.
     """
     decoder, total = engine.decoder, prompts * samples_per_prompt
@@ -196,7 +197,7 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
 
 
 class _Programs(NamedTuple):
-    """What samples batches; states all live in the same places, so that a call that goes on is the same program."""
+    """The programs that sample batches; all states have the same shardings, so that every call runs the same one."""
 
     begin: Any
     decode: Any
@@ -242,7 +243,7 @@ def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
 
 
 def _everywhere(decoder: Decoder, tree: Any) -> Any:
-    """What has come out of the slots and which samples are in them, replicated on all devices."""
+    """Places what has been sampled, and which samples are in the slots, whole on every device."""
     return pinned(decoder.mesh, tree, EVERYWHERE)
 
 
@@ -256,9 +257,9 @@ def decode(
     turns: Int[Array, ""],
     state: RolloutState,
 ) -> tuple[RolloutState, Bool[Array, "N"]]:
-    """Up to so many turns of refilling and decoding `steps_per_call` tokens; also returns which samples have ended.
+    """Refills slots and decodes `steps_per_call` tokens, up to `turns` times; also returns which samples have ended.
 
-    `rows` are those of the prefix that samples belong to.
+    `rows` are the samples' rows of the prefix.
     """
     total = requests.limits.shape[0]
 
@@ -276,18 +277,18 @@ def decode(
         samples = _record(state.samples, state.running, before, emitted, params.version)
         return count + 1, dataclasses.replace(state, decode=decode, samples=samples)
 
-    def goes_on(carry):
+    def unfinished(carry):
         count, state = carry
         return (count < turns) & ~jnp.all(ended(state))
 
-    _, state = lax.while_loop(goes_on, turn, (jnp.int32(0), state))
+    _, state = lax.while_loop(unfinished, turn, (jnp.int32(0), state))
     return state, ended(state)
 
 
 def _refill(
     decoder: Decoder, prefix: Prefix, rows: Int[Array, "N"], requests: Requests, state: RolloutState
 ) -> RolloutState:
-    """The next samples into the slots that are free."""
+    """Starts the next samples in the slots that are free."""
 
     total = requests.limits.shape[0]
 
@@ -307,7 +308,7 @@ def _refill(
             started=state.started + jnp.sum(starting),
         )
 
-    # at most once: a branch would copy the caches
+    # a loop of at most one iteration, because a branch would copy the caches
     return lax.while_loop(has_room, start, state)
 
 
@@ -315,7 +316,7 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
     """Appends one turn's tokens to the samples that ran in its slots."""
     steps, slots = emitted.valid.shape
     rows = jnp.broadcast_to(running, (steps, slots))
-    # what is not valid lands outside, and is dropped
+    # invalid tokens get a column outside the arrays, and are dropped
     columns = jnp.where(emitted.valid, before + jnp.arange(steps)[:, None], samples.tokens.shape[1])
 
     def put(held: Array, new: Array) -> jax.Array:
@@ -341,7 +342,7 @@ def _assemble(
     prefix_experts: np.ndarray | None,
     width: int,
 ) -> Rollout:
-    """The samples behind their prompts, which are padded on the left to `width`."""
+    """The samples after their prompts, which are padded on the left to `width`."""
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
@@ -363,10 +364,10 @@ def _assemble(
 
 
 def require_finite(rollout: Rollout, engine: Qwen3Engine) -> None:
-    """That each token was drawn from a distribution.
+    """Checks that the log-prob of every response token is finite.
 
     Raises:
-      ValueError: a response token's log-prob is not finite, as where numbers overflow in the engine's format.
+      ValueError: one is not, for example because numbers overflow in the engine's format.
     """
     bad = np.argwhere(~np.isfinite(rollout.rollout_logps) & rollout.response_mask)
     if len(bad):
@@ -374,7 +375,7 @@ def require_finite(rollout: Rollout, engine: Qwen3Engine) -> None:
         largest = float(jnp.finfo(engine.format.activations).max)
         raise ValueError(
             f"the engine's log-prob at response {row}, token {token} is {rollout.rollout_logps[row, token]}: its "
-            f"weights are not finite, or something exceeds what format {engine.format.name!r} holds, {largest:.3g}"
+            f"weights are not finite, or a number exceeds the largest of format {engine.format.name!r}, {largest:.3g}"
         )
 
 
@@ -385,7 +386,7 @@ def _finished(tokens: Any, lengths: Any, requests: Requests) -> np.ndarray:
 
 
 def _joined_experts(sampled: Any, prefilled: np.ndarray, prompt_mask: np.ndarray) -> np.ndarray:
-    """[N, P + T - 1, M, k] from those of samples [N, T, M, k] and of their prompts [N, P, M, k]; 0 on padding.
+    """Experts [N, P + T - 1, M, k] of samples [N, T, M, k] and of their prompts [N, P, M, k]; 0 on padding.
 
     The first step of a sample feeds the last prompt token again, so its experts are those of column P - 1.
     """

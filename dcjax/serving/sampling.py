@@ -18,23 +18,23 @@ class SamplingParams:
 
     # 0 is greedy
     temperatures: Float[Array, "B"]
-    # how many of the most probable tokens are kept; 0 keeps all
+    # how many of the most probable tokens are kept; 0 keeps all tokens
     top_ks: Int[Array, "B"]
-    # the most probable tokens are kept until they hold so much; 1 keeps all
+    # the most probable tokens are kept until they hold this much probability; 1 keeps all tokens
     top_ps: Float[Array, "B"]
 
 
 @flax.struct.dataclass
 class Distribution:
-    """What B tokens are drawn from."""
+    """The distributions that B tokens are drawn from."""
 
     # temperature applied, -inf on tokens that cannot be drawn
     logits: Float[Array, "B V"]
     # log of the share of softmax(logits / temperature) that the kept tokens hold: 0 where nothing was cut off
     log_mass: Float[Array, "B"]
-    # the kept tokens, most probable first and -1 behind them, or all -1 where nothing was cut off
+    # the kept tokens, the most probable first, padded with -1; all -1 where nothing was cut off
     candidate_tokens: Int[Array, "B K"]
-    # the largest logit is taken, with certainty
+    # whether the token with the largest logit is taken with certainty
     greedy: Bool[Array, "B"]
 
 
@@ -46,12 +46,12 @@ def distribution(
     gather: Callable[[Array], Array] = lambda share: share,
     own: Callable[[Array], Array] = lambda whole: whole,
 ) -> Distribution:
-    """The rows' distributions.
+    """The distribution that each row is sampled from.
 
     With `max_candidates` K above 0, rows that are truncated keep at most K tokens, whose ids are returned (their top_k
     must lie within 1 to K), and a row's K largest logits are all that is sorted. With 0 none are returned, and whole
-    rows are sorted, though only if one of them is truncated. Where devices share the vocabulary, `gather` makes whole
-    rows of this device's share of them, and `own` takes that share of whole ones.
+    rows are sorted, though only if one of them is truncated. Where devices share the vocabulary, `gather` turns
+    this device's share of the rows into whole rows, and `own` takes that share of whole rows.
     """
     greedy = params.temperatures == 0
     scaled = logits / jnp.where(greedy, 1.0, params.temperatures)[:, None]
@@ -62,7 +62,7 @@ def distribution(
         width = max_candidates or scaled.shape[1]
         values, ids = jax.lax.top_k(scaled, width)
         kept = truncated[:, None] & _kept(values, params.top_ks, params.top_ps)
-        # row by row, so that devices that share the rows need not look for them
+        # a scatter for each row, so that devices that share the rows need not communicate
         chosen = jax.vmap(lambda ids: jnp.zeros(scaled.shape[1], bool).at[ids].set(True, mode="drop"))(
             jnp.where(kept, ids, scaled.shape[1])
         )
@@ -89,7 +89,7 @@ def _kept(values: Float[Array, "B K"], top_ks: Int[Array, "B"], top_ps: Float[Ar
 
 
 def gumbel_noise(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], vocab_size: int) -> Float[Array, "B V"]:
-    """What is added to logits before the largest is taken; row i's is of fold_in(keys[i], counts[i])."""
+    """Gumbel noise to add to logits before the argmax; row i is drawn with fold_in(keys[i], counts[i])."""
 
     def draw(key, count):
         return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), count), (vocab_size,))
@@ -98,7 +98,7 @@ def gumbel_noise(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], vocab_size
 
 
 def draw(drawn_from: Distribution, *, noise: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """A token a row, by Gumbel noise."""
+    """One token for each row, drawn by Gumbel noise."""
     noise = jnp.where(drawn_from.greedy[:, None], 0.0, noise)
     return jnp.argmax(drawn_from.logits + noise, axis=-1).astype(jnp.int32)
 
@@ -106,7 +106,7 @@ def draw(drawn_from: Distribution, *, noise: Float[Array, "B V"]) -> Int[Array, 
 def log_probs(drawn_from: Distribution, tokens: Int[Array, "B"]) -> Float[Array, "B"]:
     """Natural logs of the tokens' probabilities, float32: -inf for one that cannot be drawn, 0 in greedy rows.
 
-    No number where the logits are no finite numbers, in greedy rows too.
+    The result is NaN where the logits are not finite, in greedy rows too.
     """
     chosen = jnp.take_along_axis(drawn_from.logits, tokens[:, None], axis=-1)[:, 0]
     total = jax.nn.logsumexp(drawn_from.logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Teacher forcing through the decode path: what the engine would have said of given responses."""
+"""Teacher forcing through the decode path: the log-probs that the engine gives to the tokens of given responses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dcjax.types import Array, Rollout
 class DecodeScores(NamedTuple):
     """Scores of N responses, on the host; 0 outside `response_mask`."""
 
-    # natural log, of the distribution that the engine would sample from
+    # natural logs, under the distribution that the engine would sample from
     logps: Float[np.ndarray, "N T"]
-    # the residual stream behind each layer, where each token was sampled, of the responses that were fed first: as many
-    # as the engine decodes at once; None unless asked for
+    # the residual stream after each layer, from which each token was sampled, of the first responses: as many as the
+    # engine decodes at once; None unless requested
     residuals: Float[np.ndarray, "n T L E"] | None
 
 
@@ -38,19 +38,19 @@ def score_responses(
     top_p: float = 1.0,
     keeps_residuals: bool = False,
 ) -> DecodeScores:
-    """Feeds a rollout's own tokens, one at a time, through prompts' prefill and the cache, as sampling them would.
+    """Feeds a rollout's own tokens, one at a time, through prefill and cache, as sampling them would.
 
     Args:
-      engine: decodes as many responses at once as it has slots.
+      engine: the engine, which decodes as many responses at once as it has slots.
       params: from `engine.sync`.
-      rollout: whose tokens are forced, at its temperatures.
-      key: as it was sampled with: a mismatch that is added on purpose is drawn with it again.
-      top_k: as it is to be scored with; 0 is all.
-      top_p: likewise.
-      keeps_residuals: also returns slots × T × L × E numbers.
+      rollout: the tokens to force, and their temperatures.
+      key: the key that the rollout was sampled with, so that a mismatch added on purpose is drawn again.
+      top_k: how many of the most probable tokens the scoring distribution keeps; 0 keeps all tokens.
+      top_p: how much probability the tokens hold that it keeps; 1 keeps all tokens.
+      keeps_residuals: whether to return the residual streams too, which are slots × T × L × E numbers.
 
     Raises:
-      ValueError: a prompt or a setting that the engine does not take, or as of `as_sequences`.
+      ValueError: the engine does not accept a prompt or a setting, or as `as_sequences`.
     """
     rollout = as_sequences(rollout)
     keys = np.asarray(sample_keys(key, np.arange(len(rollout.tokens))))

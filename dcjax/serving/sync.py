@@ -1,4 +1,4 @@
-"""Turns the trainer's float32 masters into serving params, in compiled programs."""
+"""Converts the trainer's float32 masters into serving params, in compiled programs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from dcjax.types import Array, Params
 
 @flax.struct.dataclass
 class ServingParams:
-    """What `Qwen3Engine` decodes with: weights in the serving format, one element a layer, and their version.
+    """What `Qwen3Engine` decodes with: weights in the serving format, one element per layer, and their version.
 
-    Where an engine loops over its layers, they are of `models.cache.stack_layers`.
+    If an engine loops over its layers, they are stacked by `models.cache.stack_layers`.
     """
 
     weights: Params
@@ -50,14 +50,14 @@ class ServingParams:
 class Sync:
     """(masters, version) -> ServingParams: one compiled program for a layer of each kind, and one for the rest.
 
-    Layers go one after another, so that what is under way at a time is one layer's.
+    Layers are converted one after another, so that only one layer's intermediate arrays exist at a time.
     """
 
     # whether each layer has experts
     kinds: tuple[bool, ...]
     # (masters without layers, version) -> ServingParams without layers
     outer: Any
-    # of each kind: (stacked masters, number of the layer, its number among those of its kind, version) -> its weights
+    # by kind: (stacked masters, number of the layer, its rank among those of its kind, version) -> the layer's weights
     layer: Mapping[bool, Any]
 
     def __call__(self, params: Params, version: int | Int[Array, ""]) -> ServingParams:
@@ -69,7 +69,7 @@ class Sync:
         return dataclasses.replace(outer, weights={**outer.weights, "layers": layers})
 
     def compile(self, params: Params) -> None:
-        """Compiles its programs for masters of these shapes, dtypes and shardings, where they stay on their devices."""
+        """Compiles its programs for masters of these shapes, dtypes and shardings; only if they are served in place."""
         self.outer.lower({name: leaf for name, leaf in params.items() if name != "layers"}, 0).compile()
         for program in self.layer.values():
             program.lower(params["layers"], 0, 0, 0).compile()
@@ -84,27 +84,27 @@ def make_sync(
     keep: Sequence[str] = (),
     weight_noise: float = 0.0,
 ) -> Sync:
-    """What casts, quantises and moves the trainer's masters to where they are served.
+    """Makes the function that casts and quantises the trainer's masters, and moves them to where they are served.
 
-    Equal arguments give the same `Sync`, so that its programs are compiled once for all engines that are alike.
+    Equal arguments give the same `Sync`, so that engines that are alike share its programs.
 
-    Everything is quantised from the float32 masters, never from a rounded copy, where they are, and what travels is the
-    result. Nothing is donated and no output shares a buffer with the masters, so the train step may donate them
-    afterwards.
+    Everything is quantised from the float32 masters, never from a rounded copy. It is quantised on the masters'
+    devices, and only the result is transferred. Nothing is donated and no output shares a buffer with the masters, so
+    the train step may donate them afterwards.
 
     Args:
       config: the architecture.
       format: the serving format.
-      serving: where the serving params go; the masters' default device where None.
-      training: where the masters are, if that is a mesh too. Where its devices are not the serving mesh's, in the same
-        order, a transfer follows each program.
+      serving: the mesh of the serving params; None is JAX's default device.
+      training: the mesh of the masters, if they are on one. If its devices are not those of the serving mesh in the
+        same order, a transfer follows each program.
       keep: patterns (`fnmatch`) of names of kernels and tables that stay in the activations' dtype.
       weight_noise: a controlled mismatch: normal noise added to kernels and tables before anything else, its standard
         deviation in units of each one's root mean square; other noise in each version.
 
     Raises:
-      ValueError: a pattern that matches nothing, a noise that is not a size, a serving mesh that does not divide the
-        model, or, from what is returned, a parameter that no rule knows.
+      ValueError: a pattern matches nothing, the noise is negative or not finite, or the serving mesh does not divide
+        the model. The function returned raises it for a parameter without a role.
     """
     return _make_sync(config, format, serving, training, tuple(keep), weight_noise)
 
@@ -125,12 +125,12 @@ def _make_sync(
     def convert(name: str, layer: Any, leaf: Array, version: Array) -> Any:
         role = role_of(name)
         if role == "router":
-            # the choice of experts is float32 in every format
+            # routers are float32 in every format
             return jnp.array(leaf, jnp.float32, copy=True)
         if role != "wide" and weight_noise:
             leaf = leaf + weight_noise * _unit_noise(leaf, version, name, layer)
         if role == "wide" or format.weights is None or name in kept:
-            # `copy`: casting float32 to float32 changes nothing, and the train step donates the masters' buffers
+            # `copy`, because casting float32 to float32 returns the master's own buffer, which the train step donates
             return jnp.array(leaf, format.activations, copy=True)
         return (quantize_table if role == "table" else quantize_kernel)(leaf, format)
 
@@ -159,38 +159,38 @@ def _make_sync(
 def _compiler(
     config: ModelConfig, format: Format, serving: Mesh | None, training: Mesh | None, keep: Sequence[str]
 ) -> Callable[[Callable[..., Any], Callable[[ServingParams], Any]], Callable[..., Any]]:
-    """(what converts masters, its part of ServingParams) -> the same, compiled, with results where they go."""
+    """(conversion of masters, its part of ServingParams) -> the conversion, compiled, with results where they go."""
     if serving is None:
         return lambda convert, part: jax.jit(convert)
-    goes = served_shardings(config, format, serving, keep)
+    on_serving = served_shardings(config, format, serving, keep)
     if training is None:
-        return lambda convert, part: jax.jit(convert, out_shardings=part(goes))
-    stays = _fitting_shardings(config, format, training, RULES, keep)
+        return lambda convert, part: jax.jit(convert, out_shardings=part(on_serving))
+    on_training = _fitting_shardings(config, format, training, RULES, keep)
     if list(training.devices.flat) != list(serving.devices.flat):
 
         def transferred(convert, part):
-            quantized = jax.jit(convert, out_shardings=part(stays))
-            return lambda *arguments: across(quantized(*arguments), part(goes))
+            quantized = jax.jit(convert, out_shardings=part(on_training))
+            return lambda *arguments: across(quantized(*arguments), part(on_serving))
 
         return transferred
-    # every device first gets its share of what its copy of the model needs, and copies then gather the rest: left to
-    # itself, XLA gathers everything everywhere
+    # every device first gets a share of what its copy of the model needs, and then gathers the rest from other copies;
+    # left to itself, XLA would gather everything on every device
     shared = _fitting_shardings(config, format, serving, {**SERVING_RULES, "embed": COPIES}, keep)
 
     def resharded(convert, part):
         def sync(*arguments):
             converted = convert(*arguments)
-            for places in (stays, shared):
+            for places in (on_training, shared):
                 converted = lax.with_sharding_constraint(converted, part(places))
             return converted
 
-        return jax.jit(sync, out_shardings=part(goes))
+        return jax.jit(sync, out_shardings=part(on_serving))
 
     return resharded
 
 
 def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer) -> Float[Array, "*shape"]:
-    """Normal noise of the leaf's own root mean square, the same whenever version, name and layer are."""
+    """Normal noise with the leaf's own root mean square, which version, name and layer determine."""
     key = jax.random.key(0)
     for part in (version, zlib.crc32(name.encode()), layer):
         key = jax.random.fold_in(key, part)
@@ -199,9 +199,9 @@ def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer) -> Floa
 
 
 def abstract_serving(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> ServingParams:
-    """Shapes and dtypes of `ServingParams`; errors as of `make_sync`.
+    """Shapes and dtypes of `ServingParams`; errors are those of `make_sync`.
 
-    Traced once for equal arguments, whose callers share the tree: it is not to be changed.
+    It is traced once for equal arguments; callers share the tree, and must not change it.
     """
     return _abstract_serving(config, format, tuple(keep))
 
@@ -212,9 +212,9 @@ def _abstract_serving(config: ModelConfig, format: Format, keep: tuple[str, ...]
 
 
 def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> ServingParams:
-    """The logical axes of each array of `ServingParams`, for `sharding.rules.shardings`: those of the master it is of.
+    """The logical axes of each array of `ServingParams`, for `sharding.rules.shardings`: those of its master.
 
-    A scale lacks the contracted axis, or in int4 has it in groups. Errors as of `make_sync`.
+    A scale lacks the contracted axis, or in int4 has it in groups. Errors are those of `make_sync`.
     """
     named = logical_axes(config)
     served: Any = abstract_serving(config, format, keep)
@@ -236,10 +236,10 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
 
 
 def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequence[str] = ()) -> ServingParams:
-    """Where each array of `ServingParams` lives on a serving mesh.
+    """The sharding of each array of `ServingParams` on a serving mesh.
 
     Raises:
-      ValueError: an array, or the heads of the cache, that the mesh does not divide; or as `make_sync`.
+      ValueError: the mesh does not divide an array or the heads of the cache; or as `make_sync`.
     """
     shapes = abstract_serving(config, format, keep)
     placed = shardings(mesh, served_axes(config, format, keep), SERVING_RULES)
@@ -259,7 +259,7 @@ def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequ
 def _fitting_shardings(
     config: ModelConfig, format: Format, mesh: Mesh, rules: Rules, keep: Sequence[str]
 ) -> ServingParams:
-    """Shards each array by the rules; an array that the mesh does not divide is whole on every device."""
+    """The sharding of each array by the rules; an array that the mesh does not divide is whole on every device."""
 
     def fitting(leaf: Any, place: NamedSharding) -> NamedSharding:
         parts = (math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1 for axes in place.spec)
@@ -272,20 +272,20 @@ def _fitting_shardings(
 
 
 class StoredParameter(NamedTuple):
-    """What one of the trainer's parameters is to the engine, all layers that have it together."""
+    """How the engine stores one of the trainer's parameters, over all layers that have it."""
 
     name: str
     shape: tuple[int, ...]
-    # int4, or a dtype
+    # "int4", or the name of a dtype
     stored: str
-    # scales included
+    # as stored, scales included
     bytes: int
     float32_bytes: int
     quantized: bool
 
 
 def stored_parameters(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> list[StoredParameter]:
-    """How each parameter is stored and in how many bytes, from abstract shapes; errors as of `make_sync`."""
+    """How each parameter is stored and in how many bytes, from abstract shapes; errors are those of `make_sync`."""
     masters, served = abstract_params(config), abstract_serving(config, format, keep).weights
     outer = {name: (leaf, [served[name]]) for name, leaf in masters.items() if name != "layers"}
     layered = {

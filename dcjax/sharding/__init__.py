@@ -1,1 +1,1 @@
-"""Where arrays live: a mesh, and one table from logical axes to its axes."""
+"""Where arrays live: a mesh of devices, and one table that maps logical axes to its axes."""

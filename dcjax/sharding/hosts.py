@@ -1,8 +1,8 @@
 """Many hosts, one process each: how they join, what they exchange, and how they stop together.
 
 Every process runs the same loop on the same numbers. It generates, scores and evaluates its own share of the prompts;
-what they made is gathered, whole, by all of them, so that what follows is decided alike everywhere. Files and progress
-are written by process 0.
+all processes then gather all results, so that all take the same decisions from there on. Process 0 writes the files and
+shows the progress.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from dcjax.sharding.mesh import HOSTS, by_host
 from jax._src.clusters import ClusterEnv  # isort: skip
 
 HEARTBEAT = 30
-"""Seconds without a sign of life, after which JAX stops the other processes."""
+"""Seconds without a heartbeat from one process after which JAX stops the others."""
 
 LEAVING = 60
-"""Seconds in which all processes end, once the first has ended well."""
+"""Seconds within which all processes must end once the first has ended successfully."""
 
 LAST = 3
-"""Seconds in which other processes that fail like process 0 can say so."""
+"""Seconds that process 0 waits before it ends on an error, so that others with the same error can report it."""
 
 LOST = re.compile(r"Gloo|NCCL|[Bb]arrier|coordination service")
-"""What JAX and Orbax say of a host that is gone, where they know at once."""
+"""Matches the errors with which JAX and Orbax report a lost host, if they notice at once."""
 
 Tree = TypeVar("Tree")
 
@@ -47,8 +47,11 @@ Tree = TypeVar("Tree")
 class DistributedConfig:
     """How the processes of a run on many hosts find each other.
 
-    By default as JAX detects it on TPU pods and under SLURM and Open MPI; elsewhere by the first three fields, and
-    without those a process is alone.
+    By default JAX detects this on TPU pods and under SLURM and Open MPI. Elsewhere the first three fields are needed;
+    without them a process runs alone.
+
+    Raises:
+      ValueError: a field is out of range, or only some of the first three are given.
     """
 
     coordinator: str | None = None
@@ -80,10 +83,10 @@ class DistributedConfig:
 
 
 def join(config: DistributedConfig) -> None:
-    """Waits for the other processes, if there are any; to be called before JAX touches a device.
+    """Waits for the other processes, if there are any; must be called before JAX uses a device.
 
     Raises:
-      RunError: the launcher's variables cannot be read, or JAX refuses to join.
+      RunError: the launcher's environment variables cannot be read, or JAX fails to join.
     """
     try:
         coordinator, count, number = _find(config)
@@ -92,7 +95,7 @@ def join(config: DistributedConfig) -> None:
         # `Preemption` takes SIGTERM: JAX's own protocol counts steps from 0, and misses notices to resumed runs
         jax.config.update("jax_enable_preemption_service", False)
         where = f"process {number} of {count} waited {config.timeout} s for the others at {coordinator}"
-        # JAX would abort the process with a stack trace
+        # without this timer JAX would abort the process with a stack trace
         waiting = threading.Timer(config.timeout, _give_up, [where])
         waiting.daemon = True
         waiting.start()
@@ -104,7 +107,7 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVING,
         )
-        # all meet here once more, while devices are found
+        # all processes synchronise here once more, while devices are found
         multihost_utils.sync_global_devices("joined")
         waiting.cancel()
     except (RuntimeError, ValueError, OSError) as error:
@@ -112,15 +115,15 @@ def join(config: DistributedConfig) -> None:
 
 
 def _find(config: DistributedConfig) -> tuple[str | None, int | None, int | None]:
-    """Coordinator, number of processes and own number; None where there is no cluster."""
+    """The coordinator, the number of processes and this one's own number; all None if there is no cluster."""
     if config.coordinator is not None:
         return config.coordinator, config.num_processes, config.process_id
     return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, config.timeout)[:3]
 
 
 def _give_up(where: str) -> None:
-    told = f"dcjax: error: {where}; not all have joined: start the same command once for each process_id"
-    print(told, file=sys.stderr, flush=True)
+    message = f"dcjax: error: {where}; not all have joined: start the same command once for each process_id"
+    print(message, file=sys.stderr, flush=True)
     os._exit(Interrupted.status)
 
 
@@ -130,16 +133,16 @@ def is_main() -> bool:
 
 
 def check_divides(mesh: Mesh, *, serving: int, prompts: int, heldout: int) -> None:
-    """That every process has devices of the mesh, as many training prompts as the others, and a held-out one.
+    """Checks that all processes have devices of the mesh, equally many training prompts, and a held-out one.
 
     Args:
-      mesh: that trains.
-      serving: devices that only serve.
-      prompts: of an iteration.
-      heldout: prompts of an evaluation.
+      mesh: the mesh that trains.
+      serving: the number of devices that only serve.
+      prompts: the number of prompts in an iteration.
+      heldout: the number of prompts in an evaluation.
 
     Raises:
-      RunError: one has not.
+      RunError: a process does not.
     """
     processes = jax.process_count()
     if processes > 1 and mesh.size + serving < jax.device_count():
@@ -154,16 +157,16 @@ def check_divides(mesh: Mesh, *, serving: int, prompts: int, heldout: int) -> No
 
 
 def share(count: int) -> slice:
-    """This process's part of `count` things in order; parts are equal where they can be."""
+    """This process's contiguous part of `count` items; the parts of all processes are as equal as possible."""
     number, processes = jax.process_index(), jax.process_count()
     return slice(count * number // processes, count * (number + 1) // processes)
 
 
 def gather(tree: Tree, mesh: Mesh | None = None) -> Tree:
-    """Host arrays of all processes, whole on each, one process's rows after another's; shapes must be equal.
+    """Concatenates host arrays of all processes along their rows, on every process; shapes must be equal.
 
-    They travel between the devices of `mesh`, or of all: a thread that has devices of its own names these, since every
-    device has to meet the same programs in the same order on all processes.
+    The arrays travel through the devices of `mesh`, or through all devices. A thread that has devices of its own must
+    name them, since every device has to run the same programs in the same order as those of other processes.
     """
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
@@ -178,7 +181,7 @@ def gather(tree: Tree, mesh: Mesh | None = None) -> Tree:
 
 
 def total(count: int, mesh: Mesh | None = None) -> int:
-    """Sum over processes; within int32. Of the mesh, as `gather`."""
+    """The sum of a count over all processes, which must fit in int32; `mesh` is as for `gather`."""
     return int(gather(np.array([count], np.int32), mesh).sum())
 
 
@@ -186,26 +189,26 @@ def threads_may_launch() -> bool:
     """Whether two threads of a process may each start programs, on devices of their own.
 
     XLA's client for CPUs starts a process's programs in one order, whatever devices they are for: several processes
-    whose threads come in other orders would wait for each other.
+    whose threads start programs in different orders would wait for each other.
     """
     return jax.process_count() == 1 or jax.default_backend() != "cpu"
 
 
 def place(tree: Any, sharding: Sharding) -> Any:
-    """Host arrays that every process has whole, as global arrays: each process feeds its own devices."""
+    """Turns host arrays that every process has whole into global arrays: each process fills its own devices."""
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]), tree
     )
 
 
 def as_loss(error: Exception) -> Interrupted | None:
-    """What to raise for an error that says that another process is gone; None for other errors."""
+    """The exception to raise for an error that means that another process is gone; None for other errors."""
     if isinstance(error, RunError) or jax.process_count() == 1 or not LOST.search(str(error)):
         return None
     line = str(error).strip().splitlines()[0]
     return Interrupted(
         f"another of the {jax.process_count()} processes has stopped, and its output says why ({line}); "
-        "the same command on every host goes on from the last checkpoint"
+        "the same command on every host resumes from the last checkpoint"
     )
 
 
@@ -217,8 +220,8 @@ def has_joined() -> bool:
 def leave(status: int) -> NoReturn:
     """Ends a process of several that has failed.
 
-    Ending as usual would wait for the others, which wait for this one. Process 0, without which JAX aborts the others,
-    ends last.
+    The usual way to end would wait for the others, which wait for this one. Process 0 ends last, because JAX aborts the
+    others without it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -228,20 +231,20 @@ def leave(status: int) -> NoReturn:
 
 
 class Stopped(Exception):
-    """A process was told to stop in the middle of an iteration, of which nothing is kept."""
+    """A process was asked to stop in the middle of an iteration, which is discarded."""
 
 
 class Preemption:
-    """Notes SIGTERM, with which launchers announce that they will stop a process.
+    """Records SIGTERM, with which launchers announce that they will stop a process.
 
-    Outside of this context SIGTERM ends the process at once: there is nothing yet to save.
+    Outside of this context SIGTERM ends the process at once, since there is nothing to save yet.
     """
 
     def __init__(self):
         self._noted = False
 
     def announced(self, mesh: Mesh) -> bool:
-        """Whether any process has been told, which all processes ask at the same point. Of the mesh, as `gather`."""
+        """Whether any process has received SIGTERM; all must call it at the same point, with `mesh` as in `gather`."""
         return total(self._noted, mesh) > 0
 
     def check(self, mesh: Mesh) -> None:

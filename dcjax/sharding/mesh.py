@@ -14,10 +14,10 @@ from jax.sharding import AxisType, Mesh
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is how many are used.
+    """The number of devices along each mesh axis; their product is how many are used.
 
     Raises:
-      ValueError: an axis below 1.
+      ValueError: an axis is below 1.
     """
 
     data: int = 1
@@ -38,13 +38,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first of `devices`, all of JAX's where None; axes named as in `MeshConfig`.
+    """The mesh over the first of `devices`, by default all of JAX's; its axes are named as in `MeshConfig`.
 
-    Where these are a whole TPU slice, or a corner of one, axes follow its links; otherwise devices stay in their order,
+    If these are a whole TPU slice, or a corner of one, the axes follow its links; otherwise devices stay in order,
     those of a host next to each other.
 
     Raises:
-      ValueError: fewer devices than the axes' product.
+      ValueError: there are fewer devices than the axes' product.
     """
     sizes, names = astuple(config), tuple(field.name for field in fields(config))
     devices = jax.devices() if devices is None else devices
@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _is_box(chips: Sequence[jax.Device]) -> bool:
-    """Whether chips are all of a box in the corner of their slice; JAX arranges no others."""
+    """Whether the chips fill a box in the corner of their slice, the only shape that JAX arranges."""
     places = {tuple(chip.coords) for chip in chips}
     return len(places) == math.prod(max(along) + 1 for along in zip(*places, strict=True))
 
@@ -72,7 +72,7 @@ HOSTS, OWN = "hosts", "own"
 
 
 def by_host(devices: Iterable[jax.Device]) -> Mesh:
-    """The same devices as a mesh of hosts (processes) by devices of each, which must be equally many."""
+    """The devices as a mesh of hosts (processes) by devices of a host; all hosts must have equally many."""
     return Mesh(_rows_of_hosts(devices), (HOSTS, OWN), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -83,10 +83,10 @@ def _rows_of_hosts(devices: Iterable[jax.Device]) -> np.ndarray:
 
 
 def set_aside(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Device], list[jax.Device]]:
-    """Devices that train, and `count` that only serve: each host's last ones, equally many.
+    """The devices that train, and `count` that only serve: the last ones of each host, equally many.
 
     Raises:
-      ValueError: hosts cannot give equally many.
+      ValueError: `count` is not a multiple of the number of hosts.
     """
     hosts = _rows_of_hosts(devices)
     own, rest = divmod(count, len(hosts))
@@ -97,19 +97,21 @@ def set_aside(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Devic
 
 
 PAPER_A_TRAINING = {"qwen3-8b": MeshConfig(), "qwen3-30b-a3b": MeshConfig(tensor=2, expert=8)}
-"""How paper A (arXiv:2606.08779) divides presets in training; `over` gives fsdp the devices that remain."""
+"""The meshes on which paper A (arXiv:2606.08779) trains presets; `over` gives fsdp the devices that remain."""
 
 PAPER_A_ROLLOUT = {"qwen3-30b-a3b": 4}
-"""Devices that share a copy of the model in its rollouts, `serving.tensor`."""
+"""How many devices share a copy of the model in paper A's rollouts, `serving.tensor`."""
 
 
 def over(config: MeshConfig, devices: int) -> MeshConfig:
-    """The mesh on that many devices: fsdp takes those that its other axes leave.
+    """The mesh on this many devices: fsdp takes those that the other axes leave.
 
     Raises:
-      ValueError: devices that the other axes do not divide.
+      ValueError: the product of the other axes does not divide the devices.
     """
     others = math.prod(astuple(config)) // config.fsdp
     if devices % others:
-        raise ValueError(f"{devices} devices do not divide by mesh axes other than fsdp, whose product is {others}")
+        raise ValueError(
+            f"devices is {devices}; it must be a multiple of {others}, the product of the mesh axes other than fsdp"
+        )
     return replace(config, fsdp=devices // others)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
-"""Logical axis -> mesh axes; None is not split."""
+"""Logical axis -> mesh axes; None means not split."""
 
 RULES: Rules = {
     # activations: outside of experts, the devices that split them are replicas that split the batch
@@ -30,7 +30,7 @@ RULES: Rules = {
     "vocab": "tensor",
     "experts": "expert",
     "expert_mlp": "tensor",
-    # what a router scores, on every device
+    # the experts that a router scores, whole on every device
     "choices": None,
 }
 """The mesh axes of each logical axis in training."""
@@ -39,9 +39,10 @@ SERVING_RULES: Rules = dict.fromkeys(RULES) | {
     "batch": "data",
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "experts"), "tensor"),
 }
-"""In serving: sequences over copies of the model, and one copy's heads, widths, tokens and whole experts over devices.
+"""The mesh axes of each logical axis in serving.
 
-With so few tokens at a time, weights stay where they are, and what is reduced is a few rows of activations.
+Sequences are split over copies of the model; heads, widths, vocabulary and whole experts over the devices of a copy.
+With so few tokens at a time weights stay in place, and only a few rows of activations are reduced.
 """
 
 
@@ -49,7 +50,7 @@ def partition_spec(logical: PartitionSpec, rules: Rules = RULES) -> PartitionSpe
     """The mesh axes of an array's logical axes.
 
     Raises:
-      ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
+      ValueError: a logical axis has no rule, or two axes of one array map to the same mesh axis.
     """
     unknown = [name for name in logical if name is not None and name not in rules]
     if unknown:
@@ -65,17 +66,17 @@ def mesh_axes(name: str) -> tuple[str, ...]:
     """The mesh axes that split a logical axis.
 
     Raises:
-      ValueError: a logical axis without a rule.
+      ValueError: the logical axis has no rule.
     """
     (axes,) = partition_spec(PartitionSpec(name))
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def split(sizes: Mapping[str, int], name: str) -> int:
-    """Into how many parts a mesh of these sizes cuts a logical axis.
+    """Into how many parts a mesh with axes of these sizes splits a logical axis.
 
     Raises:
-      ValueError: a logical axis without a rule.
+      ValueError: the logical axis has no rule.
     """
     return math.prod(sizes[axis] for axis in mesh_axes(name))
 
@@ -94,15 +95,15 @@ def shardings(mesh: Mesh, logical: Any, rules: Rules = RULES) -> Any:
 
 
 def with_shardings(shapes: Any, places: Any) -> Any:
-    """Abstract arrays that live in these places."""
+    """Abstract arrays of these shapes with these shardings."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the axes of "batch"."""
+    """The sharding of arrays whose rows are split over the mesh axes of "batch"."""
     return NamedSharding(mesh, partition_spec(PartitionSpec("batch")))

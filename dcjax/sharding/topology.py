@@ -1,4 +1,4 @@
-"""TPU slices without TPUs: their compiler runs on any x86-64 Linux, and says what a program would do there.
+"""Compiles for TPU slices without TPUs: their compiler runs on any x86-64 Linux.
 
 A program that is lowered for a slice's devices compiles, and its memory and collectives can be read; it cannot run.
 """
@@ -12,19 +12,20 @@ from jax.experimental import topologies
 
 _NOT_ON_A_TPU_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",  # no cloud's metadata server to ask
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of a host that is not there; the topology's name decides
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of no host; the topology's name decides
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chips that one process must have to itself
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there are no chips that only one process may use
 }
 
 
 def slice_devices(name: str) -> list[jax.Device]:
     """The chips of a slice such as "v5p:4x4x4" or "v5e:4x4", to compile for: `make_mesh(config, devices)`.
 
-    Libtpu reads its environment when it is loaded first, so what it needs is set here where it is not set already.
+    Libtpu reads environment variables when it is first loaded, so those that it needs are set here unless they are set
+    already.
 
     Raises:
-      ValueError: no libtpu (which jax[tpu] brings), or a slice that it does not know.
+      ValueError: libtpu is missing (jax[tpu] installs it), or does not know the slice.
     """
     for variable, value in _NOT_ON_A_TPU_HOST.items():
         os.environ.setdefault(variable, value)

@@ -13,22 +13,22 @@ from dcjax.sharding.mesh import HOSTS, by_host
 
 
 def across(tree: Any, places: Any) -> Any:
-    """Arrays on other devices of the same hosts.
+    """Moves arrays to other devices of the same hosts.
 
-    They are first arranged on their old devices as they will be on the new ones, whole on each host; then each part
-    goes from a device to another one of its host. JAX itself moves arrays between disjoint devices within one process
-    only, and what is not arranged alike through the host's memory.
+    They are first resharded on their old devices as they will be on the new ones, whole on each host; then each part
+    goes from one device to another of the same host. JAX itself moves arrays between disjoint devices only within one
+    process, and through the host's memory unless they are sharded alike on both.
 
     Args:
-      tree: of arrays with a NamedSharding each.
-      places: a NamedSharding for each, on a mesh of other devices.
+      tree: arrays, each with a NamedSharding.
+      places: a NamedSharding for each array, on a mesh of other devices.
     """
     arranged = jax.device_put(tree, jax.tree.map(_on_each_host, tree, places))
     return jax.tree.map(_handed_over, arranged, places)
 
 
 def _on_each_host(leaf: jax.Array, place: NamedSharding) -> NamedSharding:
-    """Over each host's own old devices what is new over all; whole on each of them where they are no multiple."""
+    """`place` on each host's old devices; whole on each of them if it does not divide their number."""
     assert isinstance(leaf.sharding, NamedSharding)
     rows = by_host(leaf.sharding.mesh.devices.flat).devices
     first, *others = place.mesh.axis_names
@@ -40,12 +40,12 @@ def _on_each_host(leaf: jax.Array, place: NamedSharding) -> NamedSharding:
 
 
 def _handed_over(leaf: jax.Array, place: NamedSharding) -> jax.Array:
-    """The parts of an array that this host's devices in `place` hold, from others of its devices."""
+    """The array in `place`, from the parts that other devices of this host hold."""
     shape = leaf.shape
     held = {_bounds(shard.index, shape): shard.data for shard in leaf.addressable_shards}
 
     def part(index: Any) -> jax.Array:
-        # where it is not held as it is, all is
+        # if no device holds exactly this part, each holds the whole array
         exact = held.get(_bounds(index, shape))
         return leaf.addressable_data(0)[index] if exact is None else exact
 

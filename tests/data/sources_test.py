@@ -153,7 +153,7 @@ def test_a_parquet_file_whose_pages_are_damaged_is_named(tmp_path):
 def test_a_line_that_nests_without_end_is_refused(tmp_path):
     path = tmp_path / "aime24.jsonl"
     path.write_text('{"answer": ' + "[" * 100_000, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"line 1: .* is no JSON object"):
+    with pytest.raises(ValueError, match=r"line 1: .* is not a JSON object"):
         read_examples(AIME, [path])
 
 

@@ -73,7 +73,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 def test_a_copy_that_cannot_be_read_leaves_nothing_behind(tmp_path):
     (tmp_path / "aime24.jsonl").write_text("no json", encoding="utf-8")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         prepare("aime24", tmp_path, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -239,7 +239,10 @@ def test_settings_out_of_range_are_told_of():
     ]:
         with pytest.raises(ValueError, match=message):
             obeying(**settings)
-    with obeying() as pool, pytest.raises(ValueError, match="1 texts, 2 golds and 1 finished; give as many of each"):
+    with (
+        obeying() as pool,
+        pytest.raises(ValueError, match="1 texts, 2 golds and 1 finished; give equally many of each"),
+    ):
         pool.submit(["7"], ["7", "8"], [True])
 
 

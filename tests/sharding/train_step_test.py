@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import random_batch
 from compiling import UNOPTIMISED
 
 from dcjax.models import ModelConfig, init_params
@@ -20,7 +21,6 @@ from dcjax.recipe.rollout import RolloutConfig
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.types import Batch
 
 pytestmark = pytest.mark.heavy
 
@@ -43,18 +43,8 @@ def make_config(mesh):
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    rewards = np.array([1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0.5, 0, 0, 1], np.float32)
-    mask = np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
-    return Batch(
-        tokens=rng.integers(0, MODEL.vocab_size, (ROWS, P + T)).astype(np.int32),
-        attention_mask=np.concatenate([np.arange(P) >= rng.integers(0, P, (ROWS, 1)), mask], axis=1),
-        response_mask=mask,
-        rollout_logps=np.where(mask, rng.uniform(-3, -0.5, (ROWS, T)), 0).astype(np.float32),
-        temperature=np.ones(ROWS, np.float32),
-        rewards=rewards,
-        group_rewards=np.repeat(rewards.reshape(-1, G), G, axis=0),
-    )
+    rewards = [1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0.5, 0, 0, 1]
+    return random_batch(rewards, vocab_size=MODEL.vocab_size, group_size=G, prompt_length=P, response_length=T)
 
 
 @pytest.fixture(scope="module")

@@ -202,4 +202,4 @@ def test_a_policy_that_overflows_in_its_format_is_not_evaluated(
     monkeypatch.setattr(Checkpoints, "restore", overflowing)
     told = refusal("evaluate", finished_run, "--format", format, "--temperature", "0")
     assert "the deployed policy cannot be evaluated: the engine's log-prob at response 0, token 0 is nan" in told
-    assert f"format {format!r} holds, {held}" in told
+    assert f"a number exceeds the largest of format {format!r}, {held}" in told

@@ -1,7 +1,7 @@
-"""Experts split over devices: every row travels to the device of its expert and back, however many choose the same.
+"""Experts split over devices: every row travels to the device of its expert and back, however many choose the same one.
 
-Nothing is dropped: what a device receives has room for every row of all devices. Rows travel as slices, one for each
-(sender, expert), and land sorted by expert, so that nothing is sorted again on arrival.
+Nothing is dropped: the buffer that a device receives into has room for all rows of all devices. Rows travel as slices,
+one for each (sender, expert), and land sorted by expert, so that nothing is sorted again on arrival.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dcjax.types import Array
 
 
 class Axes(NamedTuple):
-    """Names of the mesh axes that split kernels of E × D × F; each may have one device only."""
+    """Names of the mesh axes that split kernels of E × D × F; an axis may have size 1."""
 
     expert: str
     embed: str
@@ -27,7 +27,7 @@ class Axes(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """Who sends which rows where: int32 [P, P · e], of sender p the slices in order of receiver, e for each."""
+    """Which rows travel where: int32 [P, P · e], where row p has the slices of sender p, e for each receiver."""
 
     # first row on the sender
     starts: Array
@@ -37,18 +37,20 @@ class Slices(NamedTuple):
 
     def back(self) -> Slices:
         """The same rows on their way back."""
-        return Slices(_turned(self.places), _turned(self.sizes), _turned(self.starts))
+        return Slices(_swap_ends(self.places), _swap_ends(self.sizes), _swap_ends(self.starts))
 
 
-def _turned(table: Int[Array, "P slices"]) -> Int[Array, "P slices"]:
+def _swap_ends(table: Int[Array, "P slices"]) -> Int[Array, "P slices"]:
+    """The table with senders and receivers exchanged."""
     devices = len(table)
     return table.reshape(devices, devices, -1).swapaxes(0, 1).reshape(devices, -1)
 
 
 def outward(counts: Int[Array, "P E"]) -> Slices:
-    """To the owners of experts: device p has counts[p, e] rows for e, sorted, and device d owns the d-th E / P of them.
+    """The slices that travel to the owners of the experts: device d owns the d-th E / P of them.
 
-    A receiver's rows lie sorted by expert, those for one expert in the order of their senders.
+    Device p sends counts[p, e] rows to expert e, and its rows are sorted by expert. A receiver's rows are sorted by
+    expert too, those for one expert in the order of their senders.
     """
     devices, experts = counts.shape
     starts = jnp.cumsum(counts, axis=1) - counts
@@ -66,17 +68,17 @@ def mix_sharded(
     weights: Float[Array, "b s k"],
     kernels: tuple[Array, Array, Array],
 ) -> Float[Array, "b s d"]:
-    """`moe.mix` of one device's tokens, inside shard_map: its share of the result's columns, in float32.
+    """`moe.mix` of one device's tokens, inside shard_map; returns its share of the result's columns, in float32.
 
     Args:
       axes: how the kernels are split.
-      num_experts: of all devices.
-      grouped_dot: the three products.
+      num_experts: the number of experts on all devices.
+      grouped_dot: the product with each of the three kernels.
       x: this device's tokens, the same ones along `axes.width`.
       experts: their choices among all experts.
-      weights: of the choices.
-      kernels: this device's part of gate and up [E, D, F] and down [E, F, D]. Experts and their widths stay where they
-        are; the rest is gathered in x's dtype.
+      weights: the weights of the choices.
+      kernels: this device's part of gate and up [E, D, F] and down [E, F, D]. Experts and their widths stay in place;
+        the rest is gathered in x's dtype.
     """
     gate, up, down = kernels
     whole = (
@@ -94,19 +96,19 @@ def mix_sharded(
 def _through_owners(
     axis: str, through: SwiGLU, rows: Float[Array, "N D"], counts: Int[Array, "E"]
 ) -> Float[Array, "N D"]:
-    """The rows' outputs, computed where their experts are; counts are of this device's rows."""
-    everyone = lax.all_gather(counts, axis)
-    devices, experts = everyone.shape
-    slices = outward(everyone)
-    owned = jnp.sum(everyone, axis=0).reshape(devices, experts // devices)[lax.axis_index(axis)]
+    """The rows' outputs, computed where their experts are; `counts` is how many of these rows each expert has."""
+    all_counts = lax.all_gather(counts, axis)
+    devices, experts = all_counts.shape
+    slices = outward(all_counts)
+    owned = jnp.sum(all_counts, axis=0).reshape(devices, experts // devices)[lax.axis_index(axis)]
     received = exchange(rows, slices, devices * len(rows), axis)
     return exchange(through(received, owned), slices.back(), len(rows), axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(kernel: Float[Array, "..."], dtype: jnp.dtype, axis: str, dimension: int) -> Float[Array, "..."]:
-    """The kernel whole along a mesh axis, rounded to `dtype` on its way; its gradient is summed in its own dtype."""
-    # back in its own dtype, so that the gradient that comes back is not rounded
+    """The kernel gathered along a mesh axis, in `dtype` while it travels; its gradient is summed in its own dtype."""
+    # cast back to its own dtype, so that its gradient is not rounded
     return lax.all_gather(kernel.astype(dtype), axis, axis=dimension, tiled=True).astype(kernel.dtype)
 
 
@@ -120,9 +122,9 @@ gather.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def exchange(rows: Shaped[Array, "N D"], slices: Slices, room: int, axis: str) -> Shaped[Array, "room D"]:
-    """What a device has after all sent their slices of rows along a mesh axis; 0 where nothing arrived.
+    """The rows that a device has after all have sent their slices along a mesh axis; 0 where nothing arrived.
 
-    A ragged all-to-all where the platform has one. CPUs do not, and there everybody gathers all rows.
+    It is a ragged all-to-all where the platform has one. CPUs do not, and there each device gathers all rows.
     """
     return lax.platform_dependent(
         rows, *slices, cpu=partial(_by_gathering, room, axis), default=partial(_ragged, room, axis)
@@ -149,7 +151,7 @@ def _ragged(room: int, axis: str, rows: Array, *tables: Array) -> Array:
 def _by_gathering(room: int, axis: str, rows: Array, *tables: Array) -> Array:
     slices, me = Slices(*tables), lax.axis_index(axis)
     everything = lax.all_gather(rows, axis, tiled=True)
-    # seen from the receiver: `places` are the slices' first rows on their senders, which come in order
+    # this device as the receiver: a slice's first row is `places` here and `starts` on its sender; senders are in order
     places, sizes, starts = (table[me] for table in slices.back())
     senders = jnp.arange(len(places)) // (len(places) // len(slices.sizes))
     row = jnp.arange(room)[:, None]

@@ -23,14 +23,14 @@ from dcjax.types import Array
 
 
 def check_model(config: ModelConfig, sizes: Mapping[str, int]) -> None:
-    """That a mesh of these sizes divides a model.
+    """Checks that a mesh with axes of these sizes divides a model.
 
     Raises:
-      ValueError: query heads, the residual stream of a model with experts, or a parameter that it does not divide.
+      ValueError: it does not divide the query heads, the residual stream of a model with experts, or a parameter.
     """
     _check_divides("query heads", config.num_heads, sizes, "attention_heads")
     if config.num_experts:
-        # what a device's part of the experts' widths adds to the residual stream is summed by columns
+        # devices that share the experts' widths each keep the sums of some columns of the residual stream
         _check_divides("columns of the residual stream", config.hidden_size, sizes, "expert_mlp")
     params = jax.tree.leaves_with_path(abstract_params(config))
     axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
@@ -50,8 +50,8 @@ def _check_divides(what: str, size: int, sizes: Mapping[str, int], name: str) ->
 def mesh_layout(mesh: Mesh) -> Layout:
     """The layout of `sharding.rules` on a mesh, for training and for scoring.
 
-    XLA divides products and what is between them, told where activations live. Attention and experts run per device
-    (shard_map), since XLA divides neither Pallas calls nor loops over experts.
+    XLA partitions products and the operations between them, given constraints on activations. Attention and experts run
+    per device (shard_map), since XLA partitions neither Pallas calls nor loops over experts.
     """
     if mesh.size == 1:
         return ONE_DEVICE
@@ -78,10 +78,10 @@ def _attention(
     float32: lax.Precision = lax.Precision.HIGHEST,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H D"]:
-    """`causal_attention`, each device with whole sequences of its rows and heads.
+    """`causal_attention` on a mesh: each device computes its rows and heads, over whole sequences.
 
     Where sequences are split, an all-to-all trades columns for heads, there and back (DeepSpeed-Ulysses,
-    arXiv:2309.14509). Key-value heads that are too few to be split are repeated.
+    arXiv:2309.14509). Key-value heads are repeated if they are too few to be split.
     """
     shards = split(mesh.shape, "attention_heads")
     repeats = shards // math.gcd(shards, k.shape[2])
@@ -100,7 +100,7 @@ def _attention(
 def _lookup(
     mesh: Mesh, table: Float[Array, "V E"], tokens: Int[Array, "B S"], dtype: jnp.dtype
 ) -> Float[Array, "B S E"]:
-    """`layers.lookup` where the table stays: tokens travel to its parts, and what they find there comes back."""
+    """`layers.lookup` on a mesh: the table stays in place, tokens travel to its parts, and the rows found come back."""
     vocab, embed = parts = partition_spec(PartitionSpec("vocab", "embed"))
 
     def find(table: Array, tokens: Array) -> Array:
@@ -128,7 +128,7 @@ def _mixture(
     kernels: tuple[Array, Array, Array],
     grouped_dot: GroupedDot,
 ) -> Float[Array, "B S D"]:
-    """`moe.mix`, each device with its tokens and its part of the kernels."""
+    """`moe.mix` on a mesh: each device has its own tokens and its part of the kernels."""
     into = partition_spec(PartitionSpec("experts", "embed", "expert_mlp"))
     out = partition_spec(PartitionSpec("experts", "expert_mlp", "embed"))
     tokens = partition_spec(PartitionSpec("batch", "sequence", None))

@@ -1,1 +1,1 @@
-"""`dcjax probe`: the gap between the policies taken apart. Imports everything but the loop."""
+"""`dcjax probe`: takes apart the gap between the policies, source by source."""

@@ -1,4 +1,4 @@
-"""How far apart the log-probs of two policies are, and where; everything is of arrays on the host."""
+"""How far apart the log-probs of two policies are, and where; all arrays are on the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcjax.types import Array, Rollout
 WORST = 10
 """How many of the worst tokens are shown."""
 CONTEXT = 24
-"""How many tokens are shown before each of them; a third as many are shown behind it."""
+"""How many tokens are shown before each of them; a third as many are shown after it."""
 FIGURES = (
     *("prob_diff_mean", "prob_diff_p50", "prob_diff_p90", "prob_diff_p99", "prob_diff_max"),
     *("k3", "log_ppl_abs_diff", "log_ppl_abs_diff_per_token"),
@@ -65,7 +65,7 @@ def decompose(trained: Logps, policies: Sequence[tuple[str, str, Logps]], mask: 
 def bucketed(
     difference: Float[np.ndarray, "B T"], of: Float[np.ndarray, "B T"], edges: Sequence[float], mask: np.ndarray
 ) -> list[dict[str, float]]:
-    """δ by where each token's `of` lies: from an edge up to below the next; buckets without a token are left out."""
+    """δ in buckets of `of`, each from one edge up to but not including the next; empty buckets are left out."""
     place = np.digitize(of, edges[1:-1])
     rows = []
     for bucket, (low, high) in enumerate(itertools.pairwise(edges)):
@@ -85,7 +85,7 @@ def position_edges(length: int) -> list[int]:
 def by_layer(
     residuals: Float[np.ndarray, "N T L E"], reference: Float[np.ndarray, "N T L E"], mask: Bool[np.ndarray, "N T"]
 ) -> list[dict[str, float]]:
-    """‖x − r‖ / ‖r‖ of the residual stream behind each layer, both norms over all tokens of the mask at once."""
+    """‖x − r‖ / ‖r‖ of the residual stream after each layer, both norms over all tokens of the mask at once."""
 
     def norm(x: np.ndarray) -> float:
         return float(np.linalg.norm(x[mask].astype(np.float64)))
@@ -100,7 +100,7 @@ def by_layer(
 def worst_tokens(
     rollout: Rollout, *, old_logps: Logps, rollout_logps: Logps, decode: Callable[[list[int]], str], count: int = WORST
 ) -> list[dict[str, Any]]:
-    """The tokens of the largest δ, in their context; what a terminal could take for a command is escaped."""
+    """The tokens with the largest δ, in their context; characters that do not print are escaped."""
     mask, width = np.asarray(rollout.response_mask), rollout.response_mask.shape[1]
     old, sampled = np.exp(old_logps), np.exp(rollout_logps)
     difference = np.where(mask, np.abs(old - sampled), -1.0)
@@ -132,6 +132,6 @@ def visible(text: str) -> str:
 
 
 def changed_experts(trained: Int[np.ndarray, "B S k M"], sampled: np.ndarray, fed: Bool[np.ndarray, "B S"]) -> Gap:
-    """The shares of the tokens fed that any sparse layer, and that the mean sparse layer, sent to other experts."""
+    """The shares of the fed tokens that any sparse layer, and that the mean sparse layer, sent to other experts."""
     changed = np.any(np.sort(trained, axis=-1) != np.sort(sampled, axis=-1), axis=-1)[fed]
     return {"any_layer": float(changed.any(axis=-1).mean()), "mean_layer": float(changed.mean())}

@@ -44,13 +44,13 @@ class Rung(NamedTuple):
 def ladder(
     serving: ServingConfig, mismatch: MismatchConfig, *, trained_in: FormatName, stale_step: int | None = None
 ) -> list[Rung]:
-    """From an engine that computes as the trainer does to the deployed one; each rung adds one source of the gap.
+    """The policies from one that computes as the trainer does to the deployed one; each adds one source of the gap.
 
     Args:
-      serving: how the deployed policy is served; what that does not have is no rung.
-      mismatch: what is added to it on purpose, a rung each; `stale_step` tells of its staleness.
+      serving: how the deployed policy is served; a source of the gap that it lacks has no rung.
+      mismatch: what is added to it on purpose, one rung for each kind but staleness, which `stale_step` gives.
       trained_in: the dtype that the trainer computes in, by its format's name.
-      stale_step: the step of the weights that are served; None where they are the trainer's own.
+      stale_step: the step of the weights that are served; None if they are the trainer's own.
     """
     deployed, last = formats[serving.format], Served.of(serving.format, serving.kv_cache)
     wide = _unquantized_activations(serving.format, None)
@@ -76,7 +76,7 @@ def ladder(
 
 
 def _unquantized_activations(name: FormatName, weights: str | None) -> FormatName:
-    """The format with these weights whose activations are of the dtype of format `name`, as they are."""
+    """The format with these weights, and with activations of the same dtype as format `name` but unquantised."""
     wanted = (formats[name].activations, weights, False)
     return next(
         other.name

@@ -1,4 +1,4 @@
-"""One model's policies, and what each says of the same tokens."""
+"""One model's policies, and the log-probs that each gives to the same tokens."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from dcjax.types import Array, Params, Rollout
 
 
 class Weights(NamedTuple):
-    """What the trainer holds, and what is served of it."""
+    """The trainer's weights, and those that are served."""
 
     params: Params
     stale: Params | None
-    """Earlier weights, which are served; None where the params are."""
+    """Earlier weights, if those are served; None if `params` are."""
     version: int
     """The version of the served weights, which noise on them depends on."""
 
 
 class Scored(NamedTuple):
-    """What the training policy says of a rollout's tokens."""
+    """The training policy's log-probs of a rollout's tokens, and its experts."""
 
     logps: Logps
     experts: Int[np.ndarray, "B S-1 M k"] | None
-    """The experts that its tokens went to, laid out as `Rollout.experts`; None where the model has none."""
+    """The experts that its tokens went to, laid out as `Rollout.experts`; None if the model has none."""
 
 
 class Policies:
     """One model's training policy and engines for its served ones, each made once.
 
     Args:
-      config: the settings of the run, on one device; serving and mismatch are those of each policy asked for.
+      config: the settings of the run, on one device; each policy has its own serving and mismatch.
       end_tokens: the ids that end a response.
     """
 
@@ -78,10 +78,10 @@ class Policies:
     def score(
         self, served: Served, weights: Weights, rollout: Rollout, key: jax.Array, *, keeps_residuals: bool = False
     ) -> DecodeScores:
-        """Log-probs over the whole softmax at the rollout's temperatures, and the residual stream where it is kept.
+        """Log-probs over the whole softmax at the rollout's temperatures, and the residual stream if it is kept.
 
         Raises:
-          RunError: the model, the hardware or its memory cannot serve the policy, or not in finite numbers.
+          RunError: the model, the hardware or its memory cannot serve the policy, or a log-prob is not finite.
         """
         engine = self._engine(served)
         params = _synced(engine, served, weights)
@@ -92,7 +92,9 @@ class Policies:
     def train(
         self, params: Params, rollout: Rollout, *, temperature: Array, replays: Rollout | None = None, mesh=None
     ) -> Scored:
-        """What the training forward says, over the whole softmax; of `replays` it takes the candidates and the experts.
+        """The training forward's log-probs and experts, over the whole softmax or the candidates of `replays`.
+
+        If `replays` has experts, the forward uses them in place of its own choice.
 
         Raises:
           RunError: a log-prob is not finite.

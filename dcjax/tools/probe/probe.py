@@ -41,7 +41,7 @@ PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured, and written as JSON; docs/probe.md tells how to read it."""
+    """What was measured, and written as JSON; docs/probe.md explains how to read it."""
 
     source: str
     step: int | None
@@ -62,12 +62,12 @@ class Probe:
     sharding: dict[str, Any]
     sampling: dict[str, Any]
     routing: dict[str, Any] | None
-    """The experts of trainer and sampler compared; None where the model has none."""
+    """The experts of trainer and sampler compared; None if the model has none."""
 
 
 @dataclass
 class _Measurement:
-    """One source under the probe: what it sampled, and what each policy says of it."""
+    """A probe in progress: what was sampled, and the log-probs that each policy gives to it."""
 
     source: Source
     policies: Policies
@@ -100,7 +100,7 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     """Samples each prompt once from the deployed engine, and scores the same tokens by all policies.
 
     Raises:
-      RunError: the seed is out of range, what is asked for cannot be served, or a prompt does not fit.
+      RunError: the seed is out of range, a required policy cannot be served, or a prompt does not fit.
     """
     if not 0 <= seed < 2**63:
         raise RunError(f"seed is {seed}; it must be at least 0 and below 2**63")
@@ -124,7 +124,7 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
 def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
     """Samples from the deployed policy, and scores what was sampled by the training policy."""
     config = source.model.config
-    # Experts are recorded for the share of tokens that change theirs.
+    # Experts are recorded to measure the share of tokens that go to other ones.
     recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
     policies = Policies(recording, source.model.end_tokens)
     rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
@@ -138,14 +138,14 @@ def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
 
 
 def _replays(config: Config, rollout: Rollout) -> Rollout | None:
-    """The rollout with what the run's trainer replays of it; None where that is nothing."""
+    """The rollout with only what the run's trainer replays of it; None if it replays nothing."""
     if rollout.candidate_tokens is None and not config.rollout.replay_routing:
         return None
     return replace(rollout, experts=rollout.experts if config.rollout.replay_routing else None)
 
 
 def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
-    """Scores what was sampled by one served policy; where it is not required, it may refuse."""
+    """Scores the samples by one served policy; one that is not required may fail to be served."""
     keeps_residuals = served in (measured.rungs[0].served, measured.rungs[-1].served)
     try:
         scores = measured.policies.score(
@@ -193,14 +193,14 @@ def _measure(measured: _Measurement) -> Probe:
 
 
 def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float:
-    """What objective.budget auto makes of one such iteration, in the unit of the run's own δ."""
+    """The budget that `objective.budget auto` would set after such an iteration, in the unit of the run's own δ."""
     objective = objective_of(config)
     delta = objective.discrepancy(old_logps=old, rollout_logps=sampled, mask=mask)
     return CALIBRATION_FACTOR * float(objective.mean_discrepancy(delta, mask))
 
 
 def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
-    """The gap of a format without what the run adds on purpose, of its present weights."""
+    """The gap of a format with the trainer's weights, without any mismatch that the run adds on purpose."""
     served, config = Served.of(name), measured.source.model.config
     if served in measured.refused:
         return {"not_served": measured.refused[served]}
@@ -219,7 +219,7 @@ def _by_layer(measured: _Measurement) -> list[dict[str, float]]:
 
 
 def _sharding(measured: _Measurement) -> dict[str, Any]:
-    """The training forward on the run's mesh, or over two devices where that is one, against one device."""
+    """The training forward on the run's mesh, or on two devices if that has one, against one device."""
     model, rollout = measured.source.model, measured.rollout
     several = model.trained_on if math.prod(astuple(model.trained_on)) > 1 else MeshConfig(tensor=2)
     try:

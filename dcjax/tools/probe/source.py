@@ -1,4 +1,4 @@
-"""What a probe begins with: a model, the prompts that it is asked, and the weights that are served."""
+"""The input of a probe: a model, the prompts that it gets, and the weights that are served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcjax.tools.open_model import OpenedModel, is_folder, open_model
 from dcjax.tools.probe.policies import Weights
 
 PROMPTS = 128
-"""How many prompts are sampled from, one response each, where nothing else is asked for."""
+"""The default number of prompts, each of which gets one response."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Source:
     prompts: list[list[int]]
     weights: Weights
     stale_step: int | None
-    """The step of the weights that are served; None where they are the trainer's own."""
+    """The step of the weights that are served; None if they are the trainer's own."""
 
     @property
     def out(self) -> Path:
-        """The directory where results go, unless the probe is told otherwise."""
+        """The default directory of the results."""
         return self.model.directory_for("probe")
 
 
@@ -49,14 +49,14 @@ def load_source(
     Args:
       path: a run directory, RUN/checkpoints/STEP, or a folder.
       format: the serving format; None is the run's, or the default of `ServingConfig`.
-      kv_cache: likewise what keys and values are stored in.
-      prompts: how many prompts; PROMPTS where None.
-      prompts_file: of a folder, one prompt a line: {"prompt": ...} or the text itself.
-      stale_step: of a run, the checkpoint whose weights are served.
-      recipe_code: whether code of a run's own may be executed where its sections are not all of dcjax.
+      kv_cache: likewise the dtype that keys and values are stored in.
+      prompts: how many prompts; None is PROMPTS.
+      prompts_file: for a folder, a file with one prompt per line: {"prompt": ...} or the text itself.
+      stale_step: for a run, the checkpoint whose weights are served.
+      recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
 
     Raises:
-      RunError: there is no such source, it is damaged, or a setting is out of range or of the other kind of source.
+      RunError: the source does not exist or is damaged, or a setting is out of range or for the other kind of source.
     """
     path = path.resolve()
     count = PROMPTS if prompts is None else prompts
@@ -75,12 +75,12 @@ def load_source(
 
 
 def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
-    """A run with its held-out problems for prompts."""
+    """A run, with its held-out problems as prompts."""
     (state, cursor), stale = model.restore(), None
     if stale_step is not None:
         stale = model.restore(stale_step)[0].params
     elif state.history:
-        # A run whose weights lag has kept those that it serves.
+        # A run whose serving weights lag has kept those that it serves.
         stale, stale_step = state.history[0], max(cursor.step - len(state.history), 0)
     weights = Weights(state.params, stale, version=cursor.step if stale_step is None else stale_step)
     try:
@@ -91,7 +91,7 @@ def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
 
 
 def _of_folder(model: OpenedModel, prompts_file: Path, count: int) -> Source:
-    """A folder with prompts of a file, which its engine is made long enough for."""
+    """A folder with the prompts of a file; its engine takes prompts as long as the longest."""
     prompts = [model.tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
     longest = max(model.config.rollout.max_prompt_length, *map(len, prompts))
     rollout = replace(model.config.rollout, max_prompt_length=longest)
@@ -100,17 +100,17 @@ def _of_folder(model: OpenedModel, prompts_file: Path, count: int) -> Source:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line: {"prompt": ...} or the text itself; empty lines are none.
+    """The prompts of a file, one per line: {"prompt": ...} or the text itself; empty lines are skipped.
 
     Raises:
-      RunError: a line in braces is not such an object, the file is not UTF-8, or it has no prompt at all.
+      RunError: a line in braces is not such an object, the file is not UTF-8, or it has no prompt.
     """
     try:
         prompts = list(_prompts(path, path.read_text(encoding="utf-8")))
     except UnicodeDecodeError as error:
         raise RunError(f"{path} is not UTF-8: {error}") from None
     if not prompts:
-        raise RunError(f"{path} has no prompt; it takes one a line")
+        raise RunError(f"{path} has no prompt; it must have one per line")
     return prompts
 
 
@@ -126,5 +126,5 @@ def _prompts(path: Path, text: str) -> Iterator[str]:
         except (ValueError, KeyError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt:
-            raise RunError(f'{path}, line {number}: {line[:60]!r} is no JSON object with a text "prompt"')
+            raise RunError(f'{path}, line {number}: {line[:60]!r} is not a JSON object with a text "prompt"')
         yield prompt

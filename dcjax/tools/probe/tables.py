@@ -1,4 +1,4 @@
-"""A probe's result for people and programs: a table, JSON, a picture."""
+"""A probe's result for people and programs: as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from dcjax.reporting.record import write_atomically
 from dcjax.tools.probe.probe import Probe
 
-# Okabe and Ito's colours, told apart under the common colour-vision deficiencies.
+# Okabe and Ito's colours, which people with the common colour-vision deficiencies can tell apart.
 _BLUE, _VERMILLION, _GREEN = "#0072B2", "#D55E00", "#009E73"
 
 _COLUMNS = {
@@ -33,7 +33,7 @@ def to_json(probe: Probe) -> str:
 
 
 def write_probe(probe: Probe, directory: Path) -> tuple[Path, Path]:
-    """Writes probe.json and probe.png into a directory, which is made; returns their paths."""
+    """Writes probe.json and probe.png into a directory, which is created if missing; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     data, picture = directory / "probe.json", directory / "probe.png"
     write_atomically(data, to_json(probe).encode() + b"\n")
@@ -45,7 +45,7 @@ def write_probe(probe: Probe, directory: Path) -> tuple[Path, Path]:
 
 
 def to_text(probe: Probe) -> str:
-    """Everything but the picture; lines are up to 150 columns wide."""
+    """The result as text, without the picture; lines are up to 150 columns wide."""
     at = "" if probe.step is None else f" at step {probe.step}"
     return "\n".join(
         [
@@ -81,7 +81,7 @@ def _figures(gap: dict[str, Any]) -> str:
 
 
 Row = tuple[str, dict[str, Any], str]
-"""A label, a gap, a remark behind it."""
+"""A label, a gap, and a remark after it."""
 
 
 def _stage_rows(probe: Probe) -> Iterator[Row]:
@@ -173,7 +173,7 @@ def draw(probe: Probe) -> bytes:
 
 
 def _bars(axes, title: str, labels: list[str], gaps: list[dict[str, Any]], colour: str) -> None:
-    """Means as bars and largest ones as marks, the first on top, on a logarithmic axis that holds 0 too."""
+    """Means as bars and largest ones as marks, the first on top, on a logarithmic axis that also shows 0."""
     axes.set_title(title, loc="left", fontweight="bold")
     rows = range(len(labels))
     axes.barh(rows, [gap["prob_diff_mean"] for gap in gaps], color=colour, height=0.6)

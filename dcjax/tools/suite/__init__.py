@@ -1,1 +1,1 @@
-"""Benchmarks as the papers report them: many samples a problem, of both policies, with intervals and comparisons."""
+"""Benchmarks as the papers report them: many samples per problem, for both policies, with intervals and comparisons."""

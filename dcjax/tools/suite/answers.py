@@ -24,8 +24,8 @@ from dcjax.tools.suite.log import Conditions, ProblemSamples, SampleLog, SuitePr
 from dcjax.types import Rollout
 
 SAMPLES_A_CALL = 256
-"""How many samples one call of the engine draws at most: many, since slots run empty at the end of a call, and no more
-than an interruption may cost."""
+"""The most samples that one call of the engine draws: many, since slots become empty at the end of a call, but no more
+than may be lost to an interruption."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _HostShare:
 
 
 def to_problems(model: OpenedModel, template: Template, examples: Sequence[Example]) -> list[SuiteProblem]:
-    """A benchmark's problems, in order, as they are put to the model.
+    """A benchmark's problems, in order, as the model gets them.
 
     Raises:
       RunError: the model's tokenizer cannot spell one of them.
@@ -68,10 +68,10 @@ def sample_problems(
     pool: RewardPool,
     log: SampleLog,
 ) -> Iterator[int]:
-    """Samples what the log lacks of one benchmark, and logs this host's share; yields how many more all have done.
+    """Samples what the log lacks of one benchmark, and logs this host's share; yields how many more problems are done.
 
-    The keys of a problem's samples depend on its place in the benchmark, on how many samples there are a problem, and
-    on the seed: neither on the slots, nor on the hosts, nor on what was logged before.
+    The keys of a problem's samples depend on its place in the benchmark, on the number of samples per problem, and on
+    the seed, but not on the slots, on the hosts, or on what was logged before.
 
     Args:
       engine: the engine of the policy.
@@ -84,7 +84,7 @@ def sample_problems(
       log: the log of this process.
 
     Raises:
-      RunError: the engine does not take a prompt, or log-probs are not finite.
+      RunError: the engine does not accept a prompt, or log-probs are not finite.
     """
     key = jax.random.fold_in(jax.random.key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
     size = max(1, SAMPLES_A_CALL // conditions.samples)
@@ -139,7 +139,7 @@ def _begin_scoring(
 
 
 def _log_scored(mine: _HostShare, missing: list[SuiteProblem], conditions: Conditions, log: SampleLog) -> int:
-    """Logs what was missing of a share, once its scores are there; returns how many problems were missing on all hosts.
+    """Logs what was missing of a share, once its scores are complete; returns how many all hosts were missing.
 
     Raises:
       RunError: the pool cannot score.

@@ -45,15 +45,15 @@ class SuiteConfig:
     temperature: float = 0.7
     """0 is greedy."""
     top_p: float = 1.0
-    """The most probable tokens can be drawn, until they hold so much."""
+    """The most probable tokens can be drawn, until they hold this much probability; 1 is all tokens."""
     max_response_length: int = 32_768
-    """Longest response (tokens), where the model has as many positions."""
+    """Longest response (tokens), unless the model has too few positions."""
     samples: int | None = None
-    """How many samples a problem gets; each benchmark's own number where None."""
+    """How many samples a problem gets; None is each benchmark's own number."""
     problems: int | None = None
-    """How many problems of each benchmark are asked, from the first one on; all where None."""
+    """How many problems of each benchmark are asked, from the first one on; None is all."""
     template: TemplateName | None = None
-    """What is put round questions, and reads answers; the one that the run was trained with, or boxed, where None."""
+    """What surrounds questions and reads answers; None is the template that the run was trained with, or boxed."""
     seed: int = 0
     """The seed of the samples."""
 
@@ -83,5 +83,5 @@ class SuiteConfig:
 
 
 def published_counts(benchmark: Benchmark) -> tuple[int, ...]:
-    """How many problems a benchmark has; several where publishers differ."""
+    """How many problems a benchmark has; several numbers if publishers differ."""
     return datasets[benchmark.dataset].counts

@@ -1,4 +1,4 @@
-"""The engines of the two policies that a suite asks."""
+"""The engines of the two policies that a suite evaluates."""
 
 from __future__ import annotations
 

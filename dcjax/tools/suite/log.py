@@ -1,4 +1,4 @@
-"""What was sampled, problem by problem, in files of JSON lines: a killed evaluation goes on behind the last line."""
+"""What was sampled, problem by problem, in files of JSON lines: a killed evaluation resumes after the last line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dcjax.reporting.record import named_in_errors
 from dcjax.serving.quantize import FormatName
 
 SuitePolicy = Literal["deployed", "training"]
-"""The policies that a suite asks: no average of the weights is among them."""
+"""The policies that a suite evaluates; the average of the weights is not among them."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the samples of a problem depend on, beside the problem: under equal conditions they are the same samples."""
+    """What the samples of a problem depend on, beside the problem: equal conditions give the same samples."""
 
     benchmark: str
     policy: SuitePolicy
@@ -49,7 +49,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class SuiteProblem:
-    """One problem of a benchmark, as it is put to a policy."""
+    """One problem of a benchmark, as a policy gets it."""
 
     id: str
     prompt: list[int]
@@ -63,9 +63,9 @@ class ProblemSamples:
     problem: str
     """The id of the problem."""
     gold: str
-    """The right answer that the rewards are given by."""
+    """The right answer by which the rewards were given."""
     answers: list[str | None]
-    """The answers as written; None where a response has none or was cut."""
+    """The answers as written; None if a response has none or was cut off."""
     rewards: list[float]
     lengths: list[int]
     """The lengths of the responses (tokens)."""
@@ -92,7 +92,7 @@ class SampleLog:
         self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the log, and `__exit__` closes it)
 
     def missing(self, conditions: Conditions, problems: Sequence[SuiteProblem]) -> list[SuiteProblem]:
-        """Those of the problems that had not been sampled, or by another right answer, when the log was opened."""
+        """The problems that had not been sampled with their right answer when the log was opened."""
         done = self._done.get(conditions.fingerprint, {})
         return [problem for problem in problems if (problem.id, problem.answer) not in done]
 
@@ -130,7 +130,7 @@ def read_samples(directory: Path) -> dict[str, dict[tuple[str, str], ProblemSamp
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    # What follows the last newline is being written, or was when its process was killed.
+    # What follows the last newline is still being written, or was when its process was killed.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             yield json.loads(line)

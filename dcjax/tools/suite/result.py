@@ -19,7 +19,7 @@ RESULT = "suite.json"
 """The name of a result's file, in the directory of the result."""
 
 AVERAGE = "average"
-"""Stands where a benchmark's name would, for the average over all benchmarks, each counting alike."""
+"""Stands in place of a benchmark's name for the average over all benchmarks, in which each counts equally."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Score:
     mean_length: float
     """The mean length of a response (tokens)."""
     unfinished: int
-    """How many responses were cut at the limit."""
+    """How many responses were cut off at the limit."""
     by_problem: dict[str, float]
     """The mean over a problem's samples, by the problem's id."""
 
     @property
     def unfinished_share(self) -> float:
-        """The share of all responses that were cut at the limit."""
+        """The share of all responses that were cut off at the limit."""
         return self.unfinished / (self.problems * self.samples)
 
 
@@ -79,9 +79,9 @@ class SuiteResult:
     """The settings as `SuiteConfig` and the engine had them."""
     policies: list[PolicyScores]
     notes: list[str]
-    """What is not as the papers do it."""
+    """How the evaluation differs from the papers'."""
     unreadable: dict[str, dict[str, str]] = field(default_factory=dict)
-    """The golds that cannot be read, by benchmark and problem's id; only their own text counted as right."""
+    """The golds that cannot be read, by benchmark and problem's id; only the same text counted as right."""
 
     @property
     def title(self) -> str:
@@ -91,7 +91,7 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Compared:
-    """One policy's accuracy less another's, on the same problems."""
+    """One policy's accuracy minus another's, on the same problems."""
 
     benchmark: str
     difference: float
@@ -101,7 +101,7 @@ class Compared:
 
 
 def score_benchmark(benchmark: str, sampled: Sequence[ProblemSamples]) -> Score:
-    """What all problems' samples come to."""
+    """The score of a benchmark from the samples of all its problems."""
     correct = np.array([problem.rewards for problem in sampled]) > 0
     samples = correct.shape[1]
     ks = [*(1 << power for power in range((samples - 1).bit_length())), samples]
@@ -136,10 +136,10 @@ def _estimate(scores: np.ndarray) -> Estimate:
 
 
 def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[SuitePolicy, list[Compared]]:
-    """By policy, our accuracy less theirs on each benchmark and on the average.
+    """By policy, our accuracy minus theirs on each benchmark and on the average.
 
     Raises:
-      RunError: they were not asked the same problems.
+      RunError: they are not of the same problems.
     """
     return {
         policy.policy: differences(policy, other)
@@ -150,10 +150,10 @@ def compare(ours: SuiteResult, theirs: SuiteResult) -> dict[SuitePolicy, list[Co
 
 
 def differences(ours: PolicyScores, theirs: PolicyScores) -> list[Compared]:
-    """Our accuracy less theirs on each benchmark and on the average.
+    """Our accuracy minus theirs on each benchmark and on the average.
 
     Raises:
-      RunError: they were not asked the same problems.
+      RunError: they are not of the same problems.
     """
     others = {score.benchmark: score for score in theirs.benchmarks}
     parts = {score.benchmark: _paired(score, others.get(score.benchmark)) for score in ours.benchmarks}
@@ -189,7 +189,7 @@ def read_result(path: Path) -> SuiteResult:
     except FileNotFoundError:
         raise RunError(f"no result in {path}; give what dcjax evaluate --suite wrote, or its directory") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{path} is no result of dcjax evaluate --suite: {error}") from None
+        raise RunError(f"{path} is not a result of dcjax evaluate --suite: {error}") from None
 
 
 def _policy(record: dict[str, Any]) -> PolicyScores:

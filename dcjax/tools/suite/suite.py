@@ -1,4 +1,4 @@
-"""`dcjax evaluate SOURCE --suite NAME`: benchmarks, sampled many times a problem by both policies."""
+"""`dcjax evaluate SOURCE --suite NAME`: benchmarks, with many samples per problem from both policies."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ DETECTED = DistributedConfig()
 """With these settings hosts find each other as JAX detects it."""
 
 WORKERS = 8
-"""How many processes score answers, where there are as many cores: they score some thousands a second."""
+"""The most processes that score answers; there are no more than cores. They score some thousands per second."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be sampled of one model, decided before the first sample."""
+    """What to sample from one model, decided before the first sample."""
 
     model: OpenedModel
     config: SuiteConfig
@@ -57,7 +57,7 @@ class _Plan:
     max_prompt_length: int
     max_response_length: int
     notes: list[str]
-    """What is not as the papers do it."""
+    """How the evaluation differs from the papers'."""
 
     def format(self, policy: SuitePolicy) -> FormatName:
         """The format that a policy is served in."""
@@ -103,25 +103,26 @@ def evaluate_suite(
 ) -> tuple[SuiteResult, Path] | None:
     """The accuracies of a model's deployed policy, in its format, and of its training policy, in float32.
 
-    Hosts sample together, and share the scoring. Whatever is sampled is logged problem by problem, and not sampled
-    again by the next call with the same arguments, on any number of hosts.
+    Hosts sample together, and share the scoring. Samples are logged problem by problem, and the next call with the same
+    arguments does not sample them again, on any number of hosts.
 
     Args:
       source: a run directory, RUN/checkpoints/STEP, or a Hugging Face folder.
-      config: what is sampled.
-      data_dir: holds the benchmarks' local copies.
-      out: where samples are logged; where None, RUN/suite/STEP, or ./suite/FOLDER.
-      devices: how many share the weights and the samples; several hosts take all that they have.
+      config: how the suite is sampled.
+      data_dir: the directory with the benchmarks' local copies.
+      out: the directory where samples are logged; None is RUN/suite/STEP or ./suite/FOLDER.
+      devices: how many devices share the weights and the samples; several hosts take all that they have.
       distributed: how hosts find each other.
-      recipe_code: whether code of a run's own may be executed where its sections are not all of dcjax.
-      serving: fields of `ServingConfig` in place of the run's; None is the run's.
+      recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
+      serving: fields of `ServingConfig` that replace the run's; None keeps the run's.
 
     Returns:
       The result and the directory; None on all hosts but the first.
 
     Raises:
-      Interrupted: another host has gone.
-      RunError: there is no such source or data, or the model, the hardware or its memory cannot serve the settings.
+      Interrupted: another host has stopped.
+      RunError: the source or the data does not exist, or the model, the hardware or its memory cannot serve the
+        settings.
     """
     join(distributed)
     devices = jax.device_count() if jax.process_count() > 1 else devices
@@ -132,7 +133,7 @@ def evaluate_suite(
     directory = directory if out is None else out
     try:
         _sample(plan, directory)
-        # Nobody reads before all have written their share.
+        # No host reads before all have written their shares.
         total(0)
     except Exception as error:
         if (loss := as_loss(error)) is None:
@@ -152,7 +153,7 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
         if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
             notes.append(f"{benchmark.title}: {count} problems, not the published {published[0]}")
         if (samples := config.samples_of(benchmark)) != benchmark.samples:
-            notes.append(f"{benchmark.title}: {samples} samples a problem, not {benchmark.samples}")
+            notes.append(f"{benchmark.title}: {samples} samples per problem, not {benchmark.samples}")
     longest = max(len(problem.prompt) for part in problems.values() for problem in part)
     positions = model.config.model.max_position_embeddings
     if (room := positions - longest) < 1:
@@ -189,9 +190,11 @@ def _sample(plan: _Plan, directory: Path) -> None:
     with SampleLog(directory, jax.process_index()) as log:
         missing = {policy: plan.missing(policy, log) for policy in POLICIES}
         left = sum(missing.values())
-        # No host goes on before all have read what there was.
+        # No host samples before all have read what was logged.
         if total(left) != left * jax.process_count():
-            raise RunError(f"hosts read other samples in {directory}; give all of them one directory that they share")
+            raise RunError(
+                f"hosts read different samples in {directory}; give all of them one directory that they share"
+            )
         if not left:
             return
         count = len(POLICIES) * sum(map(len, plan.problems.values()))
@@ -232,7 +235,7 @@ def _sample_policy(
 
 
 def _result(plan: _Plan, directory: Path) -> SuiteResult:
-    """The result, of what all hosts have logged in the directory."""
+    """The result, from what all hosts have logged in the directory."""
     logged = read_samples(directory)
     policies = []
     for policy in POLICIES:
@@ -241,7 +244,9 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
             found = logged.get(plan.conditions(policy, benchmark).fingerprint, {})
             asked = [(problem.id, problem.answer) for problem in problems]
             if len(found.keys() & set(asked)) < len(problems):
-                raise RunError(f"other hosts' samples are not in {directory}; give all of them one that they share")
+                raise RunError(
+                    f"other hosts' samples are not in {directory}; give all of them one directory that they share"
+                )
             scores.append(score_benchmark(benchmark.dataset, [found[each] for each in asked]))
         policies.append(score_policy(policy, plan.format(policy), scores))
     settings = asdict(plan.config) | {

@@ -1,4 +1,4 @@
-"""A suite's result for people: tables in Markdown, a picture."""
+"""A suite's result for people: as tables in Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcjax.tools.suite.benchmarks import SUITES
 from dcjax.tools.suite.published import BENCHMARKS, PUBLISHED, Published
 from dcjax.tools.suite.result import RESULT, Compared, Estimate, Score, SuiteResult, compare, differences, to_json
 
-# Okabe and Ito's colours, told apart under the common colour-vision deficiencies.
+# Okabe and Ito's colours, which people with the common colour-vision deficiencies can tell apart.
 _COLOURS = {"deployed": "#0072B2", "training": "#D55E00"}
 _MARKERS = {"GRPO": "x", "DC-GRPO": "+"}
 
@@ -19,7 +19,7 @@ Row = Sequence[str]
 
 
 def write_result(result: SuiteResult, directory: Path, against: SuiteResult | None = None) -> dict[str, Path]:
-    """Writes suite.json, suite.md and suite.png into a directory; their paths by what they are."""
+    """Writes suite.json, suite.md and suite.png into a directory; returns the paths by kind."""
     paths = {"json": directory / RESULT, "table": directory / "suite.md", "plot": directory / "suite.png"}
     write_atomically(paths["json"], to_json(result).encode() + b"\n")
     write_atomically(paths["table"], to_markdown(result, against).encode())
@@ -31,7 +31,7 @@ def write_result(result: SuiteResult, directory: Path, against: SuiteResult | No
 
 
 def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
-    """Accuracies beside the published ones, everything else that was counted, and what differs; in percent."""
+    """Accuracies beside the published ones, the other statistics, and the differences, in percent."""
     settings = result.settings
     lines = [
         f"# {result.title}: suite {result.suite}",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import random_batch
 from compiling import UNOPTIMISED
 from jax.experimental.pallas import tpu as pltpu
 
@@ -26,7 +27,6 @@ from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.quantize import formats
 from dcjax.serving.sync import served_shardings
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
-from dcjax.types import Batch
 
 pytestmark = pytest.mark.heavy
 
@@ -71,22 +71,9 @@ CONFIG = Config(
 )
 
 
-def make_batch():
-    rng = np.random.default_rng(0)
-    rewards = np.array([1, 0, 0, 1, 0, 1, 0.5, 0], np.float32)
-    mask = np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
-    return Batch(
-        tokens=rng.integers(0, MODEL.vocab_size, (ROWS, P + T)).astype(np.int32),
-        attention_mask=np.concatenate([np.arange(P) >= rng.integers(0, P, (ROWS, 1)), mask], axis=1),
-        response_mask=mask,
-        rollout_logps=np.where(mask, rng.uniform(-3, -0.5, (ROWS, T)), 0).astype(np.float32),
-        temperature=np.ones(ROWS, np.float32),
-        rewards=rewards,
-        group_rewards=np.repeat(rewards.reshape(-1, G), G, axis=0),
-    )
-
-
-BATCH = make_batch()
+BATCH = random_batch(
+    [1, 0, 0, 1, 0, 1, 0.5, 0], vocab_size=MODEL.vocab_size, group_size=G, prompt_length=P, response_length=T
+)
 
 
 def train_one_step(mesh_config):

@@ -611,7 +611,7 @@ def test_prompts_are_lines_or_objects(tmp_path):
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"fine\n{broken\n", r"line 2: '{broken' is no JSON object"),
+        (b"fine\n{broken\n", r"line 2: '{broken' is not a JSON object"),
         (b'{"text": 1}', "line 1"),
         (b'{"prompt": ' + b"[" * 100_000, "line 1"),
         (b'{"prompt": 1}', "line 1"),

@@ -140,7 +140,7 @@ def test_what_is_no_result_is_refused(text, tmp_path):
     with pytest.raises(RunError, match=r"no result in .*missing"):
         read_result(tmp_path / "missing")
     (tmp_path / "suite.json").write_text(text)
-    with pytest.raises(RunError, match=r"suite.json is no result of dcjax evaluate --suite"):
+    with pytest.raises(RunError, match=r"suite.json is not a result of dcjax evaluate --suite"):
         read_result(tmp_path)
 
 
