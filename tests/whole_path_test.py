@@ -207,10 +207,10 @@ from dcjax.recipe.reward import RewardConfig
 @dataclasses.dataclass(frozen=True)
 class Recorded(RewardConfig):
     def verifier(self, task):
-        if "STOPPED" in os.environ:
-            from dcjax.loop.updater import Updater
+        from dcjax.loop.updater import Updater
 
-            update = Updater.__call__
+        update = Updater.__call__
+        if "STOPPED" in os.environ and update.__name__ != "stopped":
 
             def stopped(self, *arguments):
                 # not while samples are drawn, whose iteration would be given up and judged again
@@ -223,7 +223,7 @@ class Recorded(RewardConfig):
 without_record = config
 
 def config():
-    return dataclasses.replace(without_record(), reward=Recorded(workers=1))
+    return dataclasses.replace(without_record(), reward=Recorded())
 
 def judge(text, gold, *, finished):
     with open(os.environ["JUDGED"], "a") as file:

@@ -45,8 +45,9 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {seconds}; it must be above 0 seconds")
 
     def check(self, task: Task, *, max_response_length: int) -> None:
-        """Raises ValueError for a reward that needs workers and has none, or a buffer longer than a response."""
-        if task.needs_workers and not (self.workers or self.function):
+        """Raises ValueError for a task's reward that needs workers and has none, or a buffer longer than a response."""
+        unlimited = task.needs_workers and not self.workers and self.function is None
+        if unlimited and self.verifier(task) == task.reward:
             raise ValueError(
                 "reward.workers is 0; this task's answers may take any time and memory, and need worker processes: "
                 "as many as there are cores to spare, 8 say"

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.data.mathematics import MathTask
 from dcjax.data.task import Task
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
@@ -233,6 +234,18 @@ def test_what_builds_something_else_is_refused():
         lambda: Config(objective=Wrong())
     )
     assert "optimizer.build returned a GradientTransformation" in refusal(lambda: Config(optimizer=WrongOptimizer()))
+
+
+@dataclass(frozen=True)
+class Lenient(RewardConfig):
+    def verifier(self, task):
+        return refusal
+
+
+def test_a_verifier_of_ones_own_needs_no_workers_even_where_the_tasks_does():
+    long = replace(Config().rollout, max_prompt_length=1024)
+    assert "reward.workers is 0" in refusal(lambda: Config(task=MathTask(), rollout=long))
+    assert Config(task=MathTask(), rollout=long, reward=Lenient()).reward.workers == 0
 
 
 def test_candidates_that_no_rollout_records_are_refused():
