@@ -24,7 +24,7 @@ from dcjax.models import ModelConfig, init_params
 from dcjax.models.cache import stack_layers
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.quantize import formats
+from dcjax.serving.formats import formats
 from dcjax.serving.sync import ServingParams, make_sync
 
 WIDTHS = ModelConfig(

@@ -40,7 +40,7 @@ from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer, open_problems
 from dcjax.recipe.config import Config
 from dcjax.rewards.in_process import InProcessRewards
-from dcjax.serving.quantize import FormatName
+from dcjax.serving.formats import FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout

@@ -38,8 +38,8 @@ from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, abstract_params, init_params, logical_axes, presets
 from dcjax.models.cache import LayerCache, attend, init_cache, write
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.formats import FormatName, formats, serving_format
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.quantize import FormatName, formats, serving_format
 from dcjax.serving.sync import ServingParams, make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings

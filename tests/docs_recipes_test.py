@@ -33,7 +33,7 @@ def files():
 
 
 def test_the_pages_have_a_complete_file_each():
-    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py"}
+    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py", "small_floats.py"}
 
 
 @pytest.mark.parametrize(("source", "name", "command"), [pytest.param(*each, id=each[1]) for each in files()])

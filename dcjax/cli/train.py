@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
+import operator
 import os
 import re
 import sys
+import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,26 +121,25 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
     """Sets fields of a Config that are given as `--section.field value` or as `section.field=value`."""
     import tyro
 
-    from dcjax.recipe.sections import PROTOCOLS
-
     flags: list[str] = []
     for argument in arguments:
         assignment = ASSIGNMENT.fullmatch(argument.removeprefix("--"))
         is_value = bool(flags) and flags[-1].startswith("--") and not argument.startswith("--")
         flags += [f"--{assignment[1]}", assignment[2]] if assignment and not is_value else [argument]
     errors = io.StringIO()
-    kind = _with_classes_of(config, PROTOCOLS)
+    originals: dict[type, type] = {}
+    restated = _restated(config, originals)
     try:
         with contextlib.redirect_stderr(errors), _unparsed_paths():
             overridden = tyro.cli(
-                kind,
-                default=kind(**_fields_of(config)),
+                type(restated),
+                default=restated,
                 args=flags,
                 use_underscores=True,
                 prog=f"dcjax train {source}",
                 description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}.",
             )
-            return type(config)(**_fields_of(overridden))
+            return _original(overridden, originals)
     except BrokenPipeError:
         # Only the help is printed here, and its reader, `head` for example, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -150,18 +152,46 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
         raise RunError(f"{source}: {type(error).__name__}: {error}") from error
 
 
-def _with_classes_of(config: Config, sections: Iterable[str]) -> type[Config]:
-    """A Config that declares these sections with the classes that they have here, so that all fields can be set."""
-    declared = typing.get_type_hints(type(config))
-    fields = [
-        (name, type(value) if name in sections else declared[name], dataclasses.field(default=value))
-        for name, value in _fields_of(config).items()
-    ]
-    return dataclasses.make_dataclass("Config", fields, bases=(type(config),), frozen=True)
+def _restated(value: Any, originals: dict[type, type]) -> Any:
+    """A section whose class declares each field with the class that its value has, so that all fields can be set.
+
+    Args:
+      value: the section; it is returned itself where its own class says so already.
+      originals: takes the section's class, by the class that restates it.
+    """
+    declared = typing.get_type_hints(type(value))
+    items = {
+        name: _restated(item, originals) if dataclasses.is_dataclass(item) else item
+        for name, item in _fields_of(value).items()
+    }
+    kinds = {name: _kind_of(item, declared[name]) for name, item in items.items()}
+    if all(kinds[name] == declared[name] for name in items):
+        return value
+    fields = [(name, kind, dataclasses.field(default=items[name])) for name, kind in kinds.items()]
+    restated = dataclasses.make_dataclass(type(value).__name__, fields, bases=(type(value),), frozen=True)
+    originals[restated] = type(value)
+    return restated(**items)
 
 
-def _fields_of(config: Config) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+def _original(value: Any, originals: dict[type, type]) -> Any:
+    """A section of the class that `_restated` restated, and what it holds likewise."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {name: _original(item, originals) for name, item in _fields_of(value).items()}
+    return originals.get(type(value), type(value))(**fields)
+
+
+def _kind_of(value: Any, declared: Any) -> Any:
+    """What a field is declared as: its value's class, if that is a dataclass; else without such alternatives."""
+    if dataclasses.is_dataclass(value):
+        return type(value)
+    plain = tuple(kind for kind in typing.get_args(declared) if not dataclasses.is_dataclass(kind))
+    is_union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    return functools.reduce(operator.or_, plain) if is_union else declared
+
+
+def _fields_of(section: Any) -> dict[str, Any]:
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
 
 def _unparsed_paths():

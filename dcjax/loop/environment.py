@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dcjax.errors import RunError
@@ -37,6 +36,6 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
         f"training: {axes}; {kernels}; parameters {precision.parameters}, compute {precision.compute}, "
         f"sums {precision.accumulation}, head {precision.head}, "
         f"float32 products of precision {precision.float32_products}",
-        f"serving: {engine.format.name}, KV cache {jnp.dtype(engine.format.kv_cache).name}, {engine.slots} slots; "
+        f"serving: {engine.format.name}, KV cache {engine.kv_cache.name}, {engine.slots} slots; "
         f"copies of the model: {copies}, on {within} devices{apart} each; end tokens {ends}",
     ]

@@ -17,7 +17,6 @@ from dcjax.recipe.build import PolicyName, optimizer_of
 from dcjax.reporting.statistics import wilson_interval
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.quantize import FormatName
 from dcjax.serving.rollout import Sampling, require_finite
 from dcjax.sharding.hosts import total
 from dcjax.types import Params, Rollout, TrainState
@@ -31,7 +30,7 @@ class Accuracy:
     """How many of one policy's responses were right."""
 
     policy: PolicyName
-    format: FormatName
+    format: str
     correct: int
     total: int
     accuracy: float

@@ -131,6 +131,7 @@ def check_sections(config: Any) -> None:
       ValueError: one that is no frozen dataclass, or whose class cannot be imported by its name; a field that is no
         plain value; or a missing member.
     """
+    _check_plain("serving.format", config.serving.format)
     for name, protocol in PROTOCOLS.items():
         section = getattr(config, name)
         _check_frozen(name, section)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dcjax.recipe.checks import require, require_choice
-from dcjax.serving.quantize import FormatName, KVCacheName
+from dcjax.serving.formats import Format, FormatName, KVCacheName, formats
 
 
 @dataclass(frozen=True)
 class ServingConfig:
     """The engine that samples."""
 
-    format: FormatName = "int8"
+    format: FormatName | Format = "int8"
     """Numerics of the deployed policy: float32, bf16 or fp16; int8 or fp8 (e4m3) weights, activations and KV cache;
-    int8_weight_only, fp8_weight_only or int4 (in groups of 32), which quantise only the weights."""
+    int8_weight_only, fp8_weight_only or int4 (in groups of 32), which quantise only the weights.
+    In a recipe also a format of one's own: docs/formats.md."""
     kv_cache: KVCacheName = "auto"
     """Storage format of keys and values; auto is the default of the serving format."""
     keep: tuple[str, ...] = ()
@@ -33,5 +34,11 @@ class ServingConfig:
 
     def __post_init__(self):
         require("serving.", self, {"slots": 1, "steps_per_call": 1, "prefill_tokens": 1, "tensor": 1, "devices": 0})
-        require_choice("serving.", self, "format")
+        if isinstance(self.format, str):
+            if self.format not in formats:
+                raise ValueError(f"serving.format is {self.format!r}; it must be one of {', '.join(formats)}")
+        elif not isinstance(self.format, Format):
+            raise ValueError(f"serving.format is {self.format!r}; it must be a name or a dcjax.serving.formats.Format")
+        elif formats.get(self.format.name, self.format) != self.format:
+            raise ValueError(f"serving.format calls itself {self.format.name!r}, which is another format's name")
         require_choice("serving.", self, "kv_cache")

@@ -17,7 +17,9 @@ from jaxtyping import Bool, Float, Int, UInt32
 from dcjax.models import ModelConfig
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
-from dcjax.serving import parallel, quantize, sampling
+from dcjax.serving import parallel, sampling
+from dcjax.serving.formats import Format
+from dcjax.serving.formats.served import arithmetic, products
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
 from dcjax.serving.sampling import SamplingParams
@@ -99,7 +101,9 @@ class Decoder:
     """
 
     config: ModelConfig
-    format: quantize.Format
+    format: Format
+    # of keys and values
+    kv_cache: jnp.dtype
     max_prompt_length: int
     max_response_length: int
     # largest top_k, whose tokens are then recorded; 0 records none
@@ -306,7 +310,7 @@ class Decoder:
 
     def _caches(self, batch: int, capacity: int) -> Caches:
         def one() -> LayerCache:
-            return init_cache(self.config, batch, capacity, self.format.kv_cache)
+            return init_cache(self.config, batch, capacity, self.kv_cache)
 
         count = self.config.num_layers
         if self.loops:
@@ -322,16 +326,13 @@ class Decoder:
         return jax.vmap(of_all)(*caches) if self.loops else of_all(*caches)
 
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
-        x = quantize.lookup(params.weights["embed_tokens"], tokens, self.format.activations)
+        x = params.weights["embed_tokens"].lookup(tokens, self.format.activations)
         shared = serving_layout(self.mesh)
-        products = quantize.products(self.config)
-        return forward_cached(self.config, params.weights, x, positions, caches, products, choose, *shared)
+        return forward_cached(self.config, params.weights, x, positions, caches, products(self.config), choose, *shared)
 
     def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:
         head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
-        logits = pinned(
-            self.mesh, quantize.logits(decoded.hidden[:, 0], head, quantize.arithmetic(self.config)), SCORES
-        )
+        logits = pinned(self.mesh, head.logits(decoded.hidden[:, 0], arithmetic(self.config)), SCORES)
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise

@@ -20,8 +20,9 @@ from dcjax.arguments import as_integers
 from dcjax.models import ModelConfig
 from dcjax.models.cache import stack_layers
 from dcjax.models.layers import round_up
-from dcjax.serving import quantize
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Prefix, Requests
+from dcjax.serving.formats import Format, KVCacheName, cache_dtype, serving_format
+from dcjax.serving.formats.served import check_served
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams
@@ -72,7 +73,7 @@ def _stacked(served: ServingParams) -> ServingParams:
     return dataclasses.replace(served, weights={**served.weights, "layers": stack_layers(served.weights["layers"])})
 
 
-def _loops(config: ModelConfig, format: quantize.Format, mesh: jax.sharding.Mesh) -> bool:
+def _loops(config: ModelConfig, format: Format, mesh: jax.sharding.Mesh) -> bool:
     """Whether layers are looped over, so that a program's size does not grow with their number.
 
     Each unrolled layer takes XLA 0.2 s to compile on a CPU. There int8 is as fast either way. Other formats take 1.2
@@ -81,7 +82,7 @@ def _loops(config: ModelConfig, format: quantize.Format, mesh: jax.sharding.Mesh
     only where layers are unrolled.
     """
     on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return on_cpu and config.num_layers >= DEEP and not config.num_experts and format.name == "int8"
+    return on_cpu and config.num_layers >= DEEP and not config.num_experts and format.fast_when_looped
 
 
 class _Programs(NamedTuple):
@@ -140,7 +141,7 @@ class Qwen3Engine(engine_api.Engine):
 
     Args:
       config: the architecture.
-      format: serving format, a name in `quantize.formats`.
+      format: the serving format: a name in `serving.formats.formats`, or a format of one's own.
       kv_cache: the dtype that keys and values are stored in; auto is the format's own.
       keep: names of weights that stay in the activations' dtype, as `sync.make_sync` takes them.
       slots: how many samples are decoded at once.
@@ -167,8 +168,8 @@ class Qwen3Engine(engine_api.Engine):
         self,
         config: ModelConfig,
         *,
-        format: quantize.FormatName,
-        kv_cache: quantize.KVCacheName = "auto",
+        format: str | Format,
+        kv_cache: KVCacheName = "auto",
         keep: Sequence[str] = (),
         slots: int,
         max_prompt_length: int,
@@ -196,13 +197,15 @@ class Qwen3Engine(engine_api.Engine):
         if records_experts and not config.num_experts:
             raise ValueError("records_experts is True; it needs a model with experts, and this one has none")
         self._keep = tuple(keep)
-        self.config, self.format = config, quantize.serving_format(format, kv_cache)
+        self.config, self.format = config, serving_format(format)
+        self.kv_cache = cache_dtype(self.format, kv_cache)
         self._mesh = serving_mesh(make_mesh(MeshConfig())) if mesh is None else mesh
-        quantize.check_served(config, self.format, self._mesh.devices.flat[0].platform, keep)
+        check_served(config, self.format, self.kv_cache, self._mesh.devices.flat[0].platform, keep)
         self.slots, self.steps_per_call, self.end_tokens = slots, steps_per_call, list(end_tokens)
         self.decoder = Decoder(
             config=config,
             format=self.format,
+            kv_cache=self.kv_cache,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             max_candidates=max_candidates,
@@ -394,7 +397,7 @@ class Qwen3Engine(engine_api.Engine):
             capacity = f"{self.max_prompt_length} + {self.max_response_length} tokens"
             where = f" on each of {copies * within} devices" if copies * within > 1 else ""
             raise ValueError(
-                f"slots is {self.slots}: a KV cache in {self.format.kv_cache.name} for {capacity} each takes "
+                f"slots is {self.slots}: a KV cache in {self.kv_cache.name} for {capacity} each takes "
                 f"{slots * of_slot / 2**30:.2f} GiB{where}, and {max(left, 0) / 2**30:.2f} of "
                 f"{available / 2**30:.2f} GiB are left beside the weights; "
                 f"{max(left // of_slot, 0) * copies} slots would fit"

@@ -20,16 +20,9 @@ from jaxtyping import Float, Int
 
 from dcjax.models import ModelConfig, abstract_params, logical_axes
 from dcjax.models.transformer import take_layer
+from dcjax.serving.formats import Format, stored_axes, wide_format
+from dcjax.serving.formats.served import contracted_axis, kept_wide, role_of
 from dcjax.serving.parallel import COPIES, named
-from dcjax.serving.quantize import (
-    Format,
-    PackedMatrix,
-    QuantizedMatrix,
-    kept_wide,
-    quantize_kernel,
-    quantize_table,
-    role_of,
-)
 from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, shardings
 from dcjax.sharding.transfer import across
 from dcjax.types import Array, Params
@@ -129,10 +122,11 @@ def _make_sync(
             return jnp.array(leaf, jnp.float32, copy=True)
         if role != "wide" and weight_noise:
             leaf = leaf + weight_noise * _unit_noise(leaf, version, name, layer)
-        if role == "wide" or format.weights is None or name in kept:
+        if role == "wide":
             # `copy`, because casting float32 to float32 returns the master's own buffer, which the train step donates
             return jnp.array(leaf, format.activations, copy=True)
-        return (quantize_table if role == "table" else quantize_kernel)(leaf, format)
+        stores = wide_format(format.activations) if name in kept else format
+        return (stores.store_table if role == "table" else stores.store_kernel)(leaf)
 
     def sync_outer(params: Params, version: Array) -> ServingParams:
         weights = {name: convert(name, 0, leaf, version) for name, leaf in params.items()}
@@ -219,20 +213,16 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
     named = logical_axes(config)
     served: Any = abstract_serving(config, format, keep)
 
-    def axes(path, leaf: Any) -> Any:
-        name = path[-1].key
-        logical = named[name] if name in named else PartitionSpec(*named["layers"][name][1:])
-        if not isinstance(leaf, QuantizedMatrix | PackedMatrix):
-            return logical
-        contracted = len(logical) - (1 if role_of(name) == "table" else 2)
-        per_channel = PartitionSpec(*(axis for place, axis in enumerate(logical) if place != contracted))
-        scale = logical if isinstance(leaf, PackedMatrix) else per_channel
-        return jax.tree.unflatten(jax.tree.structure(leaf), [logical, scale])
+    def axes(name: str, stored: Any, logical: PartitionSpec) -> Any:
+        axis = contracted_axis(name)
+        return logical if axis is None else stored_axes(stored, logical, len(logical) + axis)
 
-    weights = jax.tree_util.tree_map_with_path(
-        axes, served.weights, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix | PackedMatrix)
+    layers = tuple(
+        {name: axes(name, stored, PartitionSpec(*named["layers"][name][1:])) for name, stored in layer.items()}
+        for layer in served.weights["layers"]
     )
-    return dataclasses.replace(served, weights=weights, version=PartitionSpec())
+    outer = {name: axes(name, leaf, named[name]) for name, leaf in served.weights.items() if name != "layers"}
+    return dataclasses.replace(served, weights={**outer, "layers": layers}, version=PartitionSpec())
 
 
 def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequence[str] = ()) -> ServingParams:
@@ -276,7 +266,7 @@ class StoredParameter(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    # "int4", or the name of a dtype
+    # as `Format.stored` says, or the name of a dtype
     stored: str
     # as stored, scales included
     bytes: int
@@ -296,13 +286,12 @@ def stored_parameters(config: ModelConfig, format: Format, keep: Sequence[str] =
 
 
 def _stored(name: str, shape: tuple[int, ...], parts: list) -> StoredParameter:
-    first = parts[0]
-    quantized = isinstance(first, QuantizedMatrix | PackedMatrix)
+    is_matrix = contracted_axis(name) is not None
     return StoredParameter(
         name=name,
         shape=shape,
-        stored="int4" if isinstance(first, PackedMatrix) else (first.values if quantized else first).dtype.name,
+        stored=parts[0].format.stored if is_matrix else parts[0].dtype.name,
         bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts)),
         float32_bytes=4 * math.prod(shape),
-        quantized=quantized,
+        quantized=is_matrix and parts[0].format.weights is not None,
     )

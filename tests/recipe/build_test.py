@@ -143,18 +143,17 @@ def test_the_training_engine_is_float32_with_nothing_added():
     )
     mesh = make_mesh(config.mesh)
     deployed, training = build.build_engine(config, mesh, [3]), build.build_training_engine(config, mesh, [3])
-    assert (deployed.format.name, deployed.format.kv_cache.name) == ("int4", "int8")
+    assert (deployed.format.name, deployed.kv_cache.name) == ("int4", "int8")
     assert deployed.decoder.mismatch.logit_noise == config.mismatch.logit_noise
-    assert (training.format.name, training.format.kv_cache.name) == ("float32", "float32")
+    assert (training.format.name, training.kv_cache.name) == ("float32", "float32")
     assert training.decoder.mismatch == MismatchConfig()
     assert training.decoder.max_candidates == deployed.decoder.max_candidates == 4
     params = tiny.masters(config.model)
-    jax.tree.map(
-        np.testing.assert_array_equal, training.sync(params, 0).weights["embed_tokens"], params["embed_tokens"]
-    )
+    served = training.sync(params, 0).weights["embed_tokens"].codes
+    np.testing.assert_array_equal(served, params["embed_tokens"])
     # noise on weights is drawn anew for each version
     first, second = (deployed.sync(params, version).weights["layers"][0]["q_proj"] for version in (0, 1))
-    assert (np.asarray(first.scale) != np.asarray(second.scale)).any()
+    assert (np.asarray(first.codes.scale) != np.asarray(second.codes.scale)).any()
 
 
 @pytest.mark.parametrize(

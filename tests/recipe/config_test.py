@@ -17,6 +17,7 @@ from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
 from dcjax.recipe.reward import RewardConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
+from dcjax.serving.formats import FormatName, formats
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
 from dcjax.sharding.mesh import MeshConfig
@@ -204,7 +205,6 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
 @pytest.mark.parametrize(
     "path",
     [
-        "serving.format",
         "serving.kv_cache",
         *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
         "optimizer.decay",
@@ -216,6 +216,15 @@ def test_a_word_that_is_no_choice_is_quoted_with_those_there_are(path):
     assert path in message and "'nonesuch'" in message
     for choice in typing.get_args(typing.get_type_hints(SECTIONS[section])[name]):
         assert choice in message
+
+
+def test_a_format_that_is_none_is_quoted_with_those_there_are():
+    message = refusal(lambda: ServingConfig(format="int3"))
+    assert message == f"serving.format is 'int3'; it must be one of {', '.join(formats)}"
+    assert "serving.format is 3; it must be a name or a dcjax.serving.formats.Format" in refusal(
+        lambda: ServingConfig(format=3)
+    )
+    assert set(typing.get_args(FormatName)) == set(formats)
 
 
 def test_every_number_of_every_section_has_a_bound():

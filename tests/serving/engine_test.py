@@ -15,8 +15,8 @@ from dcjax.serving import Qwen3Engine, rollout
 from dcjax.serving import engine as module
 from dcjax.serving.decoder import Decoder
 from dcjax.serving.engine import SampledTokens
+from dcjax.serving.formats import cache_dtype, formats
 from dcjax.serving.mismatch import MismatchConfig
-from dcjax.serving.quantize import formats
 from dcjax.serving.rollout import Sampling, sample_keys
 
 pytestmark = pytest.mark.heavy
@@ -447,7 +447,7 @@ def test_the_kv_cache_is_chosen_apart_from_the_format():
     for kv_cache, stored in {"auto": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "float32": "float32"}.items():
         engine = Qwen3Engine(CONFIG, format="int4", kv_cache=kv_cache, **sizes)
         assert jax.eval_shape(engine.init_decode_state).caches[1].v.dtype == stored
-    assert formats["int4"].kv_cache == jnp.bfloat16
+    assert cache_dtype(formats["int4"], "auto") == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def served_logps(engine, config, rollout):
     @functools.partial(jax.jit, compiler_options=UNOPTIMISED | NO_EXCESS_PRECISION)
     def run(weights, tokens):
         positions = jnp.broadcast_to(jnp.arange(P + T), tokens.shape)
-        caches = tuple(init_cache(config, len(tokens), P + T, engine.format.kv_cache) for _ in range(config.num_layers))
+        caches = tuple(init_cache(config, len(tokens), P + T, engine.kv_cache) for _ in range(config.num_layers))
         x = quantize.lookup(weights["embed_tokens"], tokens, engine.format.activations)
         hidden = forward_cached(config, weights, x, positions, caches, quantize.products(config)).hidden
         head = weights["embed_tokens" if config.tie_embeddings else "lm_head"]

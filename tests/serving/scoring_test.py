@@ -6,7 +6,7 @@ import pytest
 from served import DENSE, MIXED, OTHER, TEMPERATURE, P, engine_of, params_of, rollout_of, sample
 from tiny import masters
 
-from dcjax.serving.quantize import formats
+from dcjax.serving.formats import formats
 from dcjax.serving.scoring import score_responses
 
 pytestmark = pytest.mark.heavy

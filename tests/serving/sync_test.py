@@ -11,9 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dcjax.models import abstract_params, logical_axes, presets
 from dcjax.models.cache import forward_cached, init_cache
-from dcjax.serving import quantize
+from dcjax.models.layers import EXACT
+from dcjax.serving.formats import CodedMatrix, cache_dtype, formats
+from dcjax.serving.formats.int4 import Packed
+from dcjax.serving.formats.scaled import ScaledMatrix
+from dcjax.serving.formats.served import products
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.quantize import PackedMatrix, QuantizedMatrix, formats
 from dcjax.serving.sync import make_sync, stored_parameters
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
@@ -44,9 +47,13 @@ def of(names):
     )
 
 
-quantised_kernel, quantised_table = (
-    jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
-)
+def arrays_of(leaf):
+    """What is inside a matrix: values and scales, or one wide array."""
+    return leaf.codes if isinstance(leaf, CodedMatrix) else leaf
+
+
+quantised_kernel = jit(lambda kernel, format: arrays_of(format.store_kernel(kernel)), static_argnums=1)
+quantised_table = jit(lambda table, format: arrays_of(format.store_table(table)), static_argnums=1)
 
 
 def draw(config):
@@ -66,12 +73,12 @@ def served(masters):
 def leaf_pairs(weights, masters, kinds=(False,) * CONFIG.num_layers):
     """(name, serving leaf, NumPy master) of every weight; `kinds` says which layers have experts."""
     for name in sorted(set(weights) - {"layers"}):
-        yield name, weights[name], np.asarray(masters[name])
+        yield name, arrays_of(weights[name]), np.asarray(masters[name])
     for i, layer in enumerate(weights["layers"]):
         for name in sorted(layer):
             of_kind = name in EXPERTS | {"router", "gate_proj", "up_proj", "down_proj"}
             row = kinds[:i].count(kinds[i]) if of_kind else i
-            yield name, layer[name], np.asarray(masters["layers"][name][row])
+            yield name, arrays_of(layer[name]), np.asarray(masters["layers"][name][row])
 
 
 @of(formats)
@@ -147,7 +154,7 @@ def test_every_kernel_and_table_is_in_the_format_and_nothing_else(model, name):
     for weight, leaf, master in leaf_pairs(weights, masters, config.sparse_layers):
         if weight in KERNELS | EXPERTS | {"embed_tokens", "lm_head"} and format.weights is not None:
             shape, axis = list(master.shape), -1 if weight in ("embed_tokens", "lm_head") else -2
-            assert isinstance(leaf, PackedMatrix if name == "int4" else QuantizedMatrix), weight
+            assert isinstance(leaf, Packed if name == "int4" else ScaledMatrix), weight
             shape[axis] //= 2 if name == "int4" else 1
             assert leaf.values.shape == tuple(shape)
             del shape[axis]
@@ -163,7 +170,7 @@ def test_experts_are_those_of_their_layer_and_routers_the_masters(name):
     masters = draw(config)
     weights = make_sync(config, format)(masters, 0).weights
     # the first layer has no experts
-    experts, router = weights["layers"][1]["experts_up_proj"], weights["layers"][1]["router"]
+    experts, router = arrays_of(weights["layers"][1]["experts_up_proj"]), weights["layers"][1]["router"]
     assert router.dtype == jnp.float32
     np.testing.assert_array_equal(router, masters["layers"]["router"][0])
     master = np.asarray(masters["layers"]["experts_up_proj"][0])
@@ -181,10 +188,10 @@ def hidden_of(config, format, masters):
 
     @jit
     def run(weights):
-        caches = tuple(init_cache(config, 2, 5, format.kv_cache) for _ in range(config.num_layers))
-        x = quantize.lookup(weights["embed_tokens"], tokens, format.activations)
-        hidden = forward_cached(config, weights, x, positions, caches, quantize.products(config)).hidden
-        return hidden, quantize.logits(hidden[:, -1], weights.get("lm_head", weights["embed_tokens"]))
+        caches = tuple(init_cache(config, 2, 5, cache_dtype(format, "auto")) for _ in range(config.num_layers))
+        x = weights["embed_tokens"].lookup(tokens, format.activations)
+        hidden = forward_cached(config, weights, x, positions, caches, products(config)).hidden
+        return hidden, weights.get("lm_head", weights["embed_tokens"]).logits(hidden[:, -1], EXACT)
 
     return run(weights)
 
@@ -215,7 +222,7 @@ def test_serving_params_go_where_they_are_asked_to(masters):
     rest = jax.device_put({k: v for k, v in masters.items() if k != "embed_tokens"}, everywhere)
     served = make_sync(CONFIG, formats["float32"], mesh)(rest | {"embed_tokens": sharded}, 1)
     assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(served))
-    np.testing.assert_array_equal(served.weights["embed_tokens"], masters["embed_tokens"])
+    np.testing.assert_array_equal(served.weights["embed_tokens"].codes, masters["embed_tokens"])
 
 
 def test_what_is_kept_stays_in_the_activations_dtype():
@@ -226,7 +233,7 @@ def test_what_is_kept_stays_in_the_activations_dtype():
         if name == "lm_head" or name in EXPERTS:
             np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16))
         else:
-            assert isinstance(leaf, PackedMatrix) == (name in KERNELS | {"embed_tokens"})
+            assert isinstance(leaf, Packed) == (name in KERNELS | {"embed_tokens"})
 
 
 @pytest.mark.parametrize("pattern", ["lm_head", "experts_*", "head", "norm", "router"])
@@ -279,8 +286,8 @@ def noisy():
 
 def test_noise_differs_between_versions_and_is_reproducible(noisy):
     masters, sync = noisy
-    first, again, later = (sync(masters, version).weights["layers"][0]["q_proj"] for version in (3, 3, 4))
-    fresh = make_sync(ONE_LAYER, formats["float32"], weight_noise=0.1)(masters, 3).weights["layers"][0]["q_proj"]
+    first, again, later = (sync(masters, version).weights["layers"][0]["q_proj"].codes for version in (3, 3, 4))
+    fresh = make_sync(ONE_LAYER, formats["float32"], weight_noise=0.1)(masters, 3).weights["layers"][0]["q_proj"].codes
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, fresh)
     master = masters["layers"]["q_proj"][0]
@@ -290,8 +297,8 @@ def test_noise_differs_between_versions_and_is_reproducible(noisy):
 @pytest.mark.parametrize("name", ["int8", pytest.param("int4", marks=SLOW)])
 def test_noise_comes_before_quantisation(noisy, name):
     masters, sync = noisy
-    table = sync(masters, 2).weights["embed_tokens"]
-    stored = make_sync(ONE_LAYER, formats[name], weight_noise=0.1)(masters, 2).weights["embed_tokens"]
+    table = sync(masters, 2).weights["embed_tokens"].codes
+    stored = arrays_of(make_sync(ONE_LAYER, formats[name], weight_noise=0.1)(masters, 2).weights["embed_tokens"])
     expected = quantised_table(table, formats[name])
     np.testing.assert_allclose(
         *(np.asarray(matrix.scale, np.float32) for matrix in (stored, expected)),

@@ -20,8 +20,8 @@ from dcjax.recipe.config import Config, WarmStartConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.serving.engine import Qwen3Engine, _programs
+from dcjax.serving.formats import serving_format
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.quantize import serving_format
 from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over, set_aside
 from dcjax.sharding.rules import shardings, with_shardings

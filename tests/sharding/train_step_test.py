@@ -18,7 +18,7 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
-from dcjax.serving.quantize import formats
+from dcjax.serving.formats import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -131,11 +131,12 @@ def test_the_state_is_donated_and_serving_params_made_from_it_survive(trained, m
     run = trained[name]
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((run.before.params, run.before.opt_state)))
     weights = run.served.weights
-    np.testing.assert_array_equal(weights["embed_tokens"], masters["embed_tokens"])
+    np.testing.assert_array_equal(weights["embed_tokens"].codes, masters["embed_tokens"])
     np.testing.assert_array_equal(weights["norm"], masters["norm"])
     for i, layer in enumerate(weights["layers"]):
         for leaf_name, leaf in layer.items():
-            np.testing.assert_array_equal(leaf, masters["layers"][leaf_name][i])
+            (served,) = jax.tree.leaves(leaf)
+            np.testing.assert_array_equal(served, masters["layers"][leaf_name][i])
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):

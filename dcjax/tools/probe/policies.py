@@ -86,7 +86,7 @@ class Policies:
         engine = self._engine(served)
         params = _synced(engine, served, weights)
         scores = score_responses(engine, params, rollout, key=key, keeps_residuals=keeps_residuals)
-        _require_finite(f"format {served.format}", scores.logps)
+        _require_finite(f"format {served.format.name}", scores.logps)
         return scores
 
     def train(

@@ -15,7 +15,7 @@ from dcjax.recipe.build import objective_of, params_shardings
 from dcjax.recipe.config import Config
 from dcjax.reporting.progress import Progress
 from dcjax.rl.dual import CALIBRATION_FACTOR
-from dcjax.serving.quantize import FormatName, KVCacheName, formats, serving_format
+from dcjax.serving.formats import Format, KVCacheName, formats, serving_format
 from dcjax.serving.sync import stored_parameters
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.probe.gaps import (
@@ -45,7 +45,7 @@ class Probe:
 
     source: str
     step: int | None
-    format: FormatName
+    format: str
     kv_cache: KVCacheName
     responses: int
     tokens: int
@@ -108,11 +108,12 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     rungs = ladder(
         config.serving, config.mismatch, trained_in=config.model.precision.compute, stale_step=source.stale_step
     )
-    others = [served for name in formats if (served := Served.of(name)) not in {rung.served for rung in rungs}]
+    climbed = {rung.served for rung in rungs}
+    others = [served for format in _compared(config).values() if (served := Served.of(format)) not in climbed]
     with Progress(len(rungs) + len(others) + 3, initial=0, description="policy") as progress:
         measured = _sample(source, rungs, jax.random.key(seed))
         progress.update(2, scored="sampled, trainer")
-        asked = [*((rung.name, rung.served) for rung in rungs), *((served.format, served) for served in others)]
+        asked = [*((rung.name, rung.served) for rung in rungs), *((served.format.name, served) for served in others)]
         for number, (name, served) in enumerate(asked):
             _score(measured, served, required=number < len(rungs))
             progress.update(number + 3, scored=name.replace("_", " "))
@@ -174,14 +175,14 @@ def _measure(measured: _Measurement) -> Probe:
     return Probe(
         source=source.model.name,
         step=source.model.step,
-        format=measured.rungs[-1].served.format,
+        format=measured.rungs[-1].served.format.name,
         kv_cache=measured.rungs[-1].served.kv_cache,
         responses=len(mask),
         tokens=int(mask.sum()),
         stages=decompose(measured.trained.logps, [*policies, ("as_sampled", "", measured.sampled)], mask),
         total=gap(old_logps=old, rollout_logps=sampled, mask=mask),
         recommended_budget=_budget(source.model.config, old, sampled, mask),
-        formats={name: _format(measured, name) for name in formats},
+        formats={name: _format(measured, format) for name, format in _compared(source.model.config).items()},
         by_position=bucketed(difference, positions, position_edges(mask.shape[1]), mask),
         by_probability=bucketed(difference, np.exp(old), PROBABILITIES, mask),
         by_layer=_by_layer(measured),
@@ -199,12 +200,18 @@ def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> flo
     return CALIBRATION_FACTOR * float(objective.mean_discrepancy(delta, mask))
 
 
-def _format(measured: _Measurement, name: FormatName) -> dict[str, Any]:
+def _compared(config: Config) -> dict[str, Format]:
+    """The formats whose gaps are compared, by name: those that dcjax has, and the run's own."""
+    own = serving_format(config.serving.format)
+    return {**formats, own.name: own}
+
+
+def _format(measured: _Measurement, format: Format) -> dict[str, Any]:
     """The gap of a format with the trainer's weights, without any mismatch that the run adds on purpose."""
-    served, config = Served.of(name), measured.source.model.config
+    served, config = Served.of(format), measured.source.model.config
     if served in measured.refused:
         return {"not_served": measured.refused[served]}
-    stored = stored_parameters(config.model, serving_format(name), config.serving.keep)
+    stored = stored_parameters(config.model, format, config.serving.keep)
     return gap(old_logps=measured.trained.logps, rollout_logps=measured.logps[served], mask=measured.mask) | {
         "bytes": sum(parameter.bytes for parameter in stored),
         "float32_bytes": sum(parameter.float32_bytes for parameter in stored),

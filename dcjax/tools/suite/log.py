@@ -13,7 +13,6 @@ from typing import Any, Literal, Self
 
 from dcjax.errors import RunError
 from dcjax.reporting.record import named_in_errors
-from dcjax.serving.quantize import FormatName
 
 SuitePolicy = Literal["deployed", "training"]
 """The policies that a suite evaluates; the average of the weights is not among them."""
@@ -27,7 +26,7 @@ class Conditions:
     policy: SuitePolicy
     weights: int
     """The fingerprint of every bit of the weights."""
-    format: FormatName
+    format: str
     """The format that the engine serves."""
     kv_cache: str
     keep: list[str]

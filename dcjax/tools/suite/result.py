@@ -12,7 +12,6 @@ import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.reporting.statistics import bootstrap_interval, majority_at_k, paired_bootstrap, pass_at_k
-from dcjax.serving.quantize import FormatName
 from dcjax.tools.suite.log import ProblemSamples, SuitePolicy
 
 RESULT = "suite.json"
@@ -63,7 +62,7 @@ class PolicyScores:
     """One policy on all benchmarks."""
 
     policy: SuitePolicy
-    format: FormatName
+    format: str
     benchmarks: list[Score]
     average: Estimate
 
@@ -124,7 +123,7 @@ def score_benchmark(benchmark: str, sampled: Sequence[ProblemSamples]) -> Score:
     )
 
 
-def score_policy(policy: SuitePolicy, format: FormatName, scores: list[Score]) -> PolicyScores:
+def score_policy(policy: SuitePolicy, format: str, scores: list[Score]) -> PolicyScores:
     """A policy's benchmarks with their average."""
     by_problem = [np.array(list(score.by_problem.values())) for score in scores]
     average = Estimate(float(np.mean([part.mean() for part in by_problem])), bootstrap_interval(by_problem))

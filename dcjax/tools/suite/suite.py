@@ -22,7 +22,6 @@ from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.reporting.progress import Progress
 from dcjax.rewards.pool import RewardPool
 from dcjax.serving.mismatch import NO_MISMATCH
-from dcjax.serving.quantize import FormatName
 from dcjax.sharding.hosts import DistributedConfig, as_loss, is_main, join, total
 from dcjax.tools.open_model import OpenedModel, open_model
 from dcjax.tools.suite.answers import sample_problems, to_problems
@@ -59,9 +58,9 @@ class _Plan:
     notes: list[str]
     """How the evaluation differs from the papers'."""
 
-    def format(self, policy: SuitePolicy) -> FormatName:
+    def format(self, policy: SuitePolicy) -> str:
         """The format that a policy is served in."""
-        return self.model.config.serving.format if policy == "deployed" else "float32"
+        return serving_format(self.model.config.serving.format).name if policy == "deployed" else "float32"
 
     def missing(self, policy: SuitePolicy, log: SampleLog) -> int:
         """How many problems the log lacks of a policy."""

@@ -23,8 +23,8 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
+from dcjax.serving.formats import formats
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.quantize import formats
 from dcjax.serving.sync import served_shardings
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over
 

@@ -22,8 +22,8 @@ from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError
 from dcjax.models import forward, init_params
 from dcjax.recipe.serving import ServingConfig
+from dcjax.serving.formats import formats
 from dcjax.serving.mismatch import MismatchConfig
-from dcjax.serving.quantize import formats
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.open_model import OpenedModel
 from dcjax.tools.probe.gaps import (
@@ -137,7 +137,7 @@ def source_of(config, *, stale=None, prompts=prompts):
 )
 def test_each_rung_adds_one_thing_and_what_a_format_lacks_is_no_rung(format, expected):
     rungs = ladder(ServingConfig(format=format), MismatchConfig(), trained_in="float32")
-    shown = [f"{name} {detail} {served.format}/{served.kv_cache}" for name, detail, served in rungs]
+    shown = [f"{name} {detail} {served.format.name}/{served.kv_cache}" for name, detail, served in rungs]
     assert shown == expected
 
 
@@ -147,7 +147,7 @@ def test_the_last_rung_is_the_deployed_policy(format, kv_cache):
     added = MismatchConfig(weight_noise=0.1, logit_noise=0.2, routing_flips=0.3, staleness=2)
     rungs = ladder(ServingConfig(format=format, kv_cache=kv_cache), added, trained_in="float32", stale_step=5)
     last = rungs[-1].served
-    assert (last.format, last.kv_cache) == (format, Served.of(format, kv_cache).kv_cache)
+    assert (last.format.name, last.kv_cache) == (format, Served.of(format, kv_cache).kv_cache)
     assert last.mismatch == dataclasses.replace(added, staleness=0) and last.stale
     assert [rung[:2] for rung in rungs[-4:]] == [
         ("weight_noise", "0.1"),

@@ -13,19 +13,50 @@ from hypothesis.extra.numpy import arrays
 
 from dcjax.models import ModelConfig, abstract_params, presets
 from dcjax.models.cache import quantize_rows
-from dcjax.serving import quantize
-from dcjax.serving.quantize import FP8, INT8, formats
+from dcjax.models.layers import EXACT
+from dcjax.serving.formats import cache_dtype, formats, served, serving_format, wide_format
+from dcjax.serving.formats.face import DTYPES
 
 NARROW = [name for name, format in formats.items() if format.weights is not None]
 MATRICES = arrays(np.float32, (4, 32), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
 GROUP_SIZES = np.array([4, 0, 5], np.int32)
 
-quantize_kernel, quantize_table = (
-    jit(function, static_argnums=1) for function in (quantize.quantize_kernel, quantize.quantize_table)
-)
-dot, logits, grouped_dot = map(jit, (quantize.dot, quantize.logits, quantize.grouped_dot))
-lookup = jit(quantize.lookup, static_argnums=2)
-unpack = jit(quantize.unpack, static_argnums=(1, 2))
+INT8, FP8 = DTYPES["int8"], DTYPES["fp8"]
+
+
+def store_kernel(kernel, format):
+    return format.store_kernel(kernel)
+
+
+def store_table(table, format):
+    return format.store_table(table)
+
+
+def multiply(x, kernel):
+    return kernel.dot(x, EXACT)
+
+
+def score(x, table):
+    return table.logits(x, EXACT)
+
+
+def multiply_grouped(rows, kernels, group_sizes):
+    return kernels.grouped_dot(rows, group_sizes, EXACT)
+
+
+def look_up(table, tokens, dtype):
+    return table.lookup(tokens, dtype)
+
+
+quantize_kernel, quantize_table = (jit(function, static_argnums=1) for function in (store_kernel, store_table))
+dot, logits, grouped_dot = map(jit, (multiply, score, multiply_grouped))
+lookup = jit(look_up, static_argnums=2)
+unpack = jit(lambda matrix, dtype, axis: matrix.format.decode(matrix.codes, dtype, axis), static_argnums=(1, 2))
+
+
+def arrays_of(matrix):
+    """The values and scales that a matrix stores."""
+    return matrix.codes if matrix.format.name == "int4" else matrix
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +69,9 @@ def case():
 
 def stands_for(matrix, axis):
     """The float64 numbers that a quantised matrix stores; `axis` is the contracted one."""
-    if isinstance(matrix, quantize.QuantizedMatrix):
+    if matrix.format.name != "int4":
         return np.asarray(matrix.values).astype(np.float64) * np.expand_dims(np.asarray(matrix.scale, np.float64), axis)
-    packed, scale = (np.moveaxis(np.asarray(a), axis, -1) for a in (matrix.values, matrix.scale))
+    packed, scale = (np.moveaxis(np.asarray(a), axis, -1) for a in matrix.codes)
     wide = np.zeros((*packed.shape[:-1], 2 * packed.shape[-1]))
     for place in np.ndindex(wide.shape):
         *row, k = place
@@ -98,11 +129,12 @@ def test_weights_are_stored_in_their_dtype_with_scales_of_theirs(name, case):
         "int4": ((32, 7), "uint8", (2, 7), "bfloat16"),
     }[format.weights]
     matrix = quantize_kernel(kernel, format)
-    assert (matrix.values.shape, matrix.values.dtype, matrix.scale.shape, matrix.scale.dtype) == expected
+    stored = arrays_of(matrix)
+    assert (stored.values.shape, stored.values.dtype, stored.scale.shape, stored.scale.dtype) == expected
     if format.weights != "int4":
         largest = 127 if format.weights == "int8" else 448
         np.testing.assert_allclose(matrix.scale, np.abs(kernel).max(0) / largest, rtol=1e-6)
-        assert matrix.quantizes_activations == (name in ("int8", "fp8"))
+        assert matrix.format.quantizes_activations == (name in ("int8", "fp8"))
 
 
 def test_e4m3_rounds_to_the_nearest_of_its_numbers():
@@ -124,11 +156,11 @@ def test_nibbles_are_packed_low_first_along_the_contracted_axis():
     # −7 is 1001, −1 is 1111 in two's complement
     expected = np.zeros(32, np.uint8)
     expected[:3], expected[31] = [0x97, 0xF1, 0x32], 0x29
-    np.testing.assert_array_equal(table.values, expected[None])
-    np.testing.assert_array_equal(table.scale, [[1.0, 2.0]])
+    np.testing.assert_array_equal(table.codes.values, expected[None])
+    np.testing.assert_array_equal(table.codes.scale, [[1.0, 2.0]])
     kernel = quantize_kernel(row[:, None], formats["int4"])
-    np.testing.assert_array_equal(kernel.values, expected[:, None])
-    np.testing.assert_array_equal(kernel.scale, [[1.0], [2.0]])
+    np.testing.assert_array_equal(kernel.codes.values, expected[:, None])
+    np.testing.assert_array_equal(kernel.codes.scale, [[1.0], [2.0]])
     for matrix, axis in ((table, -1), (kernel, -2)):
         restored = np.asarray(unpack(matrix, jnp.dtype(jnp.float32), axis)).ravel()
         np.testing.assert_array_equal(restored[:6], [7, -7, 1, -1, 2, 3])
@@ -140,8 +172,8 @@ def test_int4_is_divided_by_the_rounded_scale():
     group = np.zeros((1, 32), np.float32)
     group[0, :2] = [10.0, 3.573]
     matrix = quantize_table(group, formats["int4"])
-    assert float(matrix.scale[0, 0]) == 1.4296875
-    assert int(matrix.values[0, 0]) == 0x27
+    assert float(matrix.codes.scale[0, 0]) == 1.4296875
+    assert int(matrix.codes.values[0, 0]) == 0x27
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -193,7 +225,7 @@ def test_wide_experts_are_multiplied_in_the_rows_dtype():
     rng = np.random.default_rng(3)
     rows, kernels = rng.normal(size=(9, 6)).astype(np.float32), rng.normal(size=(3, 6, 4)).astype(np.float32)
     np.testing.assert_allclose(
-        grouped_dot(rows, kernels, GROUP_SIZES),
+        grouped_dot(rows, quantize_kernel(kernels, formats["float32"]), GROUP_SIZES),
         np.concatenate([rows[:4] @ kernels[0], rows[4:] @ kernels[2]]),
         rtol=1e-5,
         atol=1e-5,
@@ -221,7 +253,7 @@ def test_a_channel_of_zeros_stays_zero(name):
 
 def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
     x, kernel = case
-    quantized = quantize.quantize_kernel(kernel, formats["int8"])
+    quantized = store_kernel(kernel, formats["int8"])
     weights, weight_scale = np.asarray(quantized.values).astype(np.int64), np.asarray(quantized.scale)
     tokens, token_scale = (np.asarray(a) for a in quantize_rows(x, INT8))
     total = np.zeros((9, 7), np.int64)
@@ -229,9 +261,9 @@ def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
         total[i, j] += int(tokens[i, k]) * int(weights[k, j])
     assert np.abs(total).max() < 2**24
     expected = total.astype(np.float32) * (token_scale[:, None] * weight_scale)
-    np.testing.assert_array_equal(quantize.dot(x, quantized), expected)
-    table = quantize.quantize_table(np.ascontiguousarray(kernel.T), formats["int8"])
-    np.testing.assert_array_equal(quantize.logits(x, table), expected)
+    np.testing.assert_array_equal(multiply(x, quantized), expected)
+    table = store_table(np.ascontiguousarray(kernel.T), formats["int8"])
+    np.testing.assert_array_equal(score(x, table), expected)
 
 
 def test_the_sum_of_a_long_product_does_not_saturate():
@@ -248,9 +280,9 @@ def test_programs_multiply_narrow_numbers(name, case):
     format, (x, kernel) = formats[name], case
     kernels = np.stack([kernel] * 3)
     calls = {
-        quantize.dot: (x, quantize.quantize_kernel(kernel, format)),
-        quantize.logits: (x, quantize.quantize_table(kernel.T.copy(), format)),
-        quantize.grouped_dot: (x, quantize.quantize_kernel(kernels, format), GROUP_SIZES),
+        multiply: (x, store_kernel(kernel, format)),
+        score: (x, store_table(kernel.T.copy(), format)),
+        multiply_grouped: (x, store_kernel(kernels, format), GROUP_SIZES),
     }
     for product, arguments in calls.items():
         traced = jax.jit(product).trace(*arguments)
@@ -268,17 +300,17 @@ def test_programs_multiply_narrow_numbers(name, case):
 
 def test_wide_kernels_are_multiplied_in_the_activations_dtype(case):
     x, kernel = case
-    np.testing.assert_allclose(dot(x, kernel), x @ kernel, rtol=1e-5, atol=1e-4)
-    for dtype in (jnp.bfloat16, jnp.float16):
-        assert jax.eval_shape(dot, x.astype(dtype), kernel.astype(dtype)).dtype == dtype
+    np.testing.assert_allclose(dot(x, quantize_kernel(kernel, formats["float32"])), x @ kernel, rtol=1e-5, atol=1e-4)
+    for name, dtype in (("bf16", jnp.bfloat16), ("fp16", jnp.float16)):
+        assert jax.eval_shape(dot, x.astype(dtype), store_kernel(kernel, formats[name])).dtype == dtype
 
 
 def test_logits_of_wide_tables_come_back_in_float32(case):
     x, kernel = case
     table = np.ascontiguousarray(kernel.T)
-    np.testing.assert_allclose(logits(x, table), x @ kernel, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(logits(x, quantize_table(table, formats["float32"])), x @ kernel, rtol=1e-5, atol=1e-4)
     narrow = [a.astype(jnp.bfloat16) for a in (x, table)]
-    scores = logits(*narrow)
+    scores = logits(narrow[0], quantize_table(table, formats["bf16"]))
     assert scores.dtype == jnp.float32
     # the products of bfloat16 numbers are exact in float32, and so is the accumulation up to rounding
     wide = [np.asarray(a, np.float64) for a in narrow]
@@ -292,14 +324,16 @@ def test_looking_up_a_row_undoes_its_scale(name, case):
     matrix = quantize_table(table, formats[name])
     rows = lookup(matrix, tokens, jnp.dtype(jnp.float32))
     np.testing.assert_array_equal(rows, stands_for(matrix, 1)[tokens].astype(np.float32))
-    narrow = jax.eval_shape(lambda: quantize.lookup(matrix, tokens, jnp.dtype(jnp.bfloat16)))
+    narrow = jax.eval_shape(lambda: matrix.lookup(tokens, jnp.dtype(jnp.bfloat16)))
     assert narrow.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(lookup(table, tokens, jnp.dtype(jnp.float32)), table[tokens])
+    wide = quantize_table(table, formats["float32"])
+    np.testing.assert_array_equal(lookup(wide, tokens, jnp.dtype(jnp.float32)), table[tokens])
 
 
 def test_the_formats_store_what_they_are_called():
     stored = {
-        name: (f.activations.name, f.weights, f.quantizes_activations, f.kv_cache.name) for name, f in formats.items()
+        name: (f.activations.name, f.weights, f.quantizes_activations, cache_dtype(f, "auto").name)
+        for name, f in formats.items()
     }
     assert stored == {
         "float32": ("float32", None, False, "float32"),
@@ -314,38 +348,51 @@ def test_the_formats_store_what_they_are_called():
     assert all(format.name == name for name, format in formats.items())
 
 
+def test_below_each_format_is_one_that_quantises_less():
+    below = {name: (f.weight_only.name, wide_format(f.activations).name) for name, f in formats.items()}
+    narrow = {
+        f"{dtype}{rest}": (f"{dtype}_weight_only", "bf16") for dtype in ("int8", "fp8") for rest in ("", "_weight_only")
+    }
+    wide = {name: (name, name) for name in ("float32", "bf16", "fp16")}
+    assert below == wide | narrow | {"int4": ("int4", "bf16")}
+
+
 def test_a_cache_of_another_dtype_replaces_the_formats_own():
-    assert quantize.serving_format("int4") == formats["int4"]
-    assert quantize.serving_format("int4", "fp8") == dataclasses.replace(formats["int4"], kv_cache=FP8)
-    assert quantize.serving_format("int8", "bf16").kv_cache == jnp.bfloat16
+    assert serving_format("int4") is serving_format(formats["int4"]) is formats["int4"]
+    assert cache_dtype(formats["int4"], "fp8") == FP8
+    assert cache_dtype(formats["int8"], "bf16") == jnp.bfloat16
     with pytest.raises(ValueError, match="format is 'int3'; it must be one of float32, bf16"):
-        quantize.serving_format("int3")
+        serving_format("int3")
     with pytest.raises(ValueError, match="kv_cache is 'int4'; it must be one of auto, float32"):
-        quantize.serving_format("int8", "int4")
+        cache_dtype(formats["int8"], "int4")
 
 
 @pytest.mark.parametrize("preset", presets)
 def test_every_parameter_of_every_preset_has_a_role(preset):
     params = abstract_params(presets[preset])
     leaves = {name: leaf for name, leaf in {**params, **params["layers"]}.items() if name != "layers"}
-    contracted = quantize.contracted_widths(presets[preset])
+    contracted = served.contracted_widths(presets[preset])
     for name, leaf in leaves.items():
         depth = leaf.ndim - (name in params["layers"])
         expected = "wide" if depth == 1 else "router" if name == "router" else None
-        assert expected is None or quantize.role_of(name) == expected
+        assert expected is None or served.role_of(name) == expected
         assert (name in contracted) == (expected is None)
 
 
 def test_a_parameter_that_no_rule_knows_is_an_error():
     with pytest.raises(ValueError, match="parameter 'adapter' has no role"):
-        quantize.role_of("adapter")
+        served.role_of("adapter")
 
 
 def test_what_is_contracted_is_what_products_sum_over():
     config = ModelConfig(hidden_size=16, intermediate_size=24, num_heads=4, head_dim=6, tie_embeddings=False)
-    widths = quantize.contracted_widths(config)
+    widths = served.contracted_widths(config)
     assert widths == dict.fromkeys(widths, 16) | {"o_proj": 24, "down_proj": 24}
     assert {"embed_tokens", "lm_head", "q_proj"} <= set(widths)
+
+
+def check(config, format, platform, *, kv_cache="auto", keep=()):
+    served.check_served(config, format, cache_dtype(format, kv_cache), platform, keep)
 
 
 @pytest.mark.parametrize("name", formats)
@@ -354,33 +401,32 @@ def test_published_sizes_are_served_everywhere_but_fp16_on_a_tpu(name, platform)
     for preset in ("tiny", "tiny-moe", "qwen3-0.6b", "qwen3-30b-a3b", "deepseek-r1-distill-qwen-1.5b"):
         if (name, platform) == ("fp16", "tpu"):
             with pytest.raises(ValueError, match="format 'fp16' is float16, which TPUs do not have"):
-                quantize.check_served(presets[preset], formats[name], platform)
+                check(presets[preset], formats[name], platform)
         else:
-            quantize.check_served(presets[preset], formats[name], platform)
+            check(presets[preset], formats[name], platform)
 
 
 def test_a_float16_cache_is_not_served_on_a_tpu():
-    format = quantize.serving_format("int8", "fp16")
-    quantize.check_served(presets["tiny"], format, "gpu")
+    check(presets["tiny"], formats["int8"], "gpu", kv_cache="fp16")
     with pytest.raises(ValueError, match="kv_cache 'fp16' is float16"):
-        quantize.check_served(presets["tiny"], format, "tpu")
+        check(presets["tiny"], formats["int8"], "tpu", kv_cache="fp16")
 
 
 def test_groups_that_a_width_does_not_fill_are_named():
     config = dataclasses.replace(presets["tiny"], intermediate_size=200)
-    quantize.check_served(config, formats["int8"], "cpu")
+    check(config, formats["int8"], "cpu")
     with pytest.raises(ValueError, match="down_proj is contracted over 200; that must be a multiple of 32"):
-        quantize.check_served(config, formats["int4"], "cpu")
-    quantize.check_served(config, formats["int4"], "cpu", keep=["down_*"])
+        check(config, formats["int4"], "cpu")
+    check(config, formats["int4"], "cpu", keep=["down_*"])
 
 
 def test_a_sum_that_int32_could_not_hold_is_refused():
     longest = (2**31 - 1) // 127**2
-    for width, served in ((longest, True), (longest + 1, False)):
+    for width, fits in ((longest, True), (longest + 1, False)):
         config = dataclasses.replace(presets["tiny"], intermediate_size=width)
-        quantize.check_served(config, formats["int8_weight_only"], "cpu")
-        if served:
-            quantize.check_served(config, formats["int8"], "cpu")
+        check(config, formats["int8_weight_only"], "cpu")
+        if fits:
+            check(config, formats["int8"], "cpu")
         else:
             with pytest.raises(ValueError, match=f"down_proj is contracted over {width}"):
-                quantize.check_served(config, formats["int8"], "cpu")
+                check(config, formats["int8"], "cpu")

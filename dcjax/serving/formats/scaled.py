@@ -1,0 +1,153 @@
+"""Weights in 8 bits, int8 or e4m3, with a scale per output channel, multiplied as they are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.struct
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int, Shaped
+
+from dcjax.models import moe
+from dcjax.models.cache import quantize_rows
+from dcjax.models.layers import Arithmetic
+from dcjax.serving.formats.base import Format
+from dcjax.serving.formats.face import DTYPES, KVCacheName, with_kernel_axes
+from dcjax.types import Array
+
+INT8, BF16 = DTYPES["int8"], DTYPES["bf16"]
+
+LONGEST_INT32_SUM = (2**31 - 1) // 127**2
+"""Products of two int8 numbers whose sum is sure to fit an int32."""
+
+Multiply = Callable[[Array, Array, Arithmetic], Array]
+"""(rows [N, K], values of weights, arithmetic) -> [N, M]; the values are cast to the rows' dtype."""
+
+
+@flax.struct.dataclass
+class ScaledMatrix:
+    """Narrow weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, K].
+
+    Kernels of E experts are stacked in front: [E, K, N], with scales [E, N].
+    """
+
+    values: Shaped[Array, "*E rows columns"]
+    scale: Float[Array, "*E channels"]
+    format: Scaled = flax.struct.field(pytree_node=False)
+
+    def dot(self, x: Float[Array, "... K"], arithmetic: Arithmetic) -> Float[Array, "... N"]:
+        """x @ kernel in x's dtype; products of int8 with int8 are summed in int32."""
+        rows = self._scaled(x.reshape(-1, x.shape[-1]), self.scale[None], _along(0), arithmetic)
+        return rows.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def grouped_dot(
+        self, rows: Float[Array, "N K"], group_sizes: Int[Array, "E"], arithmetic: Arithmetic
+    ) -> Float[Array, "N M"]:
+        """Each row times its group's kernel, in the rows' dtype; sums as in `dot`."""
+
+        def multiply(rows: Array, kernels: Any, arithmetic: Arithmetic) -> Array:
+            return moe.grouped_product(
+                rows, kernels, group_sizes, arithmetic, read=lambda kernel, dtype: kernel.astype(dtype)
+            )
+
+        groups = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
+        return self._scaled(rows, self.scale[groups], multiply, arithmetic).astype(rows.dtype)
+
+    def lookup(self, tokens: Int[Array, "*N"], dtype: jnp.dtype) -> Float[Array, "*N K"]:
+        """Rows of a table."""
+        return (self.values[tokens].astype(jnp.float32) * self.scale[tokens][..., None]).astype(dtype)
+
+    def logits(self, x: Float[Array, "B K"], arithmetic: Arithmetic) -> Float[Array, "B V"]:
+        """x @ tableᵀ in float32."""
+        return self._scaled(x, self.scale[None], _along(1), arithmetic)
+
+    def _scaled(
+        self, x: Float[Array, "N K"], scale: Float[Array, "#N M"], multiply: Multiply, arithmetic: Arithmetic
+    ) -> Float[Array, "N M"]:
+        """The float32 product of x and weights with this scale; every product of two quantised numbers is exact."""
+        if not self.format.quantizes_activations:
+            return multiply(x, self.values, arithmetic) * scale
+        rows, row_scale = quantize_rows(x, self.values.dtype)
+        total = _narrow_product(rows, self.values, multiply, arithmetic)
+        return total.astype(jnp.float32) * (row_scale[:, None] * scale)
+
+
+@dataclass(frozen=True)
+class Scaled(Format):
+    """Weights in int8 or e4m3; activations in bfloat16, or each token quantised like the weights before it meets them.
+
+    Float8 is accepted on hardware without float8 products: its numbers are multiplied exactly in a wider dtype.
+    """
+
+    dtype: Literal["int8", "fp8"]
+    quantizes_activations: bool = True
+    """Whether each token is quantised like the weights before it meets them (w8a8)."""
+
+    @property
+    def name(self) -> str:
+        return self.dtype if self.quantizes_activations else f"{self.dtype}_weight_only"
+
+    @property
+    def own_kv_cache(self) -> KVCacheName:
+        return self.dtype if self.quantizes_activations else "bf16"
+
+    @property
+    def weights(self) -> str:
+        return self.dtype
+
+    @property
+    def stored(self) -> str:
+        return DTYPES[self.dtype].name
+
+    @property
+    def weight_only(self) -> Scaled:
+        return dataclasses.replace(self, quantizes_activations=False)
+
+    @property
+    def fast_when_looped(self) -> bool:
+        return self.name == "int8"
+
+    def check_width(self, name: str, width: int) -> None:
+        """Raises ValueError for a contracted width over which an int32 sum could overflow."""
+        if self.dtype == "int8" and self.quantizes_activations and width > LONGEST_INT32_SUM:
+            raise ValueError(
+                f"format {self.name!r} sums in int32, but {name} is contracted over {width}; "
+                f"that must be at most {LONGEST_INT32_SUM}, or the format int8_weight_only"
+            )
+
+    def store_table(self, table: Float[Array, "*E V K"]) -> ScaledMatrix:
+        """Quantises symmetrically per row: a head's output channels, an embedding's tokens."""
+        values, scale = quantize_rows(table, DTYPES[self.dtype])
+        return ScaledMatrix(values, scale, self)
+
+    def store_kernel(self, kernel: Float[Array, "*E K N"]) -> ScaledMatrix:
+        """Quantises symmetrically per column."""
+        table = self.store_table(kernel.swapaxes(-1, -2))
+        return dataclasses.replace(table, values=with_kernel_axes(table.values, kernel.ndim))
+
+
+def _narrow_product(rows: Array, values: Array, multiply: Multiply, arithmetic: Arithmetic) -> Array:
+    if rows.dtype == INT8:
+        return multiply(rows, values, arithmetic._replace(accumulate=jnp.dtype(jnp.int32)))
+
+    def narrow(rows, values):
+        return multiply(rows, values, arithmetic)
+
+    def widened(rows, values):
+        # bfloat16 holds every e4m3 number, and float32 every product of two; XLA would compute float8 in float32, four
+        # times as slowly
+        return multiply(rows.astype(BF16), values, arithmetic)
+
+    return lax.platform_dependent(rows, values, cpu=widened, default=narrow)
+
+
+def _along(contracted: int) -> Multiply:
+    def multiply(rows, values, arithmetic):
+        dims = (((1,), (contracted,)), ((), ()))
+        return lax.dot_general(rows, values.astype(rows.dtype), dims, **arithmetic.of(rows.dtype))
+
+    return multiply

@@ -1,0 +1,115 @@
+"""Which of a model's parameters a serving format quantises, whether it can, and a layer's products in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import jax.numpy as jnp
+
+from dcjax.models import ModelConfig, abstract_params
+from dcjax.models.block import Products
+from dcjax.models.layers import EXACT, Arithmetic
+from dcjax.serving.formats.base import Format
+from dcjax.serving.formats.face import Matrix
+from dcjax.types import Array
+
+Role = Literal["kernel", "table", "wide", "router"]
+
+ROLES: dict[Role, tuple[str, ...]] = {
+    "kernel": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+        *("experts_gate_proj", "experts_up_proj", "experts_down_proj"),
+    ),
+    "table": ("embed_tokens", "lm_head"),
+    "wide": (
+        *("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
+        *("q_bias", "k_bias", "v_bias"),
+    ),
+    "router": ("router",),
+}
+"""What a format does with each parameter.
+
+Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. Parameters of role
+"wide" stay in the activations' dtype, and the router stays in float32.
+"""
+
+
+def role_of(name: str) -> Role:
+    """The role of a parameter.
+
+    Raises:
+      ValueError: the parameter has none, so that none is left unquantised by oversight.
+    """
+    for role, names in ROLES.items():
+        if name in names:
+            return role
+    raise ValueError(
+        f"parameter {name!r} has no role in a serving format; known are {', '.join(sum(ROLES.values(), ()))}"
+    )
+
+
+def contracted_axis(name: str) -> int | None:
+    """The axis that products sum over: −2 of kernels, −1 of tables; None for parameters that are no matrices."""
+    return {"kernel": -2, "table": -1}.get(role_of(name))
+
+
+def contracted_widths(config: ModelConfig) -> dict[str, int]:
+    """The length of the axis that products sum over, for each kernel and table of the model."""
+    params = abstract_params(config)
+    leaves = {**params, **params["layers"]}
+    axes = {name: contracted_axis(name) for name in leaves if name != "layers"}
+    return {name: leaves[name].shape[axis] for name, axis in axes.items() if axis is not None}
+
+
+def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:
+    """The kernels and tables whose names match one of these patterns (in the syntax of `fnmatch`).
+
+    Raises:
+      ValueError: a pattern matches none of the model's kernels and tables.
+    """
+    names = contracted_widths(config)
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"keep has {pattern!r}, which matches no kernel or table of this model: {', '.join(names)}"
+            )
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)}
+
+
+def check_served(
+    config: ModelConfig, format: Format, kv_cache: jnp.dtype, platform: str, keep: Sequence[str] = ()
+) -> None:
+    """Checks that this model can be served in a format on a platform ("cpu", "gpu", "tpu").
+
+    Raises:
+      ValueError: float16 is asked for on a TPU, which has none; a contracted width does not suit the format; or a
+        pattern of `keep` matches nothing.
+    """
+    if platform == "tpu" and jnp.float16 in (format.activations, kv_cache):
+        what = f"format {format.name!r}" if format.activations == jnp.float16 else "kv_cache 'fp16'"
+        raise ValueError(f"{what} is float16, which TPUs do not have; bf16 has the same size")
+    kept = kept_wide(config, keep)
+    for name, width in contracted_widths(config).items():
+        if name not in kept:
+            format.check_width(name, width)
+
+
+def arithmetic(config: ModelConfig) -> Arithmetic:
+    """An engine's arithmetic: sums are float32, whatever dtype the model is trained in."""
+    return EXACT._replace(float32=config.precision.float32)
+
+
+def products(config: ModelConfig) -> Products:
+    """The products of a layer whose kernels are stored in any format."""
+    how = arithmetic(config)
+
+    def dot(x: Array, kernel: Matrix) -> Array:
+        return kernel.dot(x, how)
+
+    def grouped_dot(rows: Array, kernels: Matrix, group_sizes: Array) -> Array:
+        return kernels.grouped_dot(rows, group_sizes, how)
+
+    return Products(dot, grouped_dot)
