@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, Shaped, UInt8
 
-from dcjax.models import ModelConfig, abstract_params, moe
+from dcjax.models import ModelConfig, moe
 from dcjax.models.block import Products
 from dcjax.models.cache import quantize_rows
 from dcjax.models.layers import EXACT, Arithmetic, dense
+from dcjax.models.parameters import parameters
 from dcjax.types import Array
 
 FormatName = Literal["float32", "bf16", "fp16", "int8_weight_only", "int8", "fp8_weight_only", "fp8", "int4"]
@@ -70,48 +71,10 @@ def serving_format(name: str, kv_cache: str = "auto") -> Format:
     return dataclasses.replace(formats[name], kv_cache=_KV_CACHES[kv_cache])
 
 
-Role = Literal["kernel", "table", "wide", "router"]
-
-ROLES: dict[Role, tuple[str, ...]] = {
-    "kernel": (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-        *("experts_gate_proj", "experts_up_proj", "experts_down_proj"),
-    ),
-    "table": ("embed_tokens", "lm_head"),
-    "wide": (
-        *("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
-        *("q_bias", "k_bias", "v_bias"),
-    ),
-    "router": ("router",),
-}
-"""What a format does with each parameter.
-
-Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. Parameters of role
-"wide" stay in the activations' dtype, and the router stays in float32.
-"""
-
-
-def role_of(name: str) -> Role:
-    """The role of a parameter.
-
-    Raises:
-      ValueError: the parameter has none, so that none is left unquantised by oversight.
-    """
-    for role, names in ROLES.items():
-        if name in names:
-            return role
-    raise ValueError(
-        f"parameter {name!r} has no role in a serving format; known are {', '.join(sum(ROLES.values(), ()))}"
-    )
-
-
 def contracted_widths(config: ModelConfig) -> dict[str, int]:
     """The length of the axis that products sum over, for each kernel and table of the model."""
-    params = abstract_params(config)
-    leaves = {**params, **params["layers"]}
-    axes = {name: {"kernel": -2, "table": -1}.get(role_of(name)) for name in leaves if name != "layers"}
-    return {name: leaves[name].shape[axis] for name, axis in axes.items() if axis is not None}
+    axes = {"kernel": -2, "table": -1}
+    return {each.name: each.shape[axes[each.role]] for each in parameters(config) if each.role in axes}
 
 
 def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dcjax.models import ModelConfig, abstract_params, logical_axes
-from dcjax.models.transformer import take_layer
+from dcjax.models.parameters import parameter_named, take_layer
 from dcjax.serving.parallel import COPIES, named
 from dcjax.serving.quantize import (
     Format,
@@ -28,7 +28,6 @@ from dcjax.serving.quantize import (
     kept_wide,
     quantize_kernel,
     quantize_table,
-    role_of,
 )
 from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, shardings
 from dcjax.sharding.transfer import across
@@ -104,7 +103,7 @@ def make_sync(
 
     Raises:
       ValueError: a pattern matches nothing, the noise is negative or not finite, or the serving mesh does not divide
-        the model. The function returned raises it for a parameter without a role.
+        the model. The function returned raises it for a parameter that the model does not have.
     """
     return _make_sync(config, format, serving, training, tuple(keep), weight_noise)
 
@@ -123,7 +122,7 @@ def _make_sync(
     kept, kinds = kept_wide(config, keep), config.sparse_layers
 
     def convert(name: str, layer: Any, leaf: Array, version: Array) -> Any:
-        role = role_of(name)
+        role = parameter_named(config, name).role
         if role == "router":
             # routers are float32 in every format
             return jnp.array(leaf, jnp.float32, copy=True)
@@ -139,7 +138,7 @@ def _make_sync(
         return ServingParams(weights, jnp.asarray(version, jnp.int32))
 
     def sync_layer(kind: bool, stacked: Params, number: Array, rank: Array, version: Array) -> Params:
-        masters = take_layer(stacked, kind, number, rank)
+        masters = take_layer(config, stacked, kind, number, rank)
         return {name: convert(name, number, leaf, version) for name, leaf in masters.items()}
 
     def outside(served: ServingParams) -> ServingParams:
@@ -224,7 +223,7 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
         logical = named[name] if name in named else PartitionSpec(*named["layers"][name][1:])
         if not isinstance(leaf, QuantizedMatrix | PackedMatrix):
             return logical
-        contracted = len(logical) - (1 if role_of(name) == "table" else 2)
+        contracted = len(logical) - (1 if parameter_named(config, name).role == "table" else 2)
         per_channel = PartitionSpec(*(axis for place, axis in enumerate(logical) if place != contracted))
         scale = logical if isinstance(leaf, PackedMatrix) else per_channel
         return jax.tree.unflatten(jax.tree.structure(leaf), [logical, scale])
