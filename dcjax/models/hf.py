@@ -7,20 +7,18 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf_config import read_config
 from dcjax.models.hf_files import StoredTensor, open_tensors, quote, read_json_object
-from dcjax.models.hf_names import Leaf, leaves
-from dcjax.models.transformer import logical_axes
+from dcjax.models.parameters import Parameter, count_params, parameter_tree, parameters
 from dcjax.paths import local_path
-from dcjax.sharding.rules import shardings
+from dcjax.sharding.rules import partition_spec
 from dcjax.types import Params
 
 WEIGHTS = "model.safetensors"
@@ -36,7 +34,7 @@ class Checkpoint:
 
     Attributes:
       config: the architecture.
-      leaves: the arrays of the params tree, as `leaves` lists them.
+      parameters: the arrays of the params tree.
       tensors: the tensors in its files, by name; buffers that are not weights are left out.
 
     Raises:
@@ -45,9 +43,9 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.config = read_config(path)
-        self.leaves = leaves(self.config)
+        self.parameters = parameters(self.config)
         self._path = path
-        if (count := sum(math.prod(leaf.shape) for leaf in self.leaves)) > MAX_PARAMETERS:
+        if (count := count_params(self.config)) > MAX_PARAMETERS:
             raise ValueError(f"{path / 'config.json'} describes {count} parameters; at most {MAX_PARAMETERS} are read")
         self.tensors = _open_folder(path)
         self._check_tensors()
@@ -66,15 +64,15 @@ class Checkpoint:
                     "though tie_word_embeddings is true; one of the two is wrong"
                 )
 
-    def dtype(self, leaf: Leaf) -> np.dtype:
-        """The dtype that a leaf is stored in.
+    def dtype(self, parameter: Parameter) -> np.dtype:
+        """The dtype that a parameter is stored in.
 
         Raises:
-          ValueError: the dtype is not supported, or the leaf's tensors have several.
+          ValueError: the dtype is not supported, or the parameter's tensors have several.
         """
-        first = leaf.name((0,) * len(leaf.stack))
+        first, *others = parameter.tensor_names()
         dtype = self.tensors[first].dtype
-        for name in map(leaf.name, leaf.indices()):
+        for name in others:
             if self.tensors[name].dtype != dtype:
                 raise ValueError(
                     f"{self._path}: {first} is stored as {dtype} and {name} as {self.tensors[name].dtype}; "
@@ -82,19 +80,19 @@ class Checkpoint:
                 )
         return dtype
 
-    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The part of a leaf that `index` selects; other layers, experts, rows and columns are not read.
+    def read(self, parameter: Parameter, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The part of a parameter that `index` selects; other layers, experts, rows and columns are not read.
 
         Raises:
           ValueError: a value is beyond the range of `dtype`.
         """
-        spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
-        depth = len(leaf.stack)
+        spans = [range(*part.indices(size)) for part, size in zip(index, parameter.stacked_shape, strict=True)]
+        depth = len(parameter.stack)
         array = np.empty([len(span) for span in spans], dtype)
         for places in itertools.product(*map(enumerate, spans[:depth])):
-            name = leaf.name(tuple(place for _, place in places))
+            name = parameter.tensor_name(tuple(place for _, place in places))
             matrix = tuple(index[depth:])
-            part = self.tensors[name].part[matrix[::-1]].T if leaf.transposed else self.tensors[name].part[matrix]
+            part = self.tensors[name].part[matrix[::-1]].T if parameter.transposed else self.tensors[name].part[matrix]
             target = tuple(position for position, _ in places)
             # an overflow is reported below, with the tensor's name
             with np.errstate(over="ignore"):
@@ -105,21 +103,21 @@ class Checkpoint:
 
     def _check_tensors(self) -> None:
         """Checks that the files hold the tensors of the architecture, in its shapes, and no others."""
-        leaf_of = {leaf.name(index): leaf for leaf in self.leaves for index in leaf.indices()}
+        owners = {name: parameter for parameter in self.parameters for name in parameter.tensor_names()}
         allowed = {"lm_head.weight"} if self.config.tie_embeddings else set()
         faults = {
-            "missing": [name for name in leaf_of if name not in self.tensors],
-            "unexpected": sorted(self.tensors.keys() - leaf_of.keys() - allowed),
+            "missing": [name for name in owners if name not in self.tensors],
+            "unexpected": sorted(self.tensors.keys() - owners.keys() - allowed),
         }
         if listed := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
             raise ValueError(
-                f"{self._path}: of the {len(leaf_of)} tensors that config.json describes: {', '.join(listed)}"
+                f"{self._path}: of the {len(owners)} tensors that config.json describes: {', '.join(listed)}"
             )
-        for name, leaf in leaf_of.items():
-            if (found := self.tensors[name].shape) != leaf.stored_shape:
+        for name, parameter in owners.items():
+            if (found := self.tensors[name].shape) != parameter.tensor_shape:
                 raise ValueError(
                     f"{self._path}: {name} has shape {quote(list(found))}; "
-                    f"by config.json it must be {list(leaf.stored_shape)}"
+                    f"by config.json it must be {list(parameter.tensor_shape)}"
                 )
 
 
@@ -201,31 +199,32 @@ def load_hf(
     Weights come from model.safetensors, or from the files that model.safetensors.index.json names; a folder with both
     is refused, unless the index names the former. Files of other names are not read. Each tensor is read once in full
     to check that it is finite and, if the file carries dcjax's checksums, undamaged; then each device's part is read
-    and placed, one leaf at a time: the host holds one leaf and one tensor beside the params. The returned config's
+    and placed, one array at a time: the host holds one array and one tensor beside the params. The returned config's
     `precision.parameters` is the params' dtype, or the narrowest that holds all of them.
 
     Args:
       path: the folder; files in it may be links, as in Hugging Face's cache.
-      dtype: the dtype of all params; None keeps each leaf's stored dtype (float32, bf16 or fp16).
-      mesh: the mesh on which each leaf is placed by `sharding.rules`; None is JAX's default device.
+      dtype: the dtype of all params; None keeps each array's stored dtype (float32, bf16 or fp16).
+      mesh: the mesh on which each array is placed by `sharding.rules`; None is JAX's default device.
 
     Raises:
       ValueError: the architecture is not supported; the checkpoint is damaged, is not finite, has its weights only as
-        pickles, or does not have the tensors, shapes and dtypes of its config; or the mesh does not divide a leaf. The
-        message is one line, which names the tensor.
+        pickles, or does not have the tensors, shapes and dtypes of its config; or the mesh does not divide an array.
+        The message is one line, which names the tensor.
       FileNotFoundError: the config or the weights are missing; the message names the path.
     """
     checkpoint = Checkpoint(local_path(path))
-    places = _places(checkpoint, mesh)
-    dtypes = {leaf: DTYPES[dtype] if dtype else checkpoint.dtype(leaf) for leaf in checkpoint.leaves}
+    places = {parameter: _sharding(parameter, mesh) for parameter in checkpoint.parameters}
+    dtypes = {each: DTYPES[dtype] if dtype else checkpoint.dtype(each) for each in checkpoint.parameters}
     checkpoint.verify_tied_head()
-    params: dict[str, Any] = {}
-    for leaf in checkpoint.leaves:
-        for name in map(leaf.name, leaf.indices()):
+
+    def load(parameter: Parameter) -> jax.Array:
+        for name in parameter.tensor_names():
             checkpoint.tensors[name].read()
-        parent = params if len(leaf.path) == 1 else params.setdefault(leaf.path[0], {})
-        parent[leaf.path[-1]] = _place(checkpoint, leaf, dtypes[leaf], places[leaf.path])
-    return _with_parameters_in(checkpoint.config, dtypes.values()), params
+        return _place(checkpoint, parameter, dtypes[parameter], places[parameter])
+
+    config = _with_parameters_in(checkpoint.config, dtypes.values())
+    return config, parameter_tree(checkpoint.config, load)
 
 
 def _with_parameters_in(config: ModelConfig, dtypes: Iterable[np.dtype]) -> ModelConfig:
@@ -235,35 +234,22 @@ def _with_parameters_in(config: ModelConfig, dtypes: Iterable[np.dtype]) -> Mode
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, parameters=name))
 
 
-def _places(checkpoint: Checkpoint, mesh: Mesh | None) -> dict[tuple[str, ...], Sharding]:
+def _sharding(parameter: Parameter, mesh: Mesh | None) -> Sharding:
     if mesh is None:
-        alone = jnp.zeros(()).sharding
-        return {leaf.path: alone for leaf in checkpoint.leaves}
-    placed = shardings(mesh, logical_axes(checkpoint.config))
-    places = {leaf.path: at_path(placed, leaf.path) for leaf in checkpoint.leaves}
-    for leaf in checkpoint.leaves:
-        _check_divides(places[leaf.path], leaf)
-    return places
-
-
-def _check_divides(place: NamedSharding, leaf: Leaf) -> None:
-    for dimension, (size, axes) in enumerate(zip(leaf.shape, place.spec, strict=False)):
+        return jnp.zeros(()).sharding
+    spec = partition_spec(PartitionSpec(*parameter.stacked_axes))
+    for dimension, (size, axes) in enumerate(zip(parameter.stacked_shape, spec, strict=True)):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        if size % (parts := math.prod(place.mesh.shape[name] for name in names)):
+        if size % (parts := math.prod(mesh.shape[name] for name in names)):
             raise ValueError(
-                f"params {'.'.join(leaf.path)} of shape {leaf.shape}: mesh.{' and mesh.'.join(names)} {parts} "
-                f"does not divide dimension {dimension}, which is {size}; choose one that does"
+                f"params {'.'.join(parameter.path)} of shape {parameter.stacked_shape}: "
+                f"mesh.{' and mesh.'.join(names)} {parts} does not divide dimension {dimension}, which is {size}; "
+                "choose one that does"
             )
+    return NamedSharding(mesh, spec)
 
 
-def at_path(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of a tree of dicts at a path of keys."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _place(checkpoint: Checkpoint, leaf: Leaf, dtype: np.dtype, place: Sharding) -> jax.Array:
+def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype, place: Sharding) -> jax.Array:
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -271,9 +257,9 @@ def _place(checkpoint: Checkpoint, leaf: Leaf, dtype: np.dtype, place: Sharding)
         # devices that hold the same part share one copy on the host
         key = tuple((each.start, each.stop) for each in index)
         if key not in parts:
-            parts[key] = checkpoint.read(leaf, index, dtype)
+            parts[key] = checkpoint.read(parameter, index, dtype)
         return parts[key]
 
-    array = jax.make_array_from_callback(leaf.shape, place, part, dtype=dtype)
-    # transfers run in the background and keep the host's copies alive: without waiting, leaves would pile up
+    array = jax.make_array_from_callback(parameter.stacked_shape, place, part, dtype=dtype)
+    # transfers run in the background and keep the host's copies alive: without waiting, arrays would pile up
     return array.block_until_ready()

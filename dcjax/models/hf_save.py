@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
-from dcjax.models.hf import INDEX, WEIGHTS, at_path
+from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.hf_config import GENERATION_CONFIG, MAX_CONFIG_BYTES, read_fields, to_fields
 from dcjax.models.hf_files import read_json_object, save_tensors
-from dcjax.models.hf_names import Leaf, leaves
+from dcjax.models.parameters import parameters
 from dcjax.paths import local_path
 from dcjax.types import Params
 
@@ -99,7 +99,7 @@ def save_hf(
       path: the folder to make; it may exist if it is empty.
       config: the architecture.
       params: as `init_params` lays them out, on one device or sharded; this process must be able to address all of it.
-      dtype: the dtype of the weights; None keeps each leaf's.
+      dtype: the dtype of the weights; None keeps each array's.
       tokenizer_from: a folder whose tokenizer files and generation_config.json are copied, and whose config.json
         gives the token ids and any fields unknown to dcjax.
       token_ids: bos_token_id, eos_token_id (one or a list), pad_token_id for config.json and generation_config.json,
@@ -113,35 +113,36 @@ def save_hf(
       FileExistsError: the folder is not empty.
       FileNotFoundError: `tokenizer_from` does not exist.
     """
-    table = leaves(config)
-    _check_tree(table, params)
+    arrays = _checked(config, params)
     pending = []
-    for leaf in table:
-        array = at_path(params, leaf.path)
+    for parameter in parameters(config):
+        array = arrays[parameter.path]
         as_dtype = DTYPES[dtype] if dtype else np.dtype(array.dtype)
         pending += [
-            Pending(leaf.name(index), as_dtype, leaf.stored_shape, partial(_fetch, array, index, leaf.transposed))
-            for index in leaf.indices()
+            Pending(name, as_dtype, parameter.tensor_shape, partial(_fetch, array, index, parameter.transposed))
+            for name, index in zip(parameter.tensor_names(), parameter.indices(), strict=True)
         ]
     write_folder(path, config, pending, tokenizer_from, token_ids=token_ids, max_shard_bytes=max_shard_bytes, told=told)
 
 
-def _check_tree(table: tuple[Leaf, ...], params: Params) -> None:
-    there = {
-        tuple(getattr(key, "key", str(key)) for key in keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+def _checked(config: ModelConfig, params: Params) -> dict[tuple[str, ...], Any]:
+    """The arrays of params by their paths, after checking that they are those of the architecture."""
+    arrays = {
+        tuple(getattr(key, "key", str(key)) for key in keys): array
+        for keys, array in jax.tree_util.tree_leaves_with_path(params)
     }
-    expected = {leaf.path: leaf for leaf in table}
-    for path in sorted(expected.keys() | there.keys()):
-        found, wanted = _shape(there.get(path)), _shape(expected.get(path))
+    shapes = {parameter.path: parameter.stacked_shape for parameter in parameters(config)}
+    for path in sorted(shapes.keys() | arrays.keys()):
+        found, wanted = _described(arrays[path].shape if path in arrays else None), _described(shapes.get(path))
         if found != wanted:
             raise ValueError(f"params {'.'.join(path)} is {found}; by the config it must be {wanted}")
-        if there[path].dtype not in DTYPES.values():
-            raise ValueError(f"params {'.'.join(path)} is {there[path].dtype}; supported are {', '.join(DTYPES)}")
+        if arrays[path].dtype not in DTYPES.values():
+            raise ValueError(f"params {'.'.join(path)} is {arrays[path].dtype}; supported are {', '.join(DTYPES)}")
+    return arrays
 
 
-def _shape(array: Any) -> str:
-    return "absent" if array is None else f"of shape {array.shape}"
+def _described(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {shape}"
 
 
 @jax.jit
@@ -152,7 +153,7 @@ def _one_of_stack(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _fetch(array: Any, index: tuple[int, ...], transposed: bool) -> np.ndarray:
-    """One tensor of a leaf, on the host and in Hugging Face's layout."""
+    """One tensor of a stacked array, on the host and in Hugging Face's layout."""
     on_host = isinstance(array, np.ndarray)
     # jitted with the index as data: one compilation serves all layers, and a sharded stack is never gathered whole
     part = array[index] if on_host else np.asarray(_one_of_stack(array, np.array(index, np.int32)))

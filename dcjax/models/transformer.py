@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -19,13 +19,8 @@ from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
 from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
 from dcjax.models.moe import router_metrics
+from dcjax.models.parameters import layer_params, parameters
 from dcjax.types import Array, Params
-
-DENSE = ("gate_proj", "up_proj", "down_proj")
-"""Parameters of the layers without experts."""
-
-SPARSE = ("router", "experts_gate_proj", "experts_up_proj", "experts_down_proj")
-"""Parameters of the layers with experts."""
 
 
 class Layers(nn.Module):
@@ -35,64 +30,7 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        c = self.config
-        sparse = sum(c.sparse_layers)
-        declared = self._attention()
-        if sparse < c.num_layers:
-            declared |= self._mlp(c.num_layers - sparse)
-        if sparse:
-            declared |= self._experts(sparse)
-        dtype = DTYPES[c.precision.parameters]
-        return {
-            name: self.param(name, nn.with_logical_partitioning(init, ("layers", *axes)), shape, dtype)
-            for name, (init, shape, axes) in declared.items()
-        }
-
-    @property
-    def _residual_scale(self) -> float:
-        # projections into the residual stream start smaller in deeper stacks (GPT-2), so its variance does not grow
-        return (2 * self.config.num_layers) ** -0.5
-
-    def _attention(self) -> dict:
-        c, norm = self.config, nn.initializers.ones_init()
-        widths = {"q": c.num_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}
-        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
-        declared = {
-            "input_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
-            "o_proj": self._kernel(
-                c.num_layers, (widths["q"], c.hidden_size), ("heads", "embed"), self._residual_scale
-            ),
-            "post_attention_layernorm": (norm, (c.num_layers, c.hidden_size), ("embed",)),
-        }
-        for name, width in widths.items():
-            declared[f"{name}_proj"] = self._kernel(c.num_layers, (c.hidden_size, width), ("embed", axes[name]))
-            if c.family == "qwen2":
-                declared[f"{name}_bias"] = (nn.initializers.zeros_init(), (c.num_layers, width), (axes[name],))
-        if c.family == "qwen3":
-            declared |= {f"{name}_norm": (norm, (c.num_layers, c.head_dim), ("head_dim",)) for name in "qk"}
-        return declared
-
-    def _mlp(self, count: int) -> dict:
-        wide, into, out = self.config.intermediate_size, ("embed", "mlp"), ("mlp", "embed")
-        return {
-            "gate_proj": self._kernel(count, (self.config.hidden_size, wide), into),
-            "up_proj": self._kernel(count, (self.config.hidden_size, wide), into),
-            "down_proj": self._kernel(count, (wide, self.config.hidden_size), out, self._residual_scale),
-        }
-
-    def _experts(self, count: int) -> dict:
-        c, into, out = self.config, ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-        widen = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
-        narrow = (c.num_experts, c.moe_intermediate_size, c.hidden_size)
-        return {
-            "router": self._kernel(count, (c.hidden_size, c.num_experts), ("embed", "choices")),
-            "experts_gate_proj": self._kernel(count, widen, into),
-            "experts_up_proj": self._kernel(count, widen, into),
-            "experts_down_proj": self._kernel(count, narrow, out, self._residual_scale),
-        }
-
-    def _kernel(self, count: int, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 1.0):
-        return nn.initializers.normal(scale * shape[-2] ** -0.5), (count, *shape), axes
+        return _declare(self, in_layers=True)
 
 
 class Transformer(nn.Module):
@@ -107,64 +45,23 @@ class Transformer(nn.Module):
     @nn.compact
     def parameters(self) -> Params:
         """Declares all parameters."""
-        c, dtype = self.config, DTYPES[self.config.precision.parameters]
-        table = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        params = {
-            "embed_tokens": self.param("embed_tokens", table, (c.vocab_size, c.hidden_size), dtype),
-            "layers": Layers(c, name="layers")(),
-            "norm": self.param("norm", ones, (c.hidden_size,), dtype),
-        }
-        if not c.tie_embeddings:
-            params["lm_head"] = self.param("lm_head", table, (c.vocab_size, c.hidden_size), dtype)
-        return params
+        return _declare(self, in_layers=False) | {"layers": Layers(self.config, name="layers")()}
 
 
-def _boxed_init(config: ModelConfig, key):
-    return Transformer(config).init(key, method="parameters")["params"]
+def _declare(module: Layers | Transformer, in_layers: bool) -> dict[str, Any]:
+    """Declares the parameters of the layers or the others, in the table's order."""
+    dtype = DTYPES[module.config.precision.parameters]
+    declared = {}
+    for parameter in parameters(module.config):
+        if (parameter.layers is not None) == in_layers:
+            initializer = nn.with_logical_partitioning(parameter.initializer, parameter.stacked_axes)
+            declared[parameter.name] = module.param(parameter.name, initializer, parameter.stacked_shape, dtype)
+    return declared
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters in `precision.parameters`, each leaf of `layers` stacked over the layers that have it."""
-    return nn.unbox(_boxed_init(config, key))
-
-
-@cache
-def logical_axes(config: ModelConfig) -> Params:
-    """The tree of `init_params`, at each leaf a PartitionSpec of logical axes for `sharding.rules` to map.
-
-    It is traced once per config; callers share the tree, and must not change it.
-    """
-    return nn.get_partition_spec(jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0))))
-
-
-@cache
-def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and dtypes; nothing is allocated, and no device is used.
-
-    It is traced once per config; callers share the tree, and must not change it.
-    """
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def count_params(config: ModelConfig) -> int:
-    """Number of parameters, from abstract shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
-
-
-def layer_params(kinds: Sequence[bool], stacked: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """One layer's parameters, taken from the stacked ones of layers of these kinds (True for layers with experts)."""
-    return take_layer(stacked, kinds[layer], layer, sum(kind == kinds[layer] for kind in kinds[:layer]))
-
-
-def take_layer(
-    stacked: Mapping[str, Any], sparse: bool, layer: int | Int[Array, ""], rank: int | Int[Array, ""]
-) -> dict[str, Any]:
-    """As `layer_params`, for numbers that may be traced: the layer's own, and its rank among the layers of its kind."""
-    others = DENSE if sparse else SPARSE
-    return {
-        name: leaf[rank if name in DENSE + SPARSE else layer] for name, leaf in stacked.items() if name not in others
-    }
+    return nn.unbox(Transformer(config).init(key, method="parameters")["params"])
 
 
 def head_kernel(config: ModelConfig, params: Params):
@@ -212,20 +109,21 @@ def hidden_states(
     """
     tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
     experts = None if experts is None else as_integers("experts", experts)
+    places = jnp.arange(tokens.shape[1])[None]
     if segment_ids is not None:
-        positions = _segment_positions(segment_ids)
-        return _run(config, params, tokens, positions, segment_ids > 0, segment_ids, experts, layout)
-    columns = jnp.arange(tokens.shape[1])[None]
+        columns = Columns(tokens, _segment_positions(segment_ids), segment_ids > 0, segment_ids, experts)
+        return _run(config, params, columns, layout)
     if attention_mask is None:
-        return _run(config, params, tokens, columns, jnp.ones(tokens.shape, bool), None, experts, layout)
+        columns = Columns(tokens, places, jnp.ones(tokens.shape, bool), None, experts)
+        return _run(config, params, columns, layout)
     # causal order alone hides padding that comes after all real tokens, in every kernel
     to = _compact_columns(attention_mask)
     rows = jnp.arange(len(to))[:, None]
     tokens = jnp.zeros_like(tokens).at[rows, to].set(tokens)
     if experts is not None:
         experts = jnp.zeros_like(experts).at[:, rows, to].set(experts)
-    real = columns < jnp.sum(attention_mask, axis=1, keepdims=True)
-    hidden, record = _run(config, params, tokens, columns, real, None, experts, layout)
+    real = places < jnp.sum(attention_mask, axis=1, keepdims=True)
+    hidden, record = _run(config, params, Columns(tokens, places, real, None, experts), layout)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, rows, to])
     return jnp.take_along_axis(hidden, to[..., None], axis=1), record
@@ -258,39 +156,42 @@ def _segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     return columns - jax.lax.cummax(jnp.where(starts, columns, 0), axis=1)
 
 
+class Columns(NamedTuple):
+    """The inputs of `_run`, in which padding comes after all real tokens or is segment 0."""
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "#B S"]
+    real: Bool[Array, "B S"]
+    # if several sequences are packed into a row
+    segment_ids: Int[Array, "B S"] | None
+    # if they are imposed
+    experts: Int[Array, "M B S k"] | None
+
+    def padded(self, multiple: int) -> Columns:
+        """With padding appended until `multiple` divides the number of columns."""
+        pad = partial(layers.pad_columns, multiple=multiple)
+        experts = None if self.experts is None else jax.vmap(pad)(self.experts)
+        return jax.tree.map(pad, self._replace(experts=None))._replace(experts=experts)
+
+
 def _run(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "#B S"],
-    real: Bool[Array, "B S"],
-    segment_ids: Int[Array, "B S"] | None,
-    experts: Int[Array, "M B S k"] | None,
-    layout: Layout,
+    config: ModelConfig, params: Params, columns: Columns, layout: Layout
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """`_run_columns`, after appending padding until the layout divides the number of columns."""
-    pad, length = partial(layers.pad_columns, multiple=layout.column_multiple), tokens.shape[1]
-    tokens, positions, real, segment_ids = jax.tree.map(pad, (tokens, positions, real, segment_ids))
-    experts = None if experts is None else jax.vmap(pad)(experts)
-    hidden, record = _run_columns(config, params, tokens, positions, real, segment_ids, experts, layout)
+    length = columns.tokens.shape[1]
+    hidden, record = _run_columns(config, params, columns.padded(layout.column_multiple), layout)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, :, :length])
     return hidden[:, :length], record
 
 
 def _run_columns(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "#B S"],
-    real: Bool[Array, "B S"],
-    segment_ids: Int[Array, "B S"] | None,
-    experts: Int[Array, "M B S k"] | None,
-    layout: Layout,
+    config: ModelConfig, params: Params, columns: Columns, layout: Layout
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Embedding, scanned layers, last norm. One iteration of the scan is the shortest repeating run of layer kinds."""
     kinds, products = config.sparse_layers, training_products(config.precision)
     period = _period(kinds)
+    tokens, positions, real, segment_ids, experts = columns
     rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
 
     def attend(q, k, v):
@@ -312,7 +213,7 @@ def _run_columns(
         routed = []
         for number in range(period):
             chosen = imposed[len(routed)] if kinds[number] and imposed is not None else None
-            x, record = layer(x, layer_params(kinds[:period], stacked, number), chosen)
+            x, record = layer(x, layer_params(config, stacked, number), chosen)
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 

@@ -18,10 +18,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from dcjax.models import ModelConfig, abstract_params, logical_axes
-from dcjax.models.transformer import take_layer
+from dcjax.models import ModelConfig, abstract_params
+from dcjax.models.parameters import Parameter, parameter_named, parameters, take_layer
 from dcjax.serving.formats import Format, stored_axes, wide_format
-from dcjax.serving.formats.served import contracted_axis, kept_wide, role_of
+from dcjax.serving.formats.served import kept_wide
 from dcjax.serving.parallel import COPIES, named
 from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, shardings
 from dcjax.sharding.transfer import across
@@ -97,7 +97,7 @@ def make_sync(
 
     Raises:
       ValueError: a pattern matches nothing, the noise is negative or not finite, or the serving mesh does not divide
-        the model. The function returned raises it for a parameter without a role.
+        the model. The function returned raises it for a parameter that the model does not have.
     """
     return _make_sync(config, format, serving, training, tuple(keep), weight_noise)
 
@@ -116,7 +116,7 @@ def _make_sync(
     kept, kinds = kept_wide(config, keep), config.sparse_layers
 
     def convert(name: str, layer: Any, leaf: Array, version: Array) -> Any:
-        role = role_of(name)
+        role = parameter_named(config, name).role
         if role == "router":
             # routers are float32 in every format
             return jnp.array(leaf, jnp.float32, copy=True)
@@ -133,7 +133,7 @@ def _make_sync(
         return ServingParams(weights, jnp.asarray(version, jnp.int32))
 
     def sync_layer(kind: bool, stacked: Params, number: Array, rank: Array, version: Array) -> Params:
-        masters = take_layer(stacked, kind, number, rank)
+        masters = take_layer(config, stacked, kind, number, rank)
         return {name: convert(name, number, leaf, version) for name, leaf in masters.items()}
 
     def outside(served: ServingParams) -> ServingParams:
@@ -210,18 +210,16 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
 
     A scale lacks the contracted axis, or in int4 has it in groups. Errors are those of `make_sync`.
     """
-    named = logical_axes(config)
     served: Any = abstract_serving(config, format, keep)
 
-    def axes(name: str, stored: Any, logical: PartitionSpec) -> Any:
-        axis = contracted_axis(name)
-        return logical if axis is None else stored_axes(stored, logical, len(logical) + axis)
+    def axes(name: str, stored: Any) -> Any:
+        parameter = parameter_named(config, name)
+        logical = PartitionSpec(*(axis for axis in parameter.stacked_axes if axis != "layers"))
+        contracted = parameter.contracted_axis
+        return logical if contracted is None else stored_axes(stored, logical, len(logical) + contracted)
 
-    layers = tuple(
-        {name: axes(name, stored, PartitionSpec(*named["layers"][name][1:])) for name, stored in layer.items()}
-        for layer in served.weights["layers"]
-    )
-    outer = {name: axes(name, leaf, named[name]) for name, leaf in served.weights.items() if name != "layers"}
+    layers = tuple({name: axes(name, stored) for name, stored in layer.items()} for layer in served.weights["layers"])
+    outer = {name: axes(name, stored) for name, stored in served.weights.items() if name != "layers"}
     return dataclasses.replace(served, weights={**outer, "layers": layers}, version=PartitionSpec())
 
 
@@ -276,22 +274,19 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -> list[StoredParameter]:
     """How each parameter is stored and in how many bytes, from abstract shapes; errors are those of `make_sync`."""
-    masters, served = abstract_params(config), abstract_serving(config, format, keep).weights
-    outer = {name: (leaf, [served[name]]) for name, leaf in masters.items() if name != "layers"}
-    layered = {
-        name: (leaf, [layer[name] for layer in served["layers"] if name in layer])
-        for name, leaf in masters["layers"].items()
-    }
-    return [_stored(name, leaf.shape, parts) for name, (leaf, parts) in sorted((outer | layered).items())]
+    served = abstract_serving(config, format, keep).weights
 
+    def stored(parameter: Parameter) -> StoredParameter:
+        name = parameter.name
+        parts = [served[name]] if name in served else [layer[name] for layer in served["layers"] if name in layer]
+        is_matrix = parameter.contracted_axis is not None
+        return StoredParameter(
+            name=name,
+            shape=parameter.stacked_shape,
+            stored=parts[0].format.stored if is_matrix else parts[0].dtype.name,
+            bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts)),
+            float32_bytes=4 * parameter.size,
+            quantized=is_matrix and parts[0].format.weights is not None,
+        )
 
-def _stored(name: str, shape: tuple[int, ...], parts: list) -> StoredParameter:
-    is_matrix = contracted_axis(name) is not None
-    return StoredParameter(
-        name=name,
-        shape=shape,
-        stored=parts[0].format.stored if is_matrix else parts[0].dtype.name,
-        bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts)),
-        float32_bytes=4 * math.prod(shape),
-        quantized=is_matrix and parts[0].format.weights is not None,
-    )
+    return sorted(map(stored, parameters(config)))

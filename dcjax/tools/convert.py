@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from dcjax.errors import RunError
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf import Checkpoint
 from dcjax.models.hf_config import read_end_tokens
-from dcjax.models.hf_names import Leaf
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
+from dcjax.models.parameters import Parameter, count_params
 
 if TYPE_CHECKING:
     from dcjax.tools.open_model import OpenedModel
@@ -61,11 +60,11 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
         checkpoint.verify_tied_head()
         read_end_tokens(source)
         pending = []
-        for leaf in checkpoint.leaves:
-            as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(leaf)
+        for parameter in checkpoint.parameters:
+            as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(parameter)
             pending += [
-                Pending(name, as_dtype, leaf.stored_shape, checkpoint.tensors[name].read)
-                for name in map(leaf.name, leaf.indices())
+                Pending(name, as_dtype, parameter.tensor_shape, checkpoint.tensors[name].read)
+                for name in parameter.tensor_names()
             ]
         write_folder(out, checkpoint.config, pending, source, told=told)
 
@@ -139,8 +138,8 @@ def inspect_folder(source: Path) -> Inspection:
     files = {tensor.path for tensor in tensors}
     return Inspection(
         config=checkpoint.config,
-        parameters=sum(math.prod(leaf.shape) for leaf in checkpoint.leaves),
-        active_parameters=sum(_active(checkpoint.config, leaf) for leaf in checkpoint.leaves),
+        parameters=count_params(checkpoint.config),
+        active_parameters=sum(_active(checkpoint.config, parameter) for parameter in checkpoint.parameters),
         dtypes=dict(Counter(tensor.kind for tensor in tensors)),
         files=len(files),
         bytes=sum(file.stat().st_size for file in files),
@@ -148,9 +147,10 @@ def inspect_folder(source: Path) -> Inspection:
     )
 
 
-def _active(config: ModelConfig, leaf: Leaf) -> int:
-    size = math.prod(leaf.shape)
-    return size if leaf.experts is None else size // leaf.experts * config.num_experts_per_tok
+def _active(config: ModelConfig, parameter: Parameter) -> int:
+    if parameter.experts is None:
+        return parameter.size
+    return parameter.size // parameter.experts * config.num_experts_per_tok
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from dcjax.models.cache import (
     stack_layers,
     write,
 )
-from dcjax.models.transformer import layer_params
+from dcjax.models.parameters import layer_params
 
 pytestmark = pytest.mark.heavy
 
@@ -53,7 +53,7 @@ def run(config, params, tokens, positions, caches, choose=None, looped=False):
 def model(config):
     """Its parameters, with the layers one by one."""
     params = jax.tree.map(np.asarray, masters(config))
-    layers = tuple(layer_params(config.sparse_layers, params["layers"], number) for number in range(config.num_layers))
+    layers = tuple(layer_params(config, params["layers"], number) for number in range(config.num_layers))
     return {**params, "layers": layers}
 
 

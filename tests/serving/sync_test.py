@@ -245,11 +245,11 @@ def test_a_pattern_that_keeps_nothing_is_an_error(pattern):
 
 
 @pytest.mark.parametrize("name", ["float32", "int8"])
-def test_a_parameter_that_no_rule_knows_is_an_error(masters, name):
+def test_a_parameter_that_the_model_does_not_have_is_an_error(masters, name):
     sync = make_sync(CONFIG, formats[name])
-    with pytest.raises(ValueError, match="parameter 'adapter' has no role"):
+    with pytest.raises(ValueError, match="this model has no parameter 'adapter'"):
         sync({**masters, "adapter": jnp.ones((4, 4))}, 0)
-    with pytest.raises(ValueError, match="parameter 'q_lora' has no role"):
+    with pytest.raises(ValueError, match="this model has no parameter 'q_lora'"):
         sync({**masters, "layers": masters["layers"] | {"q_lora": jnp.ones((CONFIG.num_layers, 4, 4))}}, 0)
 
 

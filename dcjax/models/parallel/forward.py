@@ -17,7 +17,7 @@ from dcjax.models.config import AttentionKernel, ModelConfig
 from dcjax.models.layout import ONE_DEVICE, SAVED, Layout
 from dcjax.models.moe import GroupedDot, Routing
 from dcjax.models.parallel.experts import Axes, mix_sharded
-from dcjax.models.transformer import abstract_params, logical_axes
+from dcjax.models.parameters import parameters
 from dcjax.sharding.rules import mesh_axes, partition_spec, split
 from dcjax.types import Array
 
@@ -32,13 +32,9 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int]) -> None:
     if config.num_experts:
         # devices that share the experts' widths each keep the sums of some columns of the residual stream
         _check_divides("columns of the residual stream", config.hidden_size, sizes, "expert_mlp")
-    params = jax.tree.leaves_with_path(abstract_params(config))
-    axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    for (path, leaf), names in zip(params, axes, strict=True):
-        for size, name in zip(leaf.shape, names, strict=True):
-            _check_divides(
-                f"{name} of params {jax.tree_util.keystr(path, simple=True, separator='.')}", size, sizes, name
-            )
+    for parameter in parameters(config):
+        for size, name in zip(parameter.stacked_shape, parameter.stacked_axes, strict=True):
+            _check_divides(f"{name} of params {'.'.join(parameter.path)}", size, sizes, name)
 
 
 def _check_divides(what: str, size: int, sizes: Mapping[str, int], name: str) -> None:

@@ -4,64 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import jax.numpy as jnp
 
-from dcjax.models import ModelConfig, abstract_params
+from dcjax.models import ModelConfig
 from dcjax.models.block import Products
 from dcjax.models.layers import EXACT, Arithmetic
+from dcjax.models.parameters import parameters
 from dcjax.serving.formats.base import Format
 from dcjax.serving.formats.face import Matrix
 from dcjax.types import Array
 
-Role = Literal["kernel", "table", "wide", "router"]
-
-ROLES: dict[Role, tuple[str, ...]] = {
-    "kernel": (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-        *("experts_gate_proj", "experts_up_proj", "experts_down_proj"),
-    ),
-    "table": ("embed_tokens", "lm_head"),
-    "wide": (
-        *("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
-        *("q_bias", "k_bias", "v_bias"),
-    ),
-    "router": ("router",),
-}
-"""What a format does with each parameter.
-
-Kernels [..., K, N] are contracted over K and tables [V, E] over E: both are quantised. Parameters of role
-"wide" stay in the activations' dtype, and the router stays in float32.
-"""
-
-
-def role_of(name: str) -> Role:
-    """The role of a parameter.
-
-    Raises:
-      ValueError: the parameter has none, so that none is left unquantised by oversight.
-    """
-    for role, names in ROLES.items():
-        if name in names:
-            return role
-    raise ValueError(
-        f"parameter {name!r} has no role in a serving format; known are {', '.join(sum(ROLES.values(), ()))}"
-    )
-
-
-def contracted_axis(name: str) -> int | None:
-    """The axis that products sum over: −2 of kernels, −1 of tables; None for parameters that are no matrices."""
-    return {"kernel": -2, "table": -1}.get(role_of(name))
-
 
 def contracted_widths(config: ModelConfig) -> dict[str, int]:
     """The length of the axis that products sum over, for each kernel and table of the model."""
-    params = abstract_params(config)
-    leaves = {**params, **params["layers"]}
-    axes = {name: contracted_axis(name) for name in leaves if name != "layers"}
-    return {name: leaves[name].shape[axis] for name, axis in axes.items() if axis is not None}
+    axes = {parameter: parameter.contracted_axis for parameter in parameters(config)}
+    return {parameter.name: parameter.shape[axis] for parameter, axis in axes.items() if axis is not None}
 
 
 def kept_wide(config: ModelConfig, keep: Sequence[str]) -> set[str]:

@@ -21,6 +21,7 @@ from dcjax.loop.reward_collector import tell_unreadable
 from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.reporting.progress import Progress
 from dcjax.rewards.pool import RewardPool
+from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.hosts import DistributedConfig, as_loss, is_main, join, total
 from dcjax.tools.open_model import OpenedModel, open_model

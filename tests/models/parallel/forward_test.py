@@ -158,7 +158,7 @@ def test_attention_on_a_mesh_is_that_of_one_device(kernel, mesh):
     [
         ({}, {"tensor": 2, "context": 8}, r"mesh\.tensor × mesh\.context is 16, which .* the 8 query heads"),
         ({"hidden_size": 30}, {"fsdp": 4}, r"mesh\.fsdp is 4, which does not divide the 30 embed of params"),
-        ({"num_experts": 6}, {"expert": 4}, r"mesh\.expert is 4, .* the 6 experts of params layers\.experts_down_proj"),
+        ({"num_experts": 6}, {"expert": 4}, r"mesh\.expert is 4, .* the 6 experts of params layers\.experts_gate_proj"),
         ({"vocab_size": 45}, {"tensor": 2}, r"mesh\.tensor is 2, .* the 45 vocab of params embed_tokens"),
         ({"hidden_size": 31, "num_experts": 8}, {"tensor": 2}, r"mesh\.tensor is 2, .* the 31 columns of the residual"),
     ],
