@@ -40,7 +40,7 @@ from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer, open_problems
 from dcjax.recipe.config import Config
 from dcjax.rewards.in_process import InProcessRewards
-from dcjax.serving.formats import Format
+from dcjax.serving.formats import Format, FormatName
 from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
@@ -96,7 +96,7 @@ def _warmed_up(setup: Setup, share: float, steps: int):
 # --- rollout ---
 
 
-def engine_loop(setup: Setup, params, format: str | Format) -> Callable[[int], Rollout]:
+def engine_loop(setup: Setup, params, format: FormatName | Format) -> Callable[[int], Rollout]:
     """dcjax's rollout."""
     serving = dataclasses.replace(setup.config.serving, format=format)
     config = dataclasses.replace(setup.config, serving=serving)

@@ -26,9 +26,11 @@ from served import (
 from tiny import masters
 
 from dcjax.models.cache import forward_cached, init_cache
-from dcjax.serving import decoder, quantize
+from dcjax.models.layers import EXACT
+from dcjax.serving import decoder
 from dcjax.serving import rollout as module
 from dcjax.serving.decoder import NO_EXCESS_PRECISION
+from dcjax.serving.formats.served import products
 from dcjax.serving.rollout import Sampling, sample_responses
 
 pytestmark = pytest.mark.heavy
@@ -56,10 +58,10 @@ def served_logps(engine, config, rollout):
     def run(weights, tokens):
         positions = jnp.broadcast_to(jnp.arange(P + T), tokens.shape)
         caches = tuple(init_cache(config, len(tokens), P + T, engine.kv_cache) for _ in range(config.num_layers))
-        x = quantize.lookup(weights["embed_tokens"], tokens, engine.format.activations)
-        hidden = forward_cached(config, weights, x, positions, caches, quantize.products(config)).hidden
+        x = weights["embed_tokens"].lookup(tokens, engine.format.activations)
+        hidden = forward_cached(config, weights, x, positions, caches, products(config)).hidden
         head = weights["embed_tokens" if config.tie_embeddings else "lm_head"]
-        return quantize.logits(hidden.reshape(-1, config.hidden_size), head).reshape(*tokens.shape, -1)
+        return head.logits(hidden.reshape(-1, config.hidden_size), EXACT).reshape(*tokens.shape, -1)
 
     logits = np.asarray(run(weights, tokens), np.float64) / TEMPERATURE
     distribution = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -431,7 +431,7 @@ def test_a_format_that_the_model_cannot_be_served_in_says_why(monkeypatch):
     score = Policies.score
 
     def refusing(self, served, *arguments, **settings):
-        if served.format == "int4":
+        if served.format.name == "int4":
             raise refused.value
         return score(self, served, *arguments, **settings)
 
