@@ -11,7 +11,7 @@ from dcjax.cli.arguments import add_recipe_code_option, given_options, reject_op
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
 
-SAMPLING_OPTIONS = ("samples", "problems", "max_response_length", "template", "seed")
+SAMPLING_OPTIONS = ("samples", "problems", "max_response_length", "template", "thinking", "answer_start", "seed")
 HOST_OPTIONS = ("coordinator", "num_processes", "process_id")
 SUITE_ONLY_OPTIONS = ("data_dir", *SAMPLING_OPTIONS, "slots", "devices", "against", "out", *HOST_OPTIONS)
 
@@ -64,6 +64,12 @@ def add_parser(commands) -> None:
     )
     suite.add_argument(
         "--template", help="prompt template, boxed or dapo (default: the one the run was trained with, otherwise boxed)"
+    )
+    suite.add_argument(
+        "--thinking", help="tell the chat template enable_thinking: on, off or auto (default: as trained, or auto)"
+    )
+    suite.add_argument(
+        "--answer-start", metavar="TEXT", help="text that each answer begins with (default: as trained, or none)"
     )
     suite.add_argument("--seed", type=int, help="random seed for sampling (default: 0)")
     suite.add_argument("--slots", type=int, metavar="N", help="samples decoded at once (default: the run's, or 32)")

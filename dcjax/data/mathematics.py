@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dcjax.data.chat import Thinking
 from dcjax.data.datasets import Example, find_dataset
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.select import PAPER_B_EXAMPLES, Questions, select, share_of
 from dcjax.data.task import Task, encode_prompts
-from dcjax.data.templates import TemplateName, templates
+from dcjax.data.templates import Template, TemplateName, check_answer_start, templates
 from dcjax.paths import localize
 from dcjax.rewards.processes import Reward
 
@@ -48,15 +49,25 @@ class MathTask(Task):
     """Training problems with longer prompts, template included, are left out."""
     template: TemplateName = "boxed"
     """Prompt template, which also determines where the answer is read from a response."""
+    thinking: Thinking = "auto"
+    """What the model's chat template is told: enable_thinking=True (on), enable_thinking=False (off), as Qwen3's takes
+    it, or nothing (auto)."""
+    answer_start: str = ""
+    """Text that every answer begins with (an assistant prefill). It is part of the prompt: neither trained on nor
+    judged."""
 
     def __post_init__(self) -> None:
         localize(self, "task.")
         find_dataset(self.dataset)
         find_dataset(self.heldout)
         share_of((), self.subset)
-        for name, kind in (("questions", Questions), ("template", TemplateName)):
+        for name, kind in (("questions", Questions), ("template", TemplateName), ("thinking", Thinking)):
             if (value := getattr(self, name)) not in typing.get_args(kind):
                 raise ValueError(f"task.{name} is {value!r}; it must be one of {', '.join(typing.get_args(kind))}")
+        try:
+            check_answer_start(self.answer_start)
+        except ValueError as error:
+            raise ValueError(f"task.{error}") from None
         if self.max_prompt_tokens < 1:
             raise ValueError(f"task.max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1")
 
@@ -64,6 +75,11 @@ class MathTask(Task):
     def max_prompt_length(self) -> int:
         """Tokens of the longest prompt."""
         return self.max_prompt_tokens
+
+    @property
+    def asked(self) -> Template:
+        """The template, with what this task adds to it."""
+        return replace(templates[self.template], thinking=self.thinking, answer_start=self.answer_start)
 
     @property
     def reward(self) -> Reward:
@@ -80,7 +96,8 @@ class MathTask(Task):
 
         Raises:
           FileNotFoundError: there is no copy of one of them; says what to put where.
-          ValueError: a copy of another schema, nothing left to train on, or a held-out prompt that is too long.
+          ValueError: a copy of another schema, nothing left to train on, a held-out prompt that is too long, or a chat
+            template that cannot be used.
         """
         from dcjax.data.store import load_examples
 
@@ -112,5 +129,5 @@ class MathTask(Task):
         )
 
     def _problems(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[TextProblem]:
-        prompt = templates[self.template].prompt
-        return [TextProblem(prompt(tokenizer, example.question), example.answer) for example in examples]
+        prompt = self.asked.prompt
+        return [TextProblem(prompt(tokenizer, each.question), each.answer, each.question) for each in examples]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
+from dcjax.data.chat import Thinking, chat_prompt
 from dcjax.data.datasets import DAPO_INSTRUCTIONS
 from dcjax.rewards.boxed import last_box
 from dcjax.rewards.math import answer_line, answer_line_reward, math_reward
@@ -27,18 +28,35 @@ class Template:
     """Finds the answer in a response, as written; returns None if there is none."""
     reward: Reward
     """Scores what `extract` finds."""
+    thinking: Thinking = "auto"
+    """What a chat template is told of thinking."""
+    answer_start: str = ""
+    """The beginning of the answer, which the model continues."""
 
     def message(self, question: str) -> str:
         """The question with its instructions."""
         return f"{self.before}{question}{self.after}"
 
     def prompt(self, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-        """The text that the model continues: the message as a user's turn, or bare without a chat template."""
-        message = self.message(question)
-        if tokenizer.chat_template is None:
-            return message
-        turn = [{"role": "user", "content": message}]
-        return cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        """The text that the model continues; as `chat_prompt`.
+
+        Raises:
+          ValueError: as `chat_prompt`.
+        """
+        return chat_prompt(tokenizer, self.message(question), thinking=self.thinking, answer_start=self.answer_start)
+
+
+def check_answer_start(text: str) -> None:
+    """Refuses the start of an answer that holds the place where an answer is read, since only what follows is read.
+
+    Raises:
+      ValueError: it does; the message begins with the name of the field, answer_start.
+    """
+    for place in ("boxed", "fbox", "Answer:"):
+        if place in text:
+            raise ValueError(
+                f"answer_start is {text!r}; it must not hold {place!r}, since the answer is read from what follows it"
+            )
 
 
 templates: dict[TemplateName, Template] = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+TOKENIZER = "tokenizer.json"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,7 +48,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises an exception of its own, from Rust
-        raise ValueError(f"no tokenizer can be read in {folder}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            _fault(folder) or f"{folder} holds no tokenizer that can be read: {_one_line(error)}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no end token; a response could not end")
     return tokenizer
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the files of a tokenizer that could not be loaded; None if all can be read as JSON."""
+    for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        try:
+            json.loads((folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (ValueError, RecursionError) as error:
+            return f"{folder / name} is damaged: it must be JSON ({_one_line(error)})"
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+    if (folder / TOKENIZER).exists():
+        return None
+    if (folder / "vocab.json").exists():
+        return (
+            f"no tokenizer in {folder}: it has vocab.json and no {TOKENIZER}, which transformers writes from it: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    return f"no tokenizer in {folder}: it must have a {TOKENIZER}"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -8,12 +8,14 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dcjax.data.problems import TEMPLATE
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
 from dcjax.models.hf_config import end_tokens_in
@@ -35,7 +37,7 @@ VERSIONED = (
 )
 
 
-BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens", "recipe", "directory")
+BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens", "recipe", "directory", "started")
 """What config.json holds beside the config."""
 
 
@@ -46,6 +48,7 @@ def open_run(
     data: dict[str, str] | None = None,
     end_tokens: Sequence[int] = (),
     recipe: CodeFile | None = None,
+    started: datetime | None = None,
 ) -> Iterator[Path]:
     """Makes or re-enters `config.directory`, and holds it against other runs meanwhile; process 0 does it for all.
 
@@ -54,6 +57,7 @@ def open_run(
       data: the `Problems.fingerprint` of what it trains on; None where nothing is read.
       end_tokens: ids that end a response; none where only the tokenizer's own does.
       recipe: the file that the run keeps a copy of; None for a run without one.
+      started: as `start_of` gives it; None is now.
 
     Raises:
       RunError: the directory belongs to another configuration or recipe, to a run on other data, or to another process.
@@ -62,7 +66,7 @@ def open_run(
     if not is_main():
         yield directory
         return
-    began = {"recipe": describe(recipe), "directory": str(Path.cwd())}
+    began = {"recipe": describe(recipe), "directory": str(Path.cwd()), "started": _now(started)}
     if resumes := goes_on(config):
         _check_same_data(data, directory)
         _check_same_recipe(recipe, directory)
@@ -93,6 +97,35 @@ def goes_on(config: Config) -> bool:
     return True
 
 
+def start_of(config: Config) -> datetime:
+    """When the run was started first, which is now unless it is resumed: local time, of process 0, to the second.
+
+    Raises:
+      RunError: `config.directory` holds a run of another config, or what is recorded there is no time.
+    """
+    recorded = recorded_start(config.directory) if goes_on(config) else None
+    return datetime.fromisoformat(_of_all_processes({"started": _now(recorded)})[0]["started"])
+
+
+def recorded_start(directory: Path) -> datetime:
+    """When the run in a directory was started first; of a run that does not say, now.
+
+    Raises:
+      RunError: as `load_config`, or what is recorded is no time.
+    """
+    recorded = _read_all(directory).get("started")
+    try:
+        return datetime.fromisoformat(_now() if recorded is None else recorded)
+    except (ValueError, TypeError):
+        raise RunError(
+            f"{directory / 'config.json'}: started is {recorded!r}; it must be a time, such as {_now()!r}"
+        ) from None
+
+
+def _now(moment: datetime | None = None) -> str:
+    return (moment or datetime.now()).isoformat(timespec="seconds")
+
+
 def check_processes_agree(config: Config, recipe: CodeFile | None = None) -> None:
     """That all processes run one config of one recipe on the same versions; each says what differs.
 
@@ -112,7 +145,7 @@ def check_data_agree(data: dict[str, str]) -> None:
     Raises:
       RunError: they have not.
     """
-    _check_agree(data, "give every host the same files in task.data_dir")
+    _check_agree(data, "give every host the same files in task.data_dir, and the same tokenizer")
 
 
 def check_end_tokens_agree(end_tokens: Sequence[int]) -> None:
@@ -251,10 +284,15 @@ def _check_same_recipe(recipe: CodeFile | None, directory: Path) -> None:
 
 def _check_same_data(data: dict[str, str], directory: Path) -> None:
     recorded = _read_all(directory).get("data", {})
-    changed = [name for name in data | recorded if data.get(name) != recorded.get(name)]
-    if changed:
-        listed = ", ".join(f"{name}: {data.get(name)}, there {recorded.get(name)}" for name in sorted(changed))
-        raise RunError(
-            f"{directory} holds a run on other data: {listed}; "
-            "put the files that it began with back into task.data_dir, or choose another --run-dir"
-        )
+    changed = sorted(name for name in data | recorded if data.get(name) != recorded.get(name))
+    if not changed:
+        return
+    listed = ", ".join(f"{name}: {data.get(name)}, there {recorded.get(name)}" for name in changed)
+    back = {
+        "the chat template that it began with back into the model's folder": TEMPLATE in changed,
+        "the files that it began with back into task.data_dir": changed != [TEMPLATE],
+    }
+    raise RunError(
+        f"{directory} holds a run on other data: {listed}; put {' and '.join(name for name in back if back[name])}, "
+        "or choose another --run-dir"
+    )

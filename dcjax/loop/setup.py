@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from dcjax.data.chat import dated
 from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree
+from dcjax.loop.run_directory import check_end_tokens_agree, start_of
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -50,6 +52,8 @@ class Setup:
     engines: dict[PolicyName, Qwen3Engine]
     # the file that the run keeps a copy of
     recipe: CodeFile | None = None
+    # when the run was started first, which is the date that chat templates tell
+    started: datetime | None = None
 
 
 def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> Setup:
@@ -61,7 +65,8 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
     """
     try:
         tokenizer = config.task.build_tokenizer(config.pretrained)
-        problems = open_problems(config, tokenizer)
+        started = start_of(config)
+        problems = open_problems(config, dated(tokenizer, started))
         for split in ("train", "heldout"):
             problems.problems(split, config.seed, 0, 1)
         check_golds(config, problems)
@@ -76,7 +81,7 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
     end_tokens = starting_end_tokens(config, tokenizer)
     check_end_tokens_agree(end_tokens)
     engines = make_engines(config, mesh, end_tokens)
-    return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe)
+    return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe, started)
 
 
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:

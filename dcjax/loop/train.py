@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from dcjax.loop.run_directory import check_data_agree, check_processes_agree, op
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Setup, begin, set_up
 from dcjax.loop.updater import Updater
+from dcjax.models.hf_config import GENERATION_CONFIG
 from dcjax.recipe.build import abstract_state, with_pretrained_model
 from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
@@ -57,7 +59,11 @@ def train_with(setup: Setup) -> tuple[Path, Path] | None:
     check_data_agree(setup.problems.fingerprint)
     with (
         open_run(
-            setup.config, data=setup.problems.fingerprint, end_tokens=setup.end_tokens, recipe=setup.recipe
+            setup.config,
+            data=setup.problems.fingerprint,
+            end_tokens=setup.end_tokens,
+            recipe=setup.recipe,
+            started=setup.started,
         ) as directory,
         Checkpoints(directory / "checkpoints", keep=setup.config.checkpoint.keep) as checkpoints,
     ):
@@ -152,8 +158,13 @@ def _stop(checkpoints: Checkpoints, state: TrainState, cursor: Cursor) -> NoRetu
 
 
 def _save_tokenizer(setup: Setup, directory: Path) -> None:
+    """Writes the tokenizer, and for exports the configs of the model's folder as they were when the run was started."""
     try:
         setup.tokenizer.save_pretrained(directory)
+        if (folder := setup.config.pretrained) is not None:
+            for name in ("config.json", GENERATION_CONFIG):
+                if (folder / name).is_file() and not (directory / name).exists():
+                    shutil.copyfile(folder / name, directory / name)
     except Exception as error:  # the library's own, in Rust, is no OSError
         raise RunError(f"cannot write {directory}: {error}") from error
 

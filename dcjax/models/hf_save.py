@@ -42,6 +42,12 @@ COPIED = (
 )
 """The files that `save_hf` copies from `tokenizer_from`, if they exist."""
 
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates that have names, which is copied too."""
+
+MAX_TOKENIZER_CONFIG_BYTES = 1 << 26
+"""Largest tokenizer_config.json that is read; some list thousands of tokens."""
+
 Told = Callable[[int, int], None]
 """A progress callback: it is called after each tensor with the number done and the total."""
 
@@ -91,9 +97,9 @@ def save_hf(
     """Writes params as a Hugging Face folder that `transformers`, vLLM and `load_hf` read.
 
     The folder holds config.json in both styles, safetensors files with a CRC-32 of each tensor in their metadata, an
-    index if there are several files, and the tokenizer. It appears only once it is complete: a crash leaves at most a
-    hidden `.NAME.*.partial` beside it. One tensor is fetched from the devices at a time, and the host holds those of
-    one file.
+    index if there are several files, and the tokenizer, as transformers 4 and 5 read it. It appears only once it is
+    complete: a crash leaves at most a hidden `.NAME.*.partial` beside it. One tensor is fetched from the devices at a
+    time, and the host holds those of one file.
 
     Args:
       path: the folder to make; it may exist if it is empty.
@@ -172,12 +178,13 @@ def write_folder(
 ) -> None:
     """Writes a Hugging Face folder; each tensor is fetched when its file is written. See `save_hf`."""
     path = check_vacant(path)
-    carried, copied = _carried(None if tokenizer_from is None else local_path(tokenizer_from))
+    source = Path() if tokenizer_from is None else local_path(tokenizer_from)
+    carried, copied = ({}, []) if tokenizer_from is None else _carried(source)
     name = max(DTYPES, key=lambda name: sum(tensor.nbytes for tensor in pending if tensor.dtype == DTYPES[name]))
     fields = to_fields(config, name, carried) | dict(token_ids or {})
     with _appearing_whole(path) as partial_path:
         for file in copied:
-            _copy(file, partial_path / file.name)
+            _copy(file, partial_path / file.relative_to(source))
         _write_json(partial_path / "config.json", fields)
         if token_ids:
             # transformers reads a model's end tokens from this file, and from config.json only if it does not exist
@@ -200,21 +207,33 @@ def check_vacant(path: Path | str) -> Path:
     return path
 
 
-def _carried(source: Path | None) -> tuple[dict[str, Any], list[Path]]:
+def _carried(source: Path) -> tuple[dict[str, Any], list[Path]]:
     """The fields of a folder's config.json, if it has one, and the files to copy from it."""
-    if source is None:
-        return {}, []
     if not source.is_dir():
         raise FileNotFoundError(f"no folder {source} to take a tokenizer from")
     fields = read_fields(source)[0] if (source / "config.json").exists() else {}
-    return fields, [source / name for name in COPIED if (source / name).is_file()]
+    named = [source / name for name in COPIED if (source / name).is_file()]
+    return fields, named + sorted((source / MORE_TEMPLATES).glob("*.jinja"))
 
 
 def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
     shutil.copyfile(file, to)
     if file.name == "tokenizer_config.json":
-        # transformers 5 writes this new name of the class; 5 also reads the old name, and 4 reads no other
-        to.write_bytes(to.read_bytes().replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"'))
+        fields = read_json_object(file, MAX_TOKENIZER_CONFIG_BYTES)
+        if (changed := _for_transformers_4(fields)) != fields:
+            _write_json(to, changed)
+
+
+def _for_transformers_4(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config as transformers 4 reads it, and 5 as well; 5 writes other names than 4 knows."""
+    fields = dict(fields)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # of 4, extra_special_tokens are named ones, a dictionary
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields.setdefault("additional_special_tokens", fields.pop("extra_special_tokens"))
+    return fields
 
 
 @contextlib.contextmanager
@@ -228,8 +247,8 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         hidden.chmod(0o777 & ~mask)
-        for file in hidden.iterdir():
-            file.chmod(0o666 & ~mask)
+        for file in hidden.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
         hidden.rename(path)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from dcjax.data.chat import dated
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
-from dcjax.loop.run_directory import load_config, locate
+from dcjax.loop.run_directory import load_config, locate, recorded_start
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import abstract_state, starting_params, with_pretrained_model
@@ -38,6 +40,7 @@ class OpenedModel:
     mesh: Mesh
     """The devices that the weights are placed on."""
     tokenizer: PreTrainedTokenizerFast
+    """To its chat template it is the time when the run was started, or for a folder now."""
     end_tokens: list[int]
     """The ids that end a response, ascending."""
     directory: Path
@@ -114,9 +117,10 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
     checkpoints = Checkpoints(run_dir / "checkpoints")
     step = checkpoints.latest() if step is None else step
     checkpoints.require(step)
-    if not (run_dir / "tokenizer").is_dir():
-        raise RunError(f"no tokenizer in {run_dir / 'tokenizer'}; dcjax train writes it when it starts")
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    try:
+        tokenizer = dated(load_tokenizer(run_dir / "tokenizer"), recorded_start(run_dir))
+    except ValueError as error:
+        raise RunError(f"{error}; dcjax train {run_dir} writes the tokenizer again") from None
     return OpenedModel(
         name=run_dir.name,
         step=step,
@@ -131,7 +135,7 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
 
 def _open_folder(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
     config = _placed(with_pretrained_model(_changed(Config(pretrained=source), sections)), mesh)
-    tokenizer = load_tokenizer(source)
+    tokenizer = dated(load_tokenizer(source), datetime.now())
     return OpenedModel(
         name=source.name,
         step=None,

@@ -617,7 +617,7 @@ def test_the_exported_config_is_read_by_transformers(tmp_path, kind):
 def test_tokenizer_files_and_unknown_fields_are_carried_over(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "pytorch_model.bin"):
+    for name in ("tokenizer.json", "pytorch_model.bin"):
         (source / name).write_text(name)
     (source / "generation_config.json").write_text('{"bos_token_id": 3, "eos_token_id": [7, 5], "top_k": 20}')
     carried = {

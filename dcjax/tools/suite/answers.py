@@ -43,9 +43,13 @@ def to_problems(model: OpenedModel, template: Template, examples: Sequence[Examp
     """A benchmark's problems, in order, as the model gets them.
 
     Raises:
-      RunError: the model's tokenizer cannot spell one of them.
+      RunError: the model's chat template cannot be used, or its tokenizer cannot spell one of them.
     """
-    prompts = encode(model.tokenizer, [template.prompt(model.tokenizer, example.question) for example in examples])
+    try:
+        texts = [template.prompt(model.tokenizer, example.question) for example in examples]
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    prompts = encode(model.tokenizer, texts)
     unknown = model.tokenizer.unk_token_id
     for example, prompt in zip(examples, prompts, strict=True):
         if unknown is not None and unknown in prompt:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import dataclass
 
+from dcjax.data.chat import Thinking
 from dcjax.data.datasets import datasets
-from dcjax.data.templates import TemplateName, templates
+from dcjax.data.templates import TemplateName, check_answer_start, templates
 from dcjax.errors import RunError
 
 
@@ -54,6 +56,10 @@ class SuiteConfig:
     """How many problems of each benchmark are asked, from the first one on; None is all."""
     template: TemplateName | None = None
     """What surrounds questions and reads answers; None is the template that the run was trained with, or boxed."""
+    thinking: Thinking | None = None
+    """What the chat template is told of thinking; None is as the run was trained, or auto."""
+    answer_start: str | None = None
+    """The beginning of each answer, which the model continues; None is as the run was trained, or nothing."""
     seed: int = 0
     """The seed of the samples."""
 
@@ -62,6 +68,12 @@ class SuiteConfig:
             raise RunError(f"suite is {self.suite!r}; it must be one of {', '.join(SUITES)}")
         if self.template is not None and self.template not in templates:
             raise RunError(f"template is {self.template!r}; it must be one of {', '.join(templates)}")
+        if self.thinking is not None and self.thinking not in (kinds := typing.get_args(Thinking)):
+            raise RunError(f"thinking is {self.thinking!r}; it must be one of {', '.join(kinds)}")
+        try:
+            check_answer_start(self.answer_start or "")
+        except ValueError as error:
+            raise RunError(str(error).replace("_", "-", 1)) from None
         for name in ("samples", "problems", "max_response_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RunError(f"{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -39,6 +39,8 @@ class Conditions:
     max_response_length: int
     stop_tokens: list[int]
     template: str
+    thinking: str
+    answer_start: str
 
     @property
     def fingerprint(self) -> str:

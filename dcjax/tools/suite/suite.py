@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 from dcjax.data.datasets import Example
 from dcjax.data.mathematics import MathTask
 from dcjax.data.store import load_examples
-from dcjax.data.templates import TemplateName, templates
+from dcjax.data.templates import Template, TemplateName, templates
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import fingerprint
 from dcjax.loop.reward_collector import tell_unreadable
@@ -48,6 +48,8 @@ class _Plan:
     model: OpenedModel
     config: SuiteConfig
     template: TemplateName
+    asked: Template
+    """The template, as problems are put by it."""
     params: Params
     weights: int
     """The fingerprint of `params`."""
@@ -87,6 +89,8 @@ class _Plan:
             max_response_length=self.max_response_length,
             stop_tokens=self.model.end_tokens,
             template=self.template,
+            thinking=self.asked.thinking,
+            answer_start=self.asked.answer_start,
         )
 
 
@@ -143,12 +147,11 @@ def evaluate_suite(
 
 
 def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan:
-    task = model.config.task
-    template = config.template or (task.template if isinstance(task, MathTask) else "boxed")
+    template, asked = _template(model, config)
     problems, golds, notes = {}, [], []
     for benchmark in config.benchmarks:
         examples = _examples(benchmark, data_dir)[: config.problems]
-        problems[benchmark] = to_problems(model, templates[template], examples)
+        problems[benchmark] = to_problems(model, asked, examples)
         golds += examples
         if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
             notes.append(f"{benchmark.title}: {count} problems, not the published {published[0]}")
@@ -168,13 +171,25 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
         model=model,
         config=config,
         template=template,
+        asked=asked,
         params=params,
         weights=int(fingerprint(params)),
         problems=problems,
-        unreadable=tell_unreadable(golds, templates[template].reward),
+        unreadable=tell_unreadable(golds, asked.reward),
         max_prompt_length=longest,
         max_response_length=min(room, config.max_response_length),
         notes=notes,
+    )
+
+
+def _template(model: OpenedModel, config: SuiteConfig) -> tuple[TemplateName, Template]:
+    """The template by which problems are put: as the run was trained, unless the suite says otherwise."""
+    trained = model.config.task if isinstance(model.config.task, MathTask) else MathTask()
+    name = config.template or trained.template
+    return name, replace(
+        templates[name],
+        thinking=config.thinking or trained.thinking,
+        answer_start=trained.answer_start if config.answer_start is None else config.answer_start,
     )
 
 
@@ -200,7 +215,7 @@ def _sample(plan: _Plan, directory: Path) -> None:
         count = len(POLICIES) * sum(map(len, plan.problems.values()))
         done = count - left
         with (
-            RewardPool(templates[plan.template].reward, workers=min(WORKERS, os.cpu_count() or 1)) as pool,
+            RewardPool(plan.asked.reward, workers=min(WORKERS, os.cpu_count() or 1)) as pool,
             _progress_shown(count, done) as show,
         ):
             for policy in (policy for policy in POLICIES if missing[policy]):
@@ -228,8 +243,12 @@ def _sample_policy(
     )
     params = engine.sync(plan.params, plan.model.step or 0)
     for benchmark, problems in plan.problems.items():
-        conditions, template = plan.conditions(policy, benchmark), templates[plan.template]
-        scored = {"conditions": conditions, "template": template, "pool": pool, "log": log}
+        scored = {
+            "conditions": plan.conditions(policy, benchmark),
+            "template": plan.asked,
+            "pool": pool,
+            "log": log,
+        }
         for more in sample_problems(engine, params, plan.model, problems, **scored):
             yield benchmark, more
 
@@ -251,6 +270,8 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
         policies.append(score_policy(policy, plan.format(policy), scores))
     settings = asdict(plan.config) | {
         "template": plan.template,
+        "thinking": plan.asked.thinking,
+        "answer_start": plan.asked.answer_start,
         "max_response_length": plan.max_response_length,
         "stop_tokens": plan.model.end_tokens,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dcjax.reporting.record import write_atomically
 from dcjax.tools.suite.benchmarks import SUITES
@@ -37,7 +38,7 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
         f"# {result.title}: suite {result.suite}",
         "",
         f"Temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, at most "
-        f"{settings['max_response_length']:,} tokens, template {settings['template']}, seed {settings['seed']}. "
+        f"{settings['max_response_length']:,} tokens, {_asked(settings)}, seed {settings['seed']}. "
         "Accuracies in percent, with 95% intervals over problems.",
         *(f"- {note}" for note in result.notes),
         *_unreadable(result),
@@ -53,6 +54,13 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
         if theirs is not None and ours != theirs:
             lines += ["", f"Not measured alike: responses end in tokens {ours} here and {theirs} there."]
     return "\n".join(lines) + "\n"
+
+
+def _asked(settings: dict[str, Any]) -> str:
+    """The template, and what was added to it; results of earlier versions do not say the latter."""
+    thinking, start = settings.get("thinking", "auto"), settings.get("answer_start")
+    told = f"template {settings['template']}" + ("" if thinking == "auto" else f", thinking {thinking}")
+    return told + (f", answers begin with {start!r}" if start else "")
 
 
 def _unreadable(result: SuiteResult) -> list[str]:

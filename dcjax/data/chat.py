@@ -1,0 +1,92 @@
+"""Chat templates: a message as a user's turn, with or without thinking, and which day it is to them."""
+
+from __future__ import annotations
+
+import copy
+import string
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Thinking = Literal["auto", "on", "off"]
+"""Whether a chat template is told enable_thinking=True or False, as Qwen3's takes it; `auto` says nothing."""
+
+# A line of its own, of which Jinja leaves nothing, so that what stands in the first line of a template stays there.
+_DATED = """\
+{%%- macro strftime_now(format) -%%}
+{%%- set told = namespace(text=format) -%%}
+{%%- for directive, value in %r.items() -%%}
+{%%- set told.text = told.text.replace(directive, value) -%%}
+{%%- endfor -%%}
+{{- told.text -}}
+{%%- endmacro %%}
+"""
+
+
+def dated(tokenizer: PreTrainedTokenizerFast, moment: datetime) -> PreTrainedTokenizerFast:
+    """A tokenizer to whose chat template it is always the same moment, in place of now.
+
+    Args:
+      tokenizer: it is left as it is, so that it can be saved.
+      moment: what `strftime_now` tells the template.
+
+    Returns:
+      A shallow copy, or the tokenizer itself if its chat template does not ask for the date.
+    """
+    if "strftime_now" not in str(given := tokenizer.chat_template):
+        return tokenizer
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+    before = _DATED % {directive: moment.strftime(directive) for directive in directives}
+    named = {name: before + text for name, text in given.items()} if isinstance(given, dict) else before + given
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = named
+    return tokenizer
+
+
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerFast, message: str, *, thinking: Thinking = "auto", answer_start: str = ""
+) -> str:
+    """The text that a model continues: the message as a user's turn, or bare if the tokenizer has no chat template.
+
+    Args:
+      tokenizer: of the model.
+      message: what the user says.
+      thinking: what the chat template is told of `enable_thinking`.
+      answer_start: the beginning of the answer, which the model continues (an assistant prefill).
+
+    Raises:
+      ValueError: the chat template cannot be rendered, leaves the message out, or does not know of thinking.
+    """
+    if thinking != "auto" and "enable_thinking" not in str(tokenizer.chat_template):
+        raise ValueError(
+            f"thinking is {thinking!r}; {_name(tokenizer)} has no chat template with enable_thinking, so it must be "
+            "'auto'"
+        )
+    if tokenizer.chat_template is None:
+        return message + answer_start
+    prompt = _render(tokenizer, message, thinking)
+    if message not in prompt and prompt == _render(tokenizer, f"{message}?", thinking):
+        raise ValueError(
+            f"the chat template of {_name(tokenizer)} leaves a user's message out: it renders {prompt[:60]!r}; "
+            "it must put the messages into the prompt"
+        )
+    return prompt + answer_start
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, message: str, thinking: Thinking) -> str:
+    turn = [{"role": "user", "content": message}]
+    told: dict[str, Any] = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
+    try:
+        return cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, **told))
+    except Exception as error:  # a template is a program: it may raise anything
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the chat template of {_name(tokenizer)} cannot be rendered: {type(error).__name__}: {said}; "
+            "it must render one turn of a user"
+        ) from None
+
+
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.name_or_path) or "the tokenizer"
