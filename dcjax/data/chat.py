@@ -67,7 +67,7 @@ def chat_prompt(
     if tokenizer.chat_template is None:
         return message + answer_start
     prompt = _render(tokenizer, message, thinking)
-    if message not in prompt and prompt == _render(tokenizer, f"{message}?", thinking):
+    if message not in prompt and prompt == _render(tokenizer, f"?{message}", thinking):
         raise ValueError(
             f"the chat template of {_name(tokenizer)} leaves a user's message out: it renders {prompt[:60]!r}; "
             "it must put the messages into the prompt"

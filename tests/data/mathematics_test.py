@@ -9,7 +9,7 @@ import pytest
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.mathematics import MathTask
-from dcjax.data.problems import TextProblem
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.store import load_examples
 from dcjax.data.task import encode_prompts
 from dcjax.data.templates import templates
@@ -34,7 +34,8 @@ def tokenizer():
 def test_an_epoch_asks_every_training_question_once(tokenizer):
     problems = TASK.open(tokenizer)
     message = templates["boxed"].message
-    wanted = {TextProblem(message(each.question), each.answer) for each in load_examples("dapo-math-17k", SAMPLES)}
+    examples = load_examples("dapo-math-17k", SAMPLES)
+    wanted = {TextProblem(message(each.question), each.answer, each.question) for each in examples}
     assert len(wanted) == 29
     for epoch in range(3):
         assert set(problems.problems("train", 7, 29 * epoch, 29)) == wanted
@@ -106,6 +107,9 @@ def test_a_missing_copy_says_what_to_put_where(tokenizer, tmp_path):
         ({"subset": "a quarter"}, "subset is 'a quarter'; it must be all, or a percentage"),
         ({"questions": "french"}, "task.questions is 'french'; it must be one of all, english_integer"),
         ({"template": "plain"}, "task.template is 'plain'; it must be one of boxed, dapo"),
+        ({"thinking": False}, "task.thinking is False; it must be one of auto, on, off"),
+        ({"answer_start": "So \\boxed{"}, r"task.answer_start is 'So \\boxed{'; it must not hold 'boxed', since the"),
+        ({"answer_start": "Answer: "}, "task.answer_start is 'Answer: '; it must not hold 'Answer:', since the answer"),
         ({"max_prompt_tokens": 0}, "task.max_prompt_tokens is 0; it must be at least 1"),
     ],
 )
@@ -139,14 +143,49 @@ def test_both_tasks_say_what_a_run_needs_of_them(tokenizer):
 
 def test_the_fingerprint_is_of_what_is_asked_and_in_which_order(tokenizer, tmp_path):
     given = TASK.open(tokenizer).fingerprint
-    assert [told.split(" (")[0] for told in given.values()] == ["29 problems", "6 problems"]
+    assert [told.split(" (")[0] for told in given.values()][:2] == ["29 problems", "6 problems"]
     assert TASK.open(tokenizer).fingerprint == given
-    names = ("train dapo-math-17k", "heldout aime24")
+    names = ("train dapo-math-17k", "heldout aime24", "prompt template")
     assert set(given) == set(names)
-    other = replace(TASK, template="dapo").open(tokenizer).fingerprint
-    assert all(other[name] != given[name] for name in names)
+    for changed in ({"template": "dapo"}, {"answer_start": "Well, "}):
+        assert differing(replace(TASK, **changed).open(tokenizer).fingerprint, given) == {"prompt template"}
+    assert differing(TASK.open(templated("[{{ messages[0].content }}]")).fingerprint, given) == {"prompt template"}
     lines = (SAMPLES / "dapo-math-17k.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "dapo-math-17k.jsonl").write_text("\n".join(lines[::-1]), encoding="utf-8")
     shutil.copy(SAMPLES / "aime24.jsonl", tmp_path)
     turned = replace(TASK, data_dir=tmp_path).open(tokenizer).fingerprint
-    assert turned[names[0]] != given[names[0]] and turned[names[1]] == given[names[1]]
+    assert differing(turned, given) == {"train dapo-math-17k"}
+    (tmp_path / "dapo-math-17k.jsonl").write_text("\n".join(lines[:20]), encoding="utf-8")
+    fewer = replace(TASK, data_dir=tmp_path).open(tokenizer).fingerprint
+    assert differing(fewer, given) == {"train dapo-math-17k"}
+
+
+def test_a_template_that_changes_the_question_is_told_apart_by_the_whole_prompt():
+    given = TASK.open(templated("[{{ messages[0].content | upper }}]")).fingerprint
+    other = TASK.open(templated("[{{ messages[0].content | lower }}]")).fingerprint
+    assert differing(given, other) == {"prompt template"}
+
+
+def test_the_prompt_is_as_the_task_says_of_thinking_and_of_the_answers_start():
+    chat = "{{ messages[0].content }}|{% if enable_thinking is false %}off|{% endif %}"
+    problems = replace(TASK, thinking="off", answer_start="Let me see. ").open(templated(chat))
+    assert all(problem.prompt.endswith("|off|Let me see. ") for problem in (*problems.train, *problems.heldout))
+    with pytest.raises(ValueError, match="has no chat template with enable_thinking"):
+        replace(TASK, thinking="off").open(templated("{{ messages[0].content }}"))
+
+
+def differing(one, other):
+    return {name for name in one | other if one.get(name) != other.get(name)}
+
+
+def templated(chat):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+def test_a_prompt_of_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^heldout has a problem with an empty prompt; a prompt must have at least one"
+    ):
+        FixedProblems([TextProblem("1+1=", "2")], [TextProblem("", "3")])

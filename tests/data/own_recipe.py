@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dcjax.data.chat import chat_prompt
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.task import Task
 from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
@@ -72,9 +73,8 @@ class Words(Task):
 
     def open(self, tokenizer):
         def problem(record):
-            turn = [{"role": "user", "content": record["question"]}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            return TextProblem(prompt, record["answer"])
+            question = record["question"]
+            return TextProblem(chat_prompt(tokenizer, question), record["answer"], question)
 
         problems = [problem(json.loads(line)) for line in self.path.read_text().splitlines()]
         return FixedProblems(train=problems[self.heldout :], heldout=problems[: self.heldout])

@@ -4,12 +4,21 @@ import json
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from dcjax.errors import RunError
-from dcjax.loop.run_directory import BESIDE_CONFIG, VERSIONED, load_config, locate, open_run, recorded_end_tokens
+from dcjax.loop.run_directory import (
+    BESIDE_CONFIG,
+    VERSIONED,
+    load_config,
+    locate,
+    open_run,
+    recorded_end_tokens,
+    start_of,
+)
 from dcjax.recipe.config import CheckpointConfig, Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -41,10 +50,10 @@ def test_a_run_directory_is_made_with_its_config(config):
     with open_run(config) as directory:
         assert directory == config.directory
         recorded = json.loads((directory / "config.json").read_text())
-    versions, *_, started_in = (recorded.pop(name) for name in BESIDE_CONFIG)
+    versions, *_, started_in, started = (recorded.pop(name) for name in BESIDE_CONFIG)
     assert recorded == to_dict(config)
     assert load_config(config.directory) == config
-    assert started_in == str(Path.cwd())
+    assert started_in == str(Path.cwd()) and datetime.fromisoformat(started) <= datetime.now()
     assert versions == {name: importlib.metadata.version(name) for name in VERSIONED} | {
         "python": platform.python_version()
     }
@@ -198,3 +207,50 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(config):
     assert told in str(caught.value) and "train" not in str(caught.value).split(";")[0]
     with pytest.raises(RunError, match="train dapo-math-17k: None, there 29 problems"), open_run(config):
         pass
+
+
+def test_a_run_that_goes_on_has_another_template_or_other_files_and_says_which(config):
+    template, files = {"prompt template": "SHA-256 ab"}, {"heldout aime24": "6 problems (SHA-256 ef)"}
+    with open_run(config, data=DATA | {"prompt template": "SHA-256 cd"}):
+        pass
+    for changed, told in (
+        (template, "put the chat template that it began with back into the model's folder, or choose"),
+        (
+            template | files,
+            "into the model's folder and the files that it began with back into task.data_dir, or choose",
+        ),
+    ):
+        with pytest.raises(RunError, match=told), open_run(config, data=DATA | changed):
+            pass
+
+
+# --- when a run was started ---
+
+
+def test_a_run_was_started_when_it_was_started_first(config):
+    first = datetime(2024, 2, 3, 4, 5, 6)
+    assert start_of(config) > first
+    with open_run(config, started=first):
+        pass
+    assert start_of(config) == first
+    enter(config)
+    assert start_of(config) == first
+
+
+@pytest.mark.parametrize("recorded", ["yesterday", 7, ["2024"]])
+def test_a_start_that_is_no_time_is_refused(config, recorded):
+    enter(config)
+    path = config.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": recorded}))
+    told = refusal(lambda: start_of(config))
+    assert told.startswith(f"{path}: started is {recorded!r}; it must be a time, such as '20") and "\n" not in told
+
+
+def test_a_run_that_does_not_say_when_it_was_started_goes_on(config):
+    enter(config)
+    path = config.directory / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["started"]
+    path.write_text(json.dumps(recorded))
+    assert start_of(config) <= datetime.now()
+    enter(config)

@@ -156,6 +156,44 @@ def test_an_export_is_the_checkpoint_and_its_tokenizer(run_command, trained, tmp
     assert fields["pad_token_id"] == tokenizer.pad_token_id
 
 
+def test_what_transformers_5_writes_is_exported_as_4_reads_it(trained, tmp_path):
+    run_dir = shutil.copytree(trained[0], tmp_path / "run")
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<unk>"]})
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(run_dir / "tokenizer")
+    before = json.loads((run_dir / "tokenizer" / "tokenizer_config.json").read_text())
+    assert before["extra_special_tokens"] == ["<unk>"]
+    export_run(run_dir, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    # of 4, extra_special_tokens are named, and the class is not TokenizersBackend
+    assert "extra_special_tokens" not in written and written["additional_special_tokens"] == ["<unk>"]
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.extra_special_tokens == ["<unk>"] and again.chat_template == tokenizer.chat_template
+    assert again("3+4=<unk>")["input_ids"] == tokenizer("3+4=<unk>")["input_ids"]
+
+
+def test_a_config_that_both_read_is_exported_as_it_came(trained, tmp_path):
+    run_dir = shutil.copytree(trained[0], tmp_path / "run")
+    config = run_dir / "tokenizer" / "tokenizer_config.json"
+    fields = json.loads(config.read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<unk>"],
+        "extra_special_tokens": {},
+    }
+    config.write_text(json.dumps(fields))
+    export_run(run_dir, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == config.read_bytes()
+
+
+def test_a_tokenizers_damaged_config_is_refused(refusal, tmp_path):
+    source = shutil.copytree(folder("qwen3"), tmp_path / "source")
+    (source / "tokenizer_config.json").write_text('{"chat_template":')
+    assert f"{source / 'tokenizer_config.json'} is damaged" in refusal("import", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_in_bf16_rounds_to_nearest(trained, tmp_path):
     run_dir, saved = trained
     assert export_run(run_dir, tmp_path / "out", dtype="bf16") == 7

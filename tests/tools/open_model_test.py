@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -131,9 +132,14 @@ def test_every_tool_refuses_what_is_missing_in_the_same_words(run, opener, tmp_p
     with pytest.raises(RunError, match=rf"^no checkpoint of step 4 in {run}/checkpoints; there: 3, 7$"):
         opener(run / "checkpoints" / "4")
     bare = copied(run, tmp_path, "tokenizer")
-    with pytest.raises(RunError, match=rf"^no tokenizer in {bare}/tokenizer; dcjax train writes it when it starts$"):
+    again = rf"dcjax train {bare} writes the tokenizer again$"
+    with pytest.raises(RunError, match=rf"^no tokenizer in {bare}/tokenizer: it must have a tokenizer\.json; {again}"):
         opener(bare)
     shutil.copytree(run / "tokenizer", bare / "tokenizer")
+    os.truncate(bare / "tokenizer" / "tokenizer.json", 200)
+    with pytest.raises(RunError, match=rf"^{bare}/tokenizer/tokenizer\.json is damaged: it must be JSON \(.*; {again}"):
+        opener(bare)
+    shutil.copytree(run / "tokenizer", bare / "tokenizer", dirs_exist_ok=True)
     shutil.rmtree(bare / "checkpoints")
     with pytest.raises(RunError, match=rf"^no checkpoint in {bare}/checkpoints; dcjax train writes the first one"):
         opener(bare)

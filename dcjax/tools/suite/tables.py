@@ -58,7 +58,7 @@ def to_markdown(result: SuiteResult, against: SuiteResult | None = None) -> str:
 
 def _asked(settings: dict[str, Any]) -> str:
     """The template, and what was added to it; results of earlier versions do not say the latter."""
-    thinking, start = settings.get("thinking", "auto"), settings.get("answer_start")
+    thinking, start = settings.get("thinking") or "auto", settings.get("answer_start")
     told = f"template {settings['template']}" + ("" if thinking == "auto" else f", thinking {thinking}")
     return told + (f", answers begin with {start!r}" if start else "")
 

@@ -21,6 +21,8 @@ CONDITIONS = Conditions(
     max_response_length=64,
     stop_tokens=[1],
     template="boxed",
+    thinking="auto",
+    answer_start="",
 )
 PROBLEMS = [SuiteProblem(f"p{number}", [5, 6], "7") for number in range(3)]
 

@@ -208,6 +208,8 @@ def test_the_published_averages_are_those_of_the_printed_rows():
     ("field", "value", "right"),
     [
         ("suite", "papers", "suite is 'papers'; it must be one of paper"),
+        ("thinking", "no", "thinking is 'no'; it must be one of auto, on, off"),
+        ("answer_start", "\\boxed{", r"answer-start is .*boxed\{'; it must not hold 'boxed'"),
         ("template", "box", "template is 'box'; it must be one of boxed, dapo"),
         ("samples", 0, "samples is 0; it must be at least 1"),
         ("problems", -1, "problems is -1; it must be at least 1"),

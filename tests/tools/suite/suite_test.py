@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,11 +27,12 @@ from dcjax.recipe.serving import ServingConfig
 from dcjax.rewards.pool import Pending, RewardPool
 from dcjax.sharding.mesh import make_mesh
 from dcjax.tools.open_model import open_model
+from dcjax.tools.suite.answers import to_problems
 from dcjax.tools.suite.benchmarks import SUITES, Benchmark, SuiteConfig
 from dcjax.tools.suite.log import read_samples
 from dcjax.tools.suite.result import read_result
 from dcjax.tools.suite.suite import evaluate_suite
-from dcjax.tools.suite.tables import write_result
+from dcjax.tools.suite.tables import to_markdown, write_result
 
 pytestmark = pytest.mark.heavy
 
@@ -332,6 +334,44 @@ def test_a_run_whose_tokenizer_cannot_spell_the_problems_is_refused(tmp_path):
     run = make_run(tmp_path / "run", build_tokenizer())
     with pytest.raises(RunError, match="the tokenizer of run cannot spell problem aime24-0 of aime24"):
         evaluate_suite(run, small(), data_dir=SAMPLES)
+
+
+# --- how problems are put ---
+
+
+def chatting(folder, tmp_path, template):
+    """The same model with a chat template."""
+    path = shutil.copytree(folder, tmp_path / "chatting")
+    (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+def test_thinking_and_a_start_of_the_answer_are_put_into_the_prompts(folder, tmp_path, monkeypatch):
+    # as long as without it, so that nothing is compiled
+    told = "{{ messages[0].content[4:] }}{% if enable_thinking is false %}!{% endif %}"
+    path, prompts = chatting(folder, tmp_path, told), []
+    monkeypatch.setattr(
+        dcjax.tools.suite.suite,
+        "to_problems",
+        lambda model, *given: prompts.append(found := to_problems(model, *given)) or found,
+    )
+    result = evaluated(path, tmp_path / "out", thinking="off", answer_start="So ")
+    texts = [byte_tokenizer().decode(problem.prompt) for part in prompts for problem in part]
+    assert len(texts) == 12 and all(text.endswith("!So ") for text in texts)
+    assert (result.settings["thinking"], result.settings["answer_start"]) == ("off", "So ")
+    assert ", template boxed, thinking off, answers begin with 'So ', seed 0" in to_markdown(result)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ nosuch.a }}{{ enable_thinking }}", "cannot be rendered: UndefinedError"),
+        ("{{ messages[0].content }}", "^thinking is 'off'; .*chatting has no chat template with enable_thinking"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused_before_anything_is_sampled(folder, tmp_path, template, told):
+    with pytest.raises(RunError, match=told):
+        evaluated(chatting(folder, tmp_path, template), tmp_path / "out", thinking="off")
 
 
 # --- the command ---
