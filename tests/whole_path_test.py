@@ -1,5 +1,6 @@
 """From files in the schemas of DAPO-Math-17K and the benchmarks to a trained policy and a table."""
 
+import datetime
 import json
 import os
 import shutil
@@ -10,14 +11,19 @@ from collections import Counter
 
 import pretend
 import pytest
+import tiny
 
 import dcjax.loop.draw
 from dcjax.cli import main
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.store import load_examples
 from dcjax.data.stream import draw
+from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.loop.run_directory import load_config
+from dcjax.models import ModelConfig, save_hf
+from dcjax.recipe.build import open_problems
 from dcjax.reporting.record import read_metrics, read_transcripts
+from dcjax.tools.open_model import open_model
 
 pytestmark = pytest.mark.heavy
 
@@ -181,6 +187,47 @@ def test_the_six_benchmarks_of_a_run_are_a_table(pretending, finished, capfd, tm
     for title in ("AIME24 @2", "AIME25 @2", "AMC23 @2", "MATH-500 @2", "Minerva @2", "Olympiad @2"):
         assert title in output
     assert "deployed (float32)" in output and "Qwen3-8B, bf16: DC-GRPO" in output
+
+
+class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.now(tz) + datetime.timedelta(days=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder whose chat template tells the date."""
+    path, tokenizer = tmp_path / "folder", byte_tokenizer()
+    model = ModelConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_layers=1, max_position_embeddings=2048
+    )
+    save_hf(path, model, tiny.masters(model), token_ids={"bos_token_id": 7})
+    (path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [16, 1]}')
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%Y') }} {{ messages[0].content }}"
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_run_whose_template_tells_the_date_goes_on_tomorrow(pretending, recipe, folder, monkeypatch, tmp_path):
+    directory = tmp_path / "run"
+    command = ["train", str(recipe), "--pretrained", str(folder), "--run-dir", str(directory), "--steps", "1"]
+    command += ["--reward.function", "dcjax.rewards.boxed:integer_reward", "--reward.workers", "0"]
+    assert main(command) == 0
+    started = datetime.datetime.fromisoformat(json.loads((directory / "config.json").read_text())["started"])
+    monkeypatch.setattr("dcjax.loop.run_directory.datetime", Tomorrow)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert main(command) == 0
+    model = open_model(directory)
+    for problem in open_problems(model.config, model.tokenizer).problems("heldout", 0, 0, 3):
+        assert problem.prompt.startswith(f"{started:%d.%m.%Y} ")
+    # what is exported is still a template, beside what else the folder said
+    out = tmp_path / "out"
+    assert main(["convert", "export", str(directory), str(out)]) == 0
+    assert (out / "chat_template.jinja").read_text() == (folder / "chat_template.jinja").read_text()
+    generation = {"temperature": 0.6, "eos_token_id": [1, 16], "pad_token_id": 0}
+    assert json.loads((out / "generation_config.json").read_text()) == generation
+    assert json.loads((out / "config.json").read_text())["bos_token_id"] == 7
 
 
 @pytest.mark.slow
