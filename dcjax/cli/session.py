@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.errors import RunError
@@ -23,14 +24,35 @@ INTERRUPTION_HINTS = {
 
 @contextlib.contextmanager
 def jax_session() -> Iterator[None]:
-    """Sets up the process for JAX: memory allocator, logging and compilation cache; slow compilations are reported."""
+    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations."""
     keep_freed_memory()
     _silence_libraries()
+    _pin_settings()
     from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
 
     enable_compilation_cache()
     with report_slow_compilations():
         yield
+
+
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_threefry_partitionable": True,
+}
+"""Settings of JAX that would change what is computed or sampled, or stop it, and what dcjax is written for."""
+
+
+def _pin_settings() -> None:
+    """Sets what is pinned, and reports each setting that the environment has otherwise."""
+    import jax
+
+    settings: Any = jax.config
+    for name, value in PINNED.items():
+        if (found := getattr(settings, name)) != value:
+            print(f"dcjax: {name.upper()} is {found}; dcjax sets it to {value}", file=sys.stderr)
+            settings.update(name, value)
 
 
 def _silence_libraries() -> None:
@@ -44,16 +66,11 @@ def _silence_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_failed_checkpoints
-    sys.stderr.flush()
-    standard_error = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), 2)
+    from dcjax.sharding.mesh import hidden_standard_error
+
+    with hidden_standard_error():
         importlib.import_module("jetstream.engine.engine_api")
         importlib.import_module("transformers")
-    finally:
-        os.dup2(standard_error, 2)
-        os.close(standard_error)
 
 
 def _hide_failed_checkpoints(unraisable) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import Problems
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.end_tokens import starting_end_tokens
@@ -84,7 +85,7 @@ def begin(setup: Setup) -> tuple[TrainState, Cursor]:
     config = setup.config
     with compiled_beside(config, setup.mesh, setup.engines):
         params = warm_start(config, setup.mesh, setup.tokenizer)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = jax.random.fold_in(make_key(config.seed), 1)
     cursor = Cursor(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
     past = PastParams.needed_by(config)
     return initial_state(config, setup.mesh, build_optimizer(config), params, past), cursor

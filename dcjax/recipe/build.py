@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import Problems
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
 from dcjax.models.parallel.forward import check_model, mesh_layout
 from dcjax.recipe import sections
@@ -99,7 +100,7 @@ def starting_params(config: Config, mesh: Mesh) -> Params:
             return load_hf(config.pretrained, dtype=config.model.precision.parameters, mesh=mesh)[1]
         except ValueError as error:
             raise RunError(str(error)) from None
-    return _fresh_params(config.model, mesh)(jax.random.key(config.seed))
+    return _fresh_params(config.model, mesh)(make_key(config.seed))
 
 
 @cache
