@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import UInt32
 
 from dcjax.types import Array
@@ -17,7 +18,7 @@ def make_key(seed: int) -> jax.Array:
 
 def as_key(data: UInt32[Array, "*N 2"]) -> jax.Array:
     """The keys [*N] of raw key data."""
-    return jax.random.wrap_key_data(data, impl=IMPLEMENTATION)
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=IMPLEMENTATION)
 
 
 def require_key(key: jax.Array) -> None:

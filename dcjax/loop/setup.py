@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import Problems
+from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree
+from dcjax.loop.run_directory import check_end_tokens_agree, goes_on
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -61,7 +62,7 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
         response are not in it, or the model cannot be served.
     """
     try:
-        tokenizer = config.task.build_tokenizer(config.pretrained)
+        tokenizer = _tokenizer(config)
         problems = open_problems(config, tokenizer)
         for split in ("train", "heldout"):
             problems.problems(split, config.seed, 0, 1)
@@ -78,6 +79,13 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
     check_end_tokens_agree(end_tokens)
     engines = make_engines(config, mesh, end_tokens)
     return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The task's; that of a run which began from a folder is its own, since the folder may be gone."""
+    if config.pretrained is not None and goes_on(config):
+        return load_tokenizer(config.directory / "tokenizer")
+    return config.task.build_tokenizer(config.pretrained)
 
 
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:

@@ -58,7 +58,7 @@ def start_devices() -> None:
         try:
             jax.devices()
         except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms is there
-            asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+            asked = os.environ.get("JAX_PLATFORMS")
             reason = (str(error).strip() or "there is none").splitlines()[0].rstrip(".")
             raise RunError(
                 f"no device could be used: {reason}; JAX_PLATFORMS is {asked!r}, without which JAX takes what is there"
