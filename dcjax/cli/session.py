@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import inspect
@@ -65,7 +66,7 @@ def _silence_libraries() -> None:
     # Orbax both logs a failed save and raises it; the exception is reported in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _hide_failed_checkpoints
+    sys.unraisablehook = _hide_late_errors
     from dcjax.sharding.mesh import hidden_standard_error
 
     with hidden_standard_error():
@@ -73,9 +74,15 @@ def _silence_libraries() -> None:
         importlib.import_module("transformers")
 
 
-def _hide_failed_checkpoints(unraisable) -> None:
-    """An unraisable hook that is silent about reads and writes that end after their checkpoint has failed."""
+def _hide_late_errors(unraisable) -> None:
+    """An unraisable hook that is silent about reads and writes that end after their checkpoint has failed.
+
+    An interrupt that arrived in a callback of JAX's, which cannot raise it, is raised again in the main thread.
+    """
     error, source = unraisable.exc_value, unraisable.object
+    if isinstance(error, KeyboardInterrupt):
+        _thread.interrupt_main()
+        return
     is_late_write = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
     is_late_read = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
     if not (is_late_write or is_late_read):

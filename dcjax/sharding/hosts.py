@@ -237,9 +237,9 @@ class Stopped(Exception):
 
 
 class Preemption:
-    """Records SIGTERM, with which launchers announce that they will stop a process.
+    """Records SIGTERM, with which launchers announce that they will stop a process; SIGINT raises KeyboardInterrupt.
 
-    Outside of this context SIGTERM ends the process at once, since there is nothing to save yet.
+    Outside of this context both end the process at once, since there is nothing to save yet (`dcjax.signals`).
     """
 
     def __init__(self):
@@ -255,13 +255,15 @@ class Preemption:
             raise Stopped
 
     def __enter__(self) -> Preemption:
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: signal.default_int_handler}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True

@@ -66,7 +66,11 @@ def test_samples_do_not_depend_on_the_default_implementation_of_keys(default):
         return np.asarray(gumbel_noise(keys, np.arange(3), 7)), np.asarray(unit_noise())
 
     def unit_noise():
-        return make_sync(tiny.DENSE, formats["float32"], weight_noise=0.1)(tiny.masters(tiny.DENSE), 1).weights["embed_tokens"].codes
+        return (
+            make_sync(tiny.DENSE, formats["float32"], weight_noise=0.1)(tiny.masters(tiny.DENSE), 1)
+            .weights["embed_tokens"]
+            .codes
+        )
 
     expected = drawn()
     with jax.default_prng_impl(default):
