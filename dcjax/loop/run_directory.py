@@ -18,6 +18,7 @@ import numpy as np
 from dcjax.data.problems import TEMPLATE
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
+from dcjax.models.config import ModelConfig
 from dcjax.models.hf_config import end_tokens_in
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
@@ -124,6 +125,18 @@ def recorded_start(directory: Path) -> datetime:
 
 def _now(moment: datetime | None = None) -> str:
     return (moment or datetime.now()).isoformat(timespec="seconds")
+
+
+def recorded_model(config: Config) -> ModelConfig | None:
+    """The architecture of the run in `config.directory`; None where there is none.
+
+    Raises:
+      RunError: what is recorded there is damaged.
+    """
+    if not (config.directory / "config.json").exists():
+        return None
+    recorded = {name: value for name, value in _read(config.directory).items() if name == "model"}
+    return _parse(config.directory, recorded, None, None).model
 
 
 def check_processes_agree(config: Config, recipe: CodeFile | None = None) -> None:
@@ -244,13 +257,16 @@ def _read(directory: Path) -> dict:
 def _read_all(directory: Path) -> dict:
     path = directory / "config.json"
     try:
-        return dict(json.loads(path.read_text()).items())
+        recorded = dict(json.loads(path.read_text()).items())
     except FileNotFoundError:
         raise RunError(
             f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
         ) from None
     except (ValueError, AttributeError):
         raise RunError(f"{path} is damaged: it is not a JSON object") from None
+    if "model_type" in recorded or "architectures" in recorded:
+        raise RunError(f"{directory} is a Hugging Face folder without safetensors, and no run of dcjax train")
+    return recorded
 
 
 def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in: Path | None) -> Config:
@@ -289,7 +305,7 @@ def _check_same_data(data: dict[str, str], directory: Path) -> None:
         return
     listed = ", ".join(f"{name}: {data.get(name)}, there {recorded.get(name)}" for name in changed)
     back = {
-        "the chat template that it began with back into the model's folder": TEMPLATE in changed,
+        "the chat template that it began with back into the tokenizer's folder": TEMPLATE in changed,
         "the files that it began with back into task.data_dir": changed != [TEMPLATE],
     }
     raise RunError(

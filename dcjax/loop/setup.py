@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.chat import dated
 from dcjax.data.task import Problems
+from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree, start_of
+from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, start_of
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -64,7 +66,7 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
         response are not in it, or the model cannot be served.
     """
     try:
-        tokenizer = config.task.build_tokenizer(config.pretrained)
+        tokenizer = _tokenizer(config)
         started = start_of(config)
         problems = open_problems(config, dated(tokenizer, started))
         for split in ("train", "heldout"):
@@ -84,12 +86,19 @@ def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> 
     return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe, started)
 
 
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The task's; that of a run which began from a folder is its own, since the folder may be gone."""
+    if config.pretrained is not None and goes_on(config):
+        return load_tokenizer(config.directory / "tokenizer")
+    return config.task.build_tokenizer(config.pretrained)
+
+
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:
     """The state before RL, fresh parameters warmed up, and the cursor at the first prompt."""
     config = setup.config
     with compiled_beside(config, setup.mesh, setup.engines):
         params = warm_start(config, setup.mesh, setup.tokenizer)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = jax.random.fold_in(make_key(config.seed), 1)
     cursor = Cursor(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
     past = PastParams.needed_by(config)
     return initial_state(config, setup.mesh, build_optimizer(config), params, past), cursor

@@ -19,12 +19,12 @@ from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.recipe_copy import recipe_for
 from dcjax.loop.reward_collector import open_rewards
-from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run
+from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run, recorded_model
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Setup, begin, set_up
 from dcjax.loop.updater import Updater
 from dcjax.models.hf_config import GENERATION_CONFIG
-from dcjax.recipe.build import abstract_state, with_pretrained_model
+from dcjax.recipe.build import abstract_state, with_architecture, with_pretrained_model
 from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
 from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, join, threads_may_launch
@@ -49,9 +49,16 @@ def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] |
     join(config.distributed)
     recipe = recipe_for(config, recipe)
     check_processes_agree(config, recipe)
-    config = with_pretrained_model(config)
+    config = _with_model(config)
     with open_rewards(config) as rewards:
         return train_with(set_up(config, rewards, recipe))
+
+
+def _with_model(config: Config) -> Config:
+    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
+    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
+        return with_architecture(config, recorded)
+    return with_pretrained_model(config)
 
 
 def train_with(setup: Setup) -> tuple[Path, Path] | None:

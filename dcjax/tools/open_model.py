@@ -120,7 +120,11 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
     try:
         tokenizer = dated(load_tokenizer(run_dir / "tokenizer"), recorded_start(run_dir))
     except ValueError as error:
-        raise RunError(f"{error}; dcjax train {run_dir} writes the tokenizer again") from None
+        folder = config.pretrained
+        again = (
+            f"dcjax train {run_dir} writes the tokenizer" if folder is None else f"copy the tokenizer of {folder} there"
+        )
+        raise RunError(f"{error}; {again} again") from None
     return OpenedModel(
         name=run_dir.name,
         step=step,

@@ -214,10 +214,10 @@ def test_a_run_that_goes_on_has_another_template_or_other_files_and_says_which(c
     with open_run(config, data=DATA | {"prompt template": "SHA-256 cd"}):
         pass
     for changed, told in (
-        (template, "put the chat template that it began with back into the model's folder, or choose"),
+        (template, "put the chat template that it began with back into the tokenizer's folder, or choose"),
         (
             template | files,
-            "into the model's folder and the files that it began with back into task.data_dir, or choose",
+            "into the tokenizer's folder and the files that it began with back into task.data_dir, or choose",
         ),
     ):
         with pytest.raises(RunError, match=told), open_run(config, data=DATA | changed):
