@@ -31,6 +31,7 @@ from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Metrics, Params, TrainState
+from dcjax.user_code import refusals_of
 
 Transform = optax.GradientTransformationExtraArgs
 PolicyName = Literal["deployed", "training", "deployed_ema"]
@@ -363,9 +364,7 @@ def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problem
     """The task's problems.
 
     Raises:
-      RunError: their files are missing or cannot be used.
+      RunError: their files are missing or cannot be used, or a task of the reader's own fails.
     """
-    try:
+    with refusals_of(config.task):
         return config.task.open(tokenizer)
-    except (ValueError, FileNotFoundError) as error:
-        raise RunError(str(error)) from None
