@@ -155,7 +155,9 @@ def failure(error: BaseException, module_name: str, code: CodeType | None = None
     for frame, number in traceback.walk_tb(error.__traceback__):
         if _package(str(frame.f_globals.get("__name__"))) == _package(module_name):
             code, line = frame.f_code, number
-    return told if code is None else f"{told} ({code.co_filename}, line {line or code.co_firstlineno}, in {_name(code)})"
+    return (
+        told if code is None else f"{told} ({code.co_filename}, line {line or code.co_firstlineno}, in {_name(code)})"
+    )
 
 
 def function_of(called: Any) -> Any:

@@ -86,9 +86,8 @@ def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
 
 
 def one_line(error: RuntimeError) -> str:
-    """What a pool says, without the traceback between."""
-    first, *rest = str(error).strip().splitlines()
-    return f"{first} {rest[-1]}" if rest else first
+    """What a pool says, without the traceback that follows."""
+    return str(error).splitlines()[0]
 
 
 def tell_timeouts(timeouts: int, answers: int) -> None:

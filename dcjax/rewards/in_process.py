@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -46,7 +47,7 @@ class InProcessRewards:
 def _interrupts_noted() -> Iterator[list[int]]:
     """A list that gets a number for each interrupt from the keyboard, which a reward's own exceptions are told from."""
     interrupts: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
+    handler: Any = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)

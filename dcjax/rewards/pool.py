@@ -41,7 +41,7 @@ class RewardError(RuntimeError):
 
     def __init__(self, answer: int, description: str):
         told, _, traceback = description.partition("\n")
-        super().__init__(f"the reward function raised on answer {answer}:\n{traceback}")
+        super().__init__(f"the reward function raised on answer {answer}: {told}\n{traceback}")
         self.answer, self.told = answer, told
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dcjax.user_code import failure, function_of
 
@@ -54,7 +54,7 @@ def serve(control: Connection) -> None:
     that worker if it still runs, and is answered by its exit status (negative for a signal).
     """
     files, module_name, pickled, memory = control.recv()
-    failed, reward = "", None
+    failed, reward = "", cast(Reward, None)
     try:
         for file in files:
             file.load()
@@ -157,9 +157,8 @@ def score(reward: Reward, text: str, gold: str, finished: bool) -> float:
     except (struct.error, TypeError):
         number, is_number = 0.0, False
     if not is_number:
-        raise TypeError(
-            f"the reward is {reprlib.repr(value)}, a {type(value).__name__}, for gold {gold!r}; it must be a finite number"
-        )
+        found = f"{reprlib.repr(value)}, a {type(value).__name__}"
+        raise TypeError(f"the reward is {found}, for gold {gold!r}; it must be a finite number")
     if not abs(number) <= LARGEST:
         raise ValueError(f"the reward is {number}, for gold {gold!r}; it must be a finite number")
     return number
