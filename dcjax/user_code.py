@@ -153,7 +153,8 @@ def failure(error: BaseException, module_name: str, code: CodeType | None = None
     text = f"{type(error).__name__}: {traceback.TracebackException(type(error), error, None)}".removesuffix(": ")
     told, line = " ".join(text.split())[:_LONGEST], None
     for frame, number in traceback.walk_tb(error.__traceback__):
-        if _package(str(frame.f_globals.get("__name__"))) == _package(module_name):
+        written = not frame.f_code.co_filename.startswith("<")  # the methods that dataclass generates are not
+        if written and _package(str(frame.f_globals.get("__name__"))) == _package(module_name):
             code, line = frame.f_code, number
     return (
         told if code is None else f"{told} ({code.co_filename}, line {line or code.co_firstlineno}, in {_name(code)})"
