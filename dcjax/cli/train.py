@@ -58,6 +58,11 @@ def run(arguments: list[str]) -> None:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     else:
         config, recipe = _begun(path, source, arguments)
+    with leave_on_failure("train"):
+        # before the session, which imports for seconds
+        from dcjax.loop.early import refuse_early
+
+        refuse_early(config)
     with jax_session(), _log_to_stderr(), leave_on_failure("train"):
         from dcjax.loop.train import train
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.datasets import Example
 from dcjax.data.task import Problem, Problems, decode_responses
@@ -18,9 +18,13 @@ from dcjax.rewards.golds import unreadable
 from dcjax.rewards.in_process import Rewards
 from dcjax.rewards.pool import Pending, RewardError
 from dcjax.rewards.processes import Reward
-from dcjax.serving.rollout import Ended
 from dcjax.sharding.hosts import is_main, share
 from dcjax.user_code import refusals_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dcjax.serving.rollout import Ended
 
 TOLD = 20
 """Golds that cannot be read, of a run, that are named."""

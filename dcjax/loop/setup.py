@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar, cast
 
 import jax
 from jax.sharding import Mesh
@@ -15,8 +13,9 @@ from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
+from dcjax.loop.early import Checks, check_files_and_reward, checked_mesh
 from dcjax.loop.end_tokens import starting_end_tokens
-from dcjax.loop.reward_collector import check_golds, open_rewards
+from dcjax.loop.reward_collector import check_golds
 from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
@@ -26,44 +25,13 @@ from dcjax.recipe.build import (
     initial_state,
     make_engines,
     open_problems,
-    training_mesh,
     with_pretrained_model,
 )
 from dcjax.recipe.config import Config
-from dcjax.reporting.record import check_writable
 from dcjax.rewards.in_process import Rewards
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.sharding.hosts import check_divides, is_main
 from dcjax.types import TrainState
 from dcjax.user_code import CodeFile, refusals_of
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Checks:
-    """Checks that are all made before those that failed refuse a run, in one line."""
-
-    def __init__(self):
-        self._refusals: list[str] = []
-
-    def run(self, check: Callable[P, T], *arguments: P.args, **settings: P.kwargs) -> T:
-        """What the check returns; what is returned for one that fails must not be used before `finish`."""
-        try:
-            with refusals_of():
-                return check(*arguments, **settings)
-        except RunError as error:
-            if error.status != RunError.status:
-                raise
-            self._refusals.append(str(error))
-        except OSError as error:
-            self._refusals.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        return cast(T, None)
-
-    def finish(self) -> None:
-        """Raises RunError if a check has failed, with what all of them say."""
-        if self._refusals:
-            raise RunError(". Also: ".join(self._refusals))
 
 
 @dataclass(frozen=True)
@@ -109,11 +77,8 @@ def check(config: Config) -> Checked:
     """
     early = Checks()
     config = early.run(with_pretrained_model, config) or config
-    rewards = early.run(open_rewards, config)
-    early.run(_check_files, config)
-    if is_main():
-        early.run(check_writable, config.directory)
-    mesh = early.run(_checked_mesh, config)
+    rewards = check_files_and_reward(config, early)
+    mesh = early.run(checked_mesh, config)
     early.finish()
     late = Checks()
     tokenizer = late.run(_tokenizer, config)
@@ -144,19 +109,6 @@ def set_up(checked: Checked, rewards: Rewards, recipe: CodeFile | None = None) -
         checked.engines,
         recipe,
     )
-
-
-def _check_files(config: Config) -> None:
-    with refusals_of(config.task):
-        config.task.check_files()
-
-
-def _checked_mesh(config: Config) -> Mesh:
-    mesh = training_mesh(config)
-    check_divides(
-        mesh, serving=config.serving.devices, prompts=config.rollout.prompts, heldout=config.evaluation.prompts
-    )
-    return mesh
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,7 +27,6 @@ from dcjax.rl.objective import Objective
 from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
-from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
@@ -312,21 +310,6 @@ def metrics_to_host(metrics: Metrics) -> dict[str, float]:
     if values.get("overflow"):
         del values["grad_norm"]
     return values
-
-
-def training_mesh(config: Config) -> Mesh:
-    """The run's mesh, on devices that do not only serve.
-
-    Raises:
-      ValueError: too few devices, or serving ones that hosts cannot give equally many of.
-    """
-    count, size = config.serving.devices, math.prod(dataclasses.asdict(config.mesh).values())
-    if count and size + count > jax.device_count():
-        raise ValueError(
-            f"serving.devices is {count}, behind {size} of the mesh; {jax.device_count()} were found, "
-            "so the sum must be at most that"
-        )
-    return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
 
 
 def build_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:

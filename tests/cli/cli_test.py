@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import dcjax.loop.early
 import dcjax.loop.train
 import dcjax.rewards.pool
 from dcjax.cli import build_parser, main
@@ -79,6 +80,7 @@ def started(monkeypatch):
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
+    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config: None)
     return configs
 
 
@@ -510,6 +512,19 @@ def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathema
         "mesh.fsdp 16 needs 16 devices; 8 found",
     ):
         assert expected in message
+
+
+def test_a_real_process_that_is_refused_starts_no_other_and_says_all_in_one_line():
+    overrides = ["--mesh.fsdp", "16", "--optimizer.microbatch_size", "16"]
+    ended = process("train", recipe(MATHEMATICS), *overrides, PYTHONPATH=os.pathsep.join([*sys.path, "experiments"]))
+    assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1
+    assert b"no copy of dapo-math-17k, aime24 in data" in ended.stderr
+    assert b"mesh.fsdp 16 needs 16 devices" in ended.stderr
+
+
+def test_what_refuses_a_run_early_is_imported_quickly():
+    script = "import sys, dcjax.loop.early; print(sys.modules.keys() & {'tensorflow', 'jetstream', 'transformers'})"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_all_that_files_show_is_said_at_once(mathematics):
