@@ -17,6 +17,7 @@ import optax
 
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import decode_responses, encode_prompts, supervised_batch
+from dcjax.keys import make_key
 from dcjax.models import ModelConfig, init_params, presets, token_logps
 from dcjax.rl.discrepancy import probability_difference
 from dcjax.rl.dual import dual_ascent
@@ -46,7 +47,7 @@ def main(
     """Trains; returns the mean reward of each step's responses."""
     tokenizer = task.build_tokenizer(None)
     apply_fn = make_apply_fn(model)
-    fresh = init_params(model, jax.random.key(seed))
+    fresh = init_params(model, make_key(seed))
     params = warm_start(fresh, apply_fn, task, tokenizer, steps=warm_start_steps, seed=seed)
 
     # one optax chain holds all that the optimiser remembers: Adam's moments, and λ, which follows the gap
@@ -69,7 +70,7 @@ def main(
         end_tokens=[tokenizer.eos_token_id],
         steps_per_call=8,
     )
-    rollout_key, mean_rewards = jax.random.key(seed + 1), []
+    rollout_key, mean_rewards = make_key(seed + 1), []
     for step in range(steps):
         # 1. the newest weights, cast and quantised for the engine
         serving = engine.sync(state.params, version=step)

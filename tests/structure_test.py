@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dcjax"
 FLOORS = (
-    *("errors", "paths", "types", "arguments", "user_code"),
+    *("errors", "paths", "signals", "types", "arguments", "user_code", "keys"),
     *("rewards", "data", "rl", "sharding", "models", "serving", "reporting"),
     *("recipe", "loop", "tools", "cli", "__main__"),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -43,9 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options = build_parser().parse_args(arguments)
             options.run(options)
+    except SystemExit as exit:  # argparse and tyro end so once they have printed their help
+        if not _lost_reader():
+            raise exit
     except (RunError, OSError, KeyboardInterrupt) as error:
-        return report_error(error, command=arguments[0] if arguments else "")
+        if not (isinstance(error, BrokenPipeError) and _lost_reader()):
+            return report_error(error, command=arguments[0] if arguments else "")
+    else:
+        _lost_reader()
     return 0
+
+
+def _lost_reader() -> bool:
+    """Whether the reader of standard output, `head` for example, has closed the pipe; the rest then goes nowhere."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # a stream without a file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.errors import RunError
@@ -23,14 +25,35 @@ INTERRUPTION_HINTS = {
 
 @contextlib.contextmanager
 def jax_session() -> Iterator[None]:
-    """Sets up the process for JAX: memory allocator, logging and compilation cache; slow compilations are reported."""
+    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations."""
     keep_freed_memory()
     _silence_libraries()
+    _pin_settings()
     from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
 
     enable_compilation_cache()
     with report_slow_compilations():
         yield
+
+
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_threefry_partitionable": True,
+}
+"""Settings of JAX that would change what is computed or sampled, or stop it, and what dcjax is written for."""
+
+
+def _pin_settings() -> None:
+    """Sets what is pinned, and reports each setting that the environment has otherwise."""
+    import jax
+
+    settings: Any = jax.config
+    for name, value in PINNED.items():
+        if (found := getattr(settings, name)) != value:
+            print(f"dcjax: {name.upper()} is {found}; dcjax sets it to {value}", file=sys.stderr)
+            settings.update(name, value)
 
 
 def _silence_libraries() -> None:
@@ -43,22 +66,23 @@ def _silence_libraries() -> None:
     # Orbax both logs a failed save and raises it; the exception is reported in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _hide_failed_checkpoints
-    sys.stderr.flush()
-    standard_error = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), 2)
+    sys.unraisablehook = _hide_late_errors
+    from dcjax.sharding.mesh import hidden_standard_error
+
+    with hidden_standard_error():
         importlib.import_module("jetstream.engine.engine_api")
         importlib.import_module("transformers")
-    finally:
-        os.dup2(standard_error, 2)
-        os.close(standard_error)
 
 
-def _hide_failed_checkpoints(unraisable) -> None:
-    """An unraisable hook that is silent about reads and writes that end after their checkpoint has failed."""
+def _hide_late_errors(unraisable) -> None:
+    """An unraisable hook that is silent about reads and writes that end after their checkpoint has failed.
+
+    An interrupt that arrived in a callback of JAX's, which cannot raise it, is raised again in the main thread.
+    """
     error, source = unraisable.exc_value, unraisable.object
+    if isinstance(error, KeyboardInterrupt):
+        _thread.interrupt_main()
+        return
     is_late_write = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
     is_late_read = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
     if not (is_late_write or is_late_read):

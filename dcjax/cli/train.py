@@ -6,17 +6,17 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import operator
-import os
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dcjax
 from dcjax.cli.arguments import NO_CACHE_HELP, NO_RECIPE_CODE_FLAG, NO_RECIPE_CODE_HELP
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from dcjax.recipe.config import Config
 
 RECIPES = Path("experiments")
+"""Where recipes are found by name: below the working directory, or else beside the package, in a checkout of dcjax."""
 DEFAULT_RECIPE = "quickstart"
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""What a field that is on or off may be set to."""
 ASSIGNMENT = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 """An override spelled `section.field=value`."""
 
@@ -97,13 +100,15 @@ def _resumed(directory: Path, source: str, arguments: list[str], recipe_code: bo
 
 def _find_recipe(path: Path, source: str) -> CodeFile:
     """The recipe that is given as a Python file, or as the name of one in `RECIPES`."""
-    path = path if source.endswith(".py") else RECIPES / f"{source}.py"
-    if not path.is_file():
-        # The other experiments are scripts, which define no config().
-        recipes = (file.stem for file in RECIPES.glob("*.py") if "def config(" in file.read_text())
-        known = ", ".join(sorted(recipes)) or "there are none here"
-        raise RunError(f"no recipe {path}; give a Python file, a run directory, or a name in {RECIPES}/: {known}")
-    return CodeFile.read(path)
+    folders = (RECIPES, Path(dcjax.__file__).parents[1] / RECIPES)
+    paths = [path] if source.endswith(".py") else [folder / f"{source}.py" for folder in folders]
+    if found := next((path for path in paths if path.is_file()), None):
+        return CodeFile.read(found)
+    # The other experiments are scripts, which define no config().
+    files = (file for folder in folders for file in folder.glob("*.py"))
+    recipes = {file.stem for file in files if "def config(" in file.read_text()}
+    known = ", ".join(sorted(recipes)) or "there are none here"
+    raise RunError(f"no recipe {paths[0]}; give a Python file, a run directory, or a name in {RECIPES}/: {known}")
 
 
 def _call_recipe(recipe: CodeFile) -> Config:
@@ -126,11 +131,7 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
     """Sets fields of a Config that are given as `--section.field value` or as `section.field=value`."""
     import tyro
 
-    flags: list[str] = []
-    for argument in arguments:
-        assignment = ASSIGNMENT.fullmatch(argument.removeprefix("--"))
-        is_value = bool(flags) and flags[-1].startswith("--") and not argument.startswith("--")
-        flags += [f"--{assignment[1]}", assignment[2]] if assignment and not is_value else [argument]
+    flags = _without_truth_values(_as_flags(arguments), config)
     errors = io.StringIO()
     originals: dict[type, type] = {}
     restated = _restated(config, originals)
@@ -145,16 +146,45 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
                 description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}.",
             )
             return _original(overridden, originals)
-    except BrokenPipeError:
-        # Only the help is printed here, and its reader, `head` for example, has closed the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except SystemExit as exit:
         if exit.code == 0:
             raise
         raise RunError(f"{_summarize_tyro_error(errors.getvalue())}; see dcjax train {source} --help") from None
+    except BrokenPipeError:
+        raise
     except Exception as error:  # A section of the reader's own may raise anything.
         raise RunError(f"{source}: {type(error).__name__}: {error}") from error
+
+
+def _as_flags(arguments: list[str]) -> list[str]:
+    """The arguments with `section.field=value` in its other spelling, `--section.field value`."""
+    flags: list[str] = []
+    for argument in arguments:
+        assignment = ASSIGNMENT.fullmatch(argument.removeprefix("--"))
+        is_value = bool(flags) and flags[-1].startswith("--") and not argument.startswith("--")
+        flags += [f"--{assignment[1]}", assignment[2]] if assignment and not is_value else [argument]
+    return flags
+
+
+def _without_truth_values(flags: list[str], config: Config) -> list[str]:
+    """The flags with `--section.field true` as `--section.field`, and with false as `--section.no_field`, for tyro.
+
+    Raises:
+      RunError: the value of such a field is neither true nor false.
+    """
+    spelled: list[str] = []
+    values = iter(flags)
+    for flag, following in itertools.zip_longest(values, flags[1:]):
+        *sections, name = flag.removeprefix("--").replace("-", "_").split(".")
+        field = functools.reduce(lambda section, part: getattr(section, part, None), [*sections, name], config)
+        if not (flag.startswith("--") and isinstance(field, bool)) or following is None or following.startswith("--"):
+            spelled.append(flag)
+            continue
+        next(values)
+        if following.lower() not in TRUTH:
+            raise RunError(f"{'.'.join([*sections, name])} is {following!r}; it must be true or false")
+        spelled.append(f"--{'.'.join([*sections, name if TRUTH[following.lower()] else f'no_{name}'])}")
+    return spelled
 
 
 def _restated(value: Any, originals: dict[type, type]) -> Any:

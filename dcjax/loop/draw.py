@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcjax.data.task import Problem, encode_prompts
+from dcjax.keys import as_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.setup import Setup
@@ -78,7 +79,7 @@ class Draw:
           RunError: a reward function that fails.
           Stopped: a process was told to stop; nothing of the iteration is kept.
         """
-        key, rollout_key = jax.random.split(jax.random.wrap_key_data(jnp.array(cursor.rollout_key, jnp.uint32)))
+        key, rollout_key = jax.random.split(as_key(jnp.array(cursor.rollout_key, jnp.uint32)))
         sampled = self._once(serving, cursor.data_cursor, rollout_key)
         if objective_of(self._setup.config).requires.mixed_groups:
             sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)

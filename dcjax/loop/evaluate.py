@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import decode_responses, encode_prompts
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.setup import Setup
 from dcjax.recipe.build import PolicyName, optimizer_of
@@ -67,7 +67,7 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
             prompts,
             samples_per_prompt=1,
             temperature=settings.temperature,
-            key=jax.random.key(HELDOUT_SEED),
+            key=make_key(HELDOUT_SEED),
         )
         for ended in sampling.as_they_end(serving):
             collector.submit(ended)

@@ -16,6 +16,7 @@ import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
+from dcjax.models.config import ModelConfig
 from dcjax.models.hf_config import end_tokens_in
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
@@ -91,6 +92,18 @@ def goes_on(config: Config) -> bool:
         return False
     _check_same(config, config.directory)
     return True
+
+
+def recorded_model(config: Config) -> ModelConfig | None:
+    """The architecture of the run in `config.directory`; None where there is none.
+
+    Raises:
+      RunError: what is recorded there is damaged.
+    """
+    if not (config.directory / "config.json").exists():
+        return None
+    recorded = {name: value for name, value in _read(config.directory).items() if name == "model"}
+    return _parse(config.directory, recorded, None, None).model
 
 
 def check_processes_agree(config: Config, recipe: CodeFile | None = None) -> None:
@@ -211,13 +224,16 @@ def _read(directory: Path) -> dict:
 def _read_all(directory: Path) -> dict:
     path = directory / "config.json"
     try:
-        return dict(json.loads(path.read_text()).items())
+        recorded = dict(json.loads(path.read_text()).items())
     except FileNotFoundError:
         raise RunError(
             f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
         ) from None
     except (ValueError, AttributeError):
         raise RunError(f"{path} is damaged: it is not a JSON object") from None
+    if "model_type" in recorded or "architectures" in recorded:
+        raise RunError(f"{directory} is a Hugging Face folder without safetensors, and no run of dcjax train")
+    return recorded
 
 
 def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in: Path | None) -> Config:

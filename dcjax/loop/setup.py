@@ -10,13 +10,15 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import Problems
+from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.early import Checks, check_files_and_reward, checked_mesh
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree
+from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, recorded_model
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -25,6 +27,7 @@ from dcjax.recipe.build import (
     initial_state,
     make_engines,
     open_problems,
+    with_architecture,
     with_pretrained_model,
 )
 from dcjax.recipe.config import Config
@@ -76,7 +79,7 @@ def check(config: Config) -> Checked:
         model or the ids that end a response are not in it; all of these are said. Otherwise the model cannot be served.
     """
     early = Checks()
-    config = early.run(with_pretrained_model, config) or config
+    config = early.run(_with_model, config) or config
     rewards = check_files_and_reward(config, early)
     mesh = early.run(checked_mesh, config)
     early.finish()
@@ -111,11 +114,6 @@ def set_up(checked: Checked, rewards: Rewards, recipe: CodeFile | None = None) -
     )
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    with refusals_of(config.task):
-        return config.task.build_tokenizer(config.pretrained)
-
-
 def _checked_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:
     """The task's problems, of which both splits have one."""
     problems = open_problems(config, tokenizer)
@@ -130,12 +128,27 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerFast) -> Non
         raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(tokenizer)}")
 
 
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The task's; that of a run which began from a folder is its own, since the folder may be gone."""
+    if config.pretrained is not None and goes_on(config):
+        return load_tokenizer(config.directory / "tokenizer")
+    with refusals_of(config.task):
+        return config.task.build_tokenizer(config.pretrained)
+
+
+def _with_model(config: Config) -> Config:
+    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
+    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
+        return with_architecture(config, recorded)
+    return with_pretrained_model(config)
+
+
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:
     """The state before RL, fresh parameters warmed up, and the cursor at the first prompt."""
     config = setup.config
     with compiled_beside(config, setup.mesh, setup.engines):
         params = warm_start(config, setup.mesh, setup.tokenizer)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = jax.random.fold_in(make_key(config.seed), 1)
     cursor = Cursor(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
     past = PastParams.needed_by(config)
     return initial_state(config, setup.mesh, build_optimizer(config), params, past), cursor

@@ -156,6 +156,7 @@ class Config:
         if self.pretrained is not None:
             # the folder's architecture counts, which the engine checks
             return
+        check_positions(self.model, self.rollout)
         top_k, tokens = self.rollout.top_k, self.model.vocab_size
         if top_k > tokens:
             raise ValueError(f"rollout.top_k is {top_k}; the vocabulary has {tokens} tokens")
@@ -197,6 +198,20 @@ class Config:
     def directory(self) -> Path:
         """`run_dir`, or runs/NAME."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+
+def check_positions(model: ModelConfig, rollout: RolloutConfig) -> None:
+    """Refuses sequences that are longer than a model is made for.
+
+    Raises:
+      ValueError: the longest prompt and response together have more tokens than the model has positions.
+    """
+    prompt, response = rollout.max_prompt_length, rollout.max_response_length
+    if (needed := prompt + response) > (positions := model.max_position_embeddings):
+        raise ValueError(
+            f"rollout.max_prompt_length is {prompt} and rollout.max_response_length {response}, {needed} tokens; "
+            f"the model is made for {positions} (RoPE of theta {model.rope_theta:g}, without scaling), so shorten them"
+        )
 
 
 def on_one_device(config: Config) -> Config:

@@ -14,6 +14,8 @@ from dcjax.user_code import CodeFile, find, reference_to
 
 FREE_TO_CHANGE_ON_RESUME = (
     "run_dir",
+    # read before the first step only
+    "pretrained",
     "checkpoint",
     "mesh",
     "serving.tensor",

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
+from dcjax.keys import as_key
 from dcjax.models import ModelConfig
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
@@ -369,6 +370,6 @@ def _keys(state: DecodeState, purpose: int) -> jax.Array:
     """A typed key for each slot's next token."""
 
     def of_token(key, count):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), count), purpose)
+        return jax.random.fold_in(jax.random.fold_in(as_key(key), count), purpose)
 
     return jax.vmap(of_token)(state.requests.keys, state.generated)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
+from dcjax.keys import require_key
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Emitted, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import EVERYWHERE, named, pinned
@@ -167,7 +168,12 @@ class Sampling:
 
 @jax.jit
 def sample_keys(key: jax.Array, samples: Array) -> Array:
-    """Raw key data [N, 2] of samples by their numbers."""
+    """Raw key data [N, 2] of samples by their numbers.
+
+    Raises:
+      ValueError: the key is of another implementation than `dcjax.keys`.
+    """
+    require_key(key)
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, samples))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, UInt32
 
+from dcjax.keys import as_key
 from dcjax.types import Array
 
 
@@ -92,7 +93,7 @@ def gumbel_noise(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], vocab_size
     """Gumbel noise to add to logits before the argmax; row i is drawn with fold_in(keys[i], counts[i])."""
 
     def draw(key, count):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), count), (vocab_size,))
+        return jax.random.gumbel(jax.random.fold_in(as_key(key), count), (vocab_size,))
 
     return jax.vmap(draw)(keys, counts)
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from dcjax.keys import make_key
 from dcjax.models import ModelConfig, abstract_params
 from dcjax.models.parameters import Parameter, parameter_named, parameters, take_layer
 from dcjax.serving.formats import Format, stored_axes, wide_format
@@ -185,7 +186,7 @@ def _compiler(
 
 def _unit_noise(leaf: Float[Array, "*shape"], version, name: str, layer) -> Float[Array, "*shape"]:
     """Normal noise with the leaf's own root mean square, which version, name and layer determine."""
-    key = jax.random.key(0)
+    key = make_key(0)
     for part in (version, zlib.crc32(name.encode()), layer):
         key = jax.random.fold_in(key, part)
     size = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcjax.errors import Interrupted, RunError
-from dcjax.sharding.mesh import HOSTS, by_host
+from dcjax.sharding.mesh import HOSTS, by_host, start_devices
 
 # not public: without it, whether there is a cluster shows only in how `initialize` fails
 from jax._src.clusters import ClusterEnv  # isort: skip
@@ -86,11 +86,12 @@ def join(config: DistributedConfig) -> None:
     """Waits for the other processes, if there are any; must be called before JAX uses a device.
 
     Raises:
-      RunError: the launcher's environment variables cannot be read, or JAX fails to join.
+      RunError: the launcher's environment variables cannot be read, JAX fails to join, or as `start_devices`.
     """
     try:
         coordinator, count, number = _find(config)
         if coordinator is None or count == 1:
+            start_devices()
             return
         # `Preemption` takes SIGTERM: JAX's own protocol counts steps from 0, and misses notices to resumed runs
         jax.config.update("jax_enable_preemption_service", False)
@@ -107,7 +108,8 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVING,
         )
-        # all processes synchronise here once more, while devices are found
+        start_devices()
+        # all processes synchronise here once more, when devices are found
         multihost_utils.sync_global_devices("joined")
         waiting.cancel()
     except (RuntimeError, ValueError, OSError) as error:
@@ -235,9 +237,9 @@ class Stopped(Exception):
 
 
 class Preemption:
-    """Records SIGTERM, with which launchers announce that they will stop a process.
+    """Records SIGTERM, with which launchers announce that they will stop a process; SIGINT raises KeyboardInterrupt.
 
-    Outside of this context SIGTERM ends the process at once, since there is nothing to save yet.
+    Outside of this context both end the process at once, since there is nothing to save yet (`dcjax.signals`).
     """
 
     def __init__(self):
@@ -253,13 +255,15 @@ class Preemption:
             raise Stopped
 
     def __enter__(self) -> Preemption:
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: signal.default_int_handler}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True

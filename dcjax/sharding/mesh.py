@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
+
+from dcjax.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,46 @@ class MeshConfig:
                 raise ValueError(f"mesh.{field.name} is {size}; it must be at least 1")
 
 
+@cache
+def start_devices() -> None:
+    """Makes JAX look for its devices, as it does by itself where it first needs one.
+
+    On a machine without a TPU, libtpu complains on standard error that it finds none, where it is installed; that is
+    not shown.
+
+    Raises:
+      RunError: the platform that JAX_PLATFORMS asks for has no device, or another process holds it.
+    """
+    with contextlib.nullcontext() if _has_tpu() else hidden_standard_error():
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms is there
+            asked = os.environ.get("JAX_PLATFORMS")
+            reason = (str(error).strip() or "there is none").splitlines()[0].rstrip(".")
+            raise RunError(
+                f"no device could be used: {reason}; JAX_PLATFORMS is {asked!r}, without which JAX takes what is there"
+            ) from None
+
+
+def _has_tpu() -> bool:
+    """Whether Linux lists TPU chips among its devices."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+@contextlib.contextmanager
+def hidden_standard_error() -> Iterator[None]:
+    """Discards what libraries write to standard error's file descriptor, from C++ that cannot be configured."""
+    sys.stderr.flush()
+    standard_error = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the first of `devices`, by default all of JAX's; its axes are named as in `MeshConfig`.
 
@@ -45,7 +92,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises:
       ValueError: there are fewer devices than the axes' product.
+      RunError: as `start_devices`.
     """
+    start_devices()
     sizes, names = astuple(config), tuple(field.name for field in fields(config))
     devices = jax.devices() if devices is None else devices
     needed, available = math.prod(sizes), len(devices)

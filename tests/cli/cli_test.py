@@ -176,10 +176,9 @@ def test_help_of_a_recipe_that_is_read_in_part_is_no_error(capfd, monkeypatch):
     """As in `dcjax train --help | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as closed_pipe, pytest.raises(SystemExit) as stopped:
+    with os.fdopen(writing, "w") as closed_pipe:
         monkeypatch.setattr(sys, "stdout", closed_pipe)
-        main(["train", "tested", "--help"])
-    assert stopped.value.code == 0
+        assert main(["train", "tested", "--help"]) == 0
     assert capfd.readouterr().err == ""
 
 
@@ -246,6 +245,20 @@ def test_a_field_is_set_in_either_spelling(started, spelled):
     assert (config.steps, config.objective.initial_multiplier) == (7, 0.25)
     objective = dataclasses.replace(plain.objective, initial_multiplier=0.25)
     assert config == dataclasses.replace(plain, steps=7, objective=objective)
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "false", "False", "0"])
+@pytest.mark.parametrize(
+    "spelled", ["model.tie_embeddings={}", "--model.tie-embeddings {}", "--model.tie_embeddings={}"]
+)
+def test_what_is_on_or_off_is_set_to_true_or_false(started, spelled, word):
+    assert main(["train", "tested", *spelled.format(word).split()]) == 0
+    assert started[0].model.tie_embeddings == (word in ("true", "True", "1"))
+
+
+def test_a_word_for_what_is_on_or_off_is_quoted(refusal):
+    message = refusal("train", "tested", "model.tie_embeddings=maybe")
+    assert message == "model.tie_embeddings is 'maybe'; it must be true or false"
 
 
 def test_fields_that_only_fit_together_are_set_together(started):
@@ -373,6 +386,13 @@ def config():
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["evaluate"], ["report"], ["report", "a", "b"]])
 def test_a_command_line_that_is_none_points_to_the_help(refusal, arguments):
     assert "--help" in refusal(*arguments)
+
+
+def test_recipes_are_found_by_name_from_any_directory(started, directory, monkeypatch):
+    (directory / "elsewhere").mkdir()
+    monkeypatch.chdir(directory / "elsewhere")
+    assert main(["train", "quickstart"]) == 0
+    assert started[0].name == "quickstart"
 
 
 def test_an_unknown_recipe_lists_those_there_are(refusal):

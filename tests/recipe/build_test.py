@@ -54,6 +54,12 @@ def test_training_starts_from_the_weights_in_the_folder():
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
+def test_sequences_longer_than_the_folders_model_is_made_for_are_refused():
+    long = dataclasses.replace(Config().rollout, max_response_length=10**6)
+    with pytest.raises(RunError, match=r"length 1000000, 1000013 tokens; the model is made for 256 \(RoPE"):
+        build.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3", rollout=long))
+
+
 def test_a_folder_without_a_supported_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(RunError, match="model_type is 'llama'"):
@@ -97,6 +103,20 @@ def run_from_folder(tmp_path, compute):
 def test_a_run_starts_from_a_folder_and_is_exported_again(tmp_path, monkeypatch):
     pretend.install(monkeypatch)
     assert run_from_folder(tmp_path, "float32")["step"] == 1
+
+
+def test_a_run_resumes_without_the_folder_that_it_started_from(tmp_path, monkeypatch):
+    pretend.install(monkeypatch)
+    recipe = tiny.write_recipe(tmp_path / "recipe.py", dataclasses.replace(tiny.CONFIG, steps=1))
+    folder, run = tmp_path / "folder", tmp_path / "run"
+    shutil.copytree(DATA / "hf_tiny_qwen3", folder)
+    begun = ["train", str(recipe), "--run-dir", str(run), "warm_start.steps=0", "--pretrained"]
+    assert main([*begun, str(folder)]) == 0
+    folder.rename(tmp_path / "moved")
+    assert main(["train", str(run)]) == 0
+    assert main([*begun, str(tmp_path / "moved")]) == 0
+    shutil.rmtree(run / "checkpoints" / "1")
+    assert main([*begun, str(tmp_path / "gone")]) == 0
 
 
 @pytest.mark.slow

@@ -464,6 +464,15 @@ def test_more_tokens_to_sample_from_than_there_are_are_refused():
     assert "rollout.top_k is 65; the vocabulary has 64 tokens" in message
 
 
+def test_sequences_longer_than_the_model_is_made_for_are_refused():
+    model = dataclasses.replace(Config().model, max_position_embeddings=60)
+    assert refusal(lambda: Config(model=model)) == (
+        "rollout.max_prompt_length is 13 and rollout.max_response_length 48, 61 tokens; the model is made for 60 "
+        "(RoPE of theta 10000, without scaling), so shorten them"
+    )
+    assert Config(model=dataclasses.replace(model, max_position_embeddings=61))
+
+
 def test_routing_is_replayed_only_where_there_are_experts():
     rollout = RolloutConfig(prompts=8, group_size=4, replay_routing=True)
     message = refusal(lambda: small(rollout=rollout))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import objective_of, params_shardings
 from dcjax.recipe.config import Config
@@ -111,7 +112,7 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     climbed = {rung.served for rung in rungs}
     others = [served for format in _compared(config).values() if (served := Served.of(format)) not in climbed]
     with Progress(len(rungs) + len(others) + 3, initial=0, description="policy") as progress:
-        measured = _sample(source, rungs, jax.random.key(seed))
+        measured = _sample(source, rungs, make_key(seed))
         progress.update(2, scored="sampled, trainer")
         asked = [*((rung.name, rung.served) for rung in rungs), *((served.format.name, served) for served in others)]
         for number, (name, served) in enumerate(asked):

@@ -12,6 +12,7 @@ from dcjax.data.datasets import Example
 from dcjax.data.task import encode
 from dcjax.data.templates import Template
 from dcjax.errors import RunError
+from dcjax.keys import make_key
 from dcjax.loop.evaluate import responses
 from dcjax.loop.reward_collector import one_line, tell_timeouts
 from dcjax.rewards.pool import Pending, RewardPool
@@ -86,7 +87,7 @@ def sample_problems(
     Raises:
       RunError: the engine does not accept a prompt, or log-probs are not finite.
     """
-    key = jax.random.fold_in(jax.random.key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
+    key = jax.random.fold_in(make_key(conditions.seed), zlib.crc32(conditions.benchmark.encode()))
     size = max(1, SAMPLES_A_CALL // conditions.samples)
     awaited: tuple[_HostShare, list[SuiteProblem]] | None = None
     for number, start in enumerate(range(0, len(problems), size)):
