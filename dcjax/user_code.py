@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import sys
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
+
+from dcjax.errors import RunError
 
 RECIPE = "recipe"
 """The module's name in references to what the recipe of a run defines: recipe:MyObjective."""
 
 _PREFIX = "dcjax_recipe_"
+_LONGEST = 400
+"""The most characters of an exception that are quoted."""
 _loaded: dict[str, CodeFile] = {}
 """The files that were loaded, by the names of their modules."""
 
@@ -129,4 +137,63 @@ def find(reference: str, recipe: CodeFile | None) -> Any:
         found: Any = recipe.load() if module_name == RECIPE and recipe else importlib.import_module(module_name)
         return functools.reduce(getattr, name.split("."), found)
     except (Exception, SystemExit) as error:  # The module's own code may raise anything.
-        raise ValueError(f"{reference!r} cannot be imported: {type(error).__name__}: {error}") from error
+        defined_in = recipe.module_name if module_name == RECIPE and recipe else module_name
+        raise ValueError(f"{reference!r} cannot be imported: {failure(error, defined_in)}") from error
+
+
+def failure(error: BaseException, module_name: str, code: CodeType | None = None) -> str:
+    """An error of a user's code on one line: "KeyError: 'x' (mine.py, line 12, in judge)".
+
+    Args:
+      error: as it was caught.
+      module_name: of the code; the line is the last that ran in this module, or in another of its package.
+      code: the function that is named with its first line where none of them ran; without it no line is.
+    """
+    # a TracebackException also survives exceptions that cannot be turned into text
+    text = f"{type(error).__name__}: {traceback.TracebackException(type(error), error, None)}".removesuffix(": ")
+    told, line = " ".join(text.split())[:_LONGEST], None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        written = not frame.f_code.co_filename.startswith("<")  # the methods that dataclass generates are not
+        if written and _package(str(frame.f_globals.get("__name__"))) == _package(module_name):
+            code, line = frame.f_code, number
+    return (
+        told if code is None else f"{told} ({code.co_filename}, line {line or code.co_firstlineno}, in {_name(code)})"
+    )
+
+
+def function_of(called: Any) -> Any:
+    """The function that a callable runs: without bound arguments and wrappers, and of an object its `__call__`."""
+    while isinstance(called, functools.partial):
+        called = called.func
+    called = inspect.unwrap(called)
+    return called if hasattr(called, "__code__") else type(called).__call__
+
+
+@contextlib.contextmanager
+def refusals_of(*sections: Any) -> Iterator[None]:
+    """Where methods of a config's sections are called: what they refuse, and how their own code fails, in one line.
+
+    Raises:
+      RunError: code of a section that is not dcjax's raised an error, whose line is named; or a section raised a
+        ValueError or a FileNotFoundError, which say by themselves what is wrong.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except (Exception, SystemExit) as error:
+        ran = {_package(str(frame.f_globals.get("__name__"))) for frame, _ in traceback.walk_tb(error.__traceback__)}
+        for module_name in (type(section).__module__ for section in sections):
+            if _package(module_name) != "dcjax" and _package(module_name) in ran:
+                raise RunError(failure(error, module_name)) from error
+        if isinstance(error, ValueError | FileNotFoundError):
+            raise RunError(str(error)) from None
+        raise
+
+
+def _package(module_name: str) -> str:
+    return module_name.partition(".")[0]
+
+
+def _name(code: CodeType) -> str:
+    return getattr(code, "co_qualname", code.co_name)

@@ -58,8 +58,9 @@ def run(options: argparse.Namespace) -> None:
             prompts=options.prompts,
             prompts_file=options.prompts_file,
             stale_step=options.stale,
+            out=options.out,
             recipe_code=options.recipe_code,
         )
         result = probe(source, seed=options.seed)
-    data, picture = write_probe(result, options.out or source.out)
+    data, picture = write_probe(result, source.out)
     print(to_json(result) if options.json else f"{to_text(result)}\njson: {data}\nplot: {picture}")

@@ -21,7 +21,7 @@ from dcjax.cli.arguments import NO_CACHE_HELP, NO_RECIPE_CODE_FLAG, NO_RECIPE_CO
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
 from dcjax.paths import local_path
-from dcjax.user_code import CodeFile
+from dcjax.user_code import CodeFile, failure
 
 if TYPE_CHECKING:
     from dcjax.recipe.config import Config
@@ -61,6 +61,11 @@ def run(arguments: list[str]) -> None:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     else:
         config, recipe = _begun(path, source, arguments)
+    with leave_on_failure("train"):
+        # before the session, which imports for seconds
+        from dcjax.loop.early import refuse_early
+
+        refuse_early(config)
     with jax_session(), _log_to_stderr(), leave_on_failure("train"):
         from dcjax.loop.train import train
 
@@ -111,7 +116,7 @@ def _call_recipe(recipe: CodeFile) -> Config:
     try:
         config = recipe.load().config()
     except (Exception, SystemExit) as error:  # The recipe's own code may raise anything.
-        raise RunError(f"recipe {recipe.path}: {type(error).__name__}: {error}") from error
+        raise RunError(f"recipe {recipe.path}: {failure(error, recipe.module_name)}") from error
     from dcjax.recipe.config import Config
 
     if not isinstance(config, Config):

@@ -13,6 +13,7 @@ from dcjax.data.chat import Thinking
 from dcjax.data.datasets import Example, find_dataset
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.select import PAPER_B_EXAMPLES, Questions, select, share_of
+from dcjax.data.sources import require_files
 from dcjax.data.task import Task, encode_prompts
 from dcjax.data.templates import Template, TemplateName, check_answer_start, templates
 from dcjax.paths import localize
@@ -90,6 +91,10 @@ class MathTask(Task):
     def needs_workers(self) -> bool:
         """True: math-verify may take any time and memory."""
         return True
+
+    def check_files(self) -> None:
+        """Looks for the copies of both data sets; raises as `require_files`."""
+        require_files([self.dataset, self.heldout], self.data_dir, option="--task.data_dir")
 
     def open(self, tokenizer: PreTrainedTokenizerFast) -> FixedProblems:
         """Reads both data sets, and prepares them where that is still to be done; logs how many problems are left.

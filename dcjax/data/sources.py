@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcjax.data.datasets import Dataset, Example
+from dcjax.data.datasets import SAMPLES, Dataset, Example, find_dataset
 
 _KINDS = (".parquet", ".jsonl")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -41,6 +41,32 @@ def find_files(dataset: Dataset, data_dir: Path) -> list[Path]:
         found = ", ".join(copy[0].relative_to(data_dir).as_posix() for copy in copies)
         raise ValueError(f"{data_dir} holds several copies of {dataset.name}: {found}; leave one")
     return copies[0]
+
+
+def require_files(names: Sequence[str], data_dir: Path, *, option: str) -> None:
+    """Looks for local copies of data sets, without reading them.
+
+    Args:
+      names: of the data sets.
+      data_dir: the directory that the copies should be in.
+      option: of the command line, which chooses that directory.
+
+    Raises:
+      FileNotFoundError: some are missing; the message names all of them, what to put where, and the packaged samples.
+      ValueError: there are several copies of one.
+    """
+    missing: list[str] = []
+    for name in dict.fromkeys(names):
+        try:
+            find_files(find_dataset(name), data_dir)
+        except FileNotFoundError:
+            missing.append(name)
+    if missing:
+        raise FileNotFoundError(
+            f"no copy of {', '.join(missing)} in {data_dir}; dcjax data {data_dir} --download fetches what is missing, "
+            f"or put each at {data_dir}/NAME.parquet or {data_dir}/NAME.jsonl (docs/data.md); for a first try, the "
+            f"samples that come with dcjax: {option} {SAMPLES}"
+        )
 
 
 def checksum(path: Path) -> str:

@@ -85,6 +85,14 @@ class Task(Protocol):
         """Whether its reward may take any time and memory, so that only worker processes may run it."""
         return False
 
+    def check_files(self) -> None:
+        """Looks whether the files that `open` reads are there, without reading them; the default knows of none.
+
+        Raises:
+          FileNotFoundError: some are missing; the message names all of them, and says what to put where.
+        """
+        return None
+
     def open(self, tokenizer: PreTrainedTokenizerFast) -> Problems:
         """The problems, read from wherever they are kept.
 

@@ -19,6 +19,7 @@ from dcjax.serving.rollout import Sampling
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import Preemption, gather
 from dcjax.types import Rollout
+from dcjax.user_code import refusals_of
 
 SAMPLING_ROUNDS = 5
 """The most rounds of sampling in one iteration where groups of equal rewards are sampled anew."""
@@ -107,7 +108,8 @@ class Draw:
     def _once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         """One round: the responses to the next prompts, rewarded while others are still decoded."""
         setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
-        problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
+        with refusals_of(setup.config.task, setup.problems):
+            problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
         collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=settings.group_size)
         sampling = Sampling(
             engine,
@@ -123,7 +125,10 @@ class Draw:
             collector.submit(ended)
             self._preemption.check(engine.mesh)
         rollout = sampling.rollout()
-        rewards = gather(collector.result(), engine.mesh) + setup.config.reward.length_rewards(
-            np.asarray(rollout.response_mask).sum(axis=1), max_response_length=settings.max_response_length
-        )
+        rewards = gather(collector.result(), engine.mesh)
+        lengths = np.asarray(rollout.response_mask).sum(axis=1)
+        with refusals_of(setup.config.reward):
+            rewards = rewards + setup.config.reward.length_rewards(
+                lengths, max_response_length=settings.max_response_length
+            )
         return Sampled(problems, rollout, rewards, len(problems))

@@ -20,6 +20,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import Sampling, require_finite
 from dcjax.sharding.hosts import total
 from dcjax.types import Params, Rollout, TrainState
+from dcjax.user_code import refusals_of
 
 HELDOUT_SEED = 0
 """The same held-out prompts and sampling keys for every run and step, so that accuracies are compared in pairs."""
@@ -72,7 +73,10 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
             collector.submit(ended)
         rollout = sampling.rollout()
         _require_finite(policy, rollout, engine)
-        correct = total(int(np.sum(setup.config.task.solved(collector.result()))), engine.mesh)
+        scores = collector.result()
+        with refusals_of(setup.config.task):
+            solved = setup.config.task.solved(scores)
+        correct = total(int(np.sum(solved)), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts
         rows.append(Accuracy(policy, engine.format.name, correct, settings.prompts, accuracy, interval))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.datasets import Example
 from dcjax.data.task import Problem, Problems, decode_responses
@@ -18,23 +18,37 @@ from dcjax.rewards.golds import unreadable
 from dcjax.rewards.in_process import Rewards
 from dcjax.rewards.pool import Pending, RewardError
 from dcjax.rewards.processes import Reward
-from dcjax.serving.rollout import Ended
 from dcjax.sharding.hosts import is_main, share
+from dcjax.user_code import refusals_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dcjax.serving.rollout import Ended
 
 TOLD = 20
 """Golds that cannot be read, of a run, that are named."""
 
 
 def open_rewards(config: Config) -> AbstractContextManager[Rewards]:
-    """The run's reward in its worker processes, or in this one.
+    """The run's reward in its worker processes, or in this one; nothing is started before it is entered.
 
     Raises:
       RunError: the reward cannot be used.
     """
-    try:
-        return config.reward.open(config.reward.verifier(config.task))
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    with refusals_of(config.reward, config.task):
+        return config.reward.open(_verifier(config))
+
+
+def _verifier(config: Config) -> Reward:
+    with refusals_of(config.reward, config.task):
+        verifier = config.reward.verifier(config.task)
+    if not callable(verifier):
+        raise RunError(
+            f"the reward of {type(config.reward).__qualname__} and {type(config.task).__qualname__} is {verifier!r}, "
+            f"a {type(verifier).__name__}; it must be a function"
+        )
+    return verifier
 
 
 def check_golds(config: Config, problems: Problems) -> None:
@@ -43,10 +57,7 @@ def check_golds(config: Config, problems: Problems) -> None:
     Raises:
       RunError: the reward cannot be used, or as `tell_unreadable`.
     """
-    try:
-        tell_unreadable(problems.golds, config.reward.verifier(config.task))
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    tell_unreadable(problems.golds, _verifier(config))
 
 
 def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
@@ -79,9 +90,8 @@ def tell_unreadable(golds: Sequence[Example], reward: Reward) -> list[Example]:
 
 
 def one_line(error: RuntimeError) -> str:
-    """What a pool says, without the traceback between."""
-    first, *rest = str(error).strip().splitlines()
-    return f"{first} {rest[-1]}" if rest else first
+    """What a pool says, without the traceback that follows."""
+    return str(error).splitlines()[0]
 
 
 def tell_timeouts(timeouts: int, answers: int) -> None:

@@ -1,7 +1,8 @@
-"""What a run is set up with before its first step: tokenizer, problems, mesh, engines."""
+"""What a run is set up with before its first step, all of it checked before anything slow: files, mesh, engines."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,9 +17,10 @@ from dcjax.errors import RunError
 from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
+from dcjax.loop.early import Checks, check_files_and_reward, checked_mesh
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, start_of
+from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, recorded_model, start_of
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -27,14 +29,30 @@ from dcjax.recipe.build import (
     initial_state,
     make_engines,
     open_problems,
-    training_mesh,
+    with_architecture,
+    with_pretrained_model,
 )
 from dcjax.recipe.config import Config
 from dcjax.rewards.in_process import Rewards
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.sharding.hosts import check_divides
 from dcjax.types import TrainState
-from dcjax.user_code import CodeFile
+from dcjax.user_code import CodeFile, refusals_of
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that nothing is known against, and that nothing has been started for."""
+
+    config: Config
+    # entered where rewards are needed; workers start then
+    rewards: AbstractContextManager[Rewards]
+    tokenizer: PreTrainedTokenizerFast
+    problems: Problems
+    mesh: Mesh
+    end_tokens: list[int]
+    engines: dict[PolicyName, Qwen3Engine]
+    # as of `Setup`
+    started: datetime
 
 
 @dataclass(frozen=True)
@@ -58,39 +76,78 @@ class Setup:
     started: datetime | None = None
 
 
-def set_up(config: Config, rewards: Rewards, recipe: CodeFile | None = None) -> Setup:
-    """Builds a run's machinery; nothing is sampled or trained yet.
+def check(config: Config) -> Checked:
+    """Makes every check of a run that needs no sample and no step: first those that need no file to be read.
 
     Raises:
-      RunError: the mesh needs more devices than there are, the vocabulary does not fit the model, the ids that end a
-        response are not in it, or the model cannot be served.
+      RunError: the folder of the model, the reward or files of the task cannot be used, or the mesh needs more devices
+        than there are; all of these are said. Otherwise the problems cannot be read, the vocabulary does not fit the
+        model or the ids that end a response are not in it; all of these are said. Otherwise the model cannot be served.
     """
-    try:
-        tokenizer = _tokenizer(config)
-        started = start_of(config)
-        problems = open_problems(config, dated(tokenizer, started))
-        for split in ("train", "heldout"):
-            problems.problems(split, config.seed, 0, 1)
-        check_golds(config, problems)
-        mesh = training_mesh(config)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    if len(tokenizer) > config.model.vocab_size:
-        raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(tokenizer)}")
-    check_divides(
-        mesh, serving=config.serving.devices, prompts=config.rollout.prompts, heldout=config.evaluation.prompts
-    )
-    end_tokens = starting_end_tokens(config, tokenizer)
+    early = Checks()
+    config = early.run(_with_model, config) or config
+    rewards = check_files_and_reward(config, early)
+    mesh = early.run(checked_mesh, config)
+    early.finish()
+    late, started = Checks(), start_of(config)
+    tokenizer = late.run(_tokenizer, config)
+    late.finish()
+    problems = late.run(_checked_problems, config, dated(tokenizer, started))
+    late.run(_check_vocabulary, config, tokenizer)
+    end_tokens = late.run(starting_end_tokens, config, tokenizer)
+    late.finish()
     check_end_tokens_agree(end_tokens)
     engines = make_engines(config, mesh, end_tokens)
-    return Setup(config, rewards, tokenizer, problems, mesh, end_tokens, engines, recipe, started)
+    return Checked(config, rewards, tokenizer, problems, mesh, end_tokens, engines, started)
+
+
+def set_up(checked: Checked, rewards: Rewards, recipe: CodeFile | None = None) -> Setup:
+    """A run's machinery; nothing is sampled or trained yet. Golds that its reward cannot read are named.
+
+    Raises:
+      RunError: the processes that read golds could not be started.
+    """
+    check_golds(checked.config, checked.problems)
+    return Setup(
+        checked.config,
+        rewards,
+        checked.tokenizer,
+        checked.problems,
+        checked.mesh,
+        checked.end_tokens,
+        checked.engines,
+        recipe,
+        checked.started,
+    )
+
+
+def _checked_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:
+    """The task's problems, of which both splits have one."""
+    problems = open_problems(config, tokenizer)
+    with refusals_of(config.task, problems):
+        for split in ("train", "heldout"):
+            problems.problems(split, config.seed, 0, 1)
+    return problems
+
+
+def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
+    if len(tokenizer) > config.model.vocab_size:
+        raise RunError(f"model.vocab_size is {config.model.vocab_size}; the tokenizer needs {len(tokenizer)}")
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     """The task's; that of a run which began from a folder is its own, since the folder may be gone."""
     if config.pretrained is not None and goes_on(config):
         return load_tokenizer(config.directory / "tokenizer")
-    return config.task.build_tokenizer(config.pretrained)
+    with refusals_of(config.task):
+        return config.task.build_tokenizer(config.pretrained)
+
+
+def _with_model(config: Config) -> Config:
+    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
+    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
+        return with_architecture(config, recorded)
+    return with_pretrained_model(config)
 
 
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:

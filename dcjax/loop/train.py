@@ -18,13 +18,12 @@ from dcjax.loop.environment import describe
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.recipe_copy import recipe_for
-from dcjax.loop.reward_collector import open_rewards
-from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run, recorded_model
+from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
-from dcjax.loop.setup import Setup, begin, set_up
+from dcjax.loop.setup import Checked, Setup, begin, check, set_up
 from dcjax.loop.updater import Updater
 from dcjax.models.hf_config import GENERATION_CONFIG
-from dcjax.recipe.build import abstract_state, with_architecture, with_pretrained_model
+from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
 from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, join, threads_may_launch
@@ -49,31 +48,26 @@ def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] |
     join(config.distributed)
     recipe = recipe_for(config, recipe)
     check_processes_agree(config, recipe)
-    config = _with_model(config)
-    with open_rewards(config) as rewards:
-        return train_with(set_up(config, rewards, recipe))
+    checked = check(config)
+    check_data_agree(checked.problems.fingerprint)
+    with open_run(
+        checked.config,
+        data=checked.problems.fingerprint,
+        end_tokens=checked.end_tokens,
+        recipe=recipe,
+        started=checked.started,
+    ) as directory:
+        _train(checked, directory, recipe)
+    return write_report(directory) if is_main() else None
 
 
-def _with_model(config: Config) -> Config:
-    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
-    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
-        return with_architecture(config, recorded)
-    return with_pretrained_model(config)
-
-
-def train_with(setup: Setup) -> tuple[Path, Path] | None:
-    """`train`, of a run that is set up."""
-    check_data_agree(setup.problems.fingerprint)
+def _train(checked: Checked, directory: Path, recipe: CodeFile | None) -> None:
+    """Trains in a run's directory, which this process holds."""
     with (
-        open_run(
-            setup.config,
-            data=setup.problems.fingerprint,
-            end_tokens=setup.end_tokens,
-            recipe=setup.recipe,
-            started=setup.started,
-        ) as directory,
-        Checkpoints(directory / "checkpoints", keep=setup.config.checkpoint.keep) as checkpoints,
+        checked.rewards as rewards,
+        Checkpoints(directory / "checkpoints", keep=checked.config.checkpoint.keep) as checkpoints,
     ):
+        setup = set_up(checked, rewards, recipe)
         try:
             if is_main():
                 _save_tokenizer(setup, directory / "tokenizer")
@@ -82,7 +76,6 @@ def train_with(setup: Setup) -> tuple[Path, Path] | None:
             if (loss := as_loss(error)) is None:
                 raise
             raise loss from error
-    return write_report(directory) if is_main() else None
 
 
 def _loop(setup: Setup, checkpoints: Checkpoints) -> None:

@@ -27,6 +27,7 @@ from dcjax.rl.transforms import chain
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Params, Sequences
+from dcjax.user_code import refusals_of
 
 EARLY_SHARE = 0.8
 """Share of the updates before the share of scratchpads changes."""
@@ -112,12 +113,13 @@ def _optimizer(settings: WarmStartConfig, compute: DtypeName) -> optax.GradientT
 def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
     settings, rollout = config.warm_start, config.rollout
     early = step <= EARLY_SHARE * settings.steps
-    demonstrations = config.task.demonstrations(
-        seed=config.seed,
-        step=step,
-        count=settings.batch_size,
-        scratchpad_fraction=settings.early_scratchpads if early else settings.late_scratchpads,
-    )
+    with refusals_of(config.task):
+        demonstrations = config.task.demonstrations(
+            seed=config.seed,
+            step=step,
+            count=settings.batch_size,
+            scratchpad_fraction=settings.early_scratchpads if early else settings.late_scratchpads,
+        )
     if not demonstrations:
         raise RunError(f"warm_start.steps is {settings.steps}; this task has no solutions to imitate, so it must be 0")
     if (count := len(demonstrations)) != settings.batch_size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,9 +28,9 @@ from dcjax.rl.objective import Objective
 from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
-from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Metrics, Params, TrainState
+from dcjax.user_code import refusals_of
 
 Transform = optax.GradientTransformationExtraArgs
 PolicyName = Literal["deployed", "training", "deployed_ema"]
@@ -326,21 +325,6 @@ def metrics_to_host(metrics: Metrics) -> dict[str, float]:
     return values
 
 
-def training_mesh(config: Config) -> Mesh:
-    """The run's mesh, on devices that do not only serve.
-
-    Raises:
-      ValueError: too few devices, or serving ones that hosts cannot give equally many of.
-    """
-    count, size = config.serving.devices, math.prod(dataclasses.asdict(config.mesh).values())
-    if count and size + count > jax.device_count():
-        raise ValueError(
-            f"serving.devices is {count}, behind {size} of the mesh; {jax.device_count()} were found, "
-            "so the sum must be at most that"
-        )
-    return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
-
-
 def build_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:
     """The engine that deploys the policy.
 
@@ -376,9 +360,7 @@ def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problem
     """The task's problems.
 
     Raises:
-      RunError: their files are missing or cannot be used.
+      RunError: their files are missing or cannot be used, or a task of the reader's own fails.
     """
-    try:
+    with refusals_of(config.task):
         return config.task.open(tokenizer)
-    except (ValueError, FileNotFoundError) as error:
-        raise RunError(str(error)) from None

@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -178,6 +179,18 @@ def named_in_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(directory: Path) -> None:
+    """Checks that a directory can be made if it is missing, and files in it; nothing is left there.
+
+    Raises:
+      OSError: a file cannot be made in it, or in the nearest directory above it that exists; the message names that.
+    """
+    directory = directory.absolute()
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    with named_in_errors(nearest), tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def write_atomically(path: Path, data: bytes) -> None:

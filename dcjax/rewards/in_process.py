@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from dcjax.rewards.pool import Pending, RewardPool
-from dcjax.rewards.processes import Reward, score
+from dcjax.rewards.processes import Reward, describe, score
 from dcjax.user_code import find
 
 
@@ -26,13 +31,37 @@ class InProcessRewards:
     ) -> Pending:
         """Like `RewardPool.submit`, but the rewards are computed before it returns."""
         answers = zip(texts, golds, map(bool, finished), strict=True)
-        return Pending.of([self._score(*answer) for answer in answers])
+        with _interrupts_noted() as interrupts:
+            return Pending.of([self._score(*answer, interrupts) for answer in answers])
 
-    def _score(self, text: str, gold: str, finished: bool) -> float | Exception:
+    def _score(self, text: str, gold: str, finished: bool, interrupts: list[int]) -> float | str:
         try:
             return score(self.reward, text, gold, finished)
-        except Exception as error:
-            return error
+        except BaseException as error:
+            if interrupts:
+                raise KeyboardInterrupt from error
+            return describe(error, self.reward)
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """A list that gets a number for each interrupt from the keyboard, which a reward's own exceptions are told from."""
+    interrupts: list[int] = []
+    handler: Any = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        handler(number, frame)
+
+    # other threads are not interrupted, and a process that ignores the signal is not either
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 Rewards = RewardPool | InProcessRewards

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -23,7 +22,7 @@ from jaxtyping import Bool, Float32
 
 from dcjax.rewards import processes
 from dcjax.rewards.processes import Reward
-from dcjax.user_code import code_files_in
+from dcjax.user_code import code_files_in, function_of
 
 PATIENCE = 10.0
 """Seconds that the server has to end; it needs them only if the import of the reward's module hangs."""
@@ -37,12 +36,13 @@ class RewardError(RuntimeError):
 
     Attributes:
       answer: the number of the answer among those submitted together.
-      told: the traceback's last line, which names the exception.
+      told: the exception and the line of the function's own code, as `dcjax.user_code.failure` has it.
     """
 
-    def __init__(self, answer: int, traceback: str):
-        super().__init__(f"the reward function raised on answer {answer}:\n{traceback}")
-        self.answer, self.told = answer, traceback.strip().splitlines()[-1]
+    def __init__(self, answer: int, description: str):
+        told, _, traceback = description.partition("\n")
+        super().__init__(f"the reward function raised on answer {answer}: {told}\n{traceback}")
+        self.answer, self.told = answer, told
 
 
 @dataclass
@@ -64,19 +64,19 @@ class Pending:
         """How many answers have taken too long so far; final once there is a result."""
         self._scores = np.zeros(size, np.float32)
         self._left = size
-        self._tracebacks: dict[int, str] = {}
+        self._raised: dict[int, str] = {}
         self._failure: Exception | None = None
         self._over = threading.Event()
         if not size:
             self._over.set()
 
     @classmethod
-    def of(cls, scores: Sequence[float | Exception]) -> Pending:
-        """Scores that are known already, with an exception in place of each that could not be computed."""
+    def of(cls, scores: Sequence[float | str]) -> Pending:
+        """Scores that are known already; in place of each that could not be computed, `processes.describe`."""
         pending = cls(len(scores))
         for index, score in enumerate(scores):
-            if isinstance(score, Exception):
-                pending._set_error(index, "".join(traceback.format_exception(score)))
+            if isinstance(score, str):
+                pending._set_error(index, score)
             else:
                 pending._set(index, score)
         return pending
@@ -91,9 +91,9 @@ class Pending:
         self._over.wait()
         if self._failure is not None:
             raise RuntimeError(f"answers were not scored: {self._failure}") from self._failure
-        if self._tracebacks:
-            first = min(self._tracebacks)
-            raise RewardError(first, self._tracebacks[first])
+        if self._raised:
+            first = min(self._raised)
+            raise RewardError(first, self._raised[first])
         return self._scores
 
     def _set(self, index: int, score: float) -> None:
@@ -102,8 +102,8 @@ class Pending:
         if not self._left:
             self._over.set()
 
-    def _set_error(self, index: int, raised: str) -> None:
-        self._tracebacks[index] = raised
+    def _set_error(self, index: int, description: str) -> None:
+        self._raised[index] = description
         self._set(index, 0.0)
 
     def _fail(self, failure: Exception | None) -> None:
@@ -160,7 +160,7 @@ class _Worker:
 class _Server:
     """The pool's side of the process that forks workers."""
 
-    def __init__(self, pickled: bytes, memory: int):
+    def __init__(self, pickled: bytes, module_name: str, memory: int):
         self.control, theirs = Pipe()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
@@ -172,12 +172,12 @@ class _Server:
             start_new_session=True,  # an interrupt from the terminal is the pool's to handle
         )
         theirs.close()
-        self.control.send((code_files_in(pickled), pickled, memory))
+        self.control.send((code_files_in(pickled), module_name, pickled, memory))
 
     def check(self) -> None:
         """Raises RuntimeError if the reward could not be imported."""
-        if failure := self.control.recv():
-            raise RuntimeError(f"workers cannot import the reward function:\n{failure}")
+        if failed := self.control.recv():
+            raise RuntimeError(f"workers cannot import the reward function: {failed}")
 
     def fork(self) -> _Worker:
         ours, theirs = Pipe()
@@ -225,7 +225,7 @@ class RewardPool:
       warm_up: seconds that the reward's first call in a worker may take; if it takes more, the pool fails.
 
     Raises:
-      ValueError: a setting is out of range, or workers could not import the reward.
+      ValueError: a setting is out of range, or workers could not import the reward: it is a lambda, for example.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class RewardPool:
             raise ValueError(f"warm_up is {warm_up}; it must be more than 0 seconds")
         if memory < 1 << 20:
             raise ValueError(f"memory is {memory} bytes; it must be at least {1 << 20}")
-        self._pickled = pickle.dumps(reward)
+        self._pickled, self._module_name = _pickled(reward), str(function_of(reward).__module__)
         if b"__main__" in self._pickled:
             raise ValueError(
                 f"reward is {reward!r} of `__main__`, which workers do not import; give it a module of its own"
@@ -307,7 +307,7 @@ class RewardPool:
     def _dispatch(self) -> None:
         """Runs the dispatcher thread: starts the processes, and hands out answers until the pool ends."""
         try:
-            with closing(_Server(self._pickled, self._memory)) as server:
+            with closing(_Server(self._pickled, self._module_name, self._memory)) as server:
                 while self._over is None and server.control not in self._listen([server.control]):
                     pass
                 if self._over is None:
@@ -378,3 +378,15 @@ class RewardPool:
         else:
             limit = f"ended {ATTEMPTS} workers, the last with status {status}; try it in a process of its own"
         return f"the reward function's first call in a worker {limit}"
+
+
+def _pickled(reward: Reward) -> bytes:
+    try:
+        return pickle.dumps(reward)
+    except Exception as error:  # of what is bound to it too, whose code may raise anything
+        code = getattr(function_of(reward), "__code__", None)
+        where = "" if code is None else f" ({code.co_filename}, line {code.co_firstlineno})"
+        raise ValueError(
+            f"the reward is {function_of(reward).__qualname__}{where}, which worker processes cannot import: {error}; "
+            "it must be defined by def at the top level of its file, or be functools.partial of such a function"
+        ) from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import reprlib
 import resource
 import signal
 import struct
@@ -22,6 +23,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
+from typing import Any, cast
+
+from dcjax.user_code import failure, function_of
 
 Reward = Callable[..., float]
 """Any picklable function (text, gold, *, finished) -> float.
@@ -36,7 +40,7 @@ OUT_OF_MEMORY = 3
 
 FORK = "fork"
 SCORE, RAISED, WARM = b"=", b"!", b"~"
-"""The first byte of a reply: a float64 follows, or a traceback, or nothing when the reward's first call is over."""
+"""The first byte of a reply: a float64 follows, or `describe`, or nothing when the reward's first call is over."""
 FLOAT64 = struct.Struct("d")
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 
@@ -44,25 +48,25 @@ LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 def serve(control: Connection) -> None:
     """Answers the pool's requests until its end of the pipe closes.
 
-    First come the files of users that the reward is defined in, the pickled reward and the memory that an answer may
-    take (`work`); the reply is empty, or the traceback of what failed. Then `FORK`, followed by the worker's end of its
-    pipe, is answered by a process id; a process id ends that worker if it still runs, and is answered by its exit
-    status (negative for a signal).
+    First come the files of users that the reward is defined in, the name of its module, the pickled reward and the
+    memory that an answer may take (`work`); the reply is empty, or what failed: its `failure` in the first line, and
+    the traceback. Then `FORK`, followed by the worker's end of its pipe, is answered by a process id; a process id ends
+    that worker if it still runs, and is answered by its exit status (negative for a signal).
     """
-    files, pickled, memory = control.recv()
+    files, module_name, pickled, memory = control.recv()
+    failed, reward = "", cast(Reward, None)
     try:
         for file in files:
             file.load()
         reward = pickle.loads(pickled)
         if verifier := sys.modules.get("dcjax.rewards.verify"):
             verifier.warm_up()
-    except Exception:
-        control.send(traceback.format_exc())
-        return
-    control.send("")
+    except BaseException as error:
+        failed = f"{failure(error, module_name)}\n{traceback.format_exc()}"
     gc.freeze()  # a worker's collections would copy every page that holds an object
     children: set[int] = set()
     try:
+        control.send(failed)
         while True:
             request = control.recv()
             if request == FORK:
@@ -143,12 +147,28 @@ def score(reward: Reward, text: str, gold: str, finished: bool) -> float:
     """The reward of a response.
 
     Raises:
+      TypeError: it is no number.
       ValueError: it is not finite in float32.
     """
-    (value,) = FLOAT64.unpack(FLOAT64.pack(reward(text, gold, finished=finished)))
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"the reward is {value}, for gold {gold!r}; it must be a finite number")
-    return value
+    value = reward(text, gold, finished=finished)
+    try:
+        (number,) = FLOAT64.unpack(FLOAT64.pack(value))
+        is_number = getattr(value, "shape", ()) == ()
+    except (struct.error, TypeError):
+        number, is_number = 0.0, False
+    if not is_number:
+        found = f"{reprlib.repr(value)}, a {type(value).__name__}"
+        raise TypeError(f"the reward is {found}, for gold {gold!r}; it must be a finite number")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"the reward is {number}, for gold {gold!r}; it must be a finite number")
+    return number
+
+
+def describe(error: BaseException, reward: Reward) -> str:
+    """What a reward function raised: its `failure` in the first line, and the traceback in the others."""
+    function: Any = function_of(reward)
+    told = failure(error, str(function.__module__), getattr(function, "__code__", None))
+    return f"{told}\n{''.join(traceback.format_exception(error))}"
 
 
 def _reply(reward: Reward, text: str, gold: str, finished: bool) -> bytes:
@@ -156,8 +176,8 @@ def _reply(reward: Reward, text: str, gold: str, finished: bool) -> bytes:
         return SCORE + FLOAT64.pack(score(reward, text, gold, finished))
     except MemoryError:
         raise
-    except BaseException:
-        return RAISED + traceback.format_exc().encode(errors="backslashreplace")
+    except BaseException as error:
+        return RAISED + describe(error, reward).encode(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dcjax.models.hf import Checkpoint
 from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
 from dcjax.models.parameters import Parameter, count_params
+from dcjax.reporting.record import check_writable
 
 if TYPE_CHECKING:
     from dcjax.tools.open_model import OpenedModel
@@ -55,7 +56,7 @@ def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, to
       RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse.
     """
     with _value_errors_as_run_errors():
-        check_vacant(out)
+        check_writable(check_vacant(out).parent)
         checkpoint = Checkpoint(source)
         checkpoint.verify_tied_head()
         read_end_tokens(source)
@@ -100,7 +101,7 @@ def export_run(
     from dcjax.tools.open_model import open_model, require_run
 
     with _value_errors_as_run_errors():
-        check_vacant(out)
+        check_writable(check_vacant(out).parent)
         require_run(source, "dcjax convert import reads it")
         model = open_model(source, recipe_code=recipe_code)
         state, cursor = model.restore()

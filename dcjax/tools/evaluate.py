@@ -44,11 +44,13 @@ def evaluate_source(
     require_run(source, "dcjax evaluate --suite takes it")
     settings = {"prompts": prompts, "temperature": temperature}
     model = open_model(source, recipe_code=recipe_code, serving={"format": format}, evaluation=settings)
-    config, (state, cursor) = model.config, model.restore()
-    engines = make_engines(config, model.mesh, model.end_tokens)
+    config = model.config
+    opened = open_rewards(config)
     problems = open_problems(config, model.tokenizer)
+    engines = make_engines(config, model.mesh, model.end_tokens)
     check_golds(config, problems)
-    with open_rewards(config) as rewards:
+    state, cursor = model.restore()
+    with opened as rewards:
         setup = Setup(config, rewards, model.tokenizer, problems, model.mesh, model.end_tokens, engines)
         rows = evaluate(setup, engines, state.params, cursor.step)
         if optimizer_of(config).ema_decay:

@@ -3,14 +3,19 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import dcjax.loop.early
 import dcjax.loop.train
+import dcjax.rewards.pool
 from dcjax.cli import build_parser, main
+from dcjax.data.datasets import SAMPLES
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -75,6 +80,7 @@ def started(monkeypatch):
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
+    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config: None)
     return configs
 
 
@@ -401,10 +407,11 @@ def test_an_unknown_recipe_file_is_named(refusal):
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("def config(:", "SyntaxError"),
-        ("def config():\n    raise KeyError('lost')", "KeyError: 'lost'"),
-        ("raise RuntimeError('two\\nlines')", "two lines"),
-        ("import sys\nsys.exit(1)", "SystemExit"),
+        ("def config(:", "SyntaxError: invalid syntax (other.py, line 1)"),
+        ("def config():\n    raise KeyError('lost')", "KeyError: 'lost' ({}, line 2, in config)"),
+        ("raise RuntimeError('two\\nlines')", "two lines ({}, line 1, in <module>)"),
+        ("import json\njson.loads('{')", "(char 1) ({}, line 2, in <module>)"),
+        ("import sys\nsys.exit(1)", "SystemExit: 1 ({}, line 2, in <module>)"),
         ("", "config"),
         ("config = 3", "not callable"),
         ("def config():\n    return {'steps': 3}", "returned dict; it must return a dcjax.recipe.config.Config"),
@@ -416,11 +423,149 @@ def test_an_unknown_recipe_file_is_named(refusal):
         ),
         ("\0", "other.py"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
-def test_a_recipe_that_cannot_be_run_is_named_with_the_reason(refusal, body, expected):
+def test_a_recipe_that_cannot_be_run_is_named_with_the_reason_and_its_line(refusal, directory, body, expected):
     message = refusal("train", recipe(body), "--run-dir", "run")
-    assert "other.py" in message and expected in message
+    assert "other.py" in message and expected.format(directory / "other.py") in message
+
+
+OWN_CODE = """
+from dataclasses import dataclass, replace
+from dcjax.data.arithmetic import ArithmeticTask
+from dcjax.recipe.reward import RewardConfig
+from tested import config as tested
+
+def outer():
+    def inner(text, gold, *, finished): return 1.0
+    return inner
+
+@dataclass(frozen=True)
+class Mine(RewardConfig):
+    fault: str = ""
+    def verifier(self, task):
+        match self.fault:
+            case "raises": return {}["why"]
+            case "exits": raise SystemExit
+            case "local": return outer()
+            case "lambda": return lambda text, gold, *, finished: 1.0
+            case "none": return None
+            case "value": raise ValueError("why")
+        return super().verifier(task)
+
+@dataclass(frozen=True)
+class Task(ArithmeticTask):
+    fault: str = ""
+    def open(self, tokenizer):
+        return open("latin.jsonl", encoding="utf-8").read() if self.fault == "latin" else {}["why"]
+    def build_tokenizer(self, pretrained):
+        return super().build_tokenizer(pretrained) if self.fault else {}["why"]
+
+def config():
+    return replace(tested(), reward=Mine(), task=Task())
+"""
+
+
+OWN_FAULTS = [
+    ("--reward.fault raises", "KeyError: 'why' ({file}, line {line}, in Mine.verifier)", 'case "raises"'),
+    ("--reward.fault exits", "SystemExit ({file}, line {line}, in Mine.verifier)", 'case "exits"'),
+    ("--reward.fault value", "ValueError: why ({file}, line {line}, in Mine.verifier)", 'case "value"'),
+    ("--reward.fault none", "the reward of Mine and Task is None, a NoneType; it must be a function", ""),
+    ("--reward.fault none --reward.workers 1", "the reward of Mine and Task is None, a NoneType; it must be", ""),
+    ("--reward.fault local --reward.workers 1", "is outer.<locals>.inner ({file}, line {line})", "def inner"),
+    ("--reward.fault lambda --reward.workers 1", "<lambda> ({file}, line {line}), which", 'case "lambda"'),
+    ("--task.fault latin", "UnicodeDecodeError: 'utf-8' codec", ""),
+    ("--task.fault latin", "({file}, line {line}, in Task.open)", "return open("),
+    ("--task.fault raises", "KeyError: 'why' ({file}, line {line}, in Task.open)", "return open("),
+    ("", "KeyError: 'why' ({file}, line {line}, in Task.build_tokenizer)", "return super().build"),
+]
+
+
+def test_code_of_a_section_that_fails_is_named_by_its_line(refusal, directory, monkeypatch):
+    monkeypatch.syspath_prepend(directory / "experiments")
+    Path("latin.jsonl").write_bytes(b"caf\xe9")
+    file = directory / recipe(OWN_CODE)
+    for overrides, expected, line in OWN_FAULTS:
+        number = next(n for n, text in enumerate(OWN_CODE.splitlines(), start=1) if line in text)
+        message = refusal("train", file, "--run-dir", "run", *overrides.split())
+        assert expected.format(file=file, line=number) in message
+
+
+MATHEMATICS = """
+from dataclasses import replace
+from dcjax.data.mathematics import MathTask
+from dcjax.recipe.reward import RewardConfig
+from tested import config as tested
+
+def config():
+    given = tested()
+    rollout = replace(given.rollout, max_prompt_length=1024)
+    return replace(given, reward=RewardConfig(workers=2), task=MathTask(), rollout=rollout)
+"""
+"""A task of files whose reward needs processes."""
+
+
+@pytest.fixture
+def mathematics(directory, monkeypatch, capfd):
+    """What refuses a run of mathematics, for which no process is started."""
+    monkeypatch.syspath_prepend(directory / "experiments")
+    monkeypatch.setattr(dcjax.rewards.pool, "_Server", lambda *arguments: pytest.fail("started"))
+
+    def run(*overrides):
+        assert main(["train", recipe(MATHEMATICS), "--run-dir", "run", *map(str, overrides)]) == 2
+        *others, message = capfd.readouterr().err.splitlines()
+        assert all(line.startswith("dcjax: dapo-math-17k: examples 29") for line in others)
+        assert not Path("run").exists()
+        return message.removeprefix("dcjax: error: ")
+
+    return run
+
+
+def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathematics):
+    begun = time.perf_counter()
+    message = mathematics("--mesh.fsdp", "16", "--optimizer.microbatch_size", "16", "--pretrained", "nowhere")
+    assert time.perf_counter() - begun < 5
+    for expected in (
+        "no nowhere/config.json",
+        "no copy of dapo-math-17k, aime24 in data; dcjax data data --download fetches",
+        f"the samples that come with dcjax: --task.data_dir {SAMPLES}",
+        "mesh.fsdp 16 needs 16 devices; 8 found",
+    ):
+        assert expected in message
+
+
+def test_a_real_process_that_is_refused_starts_no_other_and_says_all_in_one_line():
+    overrides = ["--mesh.fsdp", "16", "--optimizer.microbatch_size", "16"]
+    ended = process("train", recipe(MATHEMATICS), *overrides, PYTHONPATH=os.pathsep.join([*sys.path, "experiments"]))
+    assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1
+    assert b"no copy of dapo-math-17k, aime24 in data" in ended.stderr
+    assert b"mesh.fsdp 16 needs 16 devices" in ended.stderr
+
+
+def test_what_refuses_a_run_early_is_imported_quickly():
+    script = "import sys, dcjax.loop.early; print(sys.modules.keys() & {'tensorflow', 'jetstream', 'transformers'})"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_all_that_files_show_is_said_at_once(mathematics):
+    message = mathematics("--task.data_dir", SAMPLES, "--task.max_prompt_tokens", "8", "--model.vocab_size", "128")
+    assert "dapo-math-17k has nothing left to train on" in message
+    assert "model.vocab_size is 128; the tokenizer needs 258" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "expected"),
+    [
+        ("aime24.jsonl", b'{"problem": "caf\xe9"}', r"""line 1: b'\xe9' after b'{"problem": "caf' is not UTF-8"""),
+        ("aime24.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a Git LFS pointer"),
+    ],
+)
+def test_a_data_file_that_is_none_is_named(mathematics, directory, name, held, expected):
+    (directory / "data").mkdir()
+    shutil.copy(SAMPLES / "dapo-math-17k.jsonl", directory / "data")
+    (directory / "data" / name).write_bytes(held)
+    message = mathematics()
+    assert message.startswith(f"data/{name}") and expected in message
 
 
 @pytest.mark.parametrize("spelled", [["--steppes", "3"], ["--steppes=3"], ["steppes=3"]], ids=" ".join)

@@ -1,7 +1,7 @@
 """A run's iterations one at a time, without its directory; and what it samples, seen or changed."""
 
 from dcjax.loop.evaluate import evaluate_state
-from dcjax.loop.setup import begin, set_up
+from dcjax.loop.setup import begin, check, set_up
 from dcjax.loop.train import Stopwatch, make_sampler
 from dcjax.loop.updater import Updater
 from dcjax.sharding.hosts import Preemption
@@ -11,7 +11,7 @@ class Stepper:
     """What `dcjax train` steps with."""
 
     def __init__(self, config, rewards):
-        self.config, self.setup = config, set_up(config, rewards)
+        self.config, self.setup = config, set_up(check(config), rewards)
         self.mesh = self.setup.mesh
         self.sampler = make_sampler(self.setup, Preemption())
         self.updater = Updater(self.setup)

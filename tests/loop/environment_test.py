@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 from dcjax.errors import RunError
+from dcjax.loop.early import training_mesh
 from dcjax.loop.environment import describe
 from dcjax.models import presets
-from dcjax.recipe.build import build_engine, params_shardings, training_mesh
+from dcjax.recipe.build import build_engine, params_shardings
 from dcjax.recipe.engine import rollout_mesh
 from dcjax.recipe.serving import ServingConfig
 from dcjax.sharding.mesh import MeshConfig, make_mesh

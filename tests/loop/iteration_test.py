@@ -60,7 +60,7 @@ def rounds_of(monkeypatch):
     """What rounds of sampling with these rewards draw, and the cursors and keys that they were asked with."""
 
     def build(*rewards):
-        draw, asked = Draw(setup.set_up(CONFIG, HERE), Preemption()), []
+        draw, asked = Draw(setup.set_up(setup.check(CONFIG), HERE), Preemption()), []
 
         def sample_once(serving, cursor, key):
             asked.append((cursor, jax.random.key_data(key).tolist()))
@@ -333,12 +333,11 @@ def test_without_limits_there_is_nothing_to_count():
     assert not [name for name in metrics if name.startswith("reward/")]
 
 
-def test_golds_are_looked_at_before_anything_is_made(monkeypatch):
+def test_golds_are_looked_at_before_anything_is_sampled(monkeypatch):
     def check(config, problems):
         assert config is CONFIG and problems.golds == ()
         raise RunError("looked at")
 
     monkeypatch.setattr(setup, "check_golds", check)
-    monkeypatch.setattr(setup, "make_engines", None)
     with pytest.raises(RunError, match="looked at"):
-        setup.set_up(CONFIG, HERE)
+        setup.set_up(setup.check(CONFIG), HERE)

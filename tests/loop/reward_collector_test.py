@@ -1,6 +1,8 @@
 """What responses are judged by, in whatever order they end, on however many hosts."""
 
 import itertools
+import os
+import signal
 
 import jax
 import numpy as np
@@ -125,9 +127,94 @@ def test_a_reward_that_raises_or_is_not_finite_ends_the_run_in_one_line(reward, 
     collector = RewardCollector(InProcessRewards(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
     collector.submit(ended([1, 4, 7]))
     collector.submit(ended([0, 2, 3, 5, 6, 8, 9, 10, 11]))
-    with pytest.raises(RunError, match=f"failed on response 4: {told}; a reward returns a number") as caught:
+    where = rf"\({__file__}, line \d+, in {reward.__name__}\)"
+    with pytest.raises(RunError, match=f"failed on response 4: {told} {where}; a reward returns a number") as caught:
         collector.result()
     assert "\n" not in str(caught.value)
+
+
+FAILING = """
+import json, sys
+from dataclasses import dataclass
+import numpy as np
+from dcjax.recipe.reward import RewardConfig
+
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError
+
+def raises(): raise KeyError("why")
+def quotes(): raise ValueError("two\\nlines")
+def says_nothing(): raise Silent
+def library(): json.loads("{")
+def exits(): sys.exit("why")
+def ends(): raise SystemExit
+def interrupts(): raise KeyboardInterrupt
+
+def returns(value):
+    return lambda: value
+
+RETURNED = {"none": None, "mapping": {"score": 1.0}, "text": "1.0", "array": np.ones(1), "many": np.ones((9, 9))}
+
+def judge(text, gold, *, finished):
+    return (globals().get(gold) or returns(RETURNED[gold]))()
+
+@dataclass(frozen=True)
+class Failing(RewardConfig):
+    def verifier(self, task):
+        return judge
+"""
+
+FAILED = {
+    "raises": "KeyError: 'why'",
+    "quotes": "ValueError: two lines",
+    "says_nothing": "Silent: <exception str() failed>",
+    "library": "JSONDecodeError: Expecting property name",
+    "exits": "SystemExit: why",
+    "ends": "SystemExit",
+    "interrupts": "KeyboardInterrupt",
+    "none": "TypeError: the reward is None, a NoneType, for gold 'none'; it must be a finite number",
+    "mapping": "TypeError: the reward is {'score': 1.0}, a dict, for",
+    "text": "TypeError: the reward is '1.0', a str, for",
+    "array": "TypeError: the reward is array([1.]), a ndarray, for",
+    "many": "TypeError: the reward is array([[1., 1",
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_however_a_reward_fails_its_own_line_is_named_here_and_in_workers(tmp_path, workers):
+    file = tmp_path / "failing.py"
+    source = f"{FAILING}# in {workers} workers\n"  # a module of its own, whose path is this one
+    file.write_text(source)
+    lines = source.splitlines()
+    with open_rewards(Config(reward=CodeFile.read(file).load().Failing(workers=workers))) as scorer:
+        for kind, told in FAILED.items():
+            collector = RewardCollector(scorer, TOKENIZER, [TextProblem("?", kind)], samples_per_prompt=1)
+            collector.submit(ended([0]))
+            with pytest.raises(RunError) as caught:
+                collector.result()
+            name = kind if f"def {kind}():" in FAILING else "judge"
+            line = next(number for number, line in enumerate(lines, start=1) if line.startswith(f"def {name}("))
+            assert str(caught.value).startswith(f"the reward function failed on response 0: {told}")
+            assert f" ({file}, line {line}, in {name}); a reward returns" in str(caught.value)
+            assert "\n" not in str(caught.value) and caught.value.status == 2
+
+
+def test_an_interrupt_from_the_keyboard_is_no_error_of_the_reward():
+    def reward(text, gold, *, finished):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        InProcessRewards(reward).submit(["7"], ["7"], [True])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_no_function_is_refused(tmp_path):
+    (tmp_path / "none.py").write_text(FAILING.replace("return judge", "return None"))
+    reward = CodeFile.read(tmp_path / "none.py").load().Failing()
+    with pytest.raises(RunError, match="the reward of Failing and ArithmeticTask is None, a NoneType; it must be a f"):
+        open_rewards(Config(reward=reward))
 
 
 class Stopping:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dcjax.reporting.record import MetricsLog, Transcripts, read_metrics, read_transcripts, write_atomically
+from dcjax.reporting.record import (
+    MetricsLog,
+    Transcripts,
+    check_writable,
+    read_metrics,
+    read_transcripts,
+    write_atomically,
+)
 
 
 def write_steps(run_dir, steps, *, last_step=None):
@@ -240,3 +247,14 @@ def test_transcripts_drop_all_samples_of_later_steps(tmp_path):
 def test_a_reward_that_is_not_finite_is_refused(tmp_path):
     with Transcripts(tmp_path, last_step=None) as log, pytest.raises(ValueError, match="'reward' is nan"):
         log.write(1, prompt="", response="", reward=float("nan"), finished=True, policy_version=0)
+
+
+def test_looking_whether_a_directory_is_writable_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path)
+    check_writable(tmp_path / "a" / "b")
+    for unusable in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(NotADirectoryError) as raised:
+            check_writable(unusable)
+        assert raised.value.filename == str(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -200,7 +200,7 @@ def test_workers_killed_from_outside_lose_nothing(tmp_path):
 @pytest.mark.parametrize("deed, name", [("error", "KeyError: 'why'"), ("end_python", "SystemExit: why"), ("?", "'?'")])
 def test_an_exception_of_the_reward_reaches_the_caller_with_its_traceback(deed, name):
     with obeying() as pool:
-        with pytest.raises(RewardError, match="raised on answer 1:\nTraceback") as raised:
+        with pytest.raises(RewardError, match=r"raised on answer 1: .*\nTraceback") as raised:
             tell(pool, ("length", "12"), (deed, "why"), ("error", "later"))
         assert name in str(raised.value) and "in obey" in str(raised.value) and "later" not in str(raised.value)
         assert tell(pool, ("length", "12")) == [2.0]
@@ -212,10 +212,9 @@ def test_a_reward_that_is_not_finite_is_an_error(number):
     with obeying() as pool, pytest.raises(RewardError, match="raised on answer 1:") as raised:
         tell(pool, ("length", "12"), ("number", number))
     assert raised.value.answer == 1
-    assert (
-        raised.value.told
-        == f"ValueError: the reward is {float(number)}, for gold {number!r}; it must be a finite number"
-    )
+    told, place = raised.value.told.split(" (", 1)
+    assert told == f"ValueError: the reward is {float(number)}, for gold {number!r}; it must be a finite number"
+    assert place == f"{functions.__file__}, line {functions.obey.__code__.co_firstlineno}, in obey)"
 
 
 def test_a_reward_with_arguments_bound_and_any_text_travel():
@@ -253,6 +252,39 @@ def test_a_reward_of_the_program_itself_is_refused(monkeypatch):
         RewardPool(functions.length, workers=1)
 
 
+def outer():
+    def inner(text, gold, *, finished):
+        return 1.0
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    "reward, name",
+    [
+        (lambda text, gold, *, finished: 1.0, "<lambda>"),
+        (outer(), r"outer\.<locals>\.inner"),
+        (partial(functions.length, lock=threading.Lock()), "length"),
+    ],
+)
+def test_a_reward_that_cannot_be_sent_to_workers_is_refused_by_its_name_and_line(reward, name):
+    with pytest.raises(ValueError, match=rf"the reward is {name} \(.*\.py, line \d+\), which worker processes cannot"):
+        RewardPool(reward, workers=1)
+
+
+def test_a_module_that_ends_python_in_workers_is_an_error_of_its_line(tmp_path, monkeypatch):
+    (tmp_path / "ends.py").write_text(
+        "import os, sys\nif 'PARENT' not in os.environ:\n    sys.exit()\ndef reward(*a, **k): return 1.0\n"
+    )
+    monkeypatch.setenv("PARENT", "1")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = importlib.import_module("ends").reward
+    monkeypatch.delenv("PARENT")
+    told = r"cannot import the reward function: SystemExit \(.*ends\.py, line 3, in <module>\)"
+    with RewardPool(reward, workers=1) as pool, pytest.raises(RuntimeError, match=told):
+        pool.score(["7"], ["7"], [True])
+
+
 def test_a_reward_that_workers_cannot_import_is_an_error_with_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text(
         "import os\nassert 'PARENT' in os.environ\ndef reward(*a, **k): return 1.0\n"
@@ -262,7 +294,8 @@ def test_a_reward_that_workers_cannot_import_is_an_error_with_its_traceback(tmp_
     reward = importlib.import_module("only_here").reward
     monkeypatch.delenv("PARENT")
     with RewardPool(reward, workers=1) as pool:
-        with pytest.raises(RuntimeError, match=r"cannot import the reward function:\n(?s:.*)AssertionError"):
+        told = r"cannot import the reward function: AssertionError \(.*only_here\.py, line 2, in <module>\)\nTraceback"
+        with pytest.raises(RuntimeError, match=told):
             pool.score(["7"], ["7"], [True])
         with pytest.raises(RuntimeError, match="answers cannot be scored: workers cannot import"):
             pool.submit(["7"], ["7"], [True])
@@ -280,11 +313,12 @@ def test_a_pool_that_is_not_open_says_so():
         tell(pool, ("length", "12"))
 
 
-def test_closing_before_anything_has_started():
+def test_closing_before_anything_has_started(capfd):
     with obeying() as pool:
         pending = pool.submit(["length"], ["1"], [True])
     with pytest.raises(RuntimeError, match="the pool was closed"):
         pending.result()
+    assert capfd.readouterr().err == ""  # the server has nobody left to answer, which is no error
 
 
 def test_an_exception_in_the_block_ends_the_processes():

@@ -11,8 +11,10 @@ from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.evaluate import HELDOUT_SEED
 from dcjax.recipe.build import open_problems
+from dcjax.reporting.record import check_writable
 from dcjax.tools.open_model import OpenedModel, is_folder, open_model
 from dcjax.tools.probe.policies import Weights
+from dcjax.user_code import refusals_of
 
 PROMPTS = 128
 """The default number of prompts, each of which gets one response."""
@@ -27,11 +29,8 @@ class Source:
     weights: Weights
     stale_step: int | None
     """The step of the weights that are served; None if they are the trainer's own."""
-
-    @property
-    def out(self) -> Path:
-        """The default directory of the results."""
-        return self.model.directory_for("probe")
+    out: Path
+    """The directory of the results."""
 
 
 def load_source(
@@ -42,6 +41,7 @@ def load_source(
     prompts: int | None = None,
     prompts_file: Path | None = None,
     stale_step: int | None = None,
+    out: Path | None = None,
     recipe_code: bool = True,
 ) -> Source:
     """A run's newest checkpoint, one checkpoint in a run, or a Hugging Face folder.
@@ -53,10 +53,12 @@ def load_source(
       prompts: how many prompts; None is PROMPTS.
       prompts_file: for a folder, a file with one prompt per line: {"prompt": ...} or the text itself.
       stale_step: for a run, the checkpoint whose weights are served.
+      out: the directory of the results; None is RUN/probe or ./probe.
       recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
 
     Raises:
       RunError: the source does not exist or is damaged, or a setting is out of range or for the other kind of source.
+      OSError: results cannot be written; no weights have been read then.
     """
     path = path.resolve()
     count = PROMPTS if prompts is None else prompts
@@ -66,16 +68,27 @@ def load_source(
     if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _of_run(open_model(path, recipe_code=recipe_code, serving=serving), stale_step, count)
+        return _of_run(open_model(path, recipe_code=recipe_code, serving=serving), stale_step, count, out)
     if stale_step is not None:
         raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:
         raise RunError(f"{path} is a Hugging Face folder, which has no prompts; give some with --prompts-file")
-    return _of_folder(open_model(path, serving=serving), prompts_file, count)
+    return _of_folder(open_model(path, serving=serving), prompts_file, count, out)
 
 
-def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
+def _writable(model: OpenedModel, out: Path | None) -> Path:
+    """The directory of the results, which can be written to."""
+    out = model.directory_for("probe") if out is None else out
+    check_writable(out)
+    return out
+
+
+def _of_run(model: OpenedModel, stale_step: int | None, count: int, out: Path | None) -> Source:
     """A run, with its held-out problems as prompts."""
+    out = _writable(model, out)
+    problems = open_problems(model.config, model.tokenizer)
+    with refusals_of(model.config.task, problems):
+        prompts = encode_prompts(model.tokenizer, problems.problems("heldout", HELDOUT_SEED, 0, count))
     (state, cursor), stale = model.restore(), None
     if stale_step is not None:
         stale = model.restore(stale_step)[0].params
@@ -83,20 +96,18 @@ def _of_run(model: OpenedModel, stale_step: int | None, count: int) -> Source:
         # A run whose serving weights lag has kept those that it serves.
         stale, stale_step = state.history[0], max(cursor.step - len(state.history), 0)
     weights = Weights(state.params, stale, version=cursor.step if stale_step is None else stale_step)
-    try:
-        problems = open_problems(model.config, model.tokenizer).problems("heldout", HELDOUT_SEED, 0, count)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    return Source(model, encode_prompts(model.tokenizer, problems), weights, stale_step)
+    return Source(model, prompts, weights, stale_step, out)
 
 
-def _of_folder(model: OpenedModel, prompts_file: Path, count: int) -> Source:
+def _of_folder(model: OpenedModel, prompts_file: Path, count: int, out: Path | None) -> Source:
     """A folder with the prompts of a file; its engine takes prompts as long as the longest."""
+    out = _writable(model, out)
     prompts = [model.tokenizer(text)["input_ids"] for text in read_prompts(prompts_file)[:count]]
     longest = max(model.config.rollout.max_prompt_length, *map(len, prompts))
     rollout = replace(model.config.rollout, max_prompt_length=longest)
     weights = Weights(model.params(), None, version=0)
-    return Source(replace(model, config=replace(model.config, rollout=rollout)), prompts, weights, stale_step=None)
+    model = replace(model, config=replace(model.config, rollout=rollout))
+    return Source(model, prompts, weights, stale_step=None, out=out)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import jax
 
 from dcjax.data.datasets import Example
 from dcjax.data.mathematics import MathTask
+from dcjax.data.sources import require_files
 from dcjax.data.store import load_examples
 from dcjax.data.templates import Template, TemplateName, templates
 from dcjax.errors import RunError
@@ -20,6 +21,7 @@ from dcjax.loop.checkpoint import fingerprint
 from dcjax.loop.reward_collector import tell_unreadable
 from dcjax.loop.run_directory import check_end_tokens_agree
 from dcjax.reporting.progress import Progress
+from dcjax.reporting.record import check_writable
 from dcjax.rewards.pool import RewardPool
 from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
@@ -31,6 +33,7 @@ from dcjax.tools.suite.engines import make_suite_engine
 from dcjax.tools.suite.log import Conditions, SampleLog, SuitePolicy, SuiteProblem, read_samples
 from dcjax.tools.suite.result import SuiteResult, score_benchmark, score_policy
 from dcjax.types import Params
+from dcjax.user_code import refusals_of
 
 POLICIES: tuple[SuitePolicy, ...] = ("deployed", "training")
 
@@ -127,14 +130,16 @@ def evaluate_suite(
       Interrupted: another host has stopped.
       RunError: the source or the data does not exist, or the model, the hardware or its memory cannot serve the
         settings.
+      OSError: results cannot be written; nothing has been read or sampled then.
     """
     join(distributed)
     devices = jax.device_count() if jax.process_count() > 1 else devices
     model = open_model(source, devices=devices, recipe_code=recipe_code, serving=serving)
     check_end_tokens_agree(model.end_tokens)
-    plan = _make_plan(model, config, data_dir)
     directory = model.directory_for("suite") / (model.name if model.step is None else str(model.step))
     directory = directory if out is None else out
+    check_writable(directory)
+    plan = _make_plan(model, config, data_dir)
     try:
         _sample(plan, directory)
         # No host reads before all have written their shares.
@@ -148,9 +153,12 @@ def evaluate_suite(
 
 def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan:
     template, asked = _template(model, config)
+    with refusals_of():
+        require_files([benchmark.dataset for benchmark in config.benchmarks], data_dir, option="--data-dir")
     problems, golds, notes = {}, [], []
     for benchmark in config.benchmarks:
-        examples = _examples(benchmark, data_dir)[: config.problems]
+        with refusals_of():
+            examples = load_examples(benchmark.dataset, data_dir)[: config.problems]
         problems[benchmark] = to_problems(model, asked, examples)
         golds += examples
         if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
@@ -191,13 +199,6 @@ def _template(model: OpenedModel, config: SuiteConfig) -> tuple[TemplateName, Te
         thinking=config.thinking or trained.thinking,
         answer_start=trained.answer_start if config.answer_start is None else config.answer_start,
     )
-
-
-def _examples(benchmark: Benchmark, data_dir: Path) -> Sequence[Example]:
-    try:
-        return load_examples(benchmark.dataset, data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        raise RunError(str(error)) from None
 
 
 def _sample(plan: _Plan, directory: Path) -> None:

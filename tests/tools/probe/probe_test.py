@@ -89,7 +89,7 @@ def source_of(config, *, stale=None, prompts=prompts):
         directory=Path("nowhere"),
     )
     weights = Weights(params_of(config.model), stale, 2)
-    return Source(model, prompts(), weights, stale_step=None if stale is None else 2)
+    return Source(model, prompts(), weights, stale_step=None if stale is None else 2, out=Path("probe"))
 
 
 # --- the ladder ---

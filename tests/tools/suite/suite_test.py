@@ -66,6 +66,7 @@ def small_suite():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SUITES, "small", tuple(Benchmark(name, name.upper(), SAMPLES_EACH) for name in PROBLEMS))
         patch.setattr(dcjax.tools.suite.suite, "load_examples", examples_of)
+        patch.setattr(dcjax.tools.suite.suite, "require_files", lambda names, data_dir, option: None)
         patch.setattr(dcjax.tools.suite.answers, "responses", read_as_boxes)
         patch.setattr(dcjax.tools.suite.answers, "SAMPLES_A_CALL", 4 * SAMPLES_EACH)
         patch.setattr(dcjax.tools.suite.suite, "RewardPool", PoolInProcess)

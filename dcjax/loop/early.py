@@ -1,0 +1,110 @@
+"""What refuses a run before anything slow is done; importing this is quick too, without engines and tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar, cast
+
+import jax
+from jax.sharding import Mesh
+
+from dcjax.errors import RunError
+from dcjax.loop.reward_collector import open_rewards
+from dcjax.models import read_config
+from dcjax.recipe.config import Config
+from dcjax.reporting.record import check_writable
+from dcjax.rewards.in_process import Rewards
+from dcjax.sharding.hosts import check_divides, join
+from dcjax.sharding.mesh import make_mesh, set_aside
+from dcjax.user_code import refusals_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Checks:
+    """Checks that are all made before those that failed refuse a run, in one line."""
+
+    def __init__(self):
+        self._refusals: list[str] = []
+
+    def run(self, check: Callable[P, T], *arguments: P.args, **settings: P.kwargs) -> T:
+        """What the check returns; what is returned for one that fails must not be used before `finish`."""
+        try:
+            with refusals_of():
+                return check(*arguments, **settings)
+        except RunError as error:
+            if error.status != RunError.status:
+                raise
+            self._refusals.append(str(error))
+        except OSError as error:
+            self._refusals.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return cast(T, None)
+
+    @property
+    def refused(self) -> bool:
+        """Whether a check has failed."""
+        return bool(self._refusals)
+
+    def finish(self) -> None:
+        """Raises RunError if a check has failed, with what all of them say."""
+        if self._refusals:
+            raise RunError(". Also: ".join(self._refusals))
+
+
+def refuse_early(config: Config) -> None:
+    """Refuses a run whose model's folder, files, reward or directory cannot be used, and says then of its mesh too.
+
+    Devices are looked at only where the run is refused anyway: this may be called before JAX is set up.
+
+    Raises:
+      RunError: as said.
+    """
+    checks = Checks()
+    if config.pretrained is not None and not (config.directory / "config.json").exists():
+        checks.run(read_config, config.pretrained)
+    check_files_and_reward(config, checks)
+    if checks.refused:
+        checks.run(join, config.distributed)
+        checks.run(checked_mesh, config)
+    checks.finish()
+
+
+def check_files_and_reward(config: Config, checks: Checks) -> AbstractContextManager[Rewards]:
+    """Checks files without reading them, and the run's directory; returns the reward, of which nothing is started."""
+    rewards = checks.run(open_rewards, config)
+    checks.run(_check_files, config)
+    checks.run(check_writable, config.directory)
+    return rewards
+
+
+def _check_files(config: Config) -> None:
+    with refusals_of(config.task):
+        config.task.check_files()
+
+
+def checked_mesh(config: Config) -> Mesh:
+    """The run's mesh, of which all processes have enough; raises as `training_mesh` and `check_divides`."""
+    mesh = training_mesh(config)
+    check_divides(
+        mesh, serving=config.serving.devices, prompts=config.rollout.prompts, heldout=config.evaluation.prompts
+    )
+    return mesh
+
+
+def training_mesh(config: Config) -> Mesh:
+    """The run's mesh, on devices that do not only serve.
+
+    Raises:
+      ValueError: too few devices, or serving ones that hosts cannot give equally many of.
+    """
+    count, size = config.serving.devices, math.prod(dataclasses.asdict(config.mesh).values())
+    if count and size + count > jax.device_count():
+        raise ValueError(
+            f"serving.devices is {count}, behind {size} of the mesh; {jax.device_count()} were found, "
+            "so the sum must be at most that"
+        )
+    return make_mesh(config.mesh, set_aside(jax.devices(), count)[0])
