@@ -42,7 +42,10 @@ def ended(process, number, expected):
     return errors, time.monotonic() - started
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, RESUMABLE), (signal.SIGINT, INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, INTERRUPTED), pytest.param(signal.SIGTERM, RESUMABLE, marks=pytest.mark.slow)],
+)
 def test_a_process_that_compiles_ends_at_once(number, status):
     command = [sys.executable, "-c", COMPILING]
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -55,7 +58,10 @@ def test_a_process_that_compiles_ends_at_once(number, status):
     assert errors.splitlines()[-1].startswith("dcjax: ") and "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, RESUMABLE), (signal.SIGINT, INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, RESUMABLE), pytest.param(signal.SIGINT, INTERRUPTED, marks=pytest.mark.slow)],
+)
 def test_a_run_that_still_imports_ends_at_once(recipe, tmp_path, number, status):
     command = [sys.executable, "-m", "dcjax", "train", str(recipe), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -16,6 +16,7 @@ import dcjax.loop.train
 import dcjax.rewards.pool
 from dcjax.cli import build_parser, main
 from dcjax.data.datasets import SAMPLES
+from dcjax.data.store import load_examples
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -547,7 +548,10 @@ def test_what_refuses_a_run_early_is_imported_quickly():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_all_that_files_show_is_said_at_once(mathematics):
+def test_all_that_files_show_is_said_at_once(mathematics, capfd):
+    for name in ("dapo-math-17k", "aime24"):
+        load_examples(name, SAMPLES)
+    capfd.readouterr()  # data sets that are prepared for the first time show how far they are
     message = mathematics("--task.data_dir", SAMPLES, "--task.max_prompt_tokens", "8", "--model.vocab_size", "128")
     assert "dapo-math-17k has nothing left to train on" in message
     assert "model.vocab_size is 128; the tokenizer needs 258" in message

@@ -144,6 +144,7 @@ def test_programs_are_of_a_compiler_and_a_kind_of_cpu(home, monkeypatch):
     assert len({ours, other, cache_folder()}) == 3
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_kept(home):
     code = "from dcjax.cli import main; print(main([{0}'evaluate', '{1}']))"
     missing = home / "no-run"

@@ -101,7 +101,9 @@ def test_a_run_is_opened_whatever_the_environment_sets(finished_run, tmp_path, c
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize(("command", "platform"), [("train", "cuda"), ("evaluate", "nonsense")])
+@pytest.mark.parametrize(
+    ("command", "platform"), [("train", "cuda"), pytest.param("evaluate", "nonsense", marks=pytest.mark.slow)]
+)
 def test_a_platform_that_is_not_there_is_one_line(finished_run, command, platform):
     finished = dcjax(command, finished_run, JAX_PLATFORMS=platform)
     assert finished.returncode == 2

@@ -132,7 +132,7 @@ def rank(distributions):
 QUANTITIES = {"collision": collision, "rank": rank}
 
 
-@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("restricted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_quantities_of_whole_distributions_against_numpy_whatever_the_chunks(restricted):
     candidates = random_support() if restricted else None
 

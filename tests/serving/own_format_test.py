@@ -108,7 +108,7 @@ def run(module, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_records_it_resumes_and_is_evaluated(run, tmp_path, capfd):
     recorded = json.loads((run / "config.json").read_text())["serving"]["format"]
     assert recorded == {"class": "recipe:SmallFloat", "exponent_bits": 3, "mantissa_bits": 3}

@@ -321,7 +321,7 @@ def stages_with(cause, seed):
     masters, rng = params_of(CONFIG.model, seed), np.random.default_rng(seed)
     moved = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape).astype(np.float32)), masters)
     weights, key, own = Weights(masters, moved, seed), jax.random.key(seed), policies()
-    rollout = own.sample(Served("bf16", "bf16", stale=stale is not None), weights, prompts(), key)
+    rollout = own.sample(dataclasses.replace(Served.of("bf16"), stale=stale is not None), weights, prompts(), key)
     trained = own.train(masters, rollout, temperature=rollout.temperature).logps
     scores = [(rung.name, rung.detail, own.score(rung.served, weights, rollout, key).logps) for rung in rungs]
     if stale is not None:
