@@ -1,14 +1,14 @@
 """The data that crosses rooms: what a rollout yields, what a step consumes, what training carries.
 
 Letters in shapes: B sequences (prompts × G), G samples of one prompt, P prompt columns, T response columns,
-S = P + T. Prompts are padded on the left and responses on the right, so that column P is every
-row's first response token.
+S = P + T, D shares of a batch's rows that devices hold. Prompts are padded on the left and responses on the right,
+so that column P is every row's first response token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -63,12 +63,62 @@ class Rollout(Sequences):
     log_mass: Float[Array, "B T"]
 
 
+class Bins(NamedTuple):
+    """The size of one device's share of a forward and backward pass that packs rows: the same in every pass."""
+
+    # bins, N, and columns of each, W
+    number: int
+    width: int
+    # columns for the prompts that the responses of a bin attend to, X
+    gathered: int
+    # rows at most, R
+    rows: int
+
+
+@flax.struct.dataclass
+class Places:
+    """Where the tokens of R rows lie in the N × W columns of their bins, which are counted through.
+
+    A row has two parts: its prompt without the last token, and its response, whose columns hold the tokens that precede
+    those of the response: the prompt's last, and all of the response but its last. Rows of the same prompt share it.
+    """
+
+    # the first column of a row's response
+    responses: Int[Array, "*shares R"]
+    # the first column of its prompt, -1 where that is empty
+    prompts: Int[Array, "*shares R"]
+    # the first of the N × X columns, those of its bin, that its response finds the prompt in
+    gathered: Int[Array, "*shares R"]
+    # False where the microbatch has fewer rows, and another stands in for one
+    present: Bool[Array, "*shares R"]
+
+
+@flax.struct.dataclass
+class Microbatches:
+    """How the minibatches of an iteration are cut into microbatches.
+
+    Each of D devices, or groups of them, has a share of a minibatch's rows, and cuts it into at most M microbatches of at
+    most R rows. All of them compute as many microbatches as the one that needs most.
+    """
+
+    # microbatches that have rows
+    count: Int[Array, "D updates"]
+    # numbers within the share, -1 where there are fewer rows
+    rows: Int[Array, "D updates M R"]
+    # None where rows are computed as they are, with their padding
+    places: Places | None
+
+
 @flax.struct.dataclass
 class Batch(Sequences):
     """What one training iteration consumes. Rows may be cut anywhere: each carries its whole group's rewards."""
 
     rewards: Float[Array, "B"]
     group_rewards: Float[Array, "B G"]
+    # how a whole iteration is cut; None cuts rows as they come
+    microbatches: Microbatches | None = flax.struct.field(default=None, kw_only=True)
+    # of the rows of a microbatch, [D, R] each; None where they are not packed
+    places: Places | None = flax.struct.field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, sequences: Sequences, *, rewards: Array, group_size: int) -> Batch:

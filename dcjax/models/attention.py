@@ -2,13 +2,13 @@
 
 All compute softmax(q kᵀ / √D) v under the same mask; they differ in rounding and in memory. `xla` stores all S × S
 attention weights. `cudnn` (GPU) and `splash` (Pallas, TPU) store only blocks of them, in the forward and in the
-backward pass, but for packed rows `cudnn` stores an S × S mask.
+backward pass, but for packed rows `cudnn` stores an S × (X + S) mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,24 @@ _BLOCKED: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _LANES = 128  # splash requires blocks of keys that are multiples of a TPU's lanes
 _BLOCK = 512  # queries and keys in one step of splash: 1 MiB of float32 scores, well within a TPU core's own memory
+
+
+class Segments(NamedTuple):
+    """Several sequences packed into a row of columns, which do not see each other."""
+
+    # adjacent columns with the same number, from 1, are one sequence; 0 is padding
+    ids: Int[Array, "B S"]
+    # further keys of each row, before its own: columns of all B rows, counted through; None where there are none
+    gathered: Int[Array, "B X"] | None = None
+    # the sequence that sees such a key, -1 for none
+    gathered_ids: Int[Array, "B X"] | None = None
+
+    def padded(self, multiple: int) -> Segments:
+        """With padding appended until `multiple` divides both numbers of columns."""
+        ids = pad_columns(self.ids, multiple)
+        if self.gathered is None or self.gathered_ids is None:
+            return Segments(ids)
+        return Segments(ids, pad_columns(self.gathered, multiple), pad_columns(self.gathered_ids + 1, multiple) - 1)
 
 
 def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
@@ -62,49 +80,44 @@ def causal_attention(
     *,
     kernel: AttentionKernel,
     float32: lax.Precision = lax.Precision.HIGHEST,
-    segment_ids: Int[Array, "B S"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Array, "B S H D"]:
     """softmax(q kᵀ / √D) v in q's dtype: a query sees the keys at or before its own column.
 
     Rows hold real tokens first and padding last, so causal order alone hides padding from real tokens. With
-    `segment_ids` a query sees its own segment only. Padding is segment 0, a segment like the others: every query sees
-    at least itself, and every row of the result is finite.
+    `segments` a query sees its own segment only, and all keys that are gathered for it. Padding is segment 0, a segment
+    like the others: every query sees at least itself, and every row of the result is finite.
 
     `auto` is resolved for JAX's default platform at trace time. A named kernel is used as it is, so that a program for
     a TPU can be compiled on a host without one; `choose` checks beforehand whether a platform supports a kernel.
     """
     chosen = choose(kernel, jax.default_backend(), q.dtype) if kernel == "auto" else kernel
     if chosen == "cudnn":  # cuDNN takes only 16-bit dtypes, to which `float32` does not apply
-        return _cudnn(q, k, v, segment_ids)
-    return {"xla": _xla, "splash": _splash}[chosen](q, k, v, segment_ids, float32)
+        return _cudnn(q, k, v, segments)
+    return {"xla": _xla, "splash": _splash}[chosen](q, k, v, segments, float32)
 
 
 def _xla(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segment_ids: Int[Array, "B S"] | None,
+    segments: Segments | None,
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
-    length = q.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if segment_ids is not None:
-        mask &= _same_segment(segment_ids)
-    return attend_grouped(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, :, None], float32=float32)
+    k, v = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v))
+    return attend_grouped(q, k, v, _mask(q.shape[1], segments)[:, :, None], float32=float32)
 
 
 def _cudnn(
-    q: Float[Array, "B S H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    segment_ids: Int[Array, "B S"] | None,
+    q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], segments: Segments | None
 ) -> Float[Array, "B S H D"]:
-    length, mask = q.shape[1], None
-    if segment_ids is not None:
-        # cuDNN refuses a mask of odd length in training
-        q, k, v, segment_ids = (pad_columns(x, 2) for x in (q, k, v, segment_ids))
-        mask = _same_segment(segment_ids)
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    length = q.shape[1]
+    if segments is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    # cuDNN refuses a mask of odd length in training
+    padded = segments.padded(2)
+    q, k, v = pad_columns(q, 2), _with_gathered(k, padded), _with_gathered(v, padded)
+    out = jax.nn.dot_product_attention(q, k, v, mask=_mask(q.shape[1], padded), implementation="cudnn")
     return out[:, :length]
 
 
@@ -112,7 +125,7 @@ def _splash(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segment_ids: Int[Array, "B S"] | None,
+    segments: Segments | None,
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
     # A Pallas call is not partitioned by jit: this computes on one device's arrays, and sharded ones need shard_map
@@ -121,16 +134,44 @@ def _splash(
     block = min(_BLOCK, round_up(length, _LANES))
     # the kernel does not scale the scores; the factor is rarely a power of two, so q is scaled in float32, rounded once
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    # the added columns come last, so causal order hides them from all others
-    q_heads, k_heads, v_heads = (pad_columns(x, block).swapaxes(1, 2) for x in (scaled, k, v))
-    ids = None
-    if segment_ids is not None:
-        padded = pad_columns(segment_ids, block)
-        ids = splash_attention.SegmentIds(q=padded, kv=padded)
-    attend = jax.vmap(_splash_kernel(q.shape[2], q_heads.shape[2], block))
+    if segments is None:
+        # the added columns come last, so causal order hides them from all others
+        k, v, ids = pad_columns(k, block), pad_columns(v, block), None
+    else:
+        padded = segments.padded(block)
+        k, v, ids = _with_gathered(k, padded), _with_gathered(v, padded), (padded.ids, _key_ids(padded))
+    operands = [x.swapaxes(1, 2) for x in (pad_columns(scaled, block), k, v)]
+    attend = jax.vmap(_splash_kernel(block))
     if q.dtype == jnp.float32:
         attend = _with_float32_precision(float32, attend)
-    return attend(q_heads, k_heads, v_heads, ids).swapaxes(1, 2)[:, :length]
+    return attend(*operands, ids).swapaxes(1, 2)[:, :length]
+
+
+def _with_gathered(x: Float[Array, "B S K D"], segments: Segments | None) -> Float[Array, "B C K D"]:
+    """Keys or values of each row, those first that are gathered for it; padded to as many columns as the segments."""
+    if segments is None:
+        return x
+    own = pad_columns(x, segments.ids.shape[1])
+    if segments.gathered is None:
+        return own
+    return jnp.concatenate([x.reshape(-1, *x.shape[2:])[segments.gathered], own], axis=1)
+
+
+def _key_ids(segments: Segments) -> Int[Array, "B C"]:
+    """The sequence that sees each key."""
+    if segments.gathered_ids is None:
+        return segments.ids
+    return jnp.concatenate([segments.gathered_ids, segments.ids], axis=1)
+
+
+def _mask(length: int, segments: Segments | None) -> Bool[Array, "#B 1 S C"]:
+    """Which keys each query sees."""
+    if segments is None:
+        return jnp.tril(jnp.ones((length, length), bool))[None, None]
+    key_ids = _key_ids(segments)
+    more = key_ids.shape[1] - length
+    causal = jnp.tril(jnp.ones((length, length + more), bool), more)
+    return (causal & (segments.ids[:, :, None] == key_ids[:, None]))[:, None]
 
 
 def _with_float32_precision(float32: lax.Precision, function: Callable[..., Array]) -> Callable[..., Array]:
@@ -155,8 +196,8 @@ def _with_float32_precision(float32: lax.Precision, function: Callable[..., Arra
     return at_precision
 
 
-def _splash_kernel(heads: int, length: int, block: int) -> Callable[..., Any]:
-    """(q [H, S, D], k [K, S, D], v [K, S, D], SegmentIds of [S] or None) -> [H, S, D]; finds H / K from k's shape."""
+def _splash_kernel(block: int) -> Callable[..., Array]:
+    """(q [H, S, D], k [K, X + S, D], v [K, X + S, D], ids of queries and keys, or None) -> [H, S, D]."""
     # one backward kernel for k and v and one for q: the fused one keeps a dq for each block of keys, quadratic in S
     sizes = splash_attention.BlockSizes(
         block_q=block,
@@ -166,9 +207,47 @@ def _splash_kernel(heads: int, length: int, block: int) -> Callable[..., Any]:
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
-    return splash_attention.make_splash_mha_single_device(mask, block_sizes=sizes)
+
+    def attend(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
+        (heads, length), more = q.shape[:2], k.shape[1] - q.shape[1]
+        # gathered keys come before all columns
+        mask = splash_attention.CausalMask((length, length + more), offset=more)
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes
+        )
+        if ids is None:
+            return kernel(q, k, v)
+        _skip_blocks(kernel, block, *ids)
+        return kernel(q, k, v, splash_attention.SegmentIds(*ids))
+
+    return attend
 
 
-def _same_segment(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
-    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+def _skip_blocks(kernel: Any, block: int, ids: Int[Array, "S"], key_ids: Int[Array, "C"]) -> None:
+    """Has a causal kernel skip the blocks in which no query sees a key.
+
+    A block is looked at by the smallest and largest of its numbers, so that this is exact where a row's sequences are
+    numbered in their order.
+    """
+    queries, keys = ids.reshape(-1, block), key_ids.reshape(-1, block)
+    more = len(keys) - len(queries)
+
+    def bounds(numbers: Array) -> tuple[Array, Array]:
+        smallest = jnp.min(jnp.where(numbers > 0, numbers, jnp.iinfo(numbers.dtype).max), axis=1)
+        return smallest, jnp.max(numbers, axis=1)
+
+    (low, high), (key_low, key_high) = bounds(queries), bounds(keys)
+    place, key_place = jnp.arange(len(queries))[:, None], jnp.arange(len(keys)) - more
+    # a column of padding sees itself
+    seen = (key_place == place) | (key_place < place) & (low[:, None] <= key_high) & (key_low <= high[:, None])
+    forward = {"block_mask": seen[None].astype(jnp.int32), "data_next": _next_block(seen)[None]}
+    backward = forward | {"data_next": _next_block(seen.T).T[None]}
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(**forward)
+    kernel.dq_mask_info = kernel.dq_mask_info._replace(**forward)
+    kernel.dkv_mask_info = kernel.dkv_mask_info._replace(**backward)
+
+
+def _next_block(seen: Bool[Array, "A B"]) -> Int[Array, "A B"]:
+    """The block to hold at each place of a row: its own where it is computed, else the one before or to come."""
+    last = lax.cummax(jnp.where(seen, jnp.arange(seen.shape[1]), -1), axis=1)
+    return jnp.where(last < 0, jnp.argmax(seen, axis=1, keepdims=True), last).astype(jnp.int32)

@@ -40,6 +40,8 @@ class Layout(NamedTuple):
     """`moe.mix`, or a function that computes the same."""
     column_multiple: int = 1
     """Sequences are padded to a multiple of this (tokens)."""
+    shares: int = 1
+    """Parts of a batch's rows that devices hold."""
 
 
 ONE_DEVICE = Layout()

@@ -152,27 +152,27 @@ _permute.defvjp(
 )
 
 
-def router_metrics(routing: Routing, mask: Bool[Array, "B S"]) -> dict[str, Float[Array, "B"]]:
-    """How evenly and how confidently the real tokens of each row were routed; 0 for a row that has none.
+def router_metrics(routing: Routing, sum_tokens: Callable[[Array], Array]) -> dict[str, Float[Array, "B"]]:
+    """How evenly and how confidently the tokens of each row were routed; 0 for a row that has none.
 
     `router/load_balance` is E Σ_e f_e P_e (Switch Transformer, arXiv:2101.03961, eq. 4-6), where f_e is the share of
     the tokens' k choices that went to e and P_e its mean probability: 1 if even, E if all go to one. `router/z` is the
     mean of logsumexp² (ST-MoE, arXiv:2202.08906, eq. 5), and `router/entropy` that of the router's entropy (nats).
+
+    Args:
+      routing: of all columns.
+      sum_tokens: [B, S, ...] -> [B, ...]: the sum over the tokens of each row.
     """
-    batch, _, k = routing.experts.shape
-    num_experts = routing.probabilities.shape[-1]
-    tokens = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
-
-    def mean(values: Array) -> Array:
-        return jnp.sum(jnp.where(mask, values, 0), axis=1) / tokens
-
-    counts = jnp.zeros((batch, num_experts)).at[jnp.arange(batch)[:, None, None], routing.experts].add(mask[..., None])
-    share = counts / (k * tokens[:, None])
-    probability = jax.vmap(mean, in_axes=-1, out_axes=-1)(routing.probabilities)
+    num_experts, k = routing.probabilities.shape[-1], routing.experts.shape[-1]
+    chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=2)
+    entropy = jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)
+    tokens = jnp.maximum(sum_tokens(jnp.ones_like(entropy)), 1)
+    share = sum_tokens(chosen) / (k * tokens[:, None])
+    probability = sum_tokens(routing.probabilities) / tokens[:, None]
     return {
         "router/load_balance": num_experts * jnp.sum(share * probability, axis=-1),
-        "router/z": mean(jnp.square(routing.logsumexp)),
-        "router/entropy": mean(jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)),
+        "router/z": sum_tokens(jnp.square(routing.logsumexp)) / tokens,
+        "router/entropy": sum_tokens(entropy) / tokens,
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from dcjax.arguments import as_integers
 from dcjax.models.config import ModelConfig
@@ -77,30 +78,61 @@ def token_logps(
     tokens, attention_mask, segment_ids = checked_inputs(config, tokens, attention_mask, segment_ids)
     candidate_tokens = None if candidate_tokens is None else as_integers("candidate_tokens", candidate_tokens)
     # the last token predicts nothing
-    mask, segments = (None if x is None else x[:, :-1] for x in (attention_mask, segment_ids))
+    mask = None if attention_mask is None else (attention_mask & _has_next(attention_mask))[:, :-1]
+    segments = None if segment_ids is None else segment_ids[:, :-1]
     hidden, router = hidden_states(
         config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts, layout=layout
     )
-    hidden, targets = hidden[:, -response_length:], tokens[:, -response_length:]
+    logps, entropy, computed = score_columns(
+        config,
+        params,
+        hidden[:, -response_length:],
+        tokens[:, -response_length:],
+        jnp.broadcast_to(temperature[:, None], (len(tokens), response_length)),
+        candidate_tokens,
+        quantities,
+        layout,
+    )
+    return TokenScores(logps, entropy, router, computed)
 
-    def score(hidden, targets, candidate_tokens):
+
+def score_columns(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B C E"],
+    targets: Int[Array, "B C"],
+    temperature: Float[Array, "B C"],
+    candidate_tokens: Int[Array, "B C K"] | None,
+    quantities: Mapping[str, Callable[[TokenDistributions], Array]],
+    layout: Layout,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict[str, Float[Array, "B C"]]]:
+    """Log-probs of targets, entropies and quantities, `config.head_chunk` columns at a time; see `token_logps`."""
+
+    def score(hidden, targets, temperature, candidate_tokens):
         hidden = layout.constrain(hidden, RESIDUAL)
-        scaled = logits(config, params, hidden, layout) / temperature[:, None, None]
+        scaled = logits(config, params, hidden, layout) / temperature[..., None]
         scaled = scaled if candidate_tokens is None else _restrict(scaled, candidate_tokens)
         logps, entropy, log_probs = _score(scaled, targets)
         distributions = TokenDistributions(log_probs, targets, candidate_tokens)
         return logps, entropy, {name: compute(distributions) for name, compute in quantities.items()}
 
-    chunks = -(-response_length // config.head_chunk)
-    columns = round_up(-(-response_length // chunks), layout.column_multiple)
-    if columns == response_length:
-        logps, entropy, computed = score(hidden, targets, candidate_tokens)
-        return TokenScores(logps, entropy, router, computed)
-    parts = jax.tree.map(lambda x: _cut(x, chunks, columns), (hidden, targets, candidate_tokens))
-    scored = jax.lax.map(lambda part: jax.checkpoint(score, prevent_cse=False)(*part), parts)
-    joined = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :response_length], scored)
-    logps, entropy, computed = joined
-    return TokenScores(logps, entropy, router, computed)
+    length = hidden.shape[1]
+    chunks = -(-length // config.head_chunk)
+    columns = round_up(-(-length // chunks), layout.column_multiple)
+    if columns == length:
+        return score(hidden, targets, temperature, candidate_tokens)
+    parts = jax.tree.map(partial(_cut, chunks, columns), (hidden, targets, candidate_tokens))
+    # padding is divided by it too
+    divisors = _cut(chunks, columns, temperature - 1) + 1
+    scored = jax.lax.map(
+        lambda part: jax.checkpoint(score, prevent_cse=False)(*part), (parts[0], parts[1], divisors, parts[2])
+    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(hidden), -1)[:, :length], scored)
+
+
+def _has_next(mask: Bool[Array, "B S"]) -> Bool[Array, "B S"]:
+    """Whether a real token follows in the row."""
+    return jnp.cumsum(mask, axis=1) < jnp.sum(mask, axis=1, keepdims=True)
 
 
 def _restrict(logits: Float[Array, "B C V"], candidate_tokens: Int[Array, "B C K"]) -> Float[Array, "B C V"]:
@@ -123,7 +155,7 @@ def _score(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> tuple[A
     return chosen - log_total, entropy, shifted - log_total[..., None]
 
 
-def _cut(x: Array, chunks: int, columns: int) -> Array:
+def _cut(chunks: int, columns: int, x: Array) -> Array:
     """[B, T, ...] -> [chunks, B, columns, ...], padded behind."""
     padding = [(0, 0), (0, chunks * columns - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, padding).reshape(len(x), chunks, columns, *x.shape[2:]).swapaxes(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from dcjax.arguments import as_integers, as_mask
 from dcjax.models import layers
+from dcjax.models.attention import Segments
 from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
 from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
@@ -111,11 +112,11 @@ def hidden_states(
     experts = None if experts is None else as_integers("experts", experts)
     places = jnp.arange(tokens.shape[1])[None]
     if segment_ids is not None:
-        columns = Columns(tokens, _segment_positions(segment_ids), segment_ids > 0, segment_ids, experts)
-        return _run(config, params, columns, layout)
+        columns = Columns(tokens, _segment_positions(segment_ids), Segments(segment_ids), experts)
+        return _run(config, params, columns, segment_ids > 0, layout)
     if attention_mask is None:
-        columns = Columns(tokens, places, jnp.ones(tokens.shape, bool), None, experts)
-        return _run(config, params, columns, layout)
+        columns = Columns(tokens, places, None, experts)
+        return _run(config, params, columns, jnp.ones(tokens.shape, bool), layout)
     # causal order alone hides padding that comes after all real tokens, in every kernel
     to = _compact_columns(attention_mask)
     rows = jnp.arange(len(to))[:, None]
@@ -123,7 +124,7 @@ def hidden_states(
     if experts is not None:
         experts = jnp.zeros_like(experts).at[:, rows, to].set(experts)
     real = places < jnp.sum(attention_mask, axis=1, keepdims=True)
-    hidden, record = _run(config, params, Columns(tokens, places, real, None, experts), layout)
+    hidden, record = _run(config, params, Columns(tokens, places, None, experts), real, layout)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, rows, to])
     return jnp.take_along_axis(hidden, to[..., None], axis=1), record
@@ -157,52 +158,76 @@ def _segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 class Columns(NamedTuple):
-    """The inputs of `_run`, in which padding comes after all real tokens or is segment 0."""
+    """The inputs of `run_columns`, in which padding comes after all real tokens or is segment 0."""
 
     tokens: Int[Array, "B S"]
     positions: Int[Array, "#B S"]
-    real: Bool[Array, "B S"]
     # if several sequences are packed into a row
-    segment_ids: Int[Array, "B S"] | None
+    segments: Segments | None
     # if they are imposed
     experts: Int[Array, "M B S k"] | None
 
     def padded(self, multiple: int) -> Columns:
         """With padding appended until `multiple` divides the number of columns."""
         pad = partial(layers.pad_columns, multiple=multiple)
-        experts = None if self.experts is None else jax.vmap(pad)(self.experts)
-        return jax.tree.map(pad, self._replace(experts=None))._replace(experts=experts)
+        return Columns(
+            tokens=pad(self.tokens),
+            positions=pad(self.positions),
+            segments=None if self.segments is None else self.segments.padded(multiple),
+            experts=None if self.experts is None else jax.vmap(pad)(self.experts),
+        )
 
 
 def _run(
-    config: ModelConfig, params: Params, columns: Columns, layout: Layout
+    config: ModelConfig, params: Params, columns: Columns, real: Bool[Array, "B S"], layout: Layout
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
-    """`_run_columns`, after appending padding until the layout divides the number of columns."""
+    """`run_columns` on rows of real tokens, after appending padding until the layout divides the number of columns."""
     length = columns.tokens.shape[1]
-    hidden, record = _run_columns(config, params, columns.padded(layout.column_multiple), layout)
+    real = layers.pad_columns(real, layout.column_multiple)
+
+    def sum_tokens(values: Array) -> Array:
+        return jnp.sum(jnp.where(real.reshape(*real.shape, *[1] * (values.ndim - 2)), values, 0), axis=1)
+
+    padded = columns.padded(layout.column_multiple)
+    hidden, record = run_columns(config, params, padded, sum_tokens, layout, positions=padded.tokens.shape[1])
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, :, :length])
     return hidden[:, :length], record
 
 
-def _run_columns(
-    config: ModelConfig, params: Params, columns: Columns, layout: Layout
+def run_columns(
+    config: ModelConfig,
+    params: Params,
+    columns: Columns,
+    sum_tokens: Callable[[Array], Array],
+    layout: Layout,
+    *,
+    positions: int,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
-    """Embedding, scanned layers, last norm. One iteration of the scan is the shortest repeating run of layer kinds."""
+    """Embedding, scanned layers, last norm. One iteration of the scan is the shortest repeating run of layer kinds.
+
+    Args:
+      config: the architecture.
+      params: as `init_params` lays them out.
+      columns: what is computed; the layout divides their number.
+      sum_tokens: [B, S, ...] -> [rows, ...]: the sum over the tokens of each row, for the metrics of routers.
+      layout: how devices share the work.
+      positions: all of `columns.positions` are below this.
+    """
     kinds, products = config.sparse_layers, training_products(config.precision)
     period = _period(kinds)
-    tokens, positions, real, segment_ids, experts = columns
-    rope = layers.rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
+    rope = layers.rope_table(columns.positions, positions, config.head_dim, config.rope_theta)
 
     def attend(q, k, v):
         how = {"kernel": config.attention, "float32": config.precision.float32}
-        return layout.attention(q, k, v, segment_ids=segment_ids, **how), None
+        return layout.attention(q, k, v, segments=columns.segments, **how), None
 
     def layer(x, weights, imposed):
         # XLA applies the first constraint on a value, and the input of a layer is what is kept for the backward pass
         whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
         x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
-        return layout.constrain(x, SAVED), None if routing is None else (routing.experts, router_metrics(routing, real))
+        record = None if routing is None else (routing.experts, router_metrics(routing, sum_tokens))
+        return layout.constrain(x, SAVED), record
 
     if config.remat != "none":
         kept = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
@@ -217,10 +242,10 @@ def _run_columns(
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
-    x = layout.constrain(layout.lookup(params["embed_tokens"], tokens, DTYPES[config.precision.compute]), SAVED)
+    embedded = layout.lookup(params["embed_tokens"], columns.tokens, DTYPES[config.precision.compute])
     turns = config.num_layers // period
-    dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], experts))
-    x, routed = jax.lax.scan(turn, x, dealt, unroll=config.remat == "none")
+    dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], columns.experts))
+    x, routed = jax.lax.scan(turn, layout.constrain(embedded, SAVED), dealt, unroll=config.remat == "none")
     record = None
     if routed is not None:
         chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)

@@ -22,11 +22,12 @@ from dcjax.arguments import as_sequences
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
-from dcjax.rl.masked import Aggregation, masked_mean, response_mean, token_mean
+from dcjax.rl.masked import Aggregation, LossSum, masked_mean, response_mean, token_mean
 from dcjax.rl.metrics import budget_metrics, mismatch_metrics, staleness_metrics
+from dcjax.rl.microbatches import Cut, Microbatch
 from dcjax.rl.objective import NO_REQUIREMENTS, Iteration, Requirements
 from dcjax.rl.transforms import Context, LossTransform, initial_terms
-from dcjax.types import Array, Batch, Metrics, Params, TrainState
+from dcjax.types import Array, Batch, Metrics, Microbatches, Params, TrainState
 
 
 class PolicyOutputs(NamedTuple):
@@ -68,7 +69,7 @@ class StepSpec:
     mean_discrepancy: Callable[[Array, Array], Array]
     requires: Requirements
     group_size: int
-    microbatch_size: int
+    microbatch_size: int | None
     updates: int
     ahead: bool
 
@@ -80,7 +81,8 @@ class StepSpec:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that a batch has to divide by."""
-        return {"group_size": self.group_size, "microbatch_size": self.microbatch_size, "updates": self.updates}
+        sizes = {"group_size": self.group_size, "microbatch_size": self.microbatch_size, "updates": self.updates}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     @property
     def recomputes_old_logps(self) -> bool:
@@ -96,7 +98,7 @@ class StepSpec:
         return self.mean_discrepancy(self.token_discrepancy(old_logps, batch), batch.response_mask)
 
 
-class Minibatch(NamedTuple):
+class Rows(NamedTuple):
     """The rows of one update, or of one microbatch of it, with the log-probs that were computed before the updates."""
 
     batch: Batch
@@ -152,7 +154,7 @@ def make_train_step(
     mean_discrepancy: Callable[[Array, Array], Array] = response_mean,
     requires: Requirements = NO_REQUIREMENTS,
     group_size: int,
-    microbatch_size: int,
+    microbatch_size: int | None = None,
     updates: int = 1,
     ahead: bool = False,
 ) -> TrainStep:
@@ -175,7 +177,8 @@ def make_train_step(
       mean_discrepancy: (δ, mask) -> δ̄, over all responses of the iteration.
       requires: what the objective reads in `Context` that is not always there.
       group_size: responses to one prompt; a minibatch consists of whole prompts.
-      microbatch_size: sequences in one forward and backward pass; divides a minibatch.
+      microbatch_size: sequences in one forward and backward pass; divides a minibatch, and is one by default. A batch
+        that says itself how it is cut (`Batch.microbatches`) has no need of it.
       updates: optimiser updates in one iteration, each on its share of the prompts.
       ahead: whether rollouts were sampled with the oldest parameters of the state's history.
 
@@ -207,28 +210,32 @@ def make_train_step(
 def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One training iteration: every row of the batch is in one minibatch, and every minibatch makes one update."""
     rows = batch.rewards.shape[0]
-    if rows % (spec.updates * spec.group_size) or rows // spec.updates % spec.microbatch_size:
+    if rows % (spec.updates * spec.group_size) or rows // spec.updates % (spec.microbatch_size or 1):
         raise ValueError(f"a batch of {rows} responses does not divide by {spec.sizes}")
     batch = as_sequences(batch)
     _check_requirements(spec.requires, state, batch)
+    # the cut of each minibatch, first by updates
+    cuts, batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches), batch.replace(microbatches=None)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates
-    reference_logps = None if state.reference is None else _recompute_logps(spec, state.reference, minibatches)
+    reference_logps = None if state.reference is None else _recompute_logps(spec, state.reference, minibatches, cuts)
     old_logps, shared = None, Shared(jnp.mean(batch.rewards), _mean_response_length(batch), None, {})
     by_row: dict[str, Array] = {}
     if spec.recomputes_old_logps:
         sampling_params = state.history[0] if spec.ahead else state.params
-        old_logps = _recompute_logps(spec, sampling_params, minibatches)
+        old_logps = _recompute_logps(spec, sampling_params, minibatches, cuts)
         whole = _merge_rows((old_logps, reference_logps), spec.group_size)
         scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole))
         shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
 
-    def update(state: TrainState, minibatch: Minibatch) -> tuple[TrainState, UpdateOutputs]:
-        return _update(spec, state, minibatch, shared)
+    def update(state: TrainState, inputs: tuple[Rows, Microbatches | None]) -> tuple[TrainState, UpdateOutputs]:
+        minibatch, cut = inputs
+        return _update(spec, state, minibatch, _cut(spec, minibatch.batch, cut), shared)
 
     rows_of_updates = _split_rows(by_row, spec.updates, spec.group_size)
-    trained, outputs = jax.lax.scan(update, state, Minibatch(minibatches, old_logps, reference_logps, rows_of_updates))
+    minibatches = Rows(minibatches, old_logps, reference_logps, rows_of_updates)
+    trained, outputs = jax.lax.scan(update, state, (minibatches, cuts))
 
     outputs = outputs._replace(rows=_merge_rows(outputs.rows, spec.group_size))
     old_logps = outputs.rows.logps if old_logps is None else _merge_rows(old_logps, spec.group_size)
@@ -257,21 +264,34 @@ def _iteration_quantities(requires: Requirements, iteration: Iteration) -> tuple
     return scalars, by_row
 
 
-def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch) -> Array:
-    """[updates, B / updates, T]: log-probs of the response tokens under `params`, a microbatch at a time."""
+def _cut(spec: StepSpec, minibatch: Batch, cut: Microbatches | None) -> Cut:
+    """How a minibatch is computed: as the batch says, or by rows as they are."""
+    if cut is not None:
+        return Cut.packed(cut)
+    rows = len(minibatch.rewards)
+    return Cut.by_rows(rows, spec.microbatch_size or rows)
 
-    def logps_of_minibatch(minibatch: Batch) -> Array:
-        microbatches = _microbatches(minibatch, spec.microbatch_size)
-        return _merge_rows(jax.lax.map(lambda microbatch: spec.apply_fn(params, microbatch)[0], microbatches), 1)
 
-    return jax.lax.map(logps_of_minibatch, minibatches)
+def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch, cuts: Microbatches | None) -> Array:
+    """float32 [updates, B / updates, T]: log-probs of the response tokens under `params`, a microbatch at a time."""
+
+    def logps_of_minibatch(inputs: tuple[Batch, Microbatches | None]) -> Array:
+        minibatch, cut = inputs
+
+        def compute(microbatch: Microbatch, logps: Array) -> Array:
+            rows = microbatch.take(minibatch).replace(places=microbatch.places)
+            return microbatch.put(logps, spec.apply_fn(params, rows)[0])
+
+        return _cut(spec, minibatch, cut).fold(compute, jnp.zeros(minibatch.response_mask.shape))
+
+    return jax.lax.map(logps_of_minibatch, (minibatches, cuts))
 
 
 def _update(
-    spec: StepSpec, state: TrainState, minibatch: Minibatch, shared: Shared
+    spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
 ) -> tuple[TrainState, UpdateOutputs]:
     """One optimiser update by the minibatch's gradients; the scalars that `tx` is given are of the whole batch."""
-    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, shared)
+    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, cut, shared)
     discrepancy = shared.discrepancy
     if discrepancy is None:
         # this is the only update, and its minibatch the whole batch
@@ -284,7 +304,7 @@ def _update(
 
 
 def _accumulate_gradients(
-    spec: StepSpec, state: TrainState, minibatch: Minibatch, shared: Shared
+    spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
 ) -> tuple[Params, Array, RowOutputs]:
     """Gradients and loss of a minibatch: sums over its microbatches, divided once by the minibatch's denominator."""
     loss_scale = optax.tree.get(state.opt_state, "loss_scale", 1.0)
@@ -296,33 +316,34 @@ def _accumulate_gradients(
         loss_scale=loss_scale,
     )
 
-    def add_microbatch(sums, microbatch: Minibatch):
-        grads, (total, denominator, rows) = jax.grad(loss_fn, has_aux=True)(state.params, microbatch)
-        return jax.tree.map(jnp.add, sums, (grads, total, denominator)), rows
+    def add_microbatch(microbatch: Microbatch, carry):
+        sums, outputs = carry
+        grads, (total, denominator, rows) = jax.grad(loss_fn, has_aux=True)(state.params, minibatch, microbatch)
+        return jax.tree.map(jnp.add, sums, (grads, total, denominator)), microbatch.put(outputs, rows)
 
     # sums are float32, whatever the parameters' dtype
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params)
-    microbatches = _microbatches(minibatch, spec.microbatch_size)
-    (grads, total, denominator), rows = jax.lax.scan(
-        add_microbatch, (zeros, jnp.zeros(()), jnp.zeros(())), microbatches
-    )
+    _, (_, _, shapes) = jax.eval_shape(loss_fn, state.params, minibatch, cut[0])
+    outputs = cut.empty(len(minibatch.batch.rewards), shapes)
+    (grads, total, denominator), rows = cut.fold(add_microbatch, ((zeros, jnp.zeros(()), jnp.zeros(())), outputs))
     denominator = jnp.maximum(denominator, 1.0)
     grads = jax.tree.map(lambda grad: grad / (denominator * loss_scale), grads)
-    return grads, total / denominator, _merge_rows(rows, 1)
+    return grads, total / denominator, rows
 
 
 def _microbatch_loss(
     spec: StepSpec,
     params: Params,
-    microbatch: Minibatch,
+    minibatch: Rows,
+    microbatch: Microbatch,
     *,
     shared: Shared,
     multiplier: Array | None,
     loss_scale: Array | float,
 ) -> tuple[Array, tuple[Array, Array, RowOutputs]]:
     """The scaled sum of the losses, which is differentiated, and beside it the sum, its denominator and the rows."""
-    batch, old_logps, reference_logps, by_row = microbatch
-    outputs = PolicyOutputs(*spec.apply_fn(params, batch))
+    batch, old_logps, reference_logps, by_row = microbatch.take(minibatch)
+    outputs = PolicyOutputs(*spec.apply_fn(params, batch.replace(places=microbatch.places)))
     if missing := [name for name in spec.requires.of_head if name not in outputs.quantities]:
         raise ValueError(f"the objective requires the quantity {missing[0]!r}; apply_fn does not compute it")
     logps = outputs.logps
@@ -333,9 +354,15 @@ def _microbatch_loss(
     losses, clipped = spec.surrogate(
         logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
     )
-    total, denominator = spec.aggregate(losses + terms.loss, terms.mask)
+    total, denominator = _sum_present(spec.aggregate, losses + terms.loss, terms.mask, microbatch.present)
     rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, {**terms.metrics, **outputs.metrics})
     return total * loss_scale, (total, denominator, rows)
+
+
+def _sum_present(aggregate: Aggregation, losses: Array, mask: Array, present: Array) -> LossSum:
+    """The sums over those rows that are there; an aggregation is a sum over rows, so it may see them one by one."""
+    sums = jax.vmap(lambda losses, mask: aggregate(losses[None], mask[None]))(losses, mask)
+    return LossSum(*(jnp.sum(jnp.where(present, row, 0)) for row in sums))
 
 
 def _metrics(
@@ -414,11 +441,6 @@ def _first_nonfinite(logps: Array, mask: Array) -> Array:
     """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 if all are finite."""
     bad = (mask & ~jnp.isfinite(logps)).reshape(-1)
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
-
-
-def _microbatches(tree, size: int):
-    """Rows in microbatches: [B, ...] -> [B / size, size, ...]."""
-    return _split_rows(tree, jax.tree.leaves(tree)[0].shape[0] // size, 1)
 
 
 def _split_rows(tree, parts: int, unit: int):

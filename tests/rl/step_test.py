@@ -489,7 +489,8 @@ def test_a_loss_scale_changes_nothing_that_is_finite(pairs):
     np.testing.assert_allclose(after.params, expected.params, rtol=1e-6, atol=1e-7)
     assert (float(metrics.pop("loss_scale")), float(metrics.pop("overflow"))) == (2.0**15, 0)
     for name, value in plain.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+        # chi² is a mean near 1, less 1
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-7 * ("chi2" in name), err_msg=name)
     # it grew after two updates
     assert float(optax.tree.get(after.opt_state, "loss_scale")) == 2.0**16
 

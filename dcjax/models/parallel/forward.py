@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from dcjax.models.attention import causal_attention
+from dcjax.models.attention import Segments, causal_attention
 from dcjax.models.config import AttentionKernel, ModelConfig
 from dcjax.models.layout import ONE_DEVICE, SAVED, Layout
 from dcjax.models.moe import GroupedDot, Routing
@@ -61,6 +61,7 @@ def mesh_layout(mesh: Mesh) -> Layout:
         lookup=partial(_lookup, mesh),
         mixture=partial(_mixture, mesh),
         column_multiple=split(mesh.shape, "saved_sequence"),
+        shares=split(mesh.shape, "batch"),
     )
 
 
@@ -72,9 +73,10 @@ def _attention(
     *,
     kernel: AttentionKernel,
     float32: lax.Precision = lax.Precision.HIGHEST,
-    segment_ids: Int[Array, "B S"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Array, "B S H D"]:
-    """`causal_attention` on a mesh: each device computes its rows and heads, over whole sequences.
+    """`causal_attention` on a mesh: each device computes its rows and heads, over whole sequences. Columns that are
+    gathered are counted through the device's rows.
 
     Where sequences are split, an all-to-all trades columns for heads, there and back (DeepSpeed-Ulysses,
     arXiv:2309.14509). Key-value heads are repeated if they are too few to be split.
@@ -84,13 +86,13 @@ def _attention(
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     heads = partition_spec(PartitionSpec("batch", None, "attention_heads", None))
     attend = jax.shard_map(
-        lambda q, k, v, ids: causal_attention(q, k, v, kernel=kernel, float32=float32, segment_ids=ids),
+        lambda q, k, v, segments: causal_attention(q, k, v, kernel=kernel, float32=float32, segments=segments),
         mesh=mesh,
         in_specs=(heads, heads, heads, partition_spec(PartitionSpec("batch", None))),
         out_specs=heads,
         check_vma=False,
     )
-    return attend(q, k, v, segment_ids)
+    return attend(q, k, v, segments)
 
 
 def _lookup(
