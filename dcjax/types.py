@@ -97,16 +97,15 @@ class Places:
 class Microbatches:
     """How the minibatches of an iteration are cut into microbatches.
 
-    Each of D devices, or groups of them, has a share of a minibatch's rows, and cuts it into at most M microbatches of at
-    most R rows. All of them compute as many microbatches as the one that needs most.
+    Each of D devices, or groups of them, has a share of a minibatch's rows, and cuts it into at most M microbatches of
+    at most R rows. All of them compute as many microbatches as the one that needs most.
     """
 
     # microbatches that have rows
     count: Int[Array, "D updates"]
     # numbers within the share, -1 where there are fewer rows
     rows: Int[Array, "D updates M R"]
-    # None where rows are computed as they are, with their padding
-    places: Places | None
+    places: Places
 
 
 @flax.struct.dataclass

@@ -33,7 +33,7 @@ def config() -> Config:
         objective=ObjectiveConfig(
             algorithm="dc_grpo", initial_multiplier=0.1, dual_lr=1.0, budget=0.0037, eps_low=0.24, eps_high=0.24
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4, microbatch_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4),
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=0.7),
         checkpoint=CheckpointConfig(every=20),

@@ -28,6 +28,7 @@ class Updater:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._step = build.compile_train_step(setup.config, setup.mesh)
+        self._packing = setup.config.packing()
         self._learning_rate = build.optimizer_of(setup.config).learning_rate
         self._budget = build.objective_of(setup.config).budget
 
@@ -43,8 +44,9 @@ class Updater:
             require_finite(sampled.rollout, self._setup.engines["deployed"])
         except ValueError as error:
             self._stop(number, batch, str(error), "choose another serving.format")
-        state, metrics = self._step(state, place(batch, batch_sharding(self._setup.mesh)))
-        values = build.metrics_to_host(metrics)
+        packed = self._packing(batch)
+        state, metrics = self._step(state, place(packed, batch_sharding(self._setup.mesh)))
+        values = build.metrics_to_host(metrics) | {"columns_filled": self._packing.filled(packed)}
         if (at := int(values.pop("nonfinite_at"))) >= 0:
             where = divmod(at, batch.response_mask.shape[1])
             self._stop(number, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)

@@ -26,7 +26,7 @@ from dcjax.rl.step import TrainStep, make_train_step
 from dcjax.rl.transforms import chain
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
-from dcjax.types import Batch, Params, Sequences
+from dcjax.types import Batch, Bins, Params, Sequences
 from dcjax.user_code import refusals_of
 
 EARLY_SHARE = 0.8
@@ -43,12 +43,13 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
         fits.
     """
     settings = config.warm_start
-    microbatch_size = math.gcd(settings.batch_size, config.optimizer.microbatch_size)
-    tx, update = _compile_update(config.model, settings, microbatch_size, mesh)
+    packing = config.warm_start_packing()
+    tx, update = _compile_update(config.model, settings, packing.bins, mesh)
     state = initial_state(config, mesh, tx, starting_params(config, mesh))
     with _Log(config) as log:
         for count in range(1, settings.steps + 1):
-            state, metrics = update(state, place(_batch(config, tokenizer, count), batch_sharding(mesh)))
+            batch = packing(_batch(config, tokenizer, count))
+            state, metrics = update(state, place(batch, batch_sharding(mesh)))
             if count % LOG_EVERY == 0 or count == settings.steps:
                 values = metrics_to_host(metrics)
                 shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
@@ -60,16 +61,11 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
 
 @cache
 def _compile_update(
-    model: ModelConfig, settings: WarmStartConfig, microbatch_size: int, mesh: Mesh
+    model: ModelConfig, settings: WarmStartConfig, bins: Bins, mesh: Mesh
 ) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
     tx = _optimizer(settings, model.precision.compute)
     supervised_step = make_train_step(
-        make_apply_fn(model, mesh),
-        tx,
-        negative_log_likelihood,
-        chain(),
-        group_size=1,
-        microbatch_size=microbatch_size,
+        make_apply_fn(model, mesh, bins), tx, negative_log_likelihood, chain(), group_size=1
     )
     return tx, compile_step(model, mesh, tx, supervised_step)
 

@@ -4,6 +4,7 @@ from dcjax.models.config import ModelConfig, Precision, presets
 from dcjax.models.hf import load_hf
 from dcjax.models.hf_config import read_config, read_end_tokens
 from dcjax.models.hf_save import save_hf
+from dcjax.models.packed import packed_logps
 from dcjax.models.parameters import abstract_params, count_params, logical_axes
 from dcjax.models.scores import TokenScores, token_logps
 from dcjax.models.transformer import forward, init_params
@@ -18,6 +19,7 @@ __all__ = [
     "init_params",
     "load_hf",
     "logical_axes",
+    "packed_logps",
     "presets",
     "read_config",
     "read_end_tokens",

@@ -208,7 +208,7 @@ def _splash_kernel(block: int) -> Callable[..., Array]:
         block_kv_dq=block,
     )
 
-    def attend(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
+    def attend(q: Array, k: Array, v: Array, ids: tuple[jax.Array, jax.Array] | None) -> Any:
         (heads, length), more = q.shape[:2], k.shape[1] - q.shape[1]
         # gathered keys come before all columns
         mask = splash_attention.CausalMask((length, length + more), offset=more)

@@ -17,20 +17,20 @@ from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, Layout
 from dcjax.models.scores import TokenScores, score_columns
 from dcjax.models.transformer import Columns, run_columns
-from dcjax.types import Array, Bins, Params, Places, Sequences, TokenDistributions
+from dcjax.types import Array, Batch, Bins, Params, Places, Sequences, TokenDistributions
 
 
 def packed_logps(
     config: ModelConfig,
     params: Params,
-    sequences: Sequences,
+    sequences: Batch,
     *,
     places: Places,
     bins: Bins,
     quantities: Mapping[str, Callable[[TokenDistributions], Array]] = {},
     layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
-    """`token_logps` of rows that `dcjax.rl.packing.pack` has given places: the same numbers, with less work.
+    """`token_logps` of rows that `dcjax.rl.Packing` has given places: the same numbers, with less work.
 
     Args:
       config: the architecture.
@@ -48,7 +48,7 @@ def packed_logps(
     Raises:
       ValueError: another number of shares than the devices have.
     """
-    shares, rows = places.present.shape
+    shares = len(places.present)
     if shares != layout.shares:
         raise ValueError(f"rows are packed in {shares} shares; devices hold {layout.shares}")
     by_share = partial(_split, shares)

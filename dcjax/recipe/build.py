@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.keys import make_key
-from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, read_config, token_logps
+from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, packed_logps, read_config
 from dcjax.models.parallel.forward import check_model, mesh_layout
 from dcjax.recipe import sections
 from dcjax.recipe.config import Config, check_positions
@@ -29,35 +29,30 @@ from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
-from dcjax.types import Batch, Metrics, Params, TrainState
+from dcjax.types import Batch, Bins, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
 
 Transform = optax.GradientTransformationExtraArgs
 PolicyName = Literal["deployed", "training", "deployed_ema"]
 
 
-def make_apply_fn(model: ModelConfig, mesh: Mesh, objective: Objective | None = None) -> ApplyFn:
+def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objective | None = None) -> ApplyFn:
     """(params, batch) -> `PolicyOutputs` of the training policy, under the sampler's transform of logits.
 
     Args:
       model: the architecture; where it has experts, the metrics are of what its routers did, by row.
       mesh: the devices.
+      bins: what the rows of a microbatch are packed into.
       objective: whose required quantities the head computes; None requires none.
     """
     quantities = {} if objective is None else objective.requires.of_head
 
     def apply_fn(params: Params, batch: Batch) -> PolicyOutputs:
-        scores = token_logps(
-            model,
-            params,
-            batch.tokens,
-            batch.attention_mask,
-            response_length=batch.response_mask.shape[1],
-            temperature=batch.temperature,
-            experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
-            candidate_tokens=batch.candidate_tokens,
-            quantities=quantities,
-            layout=mesh_layout(mesh),
+        if batch.places is None:
+            raise ValueError("the batch is not packed; a `Packing` gives it microbatches")
+        layout = mesh_layout(mesh)
+        scores = packed_logps(
+            model, params, batch, places=batch.places, bins=bins, quantities=quantities, layout=layout
         )
         metrics = {} if scores.router is None else scores.router.metrics
         return PolicyOutputs(scores.logps, scores.entropy, metrics, scores.quantities)
@@ -255,6 +250,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
         group_rewards=array(np.float32, rollout.group_size),
         candidate_tokens=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
         experts=array(np.int16, *routed) if rollout.replay_routing else None,
+        microbatches=config.packing().abstract(rows, batch_sharding(mesh)),
     )
 
 
@@ -277,7 +273,7 @@ class _StepKey:
     tx: Transform
     kept: PastParams
     group_size: int
-    microbatch_size: int
+    bins: Bins
     updates: int
     ahead: bool
 
@@ -290,7 +286,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         tx=build_optimizer(config),
         kept=PastParams.needed_by(config),
         group_size=config.rollout.group_size,
-        microbatch_size=config.optimizer.microbatch_size,
+        bins=config.packing().bins,
         updates=config.optimizer.updates,
         ahead=config.rollout.async_level > 0,
     )
@@ -301,7 +297,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
 def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
     objective = key.objective
     step = make_train_step(
-        make_apply_fn(key.model, mesh, objective),
+        make_apply_fn(key.model, mesh, key.bins, objective),
         key.tx,
         objective.surrogate,
         objective.transform,
@@ -310,7 +306,6 @@ def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
         mean_discrepancy=objective.mean_discrepancy,
         requires=objective.requires,
         group_size=key.group_size,
-        microbatch_size=key.microbatch_size,
         updates=key.updates,
         ahead=key.ahead,
     )

@@ -29,6 +29,7 @@ from dcjax.recipe.sections import (
     check_sections,
 )
 from dcjax.recipe.serving import ServingConfig
+from dcjax.rl.packing import Packing
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
 from dcjax.sharding.mesh import MeshConfig
@@ -169,20 +170,16 @@ class Config:
         prompts, updates = self.rollout.prompts, self.optimizer.updates
         if prompts % updates:
             raise ValueError(f"rollout.prompts {prompts} do not divide into optimizer.updates {updates} minibatches")
-        minibatch, micro = self.rollout.sequences // updates, self.optimizer.microbatch_size
-        if minibatch % micro:
-            raise ValueError(
-                f"a minibatch of {minibatch} sequences does not divide into optimizer.microbatch_size {micro}"
-            )
         sizes = dataclasses.asdict(self.mesh)
         if math.prod(sizes.values()) > 1 and self.pretrained is None:
             check_model(self.model, sizes)
-        shards = split(sizes, "batch")
-        if micro % shards or self.warm_start.batch_size % shards:
+        shares, minibatch = split(sizes, "batch"), self.rollout.sequences // updates
+        if minibatch % shares or self.warm_start.batch_size % shares:
             raise ValueError(
-                f"optimizer.microbatch_size {micro} and warm_start.batch_size {self.warm_start.batch_size} "
-                f"must be multiples of mesh.data × mesh.fsdp × mesh.expert, {shards}"
+                f"the {minibatch} sequences of a minibatch, and warm_start.batch_size {self.warm_start.batch_size}, "
+                f"must be multiples of mesh.data × mesh.fsdp × mesh.expert, {shares}"
             )
+        self.packing()
 
     def _check_objective(self):
         objective = build_objective(
@@ -193,6 +190,31 @@ class Config:
         if objective.requires.candidate_tokens and not self.rollout.top_k:
             raise ValueError("rollout.top_k is 0; this objective requires candidate tokens, so it must be at least 1")
         build_optimizer(self.optimizer, objective, steps=self.steps)
+
+    def packing(self) -> Packing:
+        """How the sequences of RL share microbatches."""
+        rollout = self.rollout
+        return self._packing(rollout.sequences, group_size=rollout.group_size, updates=self.optimizer.updates)
+
+    def warm_start_packing(self) -> Packing:
+        """How the examples of the warm start share microbatches."""
+        return self._packing(self.warm_start.batch_size, group_size=1, updates=1)
+
+    def _packing(self, rows: int, *, group_size: int, updates: int) -> Packing:
+        sizes = dataclasses.asdict(self.mesh)
+        try:
+            return Packing.fitting(
+                prompt_length=self.rollout.max_prompt_length,
+                response_length=self.rollout.max_response_length,
+                rows=rows,
+                group_size=group_size,
+                tokens_per_microbatch=self.optimizer.tokens_per_microbatch,
+                updates=updates,
+                shares=split(sizes, "batch"),
+                column_multiple=split(sizes, "saved_sequence"),
+            )
+        except ValueError as error:
+            raise ValueError(f"optimizer.{error}") from None
 
     @property
     def directory(self) -> Path:

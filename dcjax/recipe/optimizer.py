@@ -76,13 +76,14 @@ class OptimizerConfig:
     """Global norm to which gradients are clipped."""
     updates: int = 1
     """Optimiser updates per iteration; each uses an equal share of the prompts."""
-    microbatch_size: int = 16
-    """Sequences per forward and backward pass."""
+    tokens_per_microbatch: int | None = None
+    """Tokens that a device, or several that share rows, computes in one forward and backward pass, at most. By default
+    chosen from the longest prompt and response."""
 
     def __post_init__(self):
         names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_floor")
         names += ("decay_dual_lr", "ema_decay")
-        ones = dict.fromkeys(("updates", "microbatch_size", "decay_period"), 1)
+        ones = dict.fromkeys(("updates", "decay_period"), 1)
         require("optimizer.", self, {**dict.fromkeys(names, 0), **ones, "surge_history": 7})
         if not 1 < self.surge_ratio < math.inf:
             raise ValueError(f"optimizer.surge_ratio is {self.surge_ratio}; it must be a finite number above 1")

@@ -45,8 +45,8 @@ class OptimizerSection(Protocol):
         ...
 
     @property
-    def microbatch_size(self) -> int:
-        """Sequences per forward and backward pass."""
+    def tokens_per_microbatch(self) -> int | None:
+        """Tokens of a share of the devices per forward and backward pass, at most; None for a default."""
         ...
 
     def build(self, objective: Objective, *, steps: int) -> Optimizer:

@@ -21,6 +21,7 @@ from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_
 from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
 from dcjax.rl.objective import HeadQuantity, Iteration, IterationQuantity, Objective, Requirements
+from dcjax.rl.packing import Packing
 from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
 from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo, verl_correction
 from dcjax.rl.step import PolicyOutputs, make_train_step
@@ -43,6 +44,7 @@ __all__ = [
     "Iteration",
     "IterationQuantity",
     "Objective",
+    "Packing",
     "PolicyOutputs",
     "Requirements",
     "Surge",

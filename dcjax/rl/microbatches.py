@@ -72,13 +72,14 @@ class Cut(NamedTuple):
         """As many as the share that has most needs; of one minibatch, whose arrays have no axis of updates."""
         return cls(jnp.max(microbatches.count), microbatches.rows, microbatches.places)
 
-    def __getitem__(self, number: int | Array) -> Microbatch:
+    def at(self, number: int | Array) -> Microbatch:
+        """One of them."""
         rows, places = jax.tree.map(lambda x: jnp.asarray(x)[:, number], (self.rows, self.places))
         return Microbatch(rows, places)
 
     def fold(self, step: Callable[[Microbatch, Carry], Carry], start: Carry) -> Carry:
         """(microbatch, carry) -> carry, over all microbatches in order."""
-        return jax.lax.fori_loop(0, self.count, lambda number, carry: step(self[number], carry), start)
+        return jax.lax.fori_loop(0, self.count, lambda number, carry: step(self.at(number), carry), start)
 
     def empty(self, rows: int, shapes: Any) -> Any:
         """Zeros for a minibatch of so many rows, where a microbatch's rows have these shapes: a tree to `put` into."""

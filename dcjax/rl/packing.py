@@ -7,15 +7,25 @@ attend to it. Bins are filled first-fit, longest response first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Int
 
 from dcjax.types import Batch, Bins, Microbatches, Places
 
 POOL = 1.25
-"""Tokens that a microbatch chooses from, as a multiple of those that it has room for: enough small ones to fill gaps."""
+"""Tokens of the rows that a microbatch chooses from, as a multiple of its columns: enough short ones to fill gaps."""
+DEFAULT_ROWS = 8
+"""Responses of the limit's length that a microbatch has room for by default. A larger one reads the parameters less
+often, but leaves more of the last one empty; on CPU that costs more than it saves."""
+DEFAULT_TOKENS = 16_384
+"""Tokens of a microbatch at most by default, where one row does not need more."""
+ROWS_OF_BIN = 8
+"""Rows of a microbatch at most, for each of its bins."""
 
 
 class Row(NamedTuple):
@@ -39,34 +49,119 @@ class Place(NamedTuple):
     gathered: int
 
 
-def pack(batch: Batch, bins: Bins, *, shares: int, updates: int, group_size: int) -> Microbatches:
-    """Cuts an iteration into microbatches of packed rows; equal batches are cut alike.
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How the iterations of a run are cut into microbatches of packed rows; `fitting` chooses the bins.
 
-    Args:
-      batch: on the host.
-      bins: what a microbatch of one share has room for.
-      shares: parts of a minibatch's rows that are computed side by side, D.
-      updates: minibatches.
-      group_size: G; groups are dealt to the minibatches in turn.
+    Example: a batch of 128 responses, 8 to a prompt, on one device, for a step that was made with the same numbers.
 
-    Raises:
-      ValueError: a row that has no prompt, padding between tokens, or tokens for which a microbatch has no room.
+        packing = Packing.fitting(prompt_length=64, response_length=512, rows=128, group_size=8)
+        state, metrics = train_step(state, packing(batch))
     """
-    rows = _rows(batch, bins)
-    minibatches = np.arange(len(rows)).reshape(-1, updates, group_size).swapaxes(0, 1).reshape(updates, shares, -1)
-    cuts = [[_cut([rows[at] for at in share], bins) for share in minibatch] for minibatch in minibatches]
-    size = minibatches.shape[-1]
-    table = np.full((shares, updates, size, bins.rows, len(Place._fields)), -1, np.int32)
-    for update, minibatch in enumerate(cuts):
-        for share, microbatches in enumerate(minibatch):
-            numbers = {row: number for number, row in enumerate(minibatches[update, share].tolist())}
-            for microbatch, placed in enumerate(microbatches):
-                table[share, update, microbatch, : len(placed)] = [
-                    place._replace(row=numbers[place.row]) for place in placed
-                ]
-    counts = np.array([[len(minibatch[share]) for minibatch in cuts] for share in range(shares)], np.int32)
-    numbers, responses, prompts, gathered = np.moveaxis(table, -1, 0)
-    return Microbatches(counts, numbers, Places(responses, prompts, gathered, numbers >= 0))
+
+    # what a microbatch of one share has room for
+    bins: Bins
+    # parts of a minibatch's rows that are computed side by side, D
+    shares: int = 1
+    # minibatches of an iteration
+    updates: int = 1
+    # G; groups are dealt to the minibatches in turn
+    group_size: int = 1
+
+    @classmethod
+    def fitting(
+        cls,
+        *,
+        prompt_length: int,
+        response_length: int,
+        rows: int,
+        group_size: int,
+        tokens_per_microbatch: int | None = None,
+        updates: int = 1,
+        shares: int = 1,
+        column_multiple: int = 1,
+    ) -> Packing:
+        """The packing for prompts and responses of at most these lengths.
+
+        Args:
+          prompt_length: P, in tokens.
+          response_length: T, in tokens.
+          rows: B, of an iteration.
+          group_size: G.
+          tokens_per_microbatch: columns that a share computes in one forward and backward pass, at most. By default as
+            many as `DEFAULT_ROWS` of the longest responses and their prompts have, but not more than `DEFAULT_TOKENS`
+            where a row fits into these.
+          updates: minibatches of an iteration.
+          shares: D.
+          column_multiple: what the width of a bin is a multiple of, in columns.
+
+        Raises:
+          ValueError: tokens that are too few for the longest row.
+        """
+
+        def columns(tokens: int) -> int:
+            return -(-tokens // column_multiple) * column_multiple
+
+        # one bin needs room for a prompt beside its response; of several, another one may hold it
+        widest, width = columns(prompt_length + response_length - 1), columns(max(response_length, prompt_length - 1))
+        if tokens_per_microbatch is None:
+            tokens_per_microbatch = max(widest, min((DEFAULT_ROWS + 1) * width, DEFAULT_TOKENS))
+        if tokens_per_microbatch < widest:
+            raise ValueError(
+                f"tokens_per_microbatch is {tokens_per_microbatch}; it must be at least {widest}, which the longest "
+                "prompt and response need"
+            )
+        number = tokens_per_microbatch // width
+        width = width if number > 1 else widest
+        bins = Bins(number, width, width, min(rows // updates // shares, ROWS_OF_BIN * number))
+        return cls(bins, shares, updates, group_size)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch, which is on the host, with its microbatches; equal batches are cut alike.
+
+        Raises:
+          ValueError: a row that has no prompt, padding between tokens, or tokens for which a microbatch has no room.
+        """
+        rows = _rows(batch, self.bins)
+        parts = self._parts(len(rows))
+        cuts = [[_cut([rows[at] for at in share], self.bins) for share in minibatch] for minibatch in parts]
+        table = np.full((*self._shape(len(rows)), len(Place._fields)), -1, np.int32)
+        for update, share in np.ndindex(parts.shape[:2]):
+            numbers = {row: number for number, row in enumerate(parts[update, share].tolist())}
+            for at, placed in enumerate(cuts[update][share]):
+                places = [place._replace(row=numbers[place.row]) for place in placed]
+                table[share, update, at, : len(places)] = places
+        counts = np.array([[len(minibatch[share]) for minibatch in cuts] for share in range(self.shares)], np.int32)
+        numbers, responses, prompts, gathered = np.moveaxis(table, -1, 0)
+        places = Places(responses, prompts, gathered, numbers >= 0)
+        return dataclasses.replace(batch, microbatches=Microbatches(counts, numbers, places))
+
+    def abstract(self, rows: int, sharding: jax.sharding.Sharding | None = None) -> Microbatches:
+        """The shapes and dtypes of the microbatches of a batch with so many rows."""
+
+        def table(dtype: type) -> Any:
+            return jax.ShapeDtypeStruct(self._shape(rows), dtype, sharding=sharding)
+
+        number = table(np.int32)
+        counts: Any = jax.ShapeDtypeStruct((self.shares, self.updates), np.int32, sharding=sharding)
+        return Microbatches(counts, number, Places(number, number, number, table(np.bool_)))
+
+    def filled(self, batch: Batch) -> float:
+        """The share of a packed batch's computed columns that hold a token; a prompt counts once for its group."""
+        assert batch.microbatches is not None
+        computed = batch.microbatches.count.max(axis=0).sum() * self.shares * self.bins.number * self.bins.width
+        prompts = np.asarray(batch.prompt_mask).sum(axis=1)[:: self.group_size] - 1
+        responses = np.asarray(batch.attention_mask).sum() - np.asarray(batch.prompt_mask).sum()
+        return float((prompts.sum() + responses) / computed)
+
+    def _parts(self, rows: int) -> Int[np.ndarray, "updates D rows"]:
+        """The rows of each minibatch that each share computes."""
+        dealt = np.arange(rows).reshape(-1, self.updates, self.group_size).swapaxes(0, 1)
+        return dealt.reshape(self.updates, self.shares, -1)
+
+    def _shape(self, rows: int) -> tuple[int, int, int, int]:
+        """[D, updates, M, R]: in the worst case each row is a microbatch of its own."""
+        return self.shares, self.updates, rows // self.updates // self.shares, self.bins.rows
 
 
 def _rows(batch: Batch, bins: Bins) -> list[Row]:
@@ -82,7 +177,9 @@ def _rows(batch: Batch, bins: Bins) -> list[Row]:
             "and responses on the right"
         )
     if (most := max(responses.max(), prompts.max() - 1)) > bins.width or prompts.max() - 1 > bins.gathered:
-        raise ValueError(f"a row of the batch needs {most} columns; its bins have {bins.width}, {bins.gathered} gathered")
+        raise ValueError(
+            f"a row of the batch needs {most} columns; its bins have {bins.width}, {bins.gathered} gathered"
+        )
     ids = _prompt_ids(batch, length)
     return [
         Row(number, *of_row)

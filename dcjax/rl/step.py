@@ -215,7 +215,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     batch = as_sequences(batch)
     _check_requirements(spec.requires, state, batch)
     # the cut of each minibatch, first by updates
-    cuts, batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches), batch.replace(microbatches=None)
+    cuts, batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches), dataclasses.replace(batch, microbatches=None)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates
@@ -323,7 +323,7 @@ def _accumulate_gradients(
 
     # sums are float32, whatever the parameters' dtype
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params)
-    _, (_, _, shapes) = jax.eval_shape(loss_fn, state.params, minibatch, cut[0])
+    _, (_, _, shapes) = jax.eval_shape(loss_fn, state.params, minibatch, cut.at(0))
     outputs = cut.empty(len(minibatch.batch.rewards), shapes)
     (grads, total, denominator), rows = cut.fold(add_microbatch, ((zeros, jnp.zeros(()), jnp.zeros(())), outputs))
     denominator = jnp.maximum(denominator, 1.0)

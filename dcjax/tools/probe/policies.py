@@ -103,7 +103,8 @@ class Policies:
         mesh = self._mesh if mesh is None else mesh
         mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
-        parts, size = [], min(config.optimizer.microbatch_size, round_up(len(mask), split(mesh.shape, "batch")))
+        shares, bins = split(mesh.shape, "batch"), config.packing().bins
+        parts, size = [], round_up(min(len(mask), max(1, bins.number * bins.width // mask.shape[1])), shares)
         for start in range(0, len(mask), size):
             # The last batch is filled up, so that one program serves all.
             rows = np.resize(np.arange(start, len(mask))[:size], size)
