@@ -18,7 +18,6 @@ SMALL = {
     "warm_start.batch_size": 8,
     "rollout.prompts": 4,
     "rollout.group_size": 4,
-    "optimizer.microbatch_size": 8,
     "evaluation.prompts": 4,
     "model.hidden_size": 32,
     "model.intermediate_size": 64,

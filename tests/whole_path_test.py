@@ -48,7 +48,7 @@ def config():
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(prompts={PROMPTS}, group_size={G}, max_prompt_length=512, max_response_length=8),
         reward=RewardConfig(workers=1, overlong_buffer=4),
-        optimizer=OptimizerConfig(microbatch_size=4),
+        optimizer=OptimizerConfig(tokens_per_microbatch=1000),
         evaluation=EvaluationConfig(every=2, prompts={HELDOUT}),
         checkpoint=CheckpointConfig(every=1, keep=9),
         serving=ServingConfig(format="float32", slots=20),

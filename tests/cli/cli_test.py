@@ -35,7 +35,7 @@ def config():
         warm_start=WarmStartConfig(steps=0),
         evaluation=EvaluationConfig(prompts=4),
         rollout=RolloutConfig(prompts=4, group_size=4),
-        optimizer=OptimizerConfig(microbatch_size=8),
+        optimizer=OptimizerConfig(tokens_per_microbatch=500),
     )
 """
 
@@ -263,7 +263,7 @@ def test_a_word_for_what_is_on_or_off_is_quoted(refusal):
 
 
 def test_fields_that_only_fit_together_are_set_together(started):
-    """Prompts, updates and microbatches are validated when all are known, not one after the other."""
+    """Prompts and updates are validated when all are known, not one after the other."""
     assert main(["train", "tested", "optimizer.updates=3", "rollout.prompts=6"]) == 0
     assert (started[0].optimizer.updates, started[0].rollout.prompts) == (3, 6)
 
@@ -524,7 +524,7 @@ def mathematics(directory, monkeypatch, capfd):
 
 def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathematics):
     begun = time.perf_counter()
-    message = mathematics("--mesh.fsdp", "16", "--optimizer.microbatch_size", "16", "--pretrained", "nowhere")
+    message = mathematics("--mesh.fsdp", "16", "--pretrained", "nowhere")
     assert time.perf_counter() - begun < 5
     for expected in (
         "no nowhere/config.json",
@@ -536,7 +536,7 @@ def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathema
 
 
 def test_a_real_process_that_is_refused_starts_no_other_and_says_all_in_one_line():
-    overrides = ["--mesh.fsdp", "16", "--optimizer.microbatch_size", "16"]
+    overrides = ["--mesh.fsdp", "16"]
     ended = process("train", recipe(MATHEMATICS), *overrides, PYTHONPATH=os.pathsep.join([*sys.path, "experiments"]))
     assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1
     assert b"no copy of dapo-math-17k, aime24 in data" in ended.stderr
@@ -595,7 +595,7 @@ def test_an_unknown_field_of_a_section_brings_the_nearest_to_mind(refusal):
         ("objective.budget=nan", ["objective.budget is nan"]),
         ("rollout.group_size=1", ["rollout.group_size is 1", "at least 2"]),
         ("optimizer.updates=3", ["rollout.prompts 4", "optimizer.updates 3"]),
-        ("optimizer.microbatch_size=5", ["16 sequences", "optimizer.microbatch_size 5"]),
+        ("optimizer.tokens_per_microbatch=5", ["optimizer.tokens_per_microbatch is 5", "must be at least"]),
         ("rollout.max_prompt_length=6", ["rollout.max_prompt_length is 6", "needs 13 tokens"]),
         ("rollout.max_response_length=12", ["rollout.max_response_length is 12", "needs"]),
         ("mesh.fsdp=3", ["mesh.fsdp is 3", "does not divide the 64 embed"]),

@@ -113,7 +113,7 @@ def config() -> Config:
         rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=32, max_response_length=20),
         serving=ServingConfig(slots=8, steps_per_call=4),
         objective=SilenceKnown(limit=0.5, initial_multiplier=0.2),
-        optimizer=Cautious(learning_rate=1e-2, microbatch_size=8),
+        optimizer=Cautious(learning_rate=1e-2, tokens_per_microbatch=100),
         evaluation=EvaluationConfig(every=3, prompts=4),
         checkpoint=CheckpointConfig(every=2, keep=4),
     )

@@ -49,7 +49,7 @@ CONFIG = Config(
         prompts=4, group_size=4, max_prompt_length=PROMPT_LENGTH, max_response_length=RESPONSE_LENGTH
     ),
     objective=ObjectiveConfig(dual_lr=20.0, budget=0.0014),
-    optimizer=OptimizerConfig(microbatch_size=8, learning_rate=1e-2, warmup_steps=3),
+    optimizer=OptimizerConfig(tokens_per_microbatch=100, learning_rate=1e-2, warmup_steps=3),
     evaluation=EvaluationConfig(every=2, prompts=16),
     checkpoint=CheckpointConfig(every=2, keep=4),
     serving=ServingConfig(slots=SLOTS, steps_per_call=STEPS_PER_CALL),

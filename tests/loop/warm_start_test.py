@@ -86,7 +86,7 @@ def test_a_warm_start_begun_again_replaces_the_log_of_the_one_that_was_killed(us
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "warmup_steps"), [(5, 5), (1, 0), (1, 1), (1, 50)])
-def test_any_warm_up_goes_with_any_number_of_steps_and_any_batch_with_any_microbatch(tmp_path, steps, warmup_steps):
+def test_any_warm_up_goes_with_any_number_of_steps_and_any_batch(tmp_path, steps, warmup_steps):
     params, log = warmed_up(tmp_path, steps=steps, warmup_steps=warmup_steps, batch_size=12)
     assert log[-1]["step"] == steps
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

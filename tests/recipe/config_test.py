@@ -108,7 +108,6 @@ LOWER_BOUNDS = {
     "optimizer.surge_history": (7, 6),
     "optimizer.max_grad_norm": (1e-3, 0.0),
     "optimizer.updates": (1, 0),
-    "optimizer.microbatch_size": (1, 0),
     "evaluation.every": (1, 0),
     "evaluation.prompts": (1, 0),
     "evaluation.temperature": (0.0, -1.0),
@@ -156,12 +155,8 @@ def refusal(construct):
 
 
 def small(**changes):
-    """A run of 8 prompts × 4 responses in microbatches of 8."""
-    sections = {
-        "rollout": RolloutConfig(prompts=8, group_size=4),
-        "optimizer": OptimizerConfig(microbatch_size=8),
-    }
-    return Config(**(sections | changes))
+    """A run of 8 prompts × 4 responses."""
+    return Config(**({"rollout": RolloutConfig(prompts=8, group_size=4)} | changes))
 
 
 @pytest.mark.parametrize(("path", "bounds"), (LOWER_BOUNDS | UPPER_BOUNDS).items())
@@ -298,21 +293,24 @@ def test_a_response_limit_shorter_than_the_longest_right_response_is_refused():
 
 
 def test_prompts_that_do_not_divide_into_updates_are_refused():
-    assert small(optimizer=OptimizerConfig(updates=4, microbatch_size=8))
-    message = refusal(lambda: small(optimizer=OptimizerConfig(updates=3, microbatch_size=8)))
+    assert small(optimizer=OptimizerConfig(updates=4))
+    message = refusal(lambda: small(optimizer=OptimizerConfig(updates=3)))
     assert "rollout.prompts 8" in message and "optimizer.updates 3" in message
 
 
-def test_a_minibatch_that_does_not_divide_into_microbatches_is_refused():
-    # 32 sequences in 4 updates leave 8 an update, too few for a microbatch of 16
-    message = refusal(lambda: small(optimizer=OptimizerConfig(updates=4, microbatch_size=16)))
-    assert "8 sequences" in message and "optimizer.microbatch_size 16" in message
+def test_a_microbatch_that_has_no_room_for_the_longest_row_is_refused():
+    rollout = RolloutConfig(prompts=8, group_size=4, max_prompt_length=30, max_response_length=60)
+    # the last token is not fed
+    packing = small(rollout=rollout, optimizer=OptimizerConfig(tokens_per_microbatch=89)).packing()
+    assert packing.bins[:2] == (1, 89)
+    message = refusal(lambda: small(rollout=rollout, optimizer=OptimizerConfig(tokens_per_microbatch=88)))
+    assert "optimizer.tokens_per_microbatch is 88; it must be at least 89" in message
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     assert small(mesh=MeshConfig(data=2, fsdp=4), warm_start=WarmStartConfig(batch_size=16))
-    message = refusal(lambda: small(mesh=MeshConfig(data=4, fsdp=4)))
-    assert "optimizer.microbatch_size 8" in message and "16" in message
+    message = refusal(lambda: small(mesh=MeshConfig(data=4, fsdp=4), optimizer=OptimizerConfig(updates=4)))
+    assert "the 8 sequences of a minibatch" in message and "16" in message
     message = refusal(lambda: small(mesh=MeshConfig(fsdp=4), warm_start=WarmStartConfig(batch_size=6)))
     assert "warm_start.batch_size 6" in message and "4" in message
 
@@ -430,9 +428,9 @@ def test_a_budget_may_be_measured_where_a_multiplier_follows_it():
 def test_a_decay_must_fit_the_gap_that_it_follows():
     signed = ObjectiveConfig(sides="signed")
     assert "needs a gap without a sign; the objective's is signed" in refusal(
-        lambda: small(objective=signed, optimizer=OptimizerConfig(microbatch_size=8, decay="discrepancy"))
+        lambda: small(objective=signed, optimizer=OptimizerConfig(decay="discrepancy"))
     )
-    dual = OptimizerConfig(microbatch_size=8, decay="dual")
+    dual = OptimizerConfig(decay="dual")
     assert "needs a number for the objective's budget" in refusal(
         lambda: small(objective=ObjectiveConfig(budget="auto"), optimizer=dual)
     )

@@ -217,7 +217,7 @@ def test_the_mean_gap_is_over_responses_or_over_tokens(context):
 
 
 def optimizer(steps=10, objective=None, **fields):
-    settings = OptimizerConfig(**({"learning_rate": 1.0, "microbatch_size": 8} | fields))
+    settings = OptimizerConfig(**({"learning_rate": 1.0} | fields))
     return Config(steps=steps, optimizer=settings, objective=objective or ObjectiveConfig())
 
 

@@ -79,7 +79,7 @@ class Sgd:
     """An optimiser that inherits nothing."""
 
     updates: int = 1
-    microbatch_size: int = 16
+    tokens_per_microbatch: int | None = None
     rate: float = 0.1
 
     def build(self, objective, *, steps):

@@ -28,7 +28,7 @@ CONFIG = dataclasses.replace(
     warm_start=WarmStartConfig(steps=0),
     rollout=RolloutConfig(prompts=4, group_size=4, max_prompt_length=6, max_response_length=16),
     # Adam's first steps are signs where gradients exceed epsilon: a large one keeps rounding from deciding them
-    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, microbatch_size=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, tokens_per_microbatch=60),
     objective=ObjectiveConfig(initial_multiplier=0.3, dual_lr=20.0, budget=0.0014),
     serving=ServingConfig(format="float32", slots=8, steps_per_call=4),
 )

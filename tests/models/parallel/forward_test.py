@@ -67,7 +67,7 @@ CONFIG = Config(
     rollout=RolloutConfig(prompts=ROWS // G, group_size=G),
     objective=ObjectiveConfig(initial_multiplier=0.3, dual_lr=2.0, budget=0.01, zero_variance="drop"),
     # Adam's first step is a sign where gradients exceed epsilon: a large one keeps rounding from deciding it
-    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, microbatch_size=ROWS, updates=1),
+    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2),
 )
 
 
