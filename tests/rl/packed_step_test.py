@@ -53,7 +53,8 @@ def check(expected, found):
 
 def same_gradients(expected, found, sums):
     """To 1e-5 of each leaf's largest, in the optimiser's sums of them by this name."""
-    for ours, theirs in zip(*(jax.tree.leaves(optax.tree.get(run[0].opt_state, sums)) for run in (found, expected))):
+    leaves = (jax.tree.leaves(optax.tree.get(state.opt_state, sums)) for state, _ in (found, expected))
+    for ours, theirs in zip(*leaves, strict=True):
         assert np.abs(theirs).max() > 0
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
