@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dcjax.cli.allocator import keep_freed_memory
@@ -24,14 +24,21 @@ INTERRUPTION_HINTS = {
 
 
 @contextlib.contextmanager
-def jax_session() -> Iterator[None]:
-    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations."""
+def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
+    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations.
+
+    Args:
+      check: what may refuse the command before libraries are imported for seconds; it may use JAX, but no engine.
+    """
     keep_freed_memory()
     _silence_libraries()
     _pin_settings()
     from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
 
     enable_compilation_cache()
+    if check is not None:
+        check()
+    _import_libraries()
     with report_slow_compilations():
         yield
 
@@ -57,16 +64,20 @@ def _pin_settings() -> None:
 
 
 def _silence_libraries() -> None:
-    """Turns the logging of libraries off, and imports those that print messages as they start.
-
-    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
-    descriptor has to point elsewhere meanwhile.
-    """
+    """Turns the logging of libraries off."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Orbax both logs a failed save and raises it; the exception is reported in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_late_errors
+
+
+def _import_libraries() -> None:
+    """Imports the libraries that print messages as they start.
+
+    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
+    descriptor has to point elsewhere meanwhile.
+    """
     from dcjax.sharding.mesh import hidden_standard_error
 
     with hidden_standard_error():

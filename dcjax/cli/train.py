@@ -61,12 +61,7 @@ def run(arguments: list[str]) -> None:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     else:
         config, recipe = _begun(path, source, arguments)
-    with leave_on_failure("train"):
-        # before the session, which imports for seconds
-        from dcjax.loop.early import refuse_early
-
-        refuse_early(config)
-    with jax_session(), _log_to_stderr(), leave_on_failure("train"):
+    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config)), _log_to_stderr():
         from dcjax.loop.train import train
 
         report_paths = train(config, recipe)
@@ -74,6 +69,12 @@ def run(arguments: list[str]) -> None:
     if report_paths is not None:
         picture, page = report_paths
         print(f"plot:   {picture}\nreport: {page}")
+
+
+def _refuse_early(config: Config) -> None:
+    from dcjax.loop.early import refuse_early
+
+    refuse_early(config)
 
 
 def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from dcjax.errors import RunError
 from dcjax.loop.reward_collector import open_rewards
-from dcjax.models import read_config
+from dcjax.loop.run_directory import recorded_model
+from dcjax.models.parallel.forward import check_model
+from dcjax.recipe.architecture import with_architecture, with_pretrained_model
 from dcjax.recipe.config import Config
 from dcjax.reporting.record import check_writable
 from dcjax.rewards.in_process import Rewards
@@ -44,11 +46,6 @@ class Checks:
             self._refusals.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return cast(T, None)
 
-    @property
-    def refused(self) -> bool:
-        """Whether a check has failed."""
-        return bool(self._refusals)
-
     def finish(self) -> None:
         """Raises RunError if a check has failed, with what all of them say."""
         if self._refusals:
@@ -56,29 +53,41 @@ class Checks:
 
 
 def refuse_early(config: Config) -> None:
-    """Refuses a run whose model's folder, files, reward or directory cannot be used, and says then of its mesh too.
-
-    Devices are looked at only where the run is refused anyway: this may be called before JAX is set up.
+    """Joins the other processes, and makes the checks of a run that need no engine and no tokenizer.
 
     Raises:
-      RunError: as said.
+      RunError: as `join` and `check_early`.
+    """
+    join(config.distributed)
+    check_early(config)
+
+
+def check_early(config: Config) -> tuple[Config, AbstractContextManager[Rewards], Mesh]:
+    """Checks the model's folder, the mesh, files without reading them, and the run's directory.
+
+    Returns:
+      The config with the architecture of the run, its reward, of which nothing is started, and its mesh.
+
+    Raises:
+      RunError: one or more of them cannot be used; all of these are said.
     """
     checks = Checks()
-    if config.pretrained is not None and not (config.directory / "config.json").exists():
-        checks.run(read_config, config.pretrained)
-    check_files_and_reward(config, checks)
-    if checks.refused:
-        checks.run(join, config.distributed)
-        checks.run(checked_mesh, config)
-    checks.finish()
-
-
-def check_files_and_reward(config: Config, checks: Checks) -> AbstractContextManager[Rewards]:
-    """Checks files without reading them, and the run's directory; returns the reward, of which nothing is started."""
+    known = checks.run(_with_model, config)
     rewards = checks.run(open_rewards, config)
     checks.run(_check_files, config)
     checks.run(check_writable, config.directory)
-    return rewards
+    if known is not None:
+        checks.run(check_model, known.model, dataclasses.asdict(config.mesh))
+    mesh = checks.run(checked_mesh, config)
+    checks.finish()
+    return known, rewards, mesh
+
+
+def _with_model(config: Config) -> Config:
+    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
+    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
+        return with_architecture(config, recorded)
+    return with_pretrained_model(config)
 
 
 def _check_files(config: Config) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import Task
 from dcjax.models.config import ModelConfig, presets
-from dcjax.models.parallel.forward import check_model
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
@@ -174,10 +173,7 @@ class Config:
             raise ValueError(
                 f"a minibatch of {minibatch} sequences does not divide into optimizer.microbatch_size {micro}"
             )
-        sizes = dataclasses.asdict(self.mesh)
-        if math.prod(sizes.values()) > 1 and self.pretrained is None:
-            check_model(self.model, sizes)
-        shards = split(sizes, "batch")
+        shards = split(dataclasses.asdict(self.mesh), "batch")
         if micro % shards or self.warm_start.batch_size % shards:
             raise ValueError(
                 f"optimizer.microbatch_size {micro} and warm_start.batch_size {self.warm_start.batch_size} "

@@ -83,11 +83,13 @@ class DistributedConfig:
 
 
 def join(config: DistributedConfig) -> None:
-    """Waits for the other processes, if there are any; must be called before JAX uses a device.
+    """Waits for the other processes, if there are any, once; must be called before JAX uses a device.
 
     Raises:
       RunError: the launcher's environment variables cannot be read, JAX fails to join, or as `start_devices`.
     """
+    if has_joined():
+        return
     try:
         coordinator, count, number = _find(config)
         if coordinator is None or count == 1:

@@ -19,7 +19,8 @@ from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.run_directory import load_config, locate, recorded_start
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
-from dcjax.recipe.build import abstract_state, starting_params, with_pretrained_model
+from dcjax.recipe.architecture import with_pretrained_model
+from dcjax.recipe.build import abstract_state, starting_params
 from dcjax.recipe.config import Config, on_one_device
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Params, TrainState
