@@ -15,6 +15,7 @@ from typing import Any
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.errors import RunError
+from dcjax.user_code import failures_of_files
 
 INTERRUPTION_HINTS = {
     "train": "; run the same command again to resume from the last checkpoint",
@@ -39,7 +40,7 @@ def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
     if check is not None:
         check()
     _import_libraries()
-    with report_slow_compilations():
+    with report_slow_compilations(), failures_of_files():
         yield
 
 

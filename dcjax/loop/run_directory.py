@@ -24,7 +24,7 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
 from dcjax.reporting.record import write_atomically
 from dcjax.sharding.hosts import gather, is_main
-from dcjax.user_code import CodeFile
+from dcjax.user_code import CodeFile, failure
 
 VERSIONED = (
     "dcjax",
@@ -273,8 +273,9 @@ def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in:
     try:
         return from_dict(recorded, recipe, started_in)
     except Exception as error:  # a section of the reader's own may raise anything
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise RunError(f"{directory / 'config.json'} cannot be read: {kind}{error}") from error
+        own = "" if recipe is None else recipe.module_name
+        told = error if isinstance(error, ValueError) else failure(error, own)
+        raise RunError(f"{directory / 'config.json'} cannot be read: {told}") from error
 
 
 def _check_same(config: Config, directory: Path) -> None:
