@@ -103,7 +103,11 @@ FAULTS = {
     "optimizer.fault update": ("ValueError: update", "update", 'ValueError("update")'),
     "optimizer.fault schedule": ("KeyError: 'schedule'", "schedule", '{}["schedule"]'),
     "task.fault length": ("KeyError: 'length'", "Task.max_prompt_length", '{}["length"]'),
-    "task.fault template --model.vocab_size 258": ("TemplateError: no system role", "Task.open", "tokenizer.apply_chat_template"),
+    "task.fault template --model.vocab_size 258": (
+        "TemplateError: no system role",
+        "Task.open",
+        "tokenizer.apply_chat_template",
+    ),
     "task.fault problems": ("KeyError: 'problems'", "Problems.problems", '{}["problems"]'),
 }
 """By override: what is raised, in which function, and on which line."""

@@ -94,6 +94,7 @@ class _Plan:
             template=self.template,
             thinking=self.asked.thinking,
             answer_start=self.asked.answer_start,
+            chat_template=self.model.chat_template,
         )
 
 
@@ -273,6 +274,7 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
         "template": plan.template,
         "thinking": plan.asked.thinking,
         "answer_start": plan.asked.answer_start,
+        "chat_template": plan.model.chat_template,
         "max_response_length": plan.max_response_length,
         "stop_tokens": plan.model.end_tokens,
     }
