@@ -103,14 +103,17 @@ def _hide_late_errors(unraisable) -> None:
 
 @contextlib.contextmanager
 def leave_on_failure(command: str) -> Iterator[None]:
-    """Ends a process that fails at once if it is one of several: an ordinary exit would wait for the others."""
-    from dcjax.sharding.hosts import has_joined, leave
+    """Ends a process that fails at once if it is one of several: an ordinary exit would wait for the others.
+
+    Where it fails because another one has gone, it says so.
+    """
+    from dcjax.sharding.hosts import as_loss, has_joined, leave
 
     try:
         yield
     except BaseException as error:
         if has_joined():
-            leave(report_error(error, command))
+            leave(report_error(as_loss(error) or error, command))
         raise
 
 

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     else:
         config, recipe = _begun(path, source, arguments)
-    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config)), _log_to_stderr():
+    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
         from dcjax.loop.train import train
 
         report_paths = train(config, recipe)
@@ -71,10 +71,10 @@ def run(arguments: list[str]) -> None:
         print(f"plot:   {picture}\nreport: {page}")
 
 
-def _refuse_early(config: Config) -> None:
+def _refuse_early(config: Config, recipe: CodeFile | None) -> None:
     from dcjax.loop.early import refuse_early
 
-    refuse_early(config)
+    refuse_early(config, recipe)
 
 
 def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:

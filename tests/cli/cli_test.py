@@ -81,7 +81,7 @@ def started(monkeypatch):
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
-    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config: None)
+    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config, recipe: None)
     return configs
 
 
