@@ -37,10 +37,10 @@ def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
     from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
 
     enable_compilation_cache()
-    if check is not None:
-        check()
-    _import_libraries()
     with report_slow_compilations(), failures_of_files():
+        if check is not None:
+            check()
+        _import_libraries()
         yield
 
 
