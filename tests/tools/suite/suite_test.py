@@ -6,11 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import datetime
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+import dcjax.tools.open_model
 import dcjax.tools.suite.answers
 import dcjax.tools.suite.suite
 from dcjax.cli import main
@@ -361,6 +364,22 @@ def test_thinking_and_a_start_of_the_answer_are_put_into_the_prompts(folder, tmp
     assert len(texts) == 12 and all(text.endswith("!So ") for text in texts)
     assert (result.settings["thinking"], result.settings["answer_start"]) == ("off", "So ")
     assert ", template boxed, thinking off, answers begin with 'So ', seed 0" in to_markdown(result)
+
+
+def test_samples_of_another_chat_template_are_not_taken_and_those_of_another_day_are(
+    folder, calls, tmp_path, monkeypatch
+):
+    # as long as without it, so that nothing is compiled
+    path = chatting(folder, tmp_path, "{{ messages[0].content }}{{ strftime_now('%Y')[4:] }}")
+    first = evaluated(path, tmp_path / "out", problems=4)
+    calls.prompts.clear()
+    monkeypatch.setattr(dcjax.tools.open_model, "datetime", SimpleNamespace(now=lambda: datetime(2124, 2, 3)))
+    assert evaluated(path, tmp_path / "out", problems=4) == first and not calls.prompts
+    (path / "chat_template.jinja").write_text("{{ messages[0].content | upper }}")
+    other = evaluated(path, tmp_path / "out", problems=4)
+    assert sum(calls.prompts) == 16
+    templates = {each.settings["chat_template"] for each in (first, other)}
+    assert len(templates) == 2 and evaluated(folder, tmp_path / "bare", problems=1).settings["chat_template"] is None
 
 
 @pytest.mark.parametrize(
