@@ -3,13 +3,11 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-
-ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""Of collectives, on devices that are not there; tests/conftest.py says why."""
 
 
 def free_port():
@@ -19,8 +17,9 @@ def free_port():
 
 
 def fake_devices(count):
-    """The environment of a process that has so many."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {ONE_ORDER}"}
+    """The environment of a process that has so many, and else the tests' own flags, and so their compiled programs."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 @contextlib.contextmanager

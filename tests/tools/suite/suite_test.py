@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import re
 import shutil
 import socket
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from launching import fake_devices
 
 import dcjax.tools.open_model
 import dcjax.tools.suite.answers
@@ -466,10 +466,9 @@ def test_two_hosts_find_what_one_finds(published_data, roomy, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=1 --xla_cpu_enable_concurrency_optimized_scheduler=false"
     command = [sys.executable, "-m", "dcjax", "evaluate", str(roomy), *PAPER, "--out", str(tmp_path / "two")]
     command += ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
-    hosts = [subprocess.Popen([*command, str(host)], env=os.environ | {"XLA_FLAGS": flags}) for host in range(2)]
+    hosts = [subprocess.Popen([*command, str(host)], env=fake_devices(1)) for host in range(2)]
     assert [host.wait(timeout=300) for host in hosts] == [0, 0]
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     counts = [path.read_text().count("\n") for path in sorted((tmp_path / "two").glob("samples-*.jsonl"))]
