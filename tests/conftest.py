@@ -62,6 +62,12 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] += UNOPTIMISED
 
 
+def pytest_collection_finish():
+    """What was imported stays, and is not walked by any collection again."""
+    gc.collect()
+    gc.freeze()
+
+
 MAPPINGS = Path("/proc/self/maps")
 MANY = 20_000
 """Of the 65,530 memory mappings that Linux lets a process have; every compiled program takes some for good."""
