@@ -25,7 +25,6 @@ pytestmark = pytest.mark.heavy
 
 RECIPE = """
 from dcjax.recipe.config import Config, EvaluationConfig, WarmStartConfig
-from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
 
 def config():
@@ -35,7 +34,6 @@ def config():
         warm_start=WarmStartConfig(steps=0),
         evaluation=EvaluationConfig(prompts=4),
         rollout=RolloutConfig(prompts=4, group_size=4),
-        optimizer=OptimizerConfig(tokens_per_microbatch=500),
     )
 """
 
