@@ -50,6 +50,8 @@ SERVED: tuple[FormatName, ...] = ("float32", "bf16", "int8")
 """Formats whose rollouts are timed."""
 LARGEST_DIFFERENCE = 1e-5
 """Between the parameters that dcjax's and the plain updates reach."""
+OWN_ROWS = 8
+"""Rows of the longest responses that a microbatch has room for by default."""
 CHECKED_UPDATES = 4
 """Of which the first has learning rate 0, in the warm-up."""
 STANDARD_ERRORS = 4.0
@@ -208,14 +210,14 @@ def sampled_batch(setup: Setup, params) -> Batch:
     return Batch.of(rollout, rewards=rewards, group_size=group_size)
 
 
-def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, microbatch_size: int) -> Stepper:
+def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, tokens: int | None) -> Stepper:
     """dcjax's step as it trains with it."""
-    nested = {"objective": {"algorithm": algorithm}, "optimizer": {"microbatch_size": microbatch_size}}
+    nested = {"objective": {"algorithm": algorithm}, "optimizer": {"tokens_per_microbatch": tokens}}
     sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
     config = dataclasses.replace(setup.config, **sections)
     copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
     state = build.initial_state(config, setup.mesh, build_optimizer(config), copied)
-    return Stepper(build.compile_train_step(config, setup.mesh), state, batch)
+    return Stepper(build.compile_train_step(config, setup.mesh), state, config.packing()(batch))
 
 
 def plain_step(setup: Setup, params, batch: Batch, microbatch_size: int, skip: bool) -> Stepper:
@@ -225,11 +227,13 @@ def plain_step(setup: Setup, params, batch: Batch, microbatch_size: int, skip: b
 
 
 def compare_updates(setup: Setup, params, batch: Batch, microbatches: list[int]) -> dict[str, Any]:
-    """CPU-milliseconds at each microbatch size; dcjax at its own size also against the best of the plain ones."""
-    own = setup.config.optimizer.microbatch_size
+    """CPU-milliseconds at each microbatch size, in rows or their tokens; at `OWN_ROWS` also against the best."""
+    rollout, own = setup.config.rollout, OWN_ROWS
     programs: dict[tuple[str, int], Stepper] = {}
     for size in sorted({own, *microbatches}):
-        programs["dcjax", size] = dcjax_step(setup, params, batch, "grpo", size)
+        programs["dcjax", size] = dcjax_step(
+            setup, params, batch, "grpo", size * (rollout.max_prompt_length + rollout.max_response_length)
+        )
         programs["plain JAX", size] = plain_step(setup, params, batch, size, False)
         programs["plain JAX, skipping", size] = plain_step(setup, params, batch, size, True)
     note = check_updates(setup, programs)
@@ -251,7 +255,12 @@ def compare_updates(setup: Setup, params, batch: Batch, microbatches: list[int])
                 ratios.append(ratio(cpu[name], cpu[rival], f"best {rival}", "<= 1.1"))
         rows.append(row(name, cpu[name], np.min, *ratios))
     skipping = "skipping: prompt columns go through the last layer only as keys and values"
-    return {"title": f"update, {own} rows in the recipe", "unit": "CPU-ms", "rows": rows, "notes": [note, skipping]}
+    return {
+        "title": f"update, {own} rows of the limit or their tokens",
+        "unit": "CPU-ms",
+        "rows": rows,
+        "notes": [note, skipping],
+    }
 
 
 def check_updates(setup: Setup, programs: Mapping[Any, Stepper]) -> str:
@@ -286,8 +295,7 @@ def _largest_difference(tree, reference) -> float:
 
 def compare_penalty(setup: Setup, params, batch: Batch) -> dict[str, Any]:
     """CPU-milliseconds of DC-GRPO's step and of GRPO's."""
-    size = setup.config.optimizer.microbatch_size
-    programs = {name: dcjax_step(setup, params, batch, name, size) for name in ("grpo", "dc_grpo")}
+    programs = {name: dcjax_step(setup, params, batch, name, None) for name in ("grpo", "dc_grpo")}
     timed = measure("penalty", programs, 3 * setup.rounds)
     cpu = {name: of.cpu * 1e3 for name, of in timed.items()}
     rows = [row("grpo", cpu["grpo"], np.min)]

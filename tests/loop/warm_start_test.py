@@ -129,7 +129,10 @@ def test_a_learning_rate_that_is_too_large_stops_the_warm_start(tmp_path):
 
 def test_a_task_without_solutions_cannot_be_imitated(tmp_path):
     rollout = RolloutConfig(prompts=4, group_size=4, max_prompt_length=1024)
-    config = dataclasses.replace(CONFIG, task=MathTask(), rollout=rollout, reward=RewardConfig(workers=1))
+    optimizer = dataclasses.replace(CONFIG.optimizer, tokens_per_microbatch=None)
+    config = dataclasses.replace(
+        CONFIG, task=MathTask(), rollout=rollout, reward=RewardConfig(workers=1), optimizer=optimizer
+    )
     with pytest.raises(
         RunError, match=r"warm_start\.steps is 35; this task has no solutions to imitate, so it must be 0"
     ):

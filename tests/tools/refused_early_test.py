@@ -67,6 +67,7 @@ def test_a_run_whose_data_are_gone(finished_run, refusal, tmp_path, command):
     recorded = json.loads(path.read_text())
     recorded["task"] = {"class": "dcjax.data.mathematics:MathTask", "data_dir": "gone"}
     recorded["rollout"]["max_prompt_length"] = 1024
+    recorded["optimizer"]["tokens_per_microbatch"] = None
     recorded["reward"]["workers"] = 2
     path.write_text(json.dumps(recorded))
     assert "no copy of dapo-math-17k in " in refusal(command, tmp_path / "run")
