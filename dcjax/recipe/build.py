@@ -263,18 +263,27 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     return _compile_train_step(key, mesh)
 
 
-@cache
-def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
-    objective = key.objective
-    step = make_train_step(
-        make_apply_fn(key.model, mesh, key.bins, objective),
-        key.tx,
+def make_step(objective: Objective, apply_fn: ApplyFn, tx: Transform, **settings: Any) -> TrainStep:
+    """`make_train_step` with all that an objective says of it; `settings` are its sizes and `ahead`."""
+    return make_train_step(
+        apply_fn,
+        tx,
         objective.surrogate,
         objective.transform,
         aggregate=objective.aggregate,
         discrepancy=objective.discrepancy,
         mean_discrepancy=objective.mean_discrepancy,
         requires=objective.requires,
+        **settings,
+    )
+
+
+@cache
+def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
+    step = make_step(
+        key.objective,
+        make_apply_fn(key.model, mesh, key.bins, key.objective),
+        key.tx,
         group_size=key.group_size,
         updates=key.updates,
         ahead=key.ahead,

@@ -12,7 +12,7 @@ from dcjax.arguments import masks
 from dcjax.types import Array
 
 Aggregation = Callable[[Array, Array], "LossSum"]
-"""(losses [B, T], mask [B, T]) -> the sum of the losses and its denominator."""
+"""(losses [B, T], mask [B, T]) -> the sum of the losses and its denominator; both add up what each row gives alone."""
 
 
 class LossSum(NamedTuple):

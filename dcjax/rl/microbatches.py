@@ -70,7 +70,9 @@ class Cut(NamedTuple):
     @classmethod
     def packed(cls, microbatches: Microbatches) -> Cut:
         """As many as the share that has most needs; of one minibatch, whose arrays have no axis of updates."""
-        return cls(jnp.max(microbatches.count), microbatches.rows, microbatches.places)
+        most = microbatches.rows.shape[1]
+        # a loop that is known to turn once is none, and needs no second copy of the gradients
+        return cls(1 if most == 1 else jnp.max(microbatches.count), microbatches.rows, microbatches.places)
 
     def at(self, number: int | Array) -> Microbatch:
         """One of them."""

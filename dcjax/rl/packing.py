@@ -89,8 +89,8 @@ class Packing:
           rows: B, of an iteration.
           group_size: G.
           tokens_per_microbatch: columns that a share computes in one forward and backward pass, at most. By default as
-            many as `DEFAULT_ROWS` of the longest responses and their prompts have, but not more than `DEFAULT_TOKENS`
-            where a row fits into these.
+            many as `DEFAULT_ROWS` of the longest responses have, and a bin more for prompts, but not more than
+            `DEFAULT_TOKENS` where a row fits into these.
           updates: minibatches of an iteration.
           shares: D.
           column_multiple: what the width of a bin is a multiple of, in columns.
@@ -176,7 +176,9 @@ def _rows(batch: Batch, bins: Bins) -> list[Row]:
             f"row {wrong[0]} of the batch has no prompt, or padding between its tokens; prompts are padded on the left "
             "and responses on the right"
         )
-    if (most := max(responses.max(), prompts.max() - 1)) > bins.width or prompts.max() - 1 > bins.gathered:
+    # a single bin holds a prompt beside its response; of several, another one may
+    needed = responses + prompts - 1 if bins.number == 1 else np.maximum(responses, prompts - 1)
+    if (most := needed.max()) > bins.width or prompts.max() - 1 > bins.gathered:
         raise ValueError(
             f"a row of the batch needs {most} columns; its bins have {bins.width}, {bins.gathered} gathered"
         )

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 from batches import grouped_batch
+from by_rows import score_by_rows
 from compiling import UNOPTIMISED
 
-from dcjax.models import packed_logps, token_logps
+from dcjax.models import packed_logps
 from dcjax.models.parallel.forward import mesh_layout
 from dcjax.rl import Packing
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -45,17 +46,7 @@ def loss_of(weights, scores):
 
 
 def by_rows(model, batch, weights, params):
-    scores = token_logps(
-        model,
-        params,
-        batch.tokens,
-        batch.attention_mask,
-        response_length=T,
-        temperature=batch.temperature,
-        experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
-        candidate_tokens=batch.candidate_tokens,
-        quantities=QUANTITIES,
-    )
+    scores = score_by_rows(model, params, batch, QUANTITIES)
     return loss_of(weights, scores), scores
 
 

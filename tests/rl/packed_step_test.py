@@ -1,7 +1,7 @@
 """The step on packed rows against the step on rows as they are: gradients, λ, δ̄ and every metric, of all objectives."""
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ import optax
 import pytest
 import tiny
 from batches import grouped_batch
+from by_rows import apply_by_rows
 from compiling import UNOPTIMISED
 
-from dcjax.models import token_logps
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
-from dcjax.rl import Packing, PolicyOutputs, make_train_step
+from dcjax.rl import Packing, PolicyOutputs
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Bins, TrainState
 
@@ -94,18 +94,7 @@ def bigram_step(objective, batch, updates):
         optax.trace(decay=1.0), optax.scale(-1.0), *([objective.ascent] if objective.ascent is not None else [])
     )
     tx = optax.with_extra_args_support(tx)
-    step = make_train_step(
-        bigram,
-        tx,
-        objective.surrogate,
-        objective.transform,
-        aggregate=objective.aggregate,
-        discrepancy=objective.discrepancy,
-        mean_discrepancy=objective.mean_discrepancy,
-        requires=objective.requires,
-        group_size=G,
-        updates=updates,
-    )
+    step = build.make_step(objective, bigram, tx, group_size=G, updates=updates)
     reference = jnp.asarray(TABLE + 0.1) if objective.requires.reference_logps else None
     state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(TABLE), tx.init(TABLE), jnp.zeros(()), reference)
     return jax.jit(step).lower(state, batch).compile(UNOPTIMISED)(state, batch)
@@ -184,30 +173,10 @@ def config_of(case):
 
 def row_step(config):
     """The step of a config on rows as they are, on one device."""
-    objective = build.objective_of(config)
-
-    def policy(params, batch):
-        scores = token_logps(
-            config.model,
-            params,
-            batch.tokens,
-            batch.attention_mask,
-            response_length=T,
-            temperature=batch.temperature,
-            experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
-            candidate_tokens=batch.candidate_tokens,
-        )
-        return PolicyOutputs(scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics)
-
-    return make_train_step(
-        policy,
+    return build.make_step(
+        build.objective_of(config),
+        partial(apply_by_rows, config.model),
         build.build_optimizer(config),
-        objective.surrogate,
-        objective.transform,
-        aggregate=objective.aggregate,
-        discrepancy=objective.discrepancy,
-        mean_discrepancy=objective.mean_discrepancy,
-        requires=objective.requires,
         group_size=G,
         updates=config.optimizer.updates,
         ahead=config.rollout.async_level > 0,

@@ -131,6 +131,13 @@ def test_rows_that_are_not_a_prompt_and_a_response_are_refused(row, what):
         Packing(Bins(2, T, T, 2))(batch)
 
 
+def test_a_single_bin_is_refused_that_has_no_room_for_a_prompt_beside_its_response():
+    batch = batch_of([[1, 2, 3]], [T])
+    assert Packing(Bins(1, T + 2, T, 2))(batch).microbatches.count == 1
+    with pytest.raises(ValueError, match="a row of the batch needs 11 columns; its bins have 10, 9 gathered"):
+        Packing(Bins(1, T + 1, T, 2))(batch)
+
+
 def test_rows_that_are_too_long_are_refused():
     with pytest.raises(ValueError, match="a row of the batch needs 9 columns; its bins have 8, 8 gathered"):
         Packing(Bins(2, 8, 8, 2))(batch_of([[1]], [9]))

@@ -117,7 +117,7 @@ def test_float32_keeps_its_bits_in_what_a_tpu_runs():
 
 
 def compiled_step(preset, mesh_config, *, rows, tokens=8192):
-    """The train step of a preset, `rows` × `tokens` in one microbatch: bf16 compute, float32 masters and Adam."""
+    """The train step of a preset, `tokens` of each share in a microbatch: bf16 compute, float32 masters and Adam."""
     model = dataclasses.replace(
         presets[preset],
         attention="splash",
@@ -128,8 +128,9 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
     config = Config(
         model=model,
         rollout=RolloutConfig(prompts=rows // G, group_size=G, max_prompt_length=P, max_response_length=tokens - P),
-        optimizer=OptimizerConfig(microbatch_size=rows, updates=1),
+        optimizer=OptimizerConfig(tokens_per_microbatch=tokens, updates=1),
         warm_start=WarmStartConfig(batch_size=rows),
+        mesh=mesh_config,
     )
     mesh = make_mesh(mesh_config, slice_devices("v5p:4x4x4"))
 
