@@ -65,7 +65,8 @@ MESHES = [
 
 @pytest.mark.parametrize(("model", "axes"), MESHES)
 def test_training_multiplies_float32_with_all_bits(model, axes):
-    assert asked(train_step(config_of(model), mesh_of(**axes))) == {(FLOAT32, "HIGHEST")}
+    config = dataclasses.replace(config_of(model), mesh=MeshConfig(**axes))
+    assert asked(train_step(config, mesh_of(**axes))) == {(FLOAT32, "HIGHEST")}
 
 
 def test_training_in_bf16_asks_so_of_what_is_float32_only():
