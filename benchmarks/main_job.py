@@ -50,8 +50,6 @@ SERVED: tuple[FormatName, ...] = ("float32", "bf16", "int8")
 """Formats whose rollouts are timed."""
 LARGEST_DIFFERENCE = 1e-5
 """Between the parameters that dcjax's and the plain updates reach."""
-OWN_ROWS = 8
-"""Rows of the longest responses that a microbatch has room for by default."""
 CHECKED_UPDATES = 4
 """Of which the first has learning rate 0, in the warm-up."""
 STANDARD_ERRORS = 4.0
@@ -127,7 +125,8 @@ def static_batches(setup: Setup, params, noise_ahead: bool) -> Callable[[int], t
     for number, prompt in enumerate(prompts):
         tokens[number, -len(prompt) :], mask[number, -len(prompt) :] = prompt, True
     weights, temperature = plain_jax.unstack(config.model, params), np.float32(limits.temperature)
-    return lambda number: jax.device_get(rollout(weights, tokens, mask, setup.key(number), temperature))
+    longest = np.full(limits.sequences, limits.max_response_length, np.int32)
+    return lambda number: jax.device_get(rollout(weights, tokens, mask, setup.key(number), temperature, longest))
 
 
 def compare_rollouts(setup: Setup, label: str, params) -> dict[str, Any]:
@@ -192,11 +191,11 @@ def _same_responses(plain: list, ours: list[Rollout]) -> float:
 class Stepper:
     """A train step on the same batch again and again, keeping its state."""
 
-    def __init__(self, step: Callable, state: Any, batch: Any):
-        self.state, self._step, self._batch = state, step, batch
+    def __init__(self, step: Callable, state: Any, batch: Any, prepare: Callable = lambda batch: batch):
+        self.state, self._step, self._batch, self._prepare = state, step, batch, prepare
 
     def __call__(self, number: int = 0) -> Any:
-        self.state, metrics = self._step(self.state, self._batch)
+        self.state, metrics = self._step(self.state, self._prepare(self._batch))
         return jax.block_until_ready((self.state, metrics))[1]
 
 
@@ -210,57 +209,52 @@ def sampled_batch(setup: Setup, params) -> Batch:
     return Batch.of(rollout, rewards=rewards, group_size=group_size)
 
 
-def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, tokens: int | None) -> Stepper:
-    """dcjax's step as it trains with it."""
-    nested = {"objective": {"algorithm": algorithm}, "optimizer": {"tokens_per_microbatch": tokens}}
-    sections = {name: dataclasses.replace(getattr(setup.config, name), **changed) for name, changed in nested.items()}
+def dcjax_step(setup: Setup, params, batch: Batch, algorithm: str, tokens_per_microbatch: int | None = None) -> Stepper:
+    """dcjax's step as it trains with it, packing included; with None, with the recipe's tokens."""
+    changed: dict[str, dict[str, Any]] = {"objective": {"algorithm": algorithm}}
+    if tokens_per_microbatch is not None:
+        changed["optimizer"] = {"tokens_per_microbatch": tokens_per_microbatch}
+    sections = {name: dataclasses.replace(getattr(setup.config, name), **of) for name, of in changed.items()}
     config = dataclasses.replace(setup.config, **sections)
     copied = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params)
     state = build.initial_state(config, setup.mesh, build_optimizer(config), copied)
-    return Stepper(build.compile_train_step(config, setup.mesh), state, config.packing()(batch))
+    return Stepper(build.compile_train_step(config, setup.mesh), state, batch, config.packing())
 
 
 def plain_step(setup: Setup, params, batch: Batch, microbatch_size: int, skip: bool) -> Stepper:
     """The hand-written update."""
     update = plain_jax.make_update(setup.config, microbatch_size=microbatch_size, skip_last_layer=skip)
-    return Stepper(update, plain_jax.initial_state(setup.config.model, params), dict(vars(batch)))
+    arrays = {name: value for name, value in vars(batch).items() if value is not None}
+    return Stepper(update, plain_jax.initial_state(setup.config.model, params), arrays)
 
 
-def compare_updates(setup: Setup, params, batch: Batch, microbatches: list[int]) -> dict[str, Any]:
-    """CPU-milliseconds at each microbatch size, in rows or their tokens; at `OWN_ROWS` also against the best."""
-    rollout, own = setup.config.rollout, OWN_ROWS
-    programs: dict[tuple[str, int], Stepper] = {}
-    for size in sorted({own, *microbatches}):
-        programs["dcjax", size] = dcjax_step(
-            setup, params, batch, "grpo", size * (rollout.max_prompt_length + rollout.max_response_length)
-        )
-        programs["plain JAX", size] = plain_step(setup, params, batch, size, False)
-        programs["plain JAX, skipping", size] = plain_step(setup, params, batch, size, True)
+def compare_updates(setup: Setup, params, batch: Batch, tokens: list[int], rows: list[int]) -> dict[str, Any]:
+    """CPU-milliseconds of dcjax by tokens of a microbatch, of plain JAX by its rows; ratios are to its best."""
+    packing, ours = setup.config.packing(), "dcjax, as the recipe"
+    programs = {ours: dcjax_step(setup, params, batch, "grpo")}
+    programs |= {f"dcjax, {size} tokens": dcjax_step(setup, params, batch, "grpo", size) for size in tokens}
+    for kind, skip in (("plain JAX", False), ("plain JAX, skipping", True)):
+        programs |= {f"{kind}, {size} rows": plain_step(setup, params, batch, size, skip) for size in rows}
     note = check_updates(setup, programs)
-    named = {f"{kind}, {size} rows": program for (kind, size), program in programs.items()}
-    cpu = {name: of.cpu * 1e3 for name, of in measure("update", named, setup.rounds).items()}
+    cpu = {name: of.cpu * 1e3 for name, of in measure("update", programs, setup.rounds).items()}
 
     def best(kind: str) -> str:
-        return min(
-            (f"{kind}, {size} rows" for other, size in programs if other == kind), key=lambda n: np.median(cpu[n])
-        )
+        return min((f"{kind}, {size} rows" for size in rows), key=lambda name: np.median(cpu[name]))
 
-    rows = []
-    for (kind, size), name in zip(programs, named, strict=True):
-        ratios = []
-        if kind == "dcjax":
-            ratios.append(ratio(cpu[name], cpu[f"plain JAX, {size} rows"], "plain, same rows"))
-        if (kind, size) == ("dcjax", own):
-            for rival in (best("plain JAX"), best("plain JAX, skipping")):
-                ratios.append(ratio(cpu[name], cpu[rival], f"best {rival}", "<= 1.1"))
-        rows.append(row(name, cpu[name], np.min, *ratios))
-    skipping = "skipping: prompt columns go through the last layer only as keys and values"
-    return {
-        "title": f"update, {own} rows of the limit or their tokens",
-        "unit": "CPU-ms",
-        "rows": rows,
-        "notes": [note, skipping],
-    }
+    rivals = [best("plain JAX"), best("plain JAX, skipping")]
+    lines = []
+    for name in programs:
+        goal = "<= 1.1" if name == ours else ""
+        compared = rivals if name.startswith("dcjax") else []
+        ratios = [ratio(cpu[name], cpu[rival], f"best {rival}", goal) for rival in compared]
+        lines.append(row(name, cpu[name], np.min, *ratios))
+    filled = packing.filled(packing(batch))
+    notes = [
+        note,
+        f"the recipe's bins are {packing.bins.number} × {packing.bins.width} tokens, {filled:.0%} filled",
+        "skipping: prompt columns go through the last layer only as keys and values",
+    ]
+    return {"title": "update", "unit": "CPU-ms", "rows": lines, "notes": notes}
 
 
 def check_updates(setup: Setup, programs: Mapping[Any, Stepper]) -> str:
@@ -295,7 +289,7 @@ def _largest_difference(tree, reference) -> float:
 
 def compare_penalty(setup: Setup, params, batch: Batch) -> dict[str, Any]:
     """CPU-milliseconds of DC-GRPO's step and of GRPO's."""
-    programs = {name: dcjax_step(setup, params, batch, name, None) for name in ("grpo", "dc_grpo")}
+    programs = {name: dcjax_step(setup, params, batch, name) for name in ("grpo", "dc_grpo")}
     timed = measure("penalty", programs, 3 * setup.rounds)
     cpu = {name: of.cpu * 1e3 for name, of in timed.items()}
     rows = [row("grpo", cpu["grpo"], np.min)]
@@ -314,8 +308,10 @@ def parse() -> argparse.Namespace:
     add("--warm-start-steps", type=int, default=150, help="supervised updates before sampling (default: 150)")
     scratchpads = "share of long responses that each warm start ends on (default: .15 as before RL, .5, and 1 as after)"
     add("--scratchpads", type=float, nargs="+", default=[0.15, 0.5, 1.0], metavar="SHARE", help=scratchpads)
-    sizes = "rows in one forward and backward pass of either side (default: 8 16 32 64); the recipe's own is added"
-    add("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64], metavar="ROWS", help=sizes)
+    tokens = "tokens in dcjax's forward and backward pass, beside the recipe's own (default: 512 1024 2048)"
+    add("--tokens", type=int, nargs="+", default=[512, 1024, 2048], metavar="NUMBER", help=tokens)
+    rows = "rows in plain JAX's forward and backward pass (default: 8 16 32 64)"
+    add("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64], metavar="ROWS", help=rows)
     add("--rounds", type=int, default=11, help="runs of each program, 3 times as many for the penalty (default: 11)")
     add("--cores", type=int, default=1, help="cores to stay on (default: 1, the least noisy; 0: all)")
     return parser.parse_args()
@@ -336,7 +332,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     comparisons = [compare_rollouts(setup, label, params) for label, params in weights.items()]
     params = list(weights.values())[-1]
     batch = sampled_batch(setup, params)
-    comparisons.append(compare_updates(setup, params, batch, args.microbatches))
+    comparisons.append(compare_updates(setup, params, batch, args.tokens, args.microbatches))
     comparisons.append(compare_penalty(setup, params, batch))
     return comparisons
 

@@ -56,9 +56,10 @@ def random_batch(rows: int, prompt: int, response: int, group_size: int) -> Batc
     rng = np.random.default_rng(0)
     rewards = rng.integers(0, 2, rows).astype(np.float32)
     mask = np.arange(response) < rng.integers(1, response + 1, (rows, 1))
+    prompts = rng.integers(0, 16, (rows // group_size, prompt)).repeat(group_size, axis=0)
     return Batch(
-        tokens=rng.integers(0, 16, (rows, prompt + response)).astype(np.int32),
-        attention_mask=np.ones((rows, prompt + response), bool),
+        tokens=np.concatenate([prompts, rng.integers(0, 16, mask.shape)], axis=1).astype(np.int32),
+        attention_mask=np.concatenate([np.ones(prompts.shape, bool), mask], axis=1),
         response_mask=mask,
         rollout_logps=np.where(mask, -rng.exponential(0.5, mask.shape), 0).astype(np.float32),
         temperature=np.ones(rows, np.float32),
@@ -187,17 +188,17 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
 
 
 def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
-    """The quickstart's training step, each call on from the last one's state."""
+    """The quickstart's training step, packing included, each call on from the last one's state."""
     config = dataclasses.replace(config, objective=ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop"))
     mesh = make_mesh(config.mesh)
-    step, tx = build.compile_train_step(config, mesh), build_optimizer(config)
+    step, tx, packing = build.compile_train_step(config, mesh), build_optimizer(config), config.packing()
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     state = build.initial_state(config, mesh, tx, params)
 
     def run(number: int):
         nonlocal state
         del number
-        state, metrics = step(state, batch)
+        state, metrics = step(state, packing(batch))
         return metrics
 
     return run

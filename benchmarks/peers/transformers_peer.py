@@ -1,4 +1,7 @@
-"""Hugging Face `generate` with its cache in float32: the rollout alone."""
+"""Hugging Face `generate` with its cache in float32: the rollout alone.
+
+A batch is decoded until its longest response has ended, with all its rows; so shorter ones are cut afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import work  # pyrefly: ignore[missing-import]
 def main() -> None:
     """Answers until its input ends."""
     folder = Path(sys.argv[1])
+    lengths = work.lengths(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model.eval()
     prompts = torch.tensor(work.prompts(folder))
@@ -23,7 +27,7 @@ def main() -> None:
         top_k=0,
         top_p=1.0,
         min_new_tokens=None,
-        max_new_tokens=work.RESPONSE_LENGTH,
+        max_new_tokens=int(lengths.max()),
         eos_token_id=None,
         pad_token_id=work.NO_TOKEN,
     )
@@ -44,8 +48,9 @@ def main() -> None:
         },
         step=rollout,
         rollout=rollout,
-        sampled=lambda tokens: tokens[:, work.PROMPT_LENGTH :],
+        sampled=lambda tokens: work.cut(tokens[:, work.PROMPT_LENGTH :].numpy(), lengths),
         parameters=lambda: [leaf.detach().numpy().copy() for leaf in model.parameters()],
+        lengths=lengths,
     )
 
 

@@ -1,4 +1,9 @@
-"""TRL's `GRPOTrainer` with rollouts by transformers: the whole step."""
+"""TRL's `GRPOTrainer` with rollouts by transformers: the whole step.
+
+A batch is decoded until its longest response has ended, with all its rows; so shorter ones are cut afterwards. Against
+padding this trainer has no option (its padding-free batches are for other trainers): all rows are padded to the longest
+of the 128, in all microbatches.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch  # pyrefly: ignore[missing-import]
 import transformers
 import trl  # pyrefly: ignore[missing-import]
@@ -15,6 +21,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MICROBATCH_SIZE = 32
 """Rows in one forward and backward pass."""
+
+
+class CutTrainer(trl.GRPOTrainer):
+    """Trains on responses that end at given lengths."""
+
+    def __init__(self, lengths: np.ndarray, **settings):
+        super().__init__(**settings)
+        self._lengths = lengths
+
+    def _generate_single_turn(self, *args, **kwargs):
+        sampled, logps = super()._generate_single_turn(*args, **kwargs)
+        self.responses = work.cut(sampled, self._lengths)
+        return self.responses, logps
 
 
 class Held(transformers.TrainerCallback):
@@ -33,13 +52,13 @@ class Held(transformers.TrainerCallback):
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A character a token, and the end token."""
+    """A character a token, and the end token. Padding, which masks know, is a token that the model has embedded."""
     characters = {character: token for token, character in enumerate(work.text(range(work.VOCABULARY)))}
     tokenizer = Tokenizer(models.WordLevel(characters | {"<end>": work.NO_TOKEN}, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token=work.text([0]), clean_up_tokenization_spaces=False
     )
 
 
@@ -83,6 +102,7 @@ def settings(folder: str) -> trl.GRPOConfig:
 def main() -> None:
     """Answers until its input ends."""
     folder = Path(sys.argv[1])
+    lengths = work.lengths(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
     def logits(tokens):
@@ -97,7 +117,8 @@ def main() -> None:
     loop, rollout = work.Loop(), work.Timed(model.generate)
     model.generate = rollout
     with tempfile.TemporaryDirectory() as output:
-        trainer = trl.GRPOTrainer(
+        trainer = CutTrainer(
+            lengths,
             model=model,
             reward_funcs=rewards,
             args=settings(output),
@@ -110,8 +131,9 @@ def main() -> None:
             about,
             step=loop.step,
             rollout=rollout,
-            sampled=lambda tokens: tokens[:, work.PROMPT_LENGTH :],
+            sampled=lambda tokens: trainer.responses,
             parameters=lambda: [leaf.detach().numpy().copy() for leaf in model.parameters()],
+            lengths=lengths,
         )
 
 

@@ -1,7 +1,13 @@
-"""tunix's `GRPOLearner` with its own sampler: the whole step."""
+"""tunix's `GRPOLearner` with its own sampler: the whole step.
+
+A batch is decoded until its longest response has ended, with all its rows; so shorter ones are cut afterwards. Rows are
+padded to the limit, as the learner does. Its sequence packing cannot serve here: rows are kept apart only in its flash
+attention, which is for TPUs, and an update follows after a fixed number of packs, not after those of one batch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -42,8 +48,8 @@ class CharacterTokenizer:
         return work.NO_TOKEN
 
     def pad_id(self) -> int:
-        """Never needed."""
-        return work.NO_TOKEN
+        """No token, but one that finds a row of the embedding: the last."""
+        return -1
 
 
 def load_model(folder: Path, mesh: jax.sharding.Mesh) -> qwen3.Qwen3:
@@ -106,7 +112,14 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax", "optax")}
     about = {"versions": versions, "logit_error": work.check_logits(folder, lambda tokens: logits(model, tokens))}
     cluster, loop = make_cluster(model, mesh), work.Loop()
-    rollout = cluster.generate = work.Timed(cluster.generate)
+    lengths, generate = work.lengths(folder), cluster.generate
+
+    def generate_and_cut(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        tokens = work.cut(output.tokens, lengths)
+        return dataclasses.replace(output, tokens=tokens, text=[work.text(response) for response in tokens])
+
+    rollout = cluster.generate = work.Timed(generate_and_cut)
 
     def leaves() -> list[jax.Array]:
         return jax.tree.leaves(nnx.state(cluster.actor_trainer.model, nnx.Param))
@@ -137,6 +150,7 @@ def main() -> None:
         rollout=rollout,
         sampled=lambda output: output.tokens,
         parameters=lambda: [np.array(leaf) for leaf in leaves()],
+        lengths=lengths,
     )
 
 
