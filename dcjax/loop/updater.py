@@ -14,6 +14,7 @@ from dcjax.recipe import build
 from dcjax.serving.rollout import require_finite
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
+from dcjax.spans import span
 from dcjax.types import Batch, TrainState
 
 ALARM = 10
@@ -44,9 +45,13 @@ class Updater:
             require_finite(sampled.rollout, self._setup.engines["deployed"])
         except ValueError as error:
             self._stop(number, batch, str(error), "choose another serving.format")
-        packed = self._packing(batch)
-        state, metrics = self._step(state, place(packed, batch_sharding(self._setup.mesh)))
-        values = build.metrics_to_host(metrics) | {"columns_filled": self._packing.filled(packed)}
+        with span("packing") as ready:
+            packed = self._packing(batch)
+            placed = ready(place(packed, batch_sharding(self._setup.mesh)))
+        with span("update") as ready:
+            state, metrics = ready(self._step(state, placed))
+            values = build.metrics_to_host(metrics)
+        values |= {"columns_filled": self._packing.filled(packed)}
         if (at := int(values.pop("nonfinite_at"))) >= 0:
             where = divmod(at, batch.response_mask.shape[1])
             self._stop(number, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)

@@ -215,7 +215,10 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     batch = as_sequences(batch)
     _check_requirements(spec.requires, state, batch)
     # the cut of each minibatch, first by updates
-    cuts, batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches), dataclasses.replace(batch, microbatches=None)
+    cuts, batch = (
+        jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches),
+        dataclasses.replace(batch, microbatches=None),
+    )
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates

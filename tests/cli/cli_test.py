@@ -76,7 +76,7 @@ def started(monkeypatch):
     """Configs that `dcjax train` would have run; none is."""
     configs = []
 
-    def train(config, recipe):
+    def train(config, recipe, *, profile):
         configs.append(config)
         return Path("report.png"), Path("report.html")
 
@@ -718,7 +718,7 @@ def test_a_report_says_where_it_is(capfd, directory):
 
 
 def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
-    def interrupted(config, recipe):
+    def interrupted(config, recipe, *, profile):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dcjax.loop.train, "train", interrupted)
