@@ -76,7 +76,7 @@ class Recorder:
             self._end(part)
 
     def lap(self) -> Lap:
-        """What has passed since the last lap, or since the recorder was made; a span that is under way counts so far."""
+        """What has passed since the last lap, or since the recorder was made; a span under way counts so far."""
         with self._lock:
             taken = {thread: clock.take() for thread, clock in self._clocks.items()}
         parts, beside = taken.pop(self._owner), defaultdict(float)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import jax
 
+from dcjax.errors import RunError
 from dcjax.reporting.record import write_atomically
 from dcjax.reporting.times import PROFILE, TIMES, read_times, times_table
 from dcjax.sharding.hosts import is_main
@@ -27,6 +28,9 @@ class Profiler:
     Args:
       run_dir: the run directory.
       iterations: how many are recorded, at least 1; None records nothing.
+
+    Raises:
+      RunError: when a trace is written, and cannot be.
     """
 
     def __init__(self, run_dir: Path, iterations: int | None):
@@ -67,9 +71,16 @@ class Profiler:
         options: Any = jax.profiler.ProfileOptions()
         # a trace of every Python call would take longer than what it shows
         options.python_tracer_level = 0
+        self._folder.mkdir(exist_ok=True)
         jax.profiler.start_trace(self._folder, profiler_options=options)
-        self._recording.callback(jax.profiler.stop_trace)
+        self._recording.callback(self._write_trace)
         self._recording.enter_context(self._recorder)
+
+    def _write_trace(self) -> None:
+        try:
+            jax.profiler.stop_trace()
+        except RuntimeError as error:
+            raise RunError(f"cannot write the trace into {self._folder}: {error}") from error
 
     def _finish(self) -> None:
         """Writes what is recorded; nothing the second time."""

@@ -51,6 +51,7 @@ class Updater:
         with span("update") as ready:
             state, metrics = ready(self._step(state, placed))
             values = build.metrics_to_host(metrics)
+            settings = self._settings(number - 1, values)
         values |= {"columns_filled": self._packing.filled(packed)}
         if (at := int(values.pop("nonfinite_at"))) >= 0:
             where = divmod(at, batch.response_mask.shape[1])
@@ -59,7 +60,7 @@ class Updater:
             self._stop(number, batch, f"{', '.join(broken)} not finite", LOWER)
         if values.get("dual/saturated") == ALARM:
             self._warn_of_saturation(number, values["dual/multiplier"])
-        return state, values | self._settings(number - 1, values) | {"prompts_taken": sampled.prompts_taken}
+        return state, values | settings | {"prompts_taken": sampled.prompts_taken}
 
     def _settings(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The learning rate, and a given budget, which is drawn beside the gap even where no λ follows it."""

@@ -58,7 +58,8 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Writes `report.png` and the self-contained `report.html` into a run directory.
 
     Args:
-      run_dir: the run directory, with `metrics.jsonl` and, if the run wrote them, `config.json`, `samples.jsonl` and `profile/`.
+      run_dir: the run directory, with `metrics.jsonl` and, if the run wrote them, `config.json`, `samples.jsonl` and
+        `profile/times.json`.
 
     Returns:
       The paths of the picture and of the page.

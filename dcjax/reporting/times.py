@@ -11,7 +11,8 @@ PROFILE = "profile"
 """The folder of a run directory that a profile is written into."""
 
 TIMES = "times.json"
-"""A file of that folder: `iterations`, of each its `step`, its `seconds`, the `parts` that these add up from, and what was done `beside`."""
+"""A file of that folder: `iterations`, of each its `step`, its `seconds`, the `parts` that add up to these, and what
+other threads did `beside`, in seconds."""
 
 
 class Part(NamedTuple):

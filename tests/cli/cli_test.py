@@ -71,13 +71,20 @@ def refusal(capfd, directory):
     return run
 
 
+class Started(list):
+    """Configs, and how many iterations were to be profiled of the last."""
+
+    profile = None
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Configs that `dcjax train` would have run; none is."""
-    configs = []
+    configs = Started()
 
     def train(config, recipe, *, profile):
         configs.append(config)
+        configs.profile = profile
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
@@ -269,6 +276,32 @@ def test_fields_that_only_fit_together_are_set_together(started):
 
 
 @pytest.mark.parametrize("spelled", [["run_dir=lr=3"], ["--run_dir=lr=3"], ["--run_dir", "lr=3"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [([], None), (["--profile", "3"], 3), (["--profile=12", "seed=5"], 12), (["--seed", "5", "--profile", "1"], 1)],
+)
+def test_iterations_to_profile_are_no_field_of_the_run(started, given, steps):
+    assert main(["train", "tested", *given]) == 0
+    assert started.profile == steps
+    assert started[0].seed == (5 if len(given) > 1 and "3" not in given else recipe_config().seed)
+
+
+@pytest.mark.parametrize(
+    ("given", "quoted"),
+    [
+        (["0"], "'0'"),
+        (["-1"], "'-1'"),
+        (["1.5"], "'1.5'"),
+        (["all"], "'all'"),
+        ([], "''"),
+        (["--seed", "1"], "'--seed'"),
+    ],
+)
+def test_iterations_to_profile_are_at_least_one(refusal, given, quoted):
+    told = refusal("train", "tested", "--profile", *given)
+    assert told == f"--profile is {quoted}; it must be a number of iterations, at least 1"
+
+
 def test_an_equals_sign_in_a_value_is_kept(started, spelled):
     assert main(["train", "tested", *spelled]) == 0
     assert started[0].directory == Path("lr=3")

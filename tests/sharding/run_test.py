@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from records import untimed
 from stepping import Stepper
 
 from dcjax.recipe.config import WarmStartConfig
@@ -66,7 +67,7 @@ def run(model, mesh=ONE, async_level=0, **serving):
         for _ in range(ITERATIONS):
             state, loop, metrics, drawn = trainer.iterate(state, loop)
             sampled.append(drawn.rollout.tokens)
-            measured.append({name: at for name, at in metrics.items() if not name.startswith(("time/", "tokens_"))})
+            measured += untimed([metrics])
     return np.array(sampled), measured, jax.device_get(state)
 
 
