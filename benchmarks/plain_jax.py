@@ -243,7 +243,9 @@ def sample(config: ModelConfig, params, hidden, temperature, drawn):
     return tokens, jnp.take_along_axis(jax.nn.log_softmax(scaled), tokens[:, None], axis=1)[:, 0]
 
 
-def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int, end_token: int, noise_ahead: bool):
+def decode(
+    config: ModelConfig, params, prefix, keys, temperature, limits, *, limit: int, end_token: int, noise_ahead: bool
+):
     """One static batch, until all its rows have ended: tokens and log-probs [B, T], lengths [B]."""
     hidden, mask, caches = prefix
     rows, width = mask.shape
@@ -256,7 +258,7 @@ def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int
         token, logp = sample(config, params, hidden, temperature, gumbel)
         tokens = tokens.at[count].set(jnp.where(ended, 0, token))
         logps = logps.at[count].set(jnp.where(ended, 0, logp))
-        lengths, ended = lengths + ~ended, ended | (token == end_token)
+        lengths, ended = lengths + ~ended, ended | (token == end_token) | (count + 1 >= limits)
         visible = (real & (jnp.arange(width + limit) <= width + count))[:, None]
         positions = (jnp.sum(mask, axis=1) + count)[:, None]
         hidden, caches = cached_layers(config, params, token[:, None], positions, caches, width + count, visible)
@@ -271,22 +273,23 @@ def decode(config: ModelConfig, params, prefix, keys, temperature, *, limit: int
 def make_rollout(
     config: ModelConfig, *, group_size: int, slots: int, limit: int, end_token: int, noise_ahead: bool
 ) -> Callable:
-    """A jitted (params, prompts [P, W], mask [P, W], key, temperature) -> tokens, logps [P · G, T], lengths [P · G].
+    """A jitted (params, prompts [P, W], mask [P, W], key, temperature, limits [P · G]) -> tokens, logps, lengths.
 
+    Tokens and logps are [P · G, T], lengths [P · G]; no response is longer than its limit, which is at most T.
     The prompts are prefilled once and together; their samples are decoded in batches of `slots`, one after the other.
     Sample i is drawn with fold_in(key, i), as dcjax's are; with `noise_ahead`, a batch's noise [T, slots, V] at once,
     which a small vocabulary allows.
     """
 
-    def rollout(params, prompts, mask, key, temperature):
+    def rollout(params, prompts, mask, key, temperature, limits):
         prefix = prefill(config, params, prompts, mask, limit)
         samples = jnp.arange(prompts.shape[0] * group_size).reshape(-1, slots)
 
         def batch(samples):
             rows = jax.tree.map(lambda x: x[samples // group_size], prefix)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples)
-            limits = {"limit": limit, "end_token": end_token, "noise_ahead": noise_ahead}
-            return decode(config, params, rows, keys, temperature, **limits)
+            settings = {"limit": limit, "end_token": end_token, "noise_ahead": noise_ahead}
+            return decode(config, params, rows, keys, temperature, limits[samples], **settings)
 
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(batch, samples))
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -179,16 +179,37 @@ def refusals_of(*sections: Any) -> Iterator[None]:
     """
     try:
         yield
-    except RunError:
+    except (RunError, BrokenPipeError):
         raise
     except (Exception, SystemExit) as error:
-        ran = {_package(str(frame.f_globals.get("__name__"))) for frame, _ in traceback.walk_tb(error.__traceback__)}
-        for module_name in (type(section).__module__ for section in sections):
-            if _package(module_name) != "dcjax" and _package(module_name) in ran:
-                raise RunError(failure(error, module_name)) from error
+        _tell_own(error, [type(section).__module__ for section in sections])
         if isinstance(error, ValueError | FileNotFoundError):
             raise RunError(str(error)) from None
         raise
+
+
+@contextlib.contextmanager
+def failures_of_files() -> Iterator[None]:
+    """Where a command runs, and with it any functions of the files that it loaded, in JAX's hands too.
+
+    Raises:
+      RunError: code of such a file raised an error; its function and line are named.
+    """
+    try:
+        yield
+    except (RunError, BrokenPipeError):
+        raise
+    except (Exception, SystemExit) as error:
+        _tell_own(error, _loaded)
+        raise
+
+
+def _tell_own(error: BaseException, module_names: Iterable[str]) -> None:
+    """Raises RunError if code of one of these modules, dcjax's apart, ran when an error was raised."""
+    ran = {_package(str(frame.f_globals.get("__name__"))) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    for module_name in module_names:
+        if _package(module_name) != "dcjax" and _package(module_name) in ran:
+            raise RunError(failure(error, module_name)) from error
 
 
 def _package(module_name: str) -> str:

@@ -1,5 +1,6 @@
 """Every test runs on eight fake CPU devices, with shapes and dtypes of functions checked at run time."""
 
+import gc
 import os
 import signal
 import sys
@@ -38,11 +39,33 @@ sys.modules[checker.__name__] = checker
 checked = [f"dcjax.{room}" for room in ("models", "rewards", "rl", "serving", "sharding", "types")]
 install_import_hook(checked, f"{checker.__name__}.check_functions")
 
+# libraries and traced programs are a million objects that stay, and to walk them again and again took an eighth of the
+# time to import and collect the tests
+gc.set_threshold(50_000, 20, 100)
+
 # a shell's background job ignores interrupts, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("dcjax", deadline=None)
 settings.load_profile("dcjax")
+
+
+UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_configure(config):
+    """What runs without the slow tests is compiled without optimisation, in a quarter of the time.
+
+    With the slow tests everything is compiled as for users.
+    """
+    if config.option.markexpr.startswith("not slow"):
+        os.environ["XLA_FLAGS"] += UNOPTIMISED
+
+
+def pytest_collection_finish():
+    """What was imported stays, and is not walked by any collection again."""
+    gc.collect()
+    gc.freeze()
 
 
 MAPPINGS = Path("/proc/self/maps")

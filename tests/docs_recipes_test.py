@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 
 from dcjax.cli import main
 from dcjax.reporting.record import read_metrics
@@ -26,6 +27,18 @@ SMALL = {
 }
 """A run of seconds."""
 
+OF_ARITHMETIC = {
+    **{
+        f"task.{name}": getattr(tiny.TASK, name)
+        for name in ("min_operations", "max_operations", "max_operand", "max_value")
+    },
+    "model.vocab_size": tiny.DENSE.vocab_size,
+    "rollout.max_prompt_length": tiny.PROMPT_LENGTH,
+    "rollout.max_response_length": tiny.RESPONSE_LENGTH,
+    "evaluation.prompts": tiny.CONFIG.evaluation.prompts,
+}
+"""And with the embedded task one whose samples are drawn by the programs of `finished_run`."""
+
 
 def files():
     return [match for page in sorted(DOCS.glob("*.md")) for match in FILES.findall(page.read_text())]
@@ -46,7 +59,8 @@ EVERY_DAY = "known_tokens.py"
 def test_a_file_of_the_documentation_trains(source, name, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(source)
-    overrides = [f"{field}={value}" for field, value in SMALL.items()]
+    sizes = SMALL if name == "reversal.py" else SMALL | OF_ARITHMETIC
+    overrides = [f"{field}={value}" for field, value in sizes.items()]
     assert main(["train", *command.split(), "--run-dir", "run", *overrides]) == 0
     records = read_metrics(Path("run") / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]

@@ -145,14 +145,26 @@ def test_help_explains_its_own_fields_beside_ours(folder, monkeypatch, capfd):
         assert text in shown
 
 
+def assert_goes_on_to_the_same_bits(directory, run):
+    assert Checkpoints(directory / "checkpoints").latest() == 2
+    assert main(["train", str(directory)]) == 0
+    assert without_times(directory) == without_times(run)
+    jax.tree.map(np.testing.assert_array_equal, final_state(directory), final_state(run))
+
+
+def test_it_resumes_to_the_same_bits_from_another_directory(run, tmp_path, elsewhere):
+    stopped = shutil.copytree(run, tmp_path / "stopped")
+    for later in (4, 6):
+        shutil.rmtree(stopped / "checkpoints" / str(later))
+    assert_goes_on_to_the_same_bits(stopped, run)
+
+
+@pytest.mark.slow
 def test_it_is_killed_and_resumes_to_the_same_bits_from_another_directory(run, folder, tmp_path, elsewhere):
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, "train", "mine.py", "--run-dir", str(killed), *OVERRIDES]
     assert subprocess.run(command, cwd=folder, capture_output=True).returncode == -signal.SIGKILL
-    assert Checkpoints(killed / "checkpoints").latest() == 2
-    assert main(["train", str(killed)]) == 0
-    assert without_times(killed) == without_times(run)
-    jax.tree.map(np.testing.assert_array_equal, final_state(killed), final_state(run))
+    assert_goes_on_to_the_same_bits(killed, run)
 
 
 def test_it_is_evaluated_exported_and_reloaded_from_another_directory(run, elsewhere, capfd):

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from collections import Counter
 import pretend
 import pytest
 import tiny
+from launching import fake_devices
 from records import untimed
 
 import dcjax.loop.draw
@@ -289,9 +289,7 @@ def test_from_one_host_to_two_each_example_is_judged_once(recipe, tmp_path):
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
 
     def run(devices, *options, file, **environment):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-        env = os.environ | {"XLA_FLAGS": flags, "JUDGED": str(tmp_path / file)} | environment
+        env = fake_devices(devices) | {"JUDGED": str(tmp_path / file)} | environment
         return subprocess.Popen([*command, *options], cwd=tmp_path, env=env)
 
     assert run(2, file="alone", STOPPED="1").wait(timeout=300) == 75

@@ -32,7 +32,11 @@ PARAMETERS = count_params(MODEL)
 """853,376."""
 
 
-def config(*, microbatch_size: int, slots: int, steps_per_call: int) -> Config:
+RAGGED_MEAN, RAGGED_SIGMA = 0.35, 0.8
+"""Of the lognormal that ragged lengths are drawn from: the mean, as a share of the limit, and the logarithm's deviation."""
+
+
+def config(*, slots: int, steps_per_call: int) -> Config:
     """The run that every peer does."""
     return Config(
         model=MODEL,
@@ -52,16 +56,23 @@ def config(*, microbatch_size: int, slots: int, steps_per_call: int) -> Config:
             beta2=work.BETA2,
             epsilon=work.EPSILON,
             max_grad_norm=work.MAX_GRAD_NORM,
-            microbatch_size=microbatch_size,
         ),
     )
 
 
-def write(folder: Path) -> None:
-    """Writes the model as a Hugging Face folder, the prompts, and probe tokens with their logits."""
+def draw_lengths(rows: int, *, limit: int) -> np.ndarray:
+    """Ragged lengths of responses, 1 to `limit`; always the same ones."""
+    logarithm = np.log(RAGGED_MEAN * limit) - RAGGED_SIGMA**2 / 2
+    drawn = np.random.default_rng(0).lognormal(logarithm, RAGGED_SIGMA, rows)
+    return np.clip(np.round(drawn), 1, limit).astype(np.int32)
+
+
+def write(folder: Path, lengths: np.ndarray) -> None:
+    """Writes the model as a Hugging Face folder, the prompts, responses' lengths, and probe tokens with their logits."""
     generator = np.random.default_rng(0)
     params = init_params(MODEL, jax.random.key(0))
     save_hf(folder / "model", MODEL, params)
     np.save(folder / "prompts.npy", generator.integers(work.VOCABULARY, size=(work.PROMPTS, work.PROMPT_LENGTH)))
+    np.save(folder / "lengths.npy", lengths)
     tokens = generator.integers(work.VOCABULARY, size=(8, work.PROMPT_LENGTH + work.RESPONSE_LENGTH))
     np.savez(folder / "probe.npz", tokens=tokens, logits=jax.jit(forward, static_argnums=0)(MODEL, params, tokens))

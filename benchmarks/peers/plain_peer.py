@@ -1,4 +1,7 @@
-"""The same step in plain JAX written for it (plain_jax.py), with the settings that were the fastest."""
+"""The same step in plain JAX written for it (plain_jax.py), with the settings that were the fastest.
+
+Where responses are ragged, a static batch decodes until its longest one has ended, and rows are trained on as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from dcjax.cli.allocator import keep_freed_memory
 from dcjax.models import load_hf
 
 MICROBATCH_SIZE, SLOTS = 8, 32
-CONFIG = model.config(microbatch_size=MICROBATCH_SIZE, slots=SLOTS, steps_per_call=work.RESPONSE_LENGTH)
+CONFIG = model.config(slots=SLOTS, steps_per_call=work.RESPONSE_LENGTH)
 
 
 class Trainer:
@@ -27,6 +30,7 @@ class Trainer:
 
     def __init__(self, folder: Path):
         self._prompts = jnp.array(work.prompts(folder), jnp.int32)
+        self._lengths = work.lengths(folder)
         self._rollout = plain_jax.make_rollout(
             CONFIG.model,
             group_size=work.GROUP_SIZE,
@@ -43,17 +47,20 @@ class Trainer:
     def _sample(self):
         mask = np.ones(self._prompts.shape, bool)
         key = jax.random.key(self._number)
-        return jax.device_get(self._rollout(self.state["params"], self._prompts, mask, key, np.float32(1)))
+        inputs = (self.state["params"], self._prompts, mask, key, np.float32(1), self._lengths)
+        return jax.device_get(self._rollout(*inputs))
 
     def step(self) -> None:
         """One RL step."""
-        responses, *_ = self.rollout()
-        rewards = np.array([work.reward(response) for response in responses], np.float32)
+        result = self.rollout()
+        tokens, _, lengths = result
+        rewards = np.array([work.reward(response) for response in responses(result)], np.float32)
+        mask = np.arange(work.RESPONSE_LENGTH) < lengths[:, None]
         prompts = np.repeat(self._prompts, work.GROUP_SIZE, axis=0)
         batch = {
-            "tokens": np.concatenate([prompts, responses], axis=1),
-            "attention_mask": np.ones((len(prompts), prompts.shape[1] + responses.shape[1]), bool),
-            "response_mask": np.ones(responses.shape, bool),
+            "tokens": np.concatenate([prompts, tokens], axis=1),
+            "attention_mask": np.concatenate([np.ones(prompts.shape, bool), mask], axis=1),
+            "response_mask": mask,
             "temperature": np.ones(work.ROWS, np.float32),
             "rewards": rewards,
             "group_rewards": np.repeat(rewards.reshape(-1, work.GROUP_SIZE), work.GROUP_SIZE, axis=0),
@@ -61,6 +68,12 @@ class Trainer:
         self.state, metrics = self._update(self.state, batch)
         jax.device_get(metrics)
         self._number += 1
+
+
+def responses(result: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """The tokens of the 128 responses."""
+    tokens, _, lengths = result
+    return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
 
 
 def main() -> None:
@@ -81,8 +94,9 @@ def main() -> None:
         },
         step=trainer.step,
         rollout=trainer.rollout,
-        sampled=lambda result: result[0],
+        sampled=responses,
         parameters=lambda: [np.array(leaf) for leaf in jax.tree.leaves(trainer.state["params"])],
+        lengths=work.lengths(folder),
     )
 
 

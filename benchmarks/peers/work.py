@@ -1,7 +1,8 @@
 """The work that every peer does, and the pipe over which run.py asks for it. Needs NumPy alone, as peers share no more.
 
-One round is one RL step of GRPO: 16 prompts of 16 tokens, 8 responses of exactly 64 tokens each, a reward, one update
-by AdamW. The rollout is timed inside it. Times are of the whole process, all its threads.
+One round is one RL step of GRPO: 16 prompts of 16 tokens, 8 responses each, a reward, one update by AdamW. Responses
+have exactly the lengths that lie in the folder, the same for all peers and in all rounds: 64 tokens each, or ragged.
+The rollout is timed inside the round. Times are of the whole process, all its threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PROMPTS, GROUP_SIZE, PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8, 16, 64
 ROWS = PROMPTS * GROUP_SIZE
 VOCABULARY = 256
 NO_TOKEN = VOCABULARY
-"""The end and padding token: beyond the model's vocabulary, so that it is never sampled and no response ends early."""
+"""The end and padding token: beyond the model's vocabulary, so that it is never sampled and ends no response."""
 LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 1.0
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 CLIP = 0.2
@@ -46,6 +47,11 @@ def tokens_of(characters: str) -> list[int]:
 def prompts(folder: Path) -> list[list[int]]:
     """The token ids of the 16 prompts, all of one length: no peer pads."""
     return np.load(folder / "prompts.npy").tolist()
+
+
+def lengths(folder: Path) -> np.ndarray:
+    """Tokens of each of the 128 responses, those to one prompt next to each other."""
+    return np.load(folder / "lengths.npy")
 
 
 def reward(response: Sequence[int]) -> float:
@@ -120,8 +126,9 @@ def serve(
     *,
     step: Callable[[], Any],
     rollout: Timed,
-    sampled: Callable[[Any], Any],
+    sampled: Callable[[Any], Sequence[Sequence[int]]],
     parameters: Callable[[], list[np.ndarray]],
+    lengths: np.ndarray,
 ) -> None:
     """Answers run.py line by line: first `about` with the number of parameters, then each round, then what has moved.
 
@@ -129,8 +136,9 @@ def serve(
       about: versions and the logit error.
       step: one RL step, done when it returns; calls `rollout` once.
       rollout: samples the responses.
-      sampled: of what `rollout` returned, the response tokens, [128, 64].
+      sampled: of what `rollout` returned, the tokens of the 128 responses that are trained on.
       parameters: the policy's, copied to the host.
+      lengths: tokens that each response must have.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints goes to the log
@@ -142,9 +150,12 @@ def serve(
     answer(**about, parameters=sum(leaf.size for leaf in start))
     while sys.stdin.readline().strip() == "round":
         whole()
-        tokens = np.asarray(sampled(rollout.result), np.int32)
-        if tokens.shape != (ROWS, RESPONSE_LENGTH) or tokens.min() < 0 or tokens.max() >= VOCABULARY:
-            raise SystemExit(f"sampled {tokens.shape} tokens from {tokens.min()} to {tokens.max()}")
+        responses = sampled(rollout.result)
+        tokens = np.concatenate(responses).astype(np.int32)
+        if [len(response) for response in responses] != lengths.tolist():
+            raise SystemExit(f"sampled {len(responses)} responses, {len(tokens)} tokens, not the {lengths.sum()} asked")
+        if tokens.min() < 0 or tokens.max() >= VOCABULARY:
+            raise SystemExit(f"sampled tokens from {tokens.min()} to {tokens.max()}")
         if (checksum := zlib.crc32(tokens.tobytes())) == previous:
             raise SystemExit("sampled the same tokens as in the round before")
         previous = checksum

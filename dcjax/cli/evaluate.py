@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
             ("prompts",),
             "counts held-out prompts, which a suite does not use; limit its problems by --problems",
         )
-        with jax_session():
+        with leave_on_failure("evaluate"), jax_session():
             _evaluate_suite(options)
 
 
@@ -137,15 +137,14 @@ def _evaluate_suite(options: argparse.Namespace) -> None:
         distributed = DistributedConfig(**given_options(options, *HOST_OPTIONS))
     except ValueError as error:
         raise RunError(str(error)) from None
-    with leave_on_failure("evaluate"):
-        evaluated = evaluate_suite(
-            options.source,
-            SuiteConfig(**given_options(options, "suite", "temperature", *SAMPLING_OPTIONS)),
-            data_dir=options.data_dir or Path("data"),
-            distributed=distributed,
-            recipe_code=options.recipe_code,
-            **given_options(options, "out", "devices", "format", "slots"),
-        )
+    evaluated = evaluate_suite(
+        options.source,
+        SuiteConfig(**given_options(options, "suite", "temperature", *SAMPLING_OPTIONS)),
+        data_dir=options.data_dir or Path("data"),
+        distributed=distributed,
+        recipe_code=options.recipe_code,
+        **given_options(options, "out", "devices", "format", "slots"),
+    )
     # Only the first process of several has the result.
     if evaluated is None:
         return

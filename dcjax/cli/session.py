@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dcjax.cli.allocator import keep_freed_memory
 from dcjax.errors import RunError
+from dcjax.user_code import failures_of_files
 
 INTERRUPTION_HINTS = {
     "train": "; run the same command again to resume from the last checkpoint",
@@ -24,15 +25,22 @@ INTERRUPTION_HINTS = {
 
 
 @contextlib.contextmanager
-def jax_session() -> Iterator[None]:
-    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations."""
+def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
+    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations.
+
+    Args:
+      check: what may refuse the command before libraries are imported for seconds; it may use JAX, but no engine.
+    """
     keep_freed_memory()
     _silence_libraries()
     _pin_settings()
     from dcjax.cli.compilation import enable_compilation_cache, report_slow_compilations
 
     enable_compilation_cache()
-    with report_slow_compilations():
+    with report_slow_compilations(), failures_of_files():
+        if check is not None:
+            check()
+        _import_libraries()
         yield
 
 
@@ -57,16 +65,20 @@ def _pin_settings() -> None:
 
 
 def _silence_libraries() -> None:
-    """Turns the logging of libraries off, and imports those that print messages as they start.
-
-    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
-    descriptor has to point elsewhere meanwhile.
-    """
+    """Turns the logging of libraries off."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Orbax both logs a failed save and raises it; the exception is reported in one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_late_errors
+
+
+def _import_libraries() -> None:
+    """Imports the libraries that print messages as they start.
+
+    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
+    descriptor has to point elsewhere meanwhile.
+    """
     from dcjax.sharding.mesh import hidden_standard_error
 
     with hidden_standard_error():
@@ -91,14 +103,17 @@ def _hide_late_errors(unraisable) -> None:
 
 @contextlib.contextmanager
 def leave_on_failure(command: str) -> Iterator[None]:
-    """Ends a process that fails at once if it is one of several: an ordinary exit would wait for the others."""
-    from dcjax.sharding.hosts import has_joined, leave
+    """Ends a process that fails at once if it is one of several: an ordinary exit would wait for the others.
+
+    Where it fails because another one has gone, it says so.
+    """
+    from dcjax.sharding.hosts import as_loss, has_joined, leave
 
     try:
         yield
     except BaseException as error:
         if has_joined():
-            leave(report_error(error, command))
+            leave(report_error(as_loss(error) or error, command))
         raise
 
 

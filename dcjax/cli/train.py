@@ -21,7 +21,7 @@ from dcjax.cli.arguments import NO_CACHE_HELP, NO_RECIPE_CODE_FLAG, NO_RECIPE_CO
 from dcjax.cli.session import jax_session, leave_on_failure
 from dcjax.errors import RunError
 from dcjax.paths import local_path
-from dcjax.user_code import CodeFile, failure
+from dcjax.user_code import CodeFile, failure, failures_of_files
 
 if TYPE_CHECKING:
     from dcjax.recipe.config import Config
@@ -66,12 +66,7 @@ def run(arguments: list[str]) -> None:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     else:
         config, recipe = _begun(path, source, arguments)
-    with leave_on_failure("train"):
-        # before the session, which imports for seconds
-        from dcjax.loop.early import refuse_early
-
-        refuse_early(config)
-    with jax_session(), _log_to_stderr(), leave_on_failure("train"):
+    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
         from dcjax.loop.train import train
 
         report_paths = train(config, recipe, profile=profile)
@@ -99,6 +94,12 @@ def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:
             raise RunError(f"{PROFILE_FLAG} is {value!r}; it must be a number of iterations, at least 1")
         steps = int(value)
     return steps, others
+
+
+def _refuse_early(config: Config, recipe: CodeFile | None) -> None:
+    from dcjax.loop.early import refuse_early
+
+    refuse_early(config, recipe)
 
 
 def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:
@@ -161,7 +162,7 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
     originals: dict[type, type] = {}
     restated = _restated(config, originals)
     try:
-        with contextlib.redirect_stderr(errors), _unparsed_paths():
+        with contextlib.redirect_stderr(errors), _unparsed_paths(), failures_of_files():
             overridden = tyro.cli(
                 type(restated),
                 default=restated,
@@ -176,9 +177,9 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
         if exit.code == 0:
             raise
         raise RunError(f"{_summarize_tyro_error(errors.getvalue())}; see dcjax train {source} --help") from None
-    except BrokenPipeError:
+    except (BrokenPipeError, RunError):
         raise
-    except Exception as error:  # A section of the reader's own may raise anything.
+    except Exception as error:  # A section of an installed package may raise anything.
         raise RunError(f"{source}: {type(error).__name__}: {error}") from error
 
 

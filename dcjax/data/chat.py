@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import string
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -43,6 +45,13 @@ def dated(tokenizer: PreTrainedTokenizerFast, moment: datetime) -> PreTrainedTok
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = named
     return tokenizer
+
+
+def template_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """16 hexadecimal digits that name the text of the chat template, or of all of several; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def chat_prompt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,21 +13,23 @@ import jax
 from jax.sharding import Mesh
 
 from dcjax.errors import RunError
+from dcjax.loop.recipe_copy import recipe_for
 from dcjax.loop.reward_collector import open_rewards
-from dcjax.models import read_config
+from dcjax.loop.run_directory import check_processes_agree, check_shared, recorded_model
+from dcjax.models.parallel.forward import check_model
+from dcjax.recipe.architecture import with_architecture, with_pretrained_model
 from dcjax.recipe.config import Config
-from dcjax.reporting.record import check_writable
 from dcjax.rewards.in_process import Rewards
-from dcjax.sharding.hosts import check_divides, join
+from dcjax.sharding.hosts import check_divides, join, of_all_processes
 from dcjax.sharding.mesh import make_mesh, set_aside
-from dcjax.user_code import refusals_of
+from dcjax.user_code import CodeFile, refusals_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Checks:
-    """Checks that are all made before those that failed refuse a run, in one line."""
+    """Checks that are all made, by all processes, before those that failed refuse a run in one line."""
 
     def __init__(self):
         self._refusals: list[str] = []
@@ -44,41 +47,64 @@ class Checks:
             self._refusals.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return cast(T, None)
 
-    @property
-    def refused(self) -> bool:
-        """Whether a check has failed."""
-        return bool(self._refusals)
-
     def finish(self) -> None:
-        """Raises RunError if a check has failed, with what all of them say."""
-        if self._refusals:
-            raise RunError(". Also: ".join(self._refusals))
+        """Raises RunError if a check has failed in any process, with what all of them say; all must call it."""
+        told = [theirs["refusals"] for theirs in of_all_processes({"refusals": self._refusals})]
+        refusals = dict.fromkeys(itertools.chain.from_iterable(told))
+        if refusals:
+            raise RunError(". Also: ".join(f"{_where(refusal, told)}{refusal}" for refusal in refusals))
 
 
-def refuse_early(config: Config) -> None:
-    """Refuses a run whose model's folder, files, reward or directory cannot be used, and says then of its mesh too.
+def _where(refusal: str, told: list[list[str]]) -> str:
+    """Which processes a refusal is of, unless it is of all."""
+    numbers = [str(number) for number, theirs in enumerate(told) if refusal in theirs]
+    return "" if len(numbers) == len(told) else f"process {', '.join(numbers)}: "
 
-    Devices are looked at only where the run is refused anyway: this may be called before JAX is set up.
+
+def refuse_early(config: Config, recipe: CodeFile | None) -> None:
+    """Makes the checks of a run that need no engine and no tokenizer; raises as `join_others` and `check_early`."""
+    join_others(config, recipe)
+    check_early(config)
+
+
+def join_others(config: Config, recipe: CodeFile | None) -> CodeFile | None:
+    """Waits for the other processes, which must run the same; returns the file that the run has to keep.
 
     Raises:
-      RunError: as said.
+      RunError: as `join`, `recipe_for` and `check_processes_agree`.
+    """
+    join(config.distributed)
+    recipe = recipe_for(config, recipe)
+    check_processes_agree(config, recipe)
+    return recipe
+
+
+def check_early(config: Config) -> tuple[Config, AbstractContextManager[Rewards], Mesh]:
+    """Checks the model's folder, the mesh, files without reading them, and the run's directory.
+
+    Returns:
+      The config with the architecture of the run, its reward, of which nothing is started, and its mesh.
+
+    Raises:
+      RunError: one or more of them cannot be used; all of these are said.
     """
     checks = Checks()
-    if config.pretrained is not None and not (config.directory / "config.json").exists():
-        checks.run(read_config, config.pretrained)
-    check_files_and_reward(config, checks)
-    if checks.refused:
-        checks.run(join, config.distributed)
-        checks.run(checked_mesh, config)
-    checks.finish()
-
-
-def check_files_and_reward(config: Config, checks: Checks) -> AbstractContextManager[Rewards]:
-    """Checks files without reading them, and the run's directory; returns the reward, of which nothing is started."""
+    known = checks.run(_with_model, config)
     rewards = checks.run(open_rewards, config)
     checks.run(_check_files, config)
-    checks.run(check_writable, config.directory)
-    return rewards
+    checks.run(check_shared, config.directory)
+    if known is not None:
+        checks.run(check_model, known.model, dataclasses.asdict(config.mesh))
+    mesh = checks.run(checked_mesh, config)
+    checks.finish()
+    return known, rewards, mesh
+
+
+def _with_model(config: Config) -> Config:
+    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
+    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
+        return with_architecture(config, recorded)
+    return with_pretrained_model(config)
 
 
 def _check_files(config: Config) -> None:

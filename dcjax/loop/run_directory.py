@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dcjax.data.problems import TEMPLATE
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
@@ -22,9 +21,9 @@ from dcjax.models.config import ModelConfig
 from dcjax.models.hf_config import end_tokens_in
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
-from dcjax.reporting.record import write_atomically
-from dcjax.sharding.hosts import gather, is_main
-from dcjax.user_code import CodeFile
+from dcjax.reporting.record import trial_file, write_atomically
+from dcjax.sharding.hosts import is_main, of_all_processes, total
+from dcjax.user_code import CodeFile, failure
 
 VERSIONED = (
     "dcjax",
@@ -105,7 +104,7 @@ def start_of(config: Config) -> datetime:
       RunError: `config.directory` holds a run of another config, or what is recorded there is no time.
     """
     recorded = recorded_start(config.directory) if goes_on(config) else None
-    return datetime.fromisoformat(_of_all_processes({"started": _now(recorded)})[0]["started"])
+    return datetime.fromisoformat(of_all_processes({"started": _now(recorded)})[0]["started"])
 
 
 def recorded_start(directory: Path) -> datetime:
@@ -137,6 +136,33 @@ def recorded_model(config: Config) -> ModelConfig | None:
         return None
     recorded = {name: value for name, value in _read(config.directory).items() if name == "model"}
     return _parse(config.directory, recorded, None, None).model
+
+
+def check_shared(directory: Path) -> None:
+    """Checks that each process can make a directory if it is missing, and files in it, and that all see the same one.
+
+    Raises:
+      OSError: process 0 cannot make it, or a file in it.
+      RunError: another process cannot, or does not see there what process 0 has made.
+    """
+    directory, refused, made = Path(os.path.realpath(directory)), None, None
+    with contextlib.ExitStack() as kept:
+        try:
+            made = os.path.relpath(kept.enter_context(trial_file(directory)), directory)
+        except OSError as error:
+            refused = error
+        first = of_all_processes({"made": made})[0]["made"]
+        seen = first is None or os.path.exists(os.path.normpath(directory / first))
+        # process 0 keeps it until all have looked
+        total(0)
+    if refused is None and seen:
+        return
+    if refused is not None and is_main():
+        raise refused
+    told = f"{refused.filename}: {refused.strerror}" if refused else f"{directory} is not the directory of process 0"
+    raise RunError(
+        f"{told}; every process writes its own part there, so it must be on a file system that all of them share"
+    )
 
 
 def check_processes_agree(config: Config, recipe: CodeFile | None = None) -> None:
@@ -172,20 +198,12 @@ def check_end_tokens_agree(end_tokens: Sequence[int]) -> None:
 
 
 def _check_agree(described: dict[str, Any], advice: str) -> None:
-    ours, *others = _of_all_processes(described)
+    ours, *others = of_all_processes(described)
     for number, theirs in enumerate(others, start=1):
         changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if changed:
             listed = ", ".join(f"{name} {ours.get(name)!r} and {theirs.get(name)!r}" for name in sorted(changed))
             raise RunError(f"processes 0 and {number} differ in {listed}; {advice}")
-
-
-def _of_all_processes(described: dict) -> list[dict]:
-    """One JSON object of each process, in order."""
-    written = np.frombuffer(json.dumps(described).encode(), np.uint8)
-    lengths = gather(np.array([len(written)], np.int32))
-    padded = gather(np.pad(written, (0, lengths.max() - len(written)))[None])
-    return [json.loads(row[:length].tobytes()) for row, length in zip(padded, lengths, strict=True)]
 
 
 def _versions() -> dict[str, str]:
@@ -273,8 +291,9 @@ def _parse(directory: Path, recorded: dict, recipe: CodeFile | None, started_in:
     try:
         return from_dict(recorded, recipe, started_in)
     except Exception as error:  # a section of the reader's own may raise anything
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise RunError(f"{directory / 'config.json'} cannot be read: {kind}{error}") from error
+        own = "" if recipe is None else recipe.module_name
+        told = error if isinstance(error, ValueError) else failure(error, own)
+        raise RunError(f"{directory / 'config.json'} cannot be read: {told}") from error
 
 
 def _check_same(config: Config, directory: Path) -> None:

@@ -17,10 +17,10 @@ from dcjax.errors import RunError
 from dcjax.keys import make_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.compile_ahead import compiled_beside
-from dcjax.loop.early import Checks, check_files_and_reward, checked_mesh
+from dcjax.loop.early import Checks, check_early
 from dcjax.loop.end_tokens import starting_end_tokens
 from dcjax.loop.reward_collector import check_golds
-from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, recorded_model, start_of
+from dcjax.loop.run_directory import check_end_tokens_agree, goes_on, start_of
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import (
     PastParams,
@@ -29,8 +29,6 @@ from dcjax.recipe.build import (
     initial_state,
     make_engines,
     open_problems,
-    with_architecture,
-    with_pretrained_model,
 )
 from dcjax.recipe.config import Config
 from dcjax.rewards.in_process import Rewards
@@ -80,15 +78,10 @@ def check(config: Config) -> Checked:
     """Makes every check of a run that needs no sample and no step: first those that need no file to be read.
 
     Raises:
-      RunError: the folder of the model, the reward or files of the task cannot be used, or the mesh needs more devices
-        than there are; all of these are said. Otherwise the problems cannot be read, the vocabulary does not fit the
+      RunError: as `check_early`. Otherwise the problems cannot be read, the vocabulary does not fit the
         model or the ids that end a response are not in it; all of these are said. Otherwise the model cannot be served.
     """
-    early = Checks()
-    config = early.run(_with_model, config) or config
-    rewards = check_files_and_reward(config, early)
-    mesh = early.run(checked_mesh, config)
-    early.finish()
+    config, rewards, mesh = check_early(config)
     late, started = Checks(), start_of(config)
     tokenizer = late.run(_tokenizer, config)
     late.finish()
@@ -141,13 +134,6 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
         return load_tokenizer(config.directory / "tokenizer")
     with refusals_of(config.task):
         return config.task.build_tokenizer(config.pretrained)
-
-
-def _with_model(config: Config) -> Config:
-    """The config with the architecture that the run began with, or begins with: its folder may be gone later."""
-    if config.pretrained is not None and (recorded := recorded_model(config)) is not None:
-        return with_architecture(config, recorded)
-    return with_pretrained_model(config)
 
 
 def begin(setup: Setup) -> tuple[TrainState, Cursor]:

@@ -14,12 +14,12 @@ import numpy as np
 from dcjax.errors import Interrupted, RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.draw import Draw, Sampled
+from dcjax.loop.early import join_others
 from dcjax.loop.environment import describe
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.profiler import Profiler
-from dcjax.loop.recipe_copy import recipe_for
-from dcjax.loop.run_directory import check_data_agree, check_processes_agree, open_run
+from dcjax.loop.run_directory import check_data_agree, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Checked, Setup, begin, check, set_up
 from dcjax.loop.updater import Updater
@@ -27,7 +27,7 @@ from dcjax.models.hf_config import GENERATION_CONFIG
 from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
-from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, join, threads_may_launch
+from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, threads_may_launch
 from dcjax.spans import span
 from dcjax.types import TrainState
 from dcjax.user_code import CodeFile
@@ -48,9 +48,7 @@ def train(config: Config, recipe: CodeFile | None = None, *, profile: int | None
       Interrupted: the launcher stops a process, or another one has gone; what was checkpointed stays.
       RunError: the run cannot start or go on; what was checkpointed stays.
     """
-    join(config.distributed)
-    recipe = recipe_for(config, recipe)
-    check_processes_agree(config, recipe)
+    recipe = join_others(config, recipe)
     checked = check(config)
     check_data_agree(checked.problems.fingerprint)
     with open_run(

@@ -85,8 +85,8 @@ def causal_attention(
     """softmax(q kᵀ / √D) v in q's dtype: a query sees the keys at or before its own column.
 
     Rows hold real tokens first and padding last, so causal order alone hides padding from real tokens. With
-    `segments` a query sees its own segment only, and all keys that are gathered for it. Padding is segment 0, a segment
-    like the others: every query sees at least itself, and every row of the result is finite.
+    `segments` a query sees its own segment only, and all keys that are gathered for it. Padding is segment 0: it sees
+    itself, so that every row of the result is finite, and at most other padding besides.
 
     `auto` is resolved for JAX's default platform at trace time. A named kernel is used as it is, so that a program for
     a TPU can be compiled on a host without one; `choose` checks beforehand whether a platform supports a kernel.

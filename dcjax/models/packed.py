@@ -53,7 +53,8 @@ def packed_logps(
         raise ValueError(f"rows are packed in {shares} shares; devices hold {layout.shares}")
     by_share = partial(_split, shares)
     sequences = as_sequences(sequences)
-    lengths = jax.tree.map(by_share, _lengths(sequences))
+    # those of rows that stand in for others are 0
+    lengths = [jnp.where(places.present, by_share(length), 0) for length in _lengths(sequences)]
     tables = jax.vmap(partial(_tables, bins, sequences.prompt_mask.shape[1]))(places, *lengths)
 
     def of_columns(values: Array, *index: Array) -> Array:
@@ -120,7 +121,6 @@ def _lengths(sequences: Sequences) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
 def _tables(bins: Bins, length: int, places: Places, prompts: Int[Array, "R"], responses: Int[Array, "R"]) -> _Tables:
     """The tables of one share, whose rows have P = `length` columns of prompt."""
     count, columns = bins.rows, bins.number * bins.width
-    prompts, responses = (jnp.where(places.present, x, 0) for x in (prompts, responses))
     # the first of the rows that share a prompt fills its columns
     firsts = jnp.argmax(places.prompts[:, None] == places.prompts, axis=1) == jnp.arange(count)
     owned = jnp.where(firsts & (places.prompts >= 0), prompts, 0)

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.keys import make_key
-from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, packed_logps, read_config
-from dcjax.models.parallel.forward import check_model, mesh_layout
+from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, packed_logps
+from dcjax.models.parallel.forward import mesh_layout
 from dcjax.recipe import sections
-from dcjax.recipe.config import Config, check_positions
+from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
 from dcjax.recipe.optimizer import Optimizer, chain_with
 from dcjax.rl.objective import Objective
@@ -63,36 +63,6 @@ def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objecti
 def params_shardings(config: Config, mesh: Mesh) -> Params:
     """Where each parameter lives."""
     return shardings(mesh, logical_axes(config.model))
-
-
-def with_pretrained_model(config: Config) -> Config:
-    """The config with the architecture that `pretrained` has, if it names a folder.
-
-    Raises:
-      RunError: the folder holds no model that is supported, or as `with_architecture`.
-    """
-    if config.pretrained is None:
-        return config
-    try:
-        return with_architecture(config, read_config(config.pretrained))
-    except ValueError as error:
-        raise RunError(str(error)) from None
-
-
-def with_architecture(config: Config, model: ModelConfig) -> Config:
-    """The config with another architecture, computed in the numerics of its own.
-
-    Raises:
-      RunError: the mesh does not divide it, or responses may be longer than it is made for.
-    """
-    computed = {name: getattr(config.model, name) for name in ("remat", "attention", "head_chunk", "precision")}
-    model = dataclasses.replace(model, **computed)
-    try:
-        check_model(model, dataclasses.asdict(config.mesh))
-        check_positions(model, config.rollout)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    return dataclasses.replace(config, model=model)
 
 
 def starting_params(config: Config, mesh: Mesh) -> Params:

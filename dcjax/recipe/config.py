@@ -13,7 +13,6 @@ from pathlib import Path
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import Task
 from dcjax.models.config import ModelConfig, presets
-from dcjax.models.parallel.forward import check_model
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
@@ -170,10 +169,7 @@ class Config:
         prompts, updates = self.rollout.prompts, self.optimizer.updates
         if prompts % updates:
             raise ValueError(f"rollout.prompts {prompts} do not divide into optimizer.updates {updates} minibatches")
-        sizes = dataclasses.asdict(self.mesh)
-        if math.prod(sizes.values()) > 1 and self.pretrained is None:
-            check_model(self.model, sizes)
-        shares, minibatch = split(sizes, "batch"), self.rollout.sequences // updates
+        shares, minibatch = split(dataclasses.asdict(self.mesh), "batch"), self.rollout.sequences // updates
         if minibatch % shares or self.warm_start.batch_size % shares:
             raise ValueError(
                 f"the {minibatch} sequences of a minibatch, and warm_start.batch_size {self.warm_start.batch_size}, "

@@ -197,15 +197,24 @@ def named_in_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def check_writable(directory: Path) -> None:
-    """Checks that a directory can be made if it is missing, and files in it; nothing is left there.
+@contextlib.contextmanager
+def trial_file(directory: Path) -> Iterator[Path]:
+    """A file that is made in a directory, or where that is missing in the nearest above it, and removed in the end.
 
     Raises:
-      OSError: a file cannot be made in it, or in the nearest directory above it that exists; the message names that.
+      OSError: it cannot be made; the message names the directory where.
     """
-    directory = directory.absolute()
+    directory = Path(os.path.realpath(directory))
     nearest = next(path for path in (directory, *directory.parents) if path.exists())
-    with named_in_errors(nearest), tempfile.TemporaryFile(dir=nearest):
+    with contextlib.ExitStack() as kept:
+        with named_in_errors(nearest):
+            file = kept.enter_context(tempfile.NamedTemporaryFile(dir=nearest, prefix=".dcjax-"))
+        yield Path(file.name)
+
+
+def check_writable(directory: Path) -> None:
+    """Checks that a directory can be made if it is missing, and files in it; raises as `trial_file`."""
+    with trial_file(directory):
         pass
 
 

@@ -24,7 +24,7 @@ DEFAULT_ROWS = 8
 often, but leaves more of the last one empty; on CPU that costs more than it saves."""
 DEFAULT_TOKENS = 16_384
 """Tokens of a microbatch at most by default, where one row does not need more."""
-ROWS_OF_BIN = 8
+ROWS_OF_BIN = 16
 """Rows of a microbatch at most, for each of its bins."""
 
 
@@ -112,7 +112,7 @@ class Packing:
                 "prompt and response need"
             )
         number = tokens_per_microbatch // width
-        width = width if number > 1 else widest
+        width = width if number > 1 else tokens_per_microbatch // column_multiple * column_multiple
         bins = Bins(number, width, width, min(rows // updates // shares, ROWS_OF_BIN * number))
         return cls(bins, shares, updates, group_size)
 

@@ -215,10 +215,8 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     batch = as_sequences(batch)
     _check_requirements(spec.requires, state, batch)
     # the cut of each minibatch, first by updates
-    cuts, batch = (
-        jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches),
-        dataclasses.replace(batch, microbatches=None),
-    )
+    cuts = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches)
+    batch = dataclasses.replace(batch, microbatches=None)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates
@@ -282,7 +280,7 @@ def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch, cuts: M
         minibatch, cut = inputs
 
         def compute(microbatch: Microbatch, logps: Array) -> Array:
-            rows = microbatch.take(minibatch).replace(places=microbatch.places)
+            rows = dataclasses.replace(microbatch.take(minibatch), places=microbatch.places)
             return microbatch.put(logps, spec.apply_fn(params, rows)[0])
 
         return _cut(spec, minibatch, cut).fold(compute, jnp.zeros(minibatch.response_mask.shape))
@@ -346,7 +344,7 @@ def _microbatch_loss(
 ) -> tuple[Array, tuple[Array, Array, RowOutputs]]:
     """The scaled sum of the losses, which is differentiated, and beside it the sum, its denominator and the rows."""
     batch, old_logps, reference_logps, by_row = microbatch.take(minibatch)
-    outputs = PolicyOutputs(*spec.apply_fn(params, batch.replace(places=microbatch.places)))
+    outputs = PolicyOutputs(*spec.apply_fn(params, dataclasses.replace(batch, places=microbatch.places)))
     if missing := [name for name in spec.requires.of_head if name not in outputs.quantities]:
         raise ValueError(f"the objective requires the quantity {missing[0]!r}; apply_fn does not compute it")
     logps = outputs.logps

@@ -7,6 +7,7 @@ shows the progress.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -83,11 +84,13 @@ class DistributedConfig:
 
 
 def join(config: DistributedConfig) -> None:
-    """Waits for the other processes, if there are any; must be called before JAX uses a device.
+    """Waits for the other processes, if there are any, once; must be called before JAX uses a device.
 
     Raises:
       RunError: the launcher's environment variables cannot be read, JAX fails to join, or as `start_devices`.
     """
+    if has_joined():
+        return
     try:
         coordinator, count, number = _find(config)
         if coordinator is None or count == 1:
@@ -187,6 +190,14 @@ def total(count: int, mesh: Mesh | None = None) -> int:
     return int(gather(np.array([count], np.int32), mesh).sum())
 
 
+def of_all_processes(described: dict) -> list[dict]:
+    """One JSON object of each process, in order."""
+    written = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    lengths = gather(np.array([len(written)], np.int32))
+    padded = gather(np.pad(written, (0, lengths.max() - len(written)))[None])
+    return [json.loads(row[:length].tobytes()) for row, length in zip(padded, lengths, strict=True)]
+
+
 def threads_may_launch() -> bool:
     """Whether two threads of a process may each start programs, on devices of their own.
 
@@ -203,9 +214,9 @@ def place(tree: Any, sharding: Sharding) -> Any:
     )
 
 
-def as_loss(error: Exception) -> Interrupted | None:
+def as_loss(error: BaseException) -> Interrupted | None:
     """The exception to raise for an error that means that another process is gone; None for other errors."""
-    if isinstance(error, RunError) or jax.process_count() == 1 or not LOST.search(str(error)):
+    if isinstance(error, RunError) or not LOST.search(str(error)) or jax.process_count() == 1:
         return None
     line = str(error).strip().splitlines()[0]
     return Interrupted(

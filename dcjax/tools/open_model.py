@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.data.chat import dated
+from dcjax.data.chat import dated, template_digest
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
@@ -19,7 +19,8 @@ from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.run_directory import load_config, locate, recorded_start
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
-from dcjax.recipe.build import abstract_state, starting_params, with_pretrained_model
+from dcjax.recipe.architecture import with_pretrained_model
+from dcjax.recipe.build import abstract_state, starting_params
 from dcjax.recipe.config import Config, on_one_device
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Params, TrainState
@@ -41,6 +42,8 @@ class OpenedModel:
     """The devices that the weights are placed on."""
     tokenizer: PreTrainedTokenizerFast
     """To its chat template it is the time when the run was started, or for a folder now."""
+    chat_template: str | None
+    """The `template_digest` of the tokenizer, to which it was no particular time yet."""
     end_tokens: list[int]
     """The ids that end a response, ascending."""
     directory: Path
@@ -118,7 +121,7 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
     step = checkpoints.latest() if step is None else step
     checkpoints.require(step)
     try:
-        tokenizer = dated(load_tokenizer(run_dir / "tokenizer"), recorded_start(run_dir))
+        tokenizer = load_tokenizer(run_dir / "tokenizer")
     except ValueError as error:
         folder = config.pretrained
         again = (
@@ -131,7 +134,8 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
         config=config,
         trained_on=recorded.mesh,
         mesh=mesh,
-        tokenizer=tokenizer,
+        tokenizer=dated(tokenizer, recorded_start(run_dir)),
+        chat_template=template_digest(tokenizer),
         end_tokens=run_end_tokens(run_dir, config, tokenizer),
         directory=run_dir,
     )
@@ -139,14 +143,15 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
 
 def _open_folder(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
     config = _placed(with_pretrained_model(_changed(Config(pretrained=source), sections)), mesh)
-    tokenizer = dated(load_tokenizer(source), datetime.now())
+    tokenizer = load_tokenizer(source)
     return OpenedModel(
         name=source.name,
         step=None,
         config=config,
         trained_on=MeshConfig(),
         mesh=mesh,
-        tokenizer=tokenizer,
+        tokenizer=dated(tokenizer, datetime.now()),
+        chat_template=template_digest(tokenizer),
         end_tokens=folder_end_tokens(source, tokenizer),
         directory=source,
     )

@@ -88,7 +88,7 @@ def started(monkeypatch):
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
-    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config: None)
+    monkeypatch.setattr(dcjax.loop.early, "refuse_early", lambda config, recipe: None)
     return configs
 
 
@@ -555,15 +555,22 @@ def mathematics(directory, monkeypatch, capfd):
     return run
 
 
-def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathematics):
+@pytest.mark.parametrize(
+    ("overrides", "of_the_model"),
+    [
+        ("--mesh.fsdp 16 --pretrained nowhere", "no nowhere/config.json"),
+        ("--mesh.tensor 16", "mesh.tensor × mesh.context is 16, which does not divide the 4 query heads"),
+    ],
+)
+def test_all_that_refuses_a_run_is_said_at_once_and_before_anything_slow(mathematics, overrides, of_the_model):
     begun = time.perf_counter()
-    message = mathematics("--mesh.fsdp", "16", "--pretrained", "nowhere")
+    message = mathematics(*overrides.split())
     assert time.perf_counter() - begun < 5
     for expected in (
-        "no nowhere/config.json",
+        of_the_model,
         "no copy of dapo-math-17k, aime24 in data; dcjax data data --download fetches",
         f"the samples that come with dcjax: --task.data_dir {SAMPLES}",
-        "mesh.fsdp 16 needs 16 devices; 8 found",
+        " 16 needs 16 devices; 8 found",
     ):
         assert expected in message
 
@@ -576,9 +583,22 @@ def test_a_real_process_that_is_refused_starts_no_other_and_says_all_in_one_line
     assert b"mesh.fsdp 16 needs 16 devices" in ended.stderr
 
 
-def test_what_refuses_a_run_early_is_imported_quickly():
-    script = "import sys, dcjax.loop.early; print(sys.modules.keys() & {'tensorflow', 'jetstream', 'transformers'})"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+REFUSED = """
+import sys
+from dcjax.cli import main
+
+assert main(["train", "tested", *sys.argv[1:]]) == 2
+print(sys.modules.keys() & {"tensorflow", "jetstream", "transformers"})
+"""
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_slow_imports():
+    command = [sys.executable, "-c", REFUSED, "--mesh.fsdp", "16"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout == "set()\n"
+    assert ended.stderr == (
+        "dcjax: error: mesh.fsdp 16 needs 16 devices; 8 found, so the product must be at most that\n"
+    )
 
 
 def test_all_that_files_show_is_said_at_once(mathematics, capfd):
@@ -631,7 +651,6 @@ def test_an_unknown_field_of_a_section_brings_the_nearest_to_mind(refusal):
         ("optimizer.tokens_per_microbatch=5", ["optimizer.tokens_per_microbatch is 5", "must be at least"]),
         ("rollout.max_prompt_length=6", ["rollout.max_prompt_length is 6", "needs 13 tokens"]),
         ("rollout.max_response_length=12", ["rollout.max_response_length is 12", "needs"]),
-        ("mesh.fsdp=3", ["mesh.fsdp is 3", "does not divide the 64 embed"]),
         ("mesh.data=3", ["mesh.data × mesh.fsdp × mesh.expert, 3"]),
         ("mesh.tensor=16", ["mesh.tensor × mesh.context is 16", "4 query heads"]),
         ("model.vocab_size=18", ["model.vocab_size is 18", "needs 19"]),

@@ -53,19 +53,15 @@ def kept():
     return sorted(cache_folder().glob("*-cache"))
 
 
-def test_a_second_process_reads_what_the_first_compiled(home):
+def test_a_second_process_reads_what_the_first_compiled_and_a_third_compiles_again_what_is_damaged(home):
     first, _ = run()
     assert first["hits"] == 0 and first["bound"] == compilation.MAX_BYTES
     assert kept() and home in kept()[0].parents
     assert cache_folder().stat().st_mode & 0o777 == 0o700
+    # which also notes the checksums of what the first wrote
     second, told = run()
     assert second["hits"] == len(kept())
     assert second["value"] == first["value"] and told == []
-
-
-def test_damaged_programs_are_compiled_again_without_a_word(home):
-    first, _ = run()
-    run()  # which notes the checksums of what the first wrote
     flipped, torn, *others = kept()
     sound = flipped.read_bytes()
     flipped.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])

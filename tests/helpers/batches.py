@@ -1,5 +1,7 @@
 """Batches of random tokens, for tests of the training step."""
 
+import dataclasses
+
 import numpy as np
 
 from dcjax.types import Batch
@@ -25,3 +27,14 @@ def random_batch(rewards, *, vocab_size, group_size, prompt_length, response_len
         rewards=rewards,
         group_rewards=np.repeat(rewards.reshape(-1, group_size), group_size, axis=0),
     )
+
+
+def grouped_batch(rows, *, group_size, vocab_size, prompt_length, response_length):
+    """A `random_batch` whose groups have a prompt in common, with random rewards."""
+    rewards = np.random.default_rng(1).integers(0, 2, rows)
+    sizes = {"group_size": group_size, "prompt_length": prompt_length, "response_length": response_length}
+    batch = random_batch(rewards, vocab_size=vocab_size, **sizes)
+    tokens, mask = batch.tokens.copy(), batch.attention_mask.copy()
+    for of_rows in (tokens, mask):
+        of_rows[:, :prompt_length] = np.repeat(of_rows[::group_size, :prompt_length], group_size, axis=0)
+    return dataclasses.replace(batch, tokens=tokens, attention_mask=mask)

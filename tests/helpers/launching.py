@@ -3,13 +3,11 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-
-ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""Of collectives, on devices that are not there; tests/conftest.py says why."""
 
 
 def free_port():
@@ -19,15 +17,18 @@ def free_port():
 
 
 def fake_devices(count):
-    """The environment of a process that has so many."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {ONE_ORDER}"}
+    """The environment of a process that has so many, and else the tests' own flags, and so their compiled programs."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 @contextlib.contextmanager
-def processes(recipe, directory, *options, count=2, devices=1, only=None, each=lambda number: ()):
+def processes(
+    recipe, directory, *options, count=2, devices=1, only=None, each=lambda number: (), cwd=lambda number: None
+):
     """`count` of them, or `only` some, with so many devices each; those that still run at the end are killed.
 
-    `each` gives the options of one of them by its number.
+    `each` gives the options of one of them by its number, and `cwd` its working directory.
     """
     coordinator, started = f"127.0.0.1:{free_port()}", []
     for number in range(count) if only is None else only:
@@ -35,9 +36,8 @@ def processes(recipe, directory, *options, count=2, devices=1, only=None, each=l
         flags = [f"distributed.{name}={value}" for name, value in joined.items()] if count > 1 else []
         command = [sys.executable, "-m", "dcjax", "train", str(recipe), "--run-dir", str(directory)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(
-            subprocess.Popen([*command, *flags, *options, *each(number)], env=fake_devices(devices), **streams)
-        )
+        command += [*flags, *options, *each(number)]
+        started.append(subprocess.Popen(command, env=fake_devices(devices), cwd=cwd(number), **streams))
     try:
         yield started
     finally:

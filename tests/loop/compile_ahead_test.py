@@ -14,16 +14,13 @@ from dcjax.loop.compile_ahead import compiled_beside
 from dcjax.loop.reward_collector import open_rewards
 from dcjax.recipe import build
 from dcjax.recipe.build import make_engines
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.heavy
 
-# a model that no other test has, so that nothing of it is compiled yet
-CONFIG = dataclasses.replace(
-    tiny.CONFIG,
-    model=dataclasses.replace(tiny.DENSE, num_layers=1, intermediate_size=48),
-    warm_start=dataclasses.replace(tiny.CONFIG.warm_start, steps=1),
-)
+CONFIG = tiny.CONFIG
+"""Of the finished run, so that its programs are most likely in the cache on disk."""
 
 
 @pytest.fixture
@@ -42,6 +39,8 @@ def compiled():
 
 def test_the_first_iteration_compiles_no_program_of_its_own_anew(compiled, tmp_path):
     config = dataclasses.replace(CONFIG, run_dir=tmp_path)
+    # nothing is compiled yet in this process, whichever tests it ran before
+    jax.clear_caches()
     with open_rewards(config) as scorer:
         trainer = Stepper(config, scorer)
         state, loop = trainer.begin()
@@ -55,10 +54,17 @@ def test_the_first_iteration_compiles_no_program_of_its_own_anew(compiled, tmp_p
 
 def test_the_abstract_batch_is_what_a_rollout_gives(monkeypatch, tmp_path):
     """Here with what truncation leaves and routers choose; without both, a step above is not compiled again."""
-    rollout = dataclasses.replace(tiny.CONFIG.rollout, top_k=3, replay_routing=True)
-    model = dataclasses.replace(tiny.EXPERTS, num_layers=1)
-    warm_start = dataclasses.replace(tiny.CONFIG.warm_start, steps=0)
-    config = dataclasses.replace(tiny.CONFIG, rollout=rollout, model=model, warm_start=warm_start, run_dir=tmp_path)
+    # the programs of iteration_test.py's replay
+    drawn = {"replay_routing": True, "top_k": 5, "top_p": 0.9, "temperature": 0.8}
+    config = dataclasses.replace(
+        tiny.CONFIG,
+        rollout=dataclasses.replace(tiny.CONFIG.rollout, **drawn),
+        serving=dataclasses.replace(tiny.CONFIG.serving, format="float32"),
+        model=dataclasses.replace(tiny.EXPERTS, num_layers=1),
+        mismatch=MismatchConfig(routing_flips=1.0),
+        warm_start=dataclasses.replace(tiny.CONFIG.warm_start, steps=0),
+        run_dir=tmp_path,
+    )
     batches = []
     monkeypatch.setattr(build, "compile_train_step", lambda *_: lambda state, batch: batches.append(batch) or 1 / 0)
     with open_rewards(config) as scorer:

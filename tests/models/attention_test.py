@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from compiling import jit
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention
 
-from dcjax.models.attention import causal_attention, choose
+from dcjax.models.attention import Segments, _skip_blocks, causal_attention, choose
 
 pytestmark = pytest.mark.heavy
 
@@ -30,36 +31,53 @@ def case(batch, length, heads, kv_heads, head_dim):
     return [normal(seed, *shape) for seed, shape in enumerate(shapes)]
 
 
+def numbers(*rows):
+    """Integers from (number, columns) pairs."""
+    return np.array([[number for number, columns in row for _ in range(columns)] for row in rows], np.int32)
+
+
 def packed(*rows):
-    """segment_ids from (segment, columns) pairs."""
-    return np.array([[segment for segment, columns in row for _ in range(columns)] for row in rows], np.int32)
+    """Segments from (segment, columns) pairs."""
+    return Segments(numbers(*rows))
 
 
-def oracle(q, k, v, cotangent, segment_ids=None):
+def oracle(q, k, v, cotangent, segments=None):
     """The result and its gradients of q, k, v, one head at a time, in float64."""
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    scale, sharing = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
-    for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        at, shared = np.s_[b, :, h], np.s_[b, :, h // sharing]
-        scores = q[at] @ k[shared].T * scale
-        for i, j in np.ndindex(*scores.shape):
-            if j > i or (segment_ids is not None and segment_ids[b, i] != segment_ids[b, j]):
-                scores[i, j] = -np.inf
+    scale, sharing, (rows, length) = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2], q.shape[:2]
+    for b, h in np.ndindex(rows, q.shape[2]):
+        keys, seen = visible(b, length, segments)
+        at, keys = np.s_[b, :, h], (*keys, h // sharing)
+        scores = np.where(seen, q[at] @ k[keys].T * scale, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        out[at] = weights @ v[shared]
-        dweights = cotangent[at] @ v[shared].T
+        out[at] = weights @ v[keys]
+        dweights = cotangent[at] @ v[keys].T
         dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * scale
-        dq[at] = dscores @ k[shared]
-        dk[shared] += dscores.T @ q[at]
-        dv[shared] += weights.T @ cotangent[at]
+        dq[at] = dscores @ k[keys]
+        np.add.at(dk, keys, dscores.T @ q[at])
+        np.add.at(dv, keys, weights.T @ cotangent[at])
     return out, dq, dk, dv
 
 
+def visible(b, length, segments):
+    """The rows and columns of row b's keys, and which of them each of its queries sees."""
+    keys, seen = (np.full(length, b), np.arange(length)), np.tril(np.ones((length, length), bool))
+    if segments is None:
+        return keys, seen
+    ids = segments.ids[b]
+    seen &= ids[:, None] == ids
+    if segments.gathered is None:
+        return keys, seen
+    places = np.divmod(segments.gathered[b], length)
+    keys = tuple(np.concatenate(both) for both in zip(places, keys, strict=True))
+    return keys, np.concatenate([ids[:, None] == segments.gathered_ids[b], seen], axis=1)
+
+
 @partial(jit, static_argnames="kernel")
-def with_gradients(kernel, q, k, v, cotangent, segment_ids=None):
-    out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel=kernel, segment_ids=segment_ids), q, k, v)
+def with_gradients(kernel, q, k, v, cotangent, segments=None):
+    out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel=kernel, segments=segments), q, k, v)
     return out, *back(cotangent)
 
 
@@ -74,7 +92,7 @@ def kernel(request, monkeypatch):
     if request.param == "cudnn":
         real = jax.nn.dot_product_attention
 
-        def served_by_xla(q, k, v, *, mask, implementation, **kwargs):
+        def served_by_xla(q, k, v, *, mask=None, implementation, **kwargs):
             assert implementation == "cudnn"
             assert mask is None or q.shape[1] % 2 == 0, "cuDNN takes no mask of odd length in training"
             return real(q, k, v, mask=mask, implementation="xla", **kwargs)
@@ -120,10 +138,78 @@ def test_result_and_gradients_of_segments_and_padding(kernel):
 @pytest.mark.parametrize("segmented", [True, pytest.param(False, marks=SLOW)])
 def test_splash_meets_xla_over_several_blocks(segmented):
     arrays = case(1, 1030, 2, 1, 16)
-    segment_ids = packed([(1, 300), (2, 700), (0, 30)]) if segmented else None
-    expected = with_gradients("xla", *arrays, segment_ids)
+    segments = packed([(1, 300), (2, 700), (0, 30)]) if segmented else None
+    assert_splash_meets_xla(arrays, segments, real=1000 if segmented else 1030)
+
+
+def assert_splash_meets_xla(arrays, segments, real):
+    """Padding sees itself, and what else is left to the kernel."""
+    arrays[3][:, real:] = 0
+    expected = with_gradients("xla", *arrays, segments)
     with pltpu.force_tpu_interpret_mode(True):
-        assert_close(with_gradients("splash", *arrays, segment_ids), expected)
+        found = with_gradients("splash", *arrays, segments)
+    assert np.isfinite(found[0]).all()
+    assert_close([x[:, :real] for x in found], [x[:, :real] for x in expected])
+
+
+# segments 1 and 2 are prompts, which the others of both rows read; segment 5 has another one's only column to read
+GATHERED = Segments(
+    numbers([(1, 3), (3, 4), (5, 1), (0, 3)], [(2, 1), (3, 6), (4, 4)]),
+    np.array([[0, 1, 2, 11, 0, 0], [11, 0, 1, 2, 4, 11]], np.int32),
+    np.array([[3, 3, 3, 5, -1, -1], [3, 4, 4, 4, -1, -1]], np.int32),
+)
+
+
+def test_result_and_gradients_of_keys_that_are_gathered_from_all_rows(kernel):
+    """Several segments read a key, some keys are read by none, and a row's own come behind them."""
+    arrays = case(2, 11, 4, 2, 8)
+    assert_close(with_gradients(kernel, *arrays, GATHERED), oracle(*arrays, GATHERED))
+
+
+def test_splash_gathers_over_several_blocks():
+    """A prompt of 200 columns is read by two of three responses, the last of them over the edge of a block."""
+    arrays = case(1, 1030, 2, 1, 16)
+    gathered = np.concatenate([np.arange(200), np.arange(200), np.zeros(140)])[None].astype(np.int32)
+    ids = numbers([(1, 200), (2, 250), (3, 300), (4, 200), (0, 80)])
+    segments = Segments(ids, gathered, numbers([(2, 200), (4, 200), (-1, 140)]))
+    assert_splash_meets_xla(arrays, segments, real=950)
+
+
+def causal_kernel(length, more, block):
+    mask = splash_attention.CausalMask((length, length + more), offset=more)
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    return splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask]),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(sizes, block)),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_splash_skips_exactly_the_blocks_in_which_nothing_is_seen(seed):
+    """Forward and backward; where a block is skipped, one is held that is at hand or comes next."""
+    block, rng = 128, np.random.default_rng(seed)
+    prompts, responses = np.arange(1, rng.integers(2, 5)), np.arange(4, 8)
+    ids = np.repeat([*prompts, *responses], rng.integers(1, 300, len(prompts) + len(responses)))
+    ids = np.pad(ids, (0, -len(ids) % block))
+    gathered = np.repeat(responses, rng.integers(1, 200, len(responses)))
+    key_ids = np.concatenate([gathered, np.full(-len(gathered) % block, -1), ids])
+    length, more = len(ids), len(key_ids) - len(ids)
+    kernel = causal_kernel(length, more, block)
+    _skip_blocks(kernel, block, jnp.array(ids), jnp.array(key_ids))
+    sees = (ids[:, None] == key_ids) & np.tril(np.ones((length, length + more), bool), more)
+    expected = sees.reshape(length // block, block, -1, block).any(axis=(1, 3))
+    assert not expected.all()
+    for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+        np.testing.assert_array_equal(info.block_mask[0] > 0, expected)
+    for info in (kernel.fwd_mask_info, kernel.dq_mask_info):
+        assert_held(info.data_next[0], expected)
+    assert_held(kernel.dkv_mask_info.data_next[0].T, expected.T)
+
+
+def assert_held(blocks, needed):
+    for held, row in zip(np.asarray(blocks), needed, strict=True):
+        np.testing.assert_array_equal(held[row], np.flatnonzero(row))
+        assert set(held.tolist()) == set(np.flatnonzero(row).tolist())
 
 
 def test_later_tokens_change_nothing_earlier(kernel):
@@ -183,7 +269,7 @@ def test_xla_is_jax_dot_product_attention():
 def test_auto_is_xla_here():
     arrays = case(2, 11, 4, 2, 8)
     auto, xla = (str(with_gradients.trace(kernel, *arrays).jaxpr) for kernel in ("auto", "xla"))
-    assert auto == xla != str(with_gradients.trace("xla", *arrays, np.ones((2, 11), np.int32)).jaxpr)
+    assert auto == xla != str(with_gradients.trace("xla", *arrays, packed([(1, 11)], [(1, 11)])).jaxpr)
 
 
 TABLE = {
@@ -227,27 +313,28 @@ def test_what_a_refusal_says():
 
 ON_A_GPU = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from dcjax.models.attention import causal_attention
+from dcjax.models.attention import Segments, causal_attention
 try:
     jax.devices("cuda")
 except RuntimeError:
     sys.exit(77)
 
-def run(kernel, dtype, segment_ids, *arrays):
+def run(kernel, dtype, segments, *arrays):
     q, k, v, cotangent = (jnp.asarray(x, dtype) for x in arrays)
-    attend = lambda *qkv: causal_attention(*qkv, kernel=kernel, segment_ids=segment_ids)
+    attend = lambda *qkv: causal_attention(*qkv, kernel=kernel, segments=segments)
     out, back = jax.vjp(attend, q, k, v)
     return [np.asarray(x, np.float64) for x in (out, *back(cotangent))]
 
 ids = jnp.asarray(np.repeat([[1, 2, 3, 0]], [70, 130, 40, 17], axis=1))
+gathered = Segments(ids, jnp.arange(70)[None], jnp.repeat(jnp.array([[2, 3]]), 35, axis=1))
 for kv_heads in (1, 2, 4):
     random = np.random.default_rng(kv_heads)
     arrays = [random.normal(size=(1, 257, heads, 64)) for heads in (4, kv_heads, kv_heads, 4)]
     arrays = [np.asarray(x, jnp.bfloat16) for x in arrays]
-    for segment_ids in (None, ids):
+    for segments in (None, Segments(ids), gathered):
         with jax.default_matmul_precision("highest"):
-            expected = run("xla", jnp.float32, segment_ids, *arrays)
-        for mine, theirs in zip(run("cudnn", jnp.bfloat16, segment_ids, *arrays), expected):
+            expected = run("xla", jnp.float32, segments, *arrays)
+        for mine, theirs in zip(run("cudnn", jnp.bfloat16, segments, *arrays), expected):
             assert np.linalg.norm(mine - theirs) < 2**-6 * np.linalg.norm(theirs)
 """
 

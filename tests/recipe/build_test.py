@@ -16,6 +16,7 @@ from dcjax.cli import main
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, Precision, load_hf, read_config
 from dcjax.recipe import build
+from dcjax.recipe.architecture import with_pretrained_model
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import to_dict
@@ -34,17 +35,17 @@ NUMERICS = {"remat": "full", "attention": "xla", "head_chunk": 7, "precision": P
 @pytest.mark.parametrize("name", ["hf_tiny_qwen3", "hf_tiny_qwen3_moe", "hf_tiny_qwen2"])
 def test_the_architecture_is_the_folders_and_the_numerics_are_the_recipes(name):
     recipe = Config(model=ModelConfig(num_layers=5, **NUMERICS), pretrained=DATA / name)
-    model = build.with_pretrained_model(recipe).model
+    model = with_pretrained_model(recipe).model
     assert model == dataclasses.replace(read_config(DATA / name), **NUMERICS)
     assert model.num_layers == 2
 
 
 def test_without_a_folder_the_config_is_as_it_was():
-    assert build.with_pretrained_model(Config()) == Config()
+    assert with_pretrained_model(Config()) == Config()
 
 
 def test_training_starts_from_the_weights_in_the_folder():
-    config = build.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3_moe"))
+    config = with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3_moe"))
     params = build.starting_params(config, make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, params, load_hf(DATA / "hf_tiny_qwen3_moe")[1])
     narrow = dataclasses.replace(
@@ -57,19 +58,19 @@ def test_training_starts_from_the_weights_in_the_folder():
 def test_sequences_longer_than_the_folders_model_is_made_for_are_refused():
     long = dataclasses.replace(Config().rollout, max_response_length=10**6)
     with pytest.raises(RunError, match=r"length 1000000, 1000013 tokens; the model is made for 256 \(RoPE"):
-        build.with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3", rollout=long))
+        with_pretrained_model(Config(pretrained=DATA / "hf_tiny_qwen3", rollout=long))
 
 
 def test_a_folder_without_a_supported_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(RunError, match="model_type is 'llama'"):
-        build.with_pretrained_model(Config(pretrained=tmp_path))
+        with_pretrained_model(Config(pretrained=tmp_path))
 
 
 def test_damaged_weights_are_refused(tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(DATA / "hf_tiny_qwen3", folder)
-    config = build.with_pretrained_model(Config(pretrained=folder))
+    config = with_pretrained_model(Config(pretrained=folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(RunError, match=r"model\.safetensors"):
@@ -189,13 +190,13 @@ def test_the_training_engine_is_float32_with_nothing_added():
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(changes, message):
-    config = build.with_pretrained_model(Config(**changes))
+    config = with_pretrained_model(Config(**changes))
     with pytest.raises(RunError, match=message):
         build.build_engine(config, make_mesh(config.mesh), [3])
 
 
 def test_routing_of_a_pretrained_model_can_be_replayed():
     rollout = RolloutConfig(replay_routing=True, top_k=20)
-    config = build.with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
+    config = with_pretrained_model(Config(rollout=rollout, pretrained=DATA / "hf_tiny_qwen3_moe"))
     engine = build.build_engine(config, make_mesh(config.mesh), [3])
     assert engine.decoder.records_experts and engine.decoder.max_candidates == 20

@@ -1,6 +1,7 @@
 """Several real processes on loopback, against one process on the same mesh."""
 
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -209,6 +210,54 @@ def test_processes_with_different_configs_are_told_apart(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_host_that_sees_another_directory_is_told_of_by_all(recipe, tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    with processes(recipe, "run", "--mesh.fsdp", "2", cwd=lambda number: tmp_path / str(number)) as started:
+        told = [ended(process) for process in started]
+    message = (
+        f"dcjax: error: process 1: {tmp_path / '1' / 'run'} is not the directory of process 0; every process writes "
+        "its own part there, so it must be on a file system that all of them share"
+    )
+    assert told == [(2, [message])] * 2
+    assert not [*tmp_path.glob("*/*")]
+
+
+STOPPED = """
+import dataclasses, os, signal
+
+import jax, tiny
+
+from dcjax.data.arithmetic import ArithmeticTask
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(ArithmeticTask):
+    def build_tokenizer(self, pretrained):
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().build_tokenizer(pretrained)
+
+
+def config():
+    return dataclasses.replace(tiny.CONFIG, task=Task(**dataclasses.asdict(tiny.TASK)))
+"""
+
+
+@pytest.mark.slow
+def test_when_one_process_is_stopped_before_the_loop_the_other_says_so_and_stops(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    path = tmp_path / "recipe.py"
+    path.write_text(STOPPED)
+    with processes(path, tmp_path / "run", "--mesh.fsdp", "2") as started:
+        told = [ended(process, BOUND) for process in started]
+    assert [status for status, _ in told] == [75, 75]
+    ((said,), (stopped,)) = (lines for _, lines in told)
+    assert said.startswith("dcjax: error: another of the 2 processes has stopped")
+    assert stopped == "dcjax: stopped by SIGTERM before the first step; start the same command again"
+
+
 @pytest.mark.parametrize("present", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_joins_is_waited_for_no_longer_than_asked(recipe, tmp_path, present):
     with processes(recipe, tmp_path / "run", "--distributed.timeout", "2", only=[present]) as (started,):
@@ -294,14 +343,16 @@ def test_without_the_first_process_or_one_that_answers_the_others_stop_too(recip
 # --- parts ---
 
 APART = """
-import sys
+import os, sys
+from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from dcjax.recipe.config import Config
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.sharding.hosts import DistributedConfig, gather, join, place, total
 from dcjax.errors import RunError
-from dcjax.loop.run_directory import check_data_agree, check_end_tokens_agree, check_processes_agree
+from dcjax.loop.early import Checks
+from dcjax.loop.run_directory import check_data_agree, check_end_tokens_agree, check_processes_agree, check_shared
 from dcjax.serving.parallel import serving_mesh
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 from dcjax.sharding.transfer import across
@@ -345,14 +396,53 @@ assert "processes 0 and 1 differ in heldout '' and 'longer';" in told, told
 assert refusal(check_end_tokens_agree, [1, 16]) is None
 told = refusal(check_end_tokens_agree, [1, 16][: number + 1])
 assert "processes 0 and 1 differ in end tokens [1] and [1, 16]; give every host the same" in told, told
+
+# each host has a folder of its own, beside one that both see
+folder = Path(sys.argv[3])
+(folder / str(number)).mkdir()
+os.chdir(folder / str(number))
+assert refusal(check_shared, folder) is None
+assert refusal(check_shared, Path("../runs/one")) is None
+told = refusal(check_shared, Path("runs/one"))
+assert told is None if number == 0 else "1/runs/one is not the directory of process 0; every process writes" in told
+if number == 1:
+    Path("runs").touch()
+told = refusal(check_shared, Path("runs/one"))
+assert told is None if number == 0 else "1/runs: Not a directory; every process writes its own part there" in told
+
+if number == 0:
+    Path("runs").touch()
+    try:
+        check_shared(Path("runs/one"))
+        raise AssertionError
+    except NotADirectoryError as error:
+        assert error.filename == str(folder / "0" / "runs")
+else:
+    Path("runs").unlink()
+    assert refusal(check_shared, Path("runs/one")) is None
+
+def fail(said):
+    raise RunError(said)
+
+checks = Checks()
+checks.run(fail, "of both")
+checks.run(fail, f"of {number}")
+told = refusal(checks.finish)
+assert told == "of both. Also: process 0: of 0. Also: process 1: of 1", told
+checks = Checks()
+if number == 1:
+    checks.run(fail, "of one")
+told = refusal(checks.finish)
+assert told == "process 1: of one", told
 """
 
 
-def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them_and_differences_are_told_on_both():
+def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them_and_differences_are_told_on_both(tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-c", APART, coordinator]
     started = [
-        subprocess.Popen([*command, str(number)], env=fake_devices(4), stderr=subprocess.PIPE) for number in range(2)
+        subprocess.Popen([*command, str(number), str(tmp_path)], env=fake_devices(4), stderr=subprocess.PIPE)
+        for number in range(2)
     ]
     try:
         told = [process.communicate(timeout=120)[1].decode() for process in started]
@@ -360,6 +450,7 @@ def test_arrays_reach_devices_of_both_hosts_that_did_not_have_them_and_differenc
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], told
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["0", "0/runs", "1"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import SingleDeviceSharding
 
 from dcjax.models import Precision, abstract_params, logical_axes, presets
-from dcjax.models.attention import causal_attention
+from dcjax.models.attention import Segments, causal_attention
 from dcjax.recipe import build
 from dcjax.recipe.config import Config, WarmStartConfig
 from dcjax.recipe.optimizer import OptimizerConfig
@@ -76,8 +76,8 @@ def test_without_libtpu_its_name_is_said():
         slice_devices("v5p:4x4x4")
 
 
-def splash(q, k, v, cotangent, segment_ids=None):
-    out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel="splash", segment_ids=segment_ids), q, k, v)
+def splash(q, k, v, cotangent, segments=None):
+    out, back = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel="splash", segments=segments), q, k, v)
     return out, *back(cotangent)
 
 
@@ -91,8 +91,9 @@ def test_splash_compiles_for_a_tpu_in_memory_linear_in_the_length(length, segmen
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
 
     q, kv = array(1, length, 16, 128), array(1, length, 8, 128)
-    segment_ids = array(1, length, dtype=jnp.int32) if segmented else None
-    compiled = jax.jit(splash).lower(q, kv, kv, q, segment_ids).compile()
+    # as many gathered keys as a row's own
+    segments = Segments(*[array(1, length, dtype=jnp.int32)] * 3) if segmented else None
+    compiled = jax.jit(splash).lower(q, kv, kv, q, segments).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text.count("tpu_custom_call") >= 3  # forward, and backward of q and of k and v
     assert f"{length},{length}" not in text

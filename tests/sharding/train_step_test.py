@@ -71,9 +71,10 @@ def trained(batch, masters):
         params = jax.device_put(jax.tree.map(jnp.array, masters), build.params_shardings(config, mesh))
         before = state = build.initial_state(config, mesh, tx, params)
         served = make_sync(MODEL, formats["float32"])(state.params, 0)
-        step, metrics = build.compile_train_step(config, mesh).lower(state, batch).compile(UNOPTIMISED), []
+        packed, metrics = config.packing()(batch), []
+        step = build.compile_train_step(config, mesh).lower(state, packed).compile(UNOPTIMISED)
         for _ in range(2):
-            state, measured = step(state, batch)
+            state, measured = step(state, packed)
             metrics.append(jax.device_get(measured))
         return Trained(mesh, step, before, served, state, metrics)
 
@@ -141,10 +142,10 @@ def test_the_state_is_donated_and_serving_params_made_from_it_survive(trained, m
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(trained, batch, masters):
     config = make_config(MESHES["one"])
-    mesh, tx = make_mesh(config.mesh), build_optimizer(config)
+    mesh, tx, packed = make_mesh(config.mesh), build_optimizer(config), config.packing()(batch)
     state = build.initial_state(config, mesh, tx, jax.tree.map(jnp.array, masters))
     for _ in range(2):
-        state, _ = trained["one"].step(state, batch)
+        state, _ = trained["one"].step(state, packed)
     jax.tree.map(np.testing.assert_array_equal, state.params, trained["one"].after.params)
 
 

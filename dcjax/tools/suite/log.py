@@ -41,6 +41,8 @@ class Conditions:
     template: str
     thinking: str
     answer_start: str
+    chat_template: str | None
+    """The `template_digest` of the model's tokenizer."""
 
     @property
     def fingerprint(self) -> str:

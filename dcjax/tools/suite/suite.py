@@ -19,9 +19,8 @@ from dcjax.data.templates import Template, TemplateName, templates
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import fingerprint
 from dcjax.loop.reward_collector import tell_unreadable
-from dcjax.loop.run_directory import check_end_tokens_agree
+from dcjax.loop.run_directory import check_end_tokens_agree, check_shared
 from dcjax.reporting.progress import Progress
-from dcjax.reporting.record import check_writable
 from dcjax.rewards.pool import RewardPool
 from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
@@ -94,6 +93,7 @@ class _Plan:
             template=self.template,
             thinking=self.asked.thinking,
             answer_start=self.asked.answer_start,
+            chat_template=self.model.chat_template,
         )
 
 
@@ -138,7 +138,7 @@ def evaluate_suite(
     check_end_tokens_agree(model.end_tokens)
     directory = model.directory_for("suite") / (model.name if model.step is None else str(model.step))
     directory = directory if out is None else out
-    check_writable(directory)
+    check_shared(directory)
     plan = _make_plan(model, config, data_dir)
     try:
         _sample(plan, directory)
@@ -273,6 +273,7 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
         "template": plan.template,
         "thinking": plan.asked.thinking,
         "answer_start": plan.asked.answer_start,
+        "chat_template": plan.model.chat_template,
         "max_response_length": plan.max_response_length,
         "stop_tokens": plan.model.end_tokens,
     }

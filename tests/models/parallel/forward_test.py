@@ -15,7 +15,7 @@ from compiling import UNOPTIMISED
 from jax.experimental.pallas import tpu as pltpu
 
 from dcjax.models import ModelConfig, init_params, presets
-from dcjax.models.attention import causal_attention
+from dcjax.models.attention import Segments, causal_attention
 from dcjax.models.parallel.forward import check_model, mesh_layout
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer
@@ -78,12 +78,13 @@ BATCH = random_batch(
 
 def train_one_step(mesh_config):
     """State and metrics after a step, and the text of its program."""
-    mesh, tx = make_mesh(mesh_config), build_optimizer(CONFIG)
+    config = dataclasses.replace(CONFIG, mesh=mesh_config)
+    mesh, tx, batch = make_mesh(mesh_config), build_optimizer(config), config.packing()(BATCH)
     masters = jax.device_get(jax.jit(partial(init_params, MODEL))(jax.random.key(0)))
-    params = jax.device_put(masters, build.params_shardings(CONFIG, mesh))
-    state = build.initial_state(CONFIG, mesh, tx, params)
-    step = build.compile_train_step(CONFIG, mesh).lower(state, BATCH).compile(UNOPTIMISED)
-    return *jax.device_get(step(state, BATCH)), step.as_text()
+    params = jax.device_put(masters, build.params_shardings(config, mesh))
+    state = build.initial_state(config, mesh, tx, params)
+    step = build.compile_train_step(config, mesh).lower(state, batch).compile(UNOPTIMISED)
+    return *jax.device_get(step(state, batch)), step.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +116,15 @@ def test_a_step_is_that_of_one_device_and_its_activations_are_cut(alone, name):
 
 
 def assert_activations_are_cut(mesh, text):
-    """Between an MLP's products each device has its rows, columns and widths only, and no device has them all."""
+    """Between an MLP's products each device has its bins, columns and widths only, and no device has them all."""
     held = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
-    columns = -(-FED // (mesh.context * mesh.tensor)) * mesh.tensor
-    rows, width = ROWS // (mesh.data * mesh.fsdp * mesh.expert), MODEL.intermediate_size // mesh.tensor
-    assert (rows, columns, width) in held
+    bins = dataclasses.replace(CONFIG, mesh=mesh).packing().bins
+    columns, width = bins.width // mesh.context, MODEL.intermediate_size // mesh.tensor
+    assert (bins.number, columns, width) in held
     # of three axes, the last of them this width; weights have the residual stream's width too
     inner = [shape for shape in held if len(shape) == 3 and shape[2] in (width, MODEL.intermediate_size)]
     activations = [shape for shape in inner if MODEL.hidden_size not in shape]
-    assert max(map(math.prod, activations)) == rows * columns * width
+    assert max(map(math.prod, activations)) == bins.number * columns * width
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_attention_on_a_mesh_is_that_of_one_device(kernel, mesh):
     ids = np.repeat([[1, 2, 0], [1, 2, 0], [1, 1, 1], [1, 2, 3]], [5, 8, 3], axis=1).astype(np.int32)
 
     def with_gradients(attend, kernel, *arrays):
-        out, back = jax.vjp(lambda *qkv: attend(*qkv, kernel=kernel, segment_ids=ids), *arrays)
+        out, back = jax.vjp(lambda *qkv: attend(*qkv, kernel=kernel, segments=Segments(ids)), *arrays)
         return out, *back(jnp.cos(out))
 
     with pltpu.force_tpu_interpret_mode(True):

@@ -85,6 +85,7 @@ def source_of(config, *, stale=None, prompts=prompts):
         trained_on=MeshConfig(),
         mesh=make_mesh(MeshConfig()),
         tokenizer=tokenizer(),
+        chat_template=None,
         end_tokens=[tokenizer().eos_token_id],
         directory=Path("nowhere"),
     )

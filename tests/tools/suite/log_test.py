@@ -23,6 +23,7 @@ CONDITIONS = Conditions(
     template="boxed",
     thinking="auto",
     answer_start="",
+    chat_template="5ac0",
 )
 PROBLEMS = [SuiteProblem(f"p{number}", [5, 6], "7") for number in range(3)]
 

@@ -1,16 +1,19 @@
 import dataclasses
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from datetime import datetime
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from launching import fake_devices
 
+import dcjax.tools.open_model
 import dcjax.tools.suite.answers
 import dcjax.tools.suite.suite
 from dcjax.cli import main
@@ -363,6 +366,22 @@ def test_thinking_and_a_start_of_the_answer_are_put_into_the_prompts(folder, tmp
     assert ", template boxed, thinking off, answers begin with 'So ', seed 0" in to_markdown(result)
 
 
+def test_samples_of_another_chat_template_are_not_taken_and_those_of_another_day_are(
+    folder, calls, tmp_path, monkeypatch
+):
+    # as long as without it, so that nothing is compiled
+    path = chatting(folder, tmp_path, "{{ messages[0].content }}{{ strftime_now('%Y')[4:] }}")
+    first = evaluated(path, tmp_path / "out", problems=4)
+    calls.prompts.clear()
+    monkeypatch.setattr(dcjax.tools.open_model, "datetime", SimpleNamespace(now=lambda: datetime(2124, 2, 3)))
+    assert evaluated(path, tmp_path / "out", problems=4) == first and not calls.prompts
+    (path / "chat_template.jinja").write_text("{{ messages[0].content | upper }}")
+    other = evaluated(path, tmp_path / "out", problems=4)
+    assert sum(calls.prompts) == 16
+    templates = {each.settings["chat_template"] for each in (first, other)}
+    assert len(templates) == 2 and evaluated(folder, tmp_path / "bare", problems=1).settings["chat_template"] is None
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [
@@ -447,10 +466,9 @@ def test_two_hosts_find_what_one_finds(published_data, roomy, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=1 --xla_cpu_enable_concurrency_optimized_scheduler=false"
     command = [sys.executable, "-m", "dcjax", "evaluate", str(roomy), *PAPER, "--out", str(tmp_path / "two")]
     command += ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
-    hosts = [subprocess.Popen([*command, str(host)], env=os.environ | {"XLA_FLAGS": flags}) for host in range(2)]
+    hosts = [subprocess.Popen([*command, str(host)], env=fake_devices(1)) for host in range(2)]
     assert [host.wait(timeout=300) for host in hosts] == [0, 0]
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     counts = [path.read_text().count("\n") for path in sorted((tmp_path / "two").glob("samples-*.jsonl"))]

@@ -1,0 +1,257 @@
+"""The step on packed rows against the step on rows as they are: gradients, λ, δ̄ and every metric, of all objectives."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from batches import grouped_batch
+from compiling import UNOPTIMISED
+
+from dcjax.models import token_logps
+from dcjax.recipe import build
+from dcjax.recipe.config import Config
+from dcjax.recipe.objective import ObjectiveConfig
+from dcjax.recipe.optimizer import OptimizerConfig
+from dcjax.rl import Packing, PolicyOutputs, make_train_step
+from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.types import Bins, TrainState
+
+pytestmark = pytest.mark.heavy
+
+P, T, G, ROWS, V = tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, 4, 16, 20
+COMMON = {"initial_multiplier": 0.3, "dual_lr": 2.0, "budget": 0.01}
+SEQUENCES = {"surrogate": "policy_gradient", "aggregation": "seq_mean_token_sum"}
+
+
+@cache
+def make_batch():
+    batch = grouped_batch(rows=ROWS, group_size=G, vocab_size=V, prompt_length=P, response_length=T)
+    # very near the bigram's, or not, so that corrections keep some rows and tokens and drop others
+    noise = np.random.default_rng(4).normal(size=(ROWS, T)) * np.resize([[0.002], [0.4]], (ROWS, 1))
+    logps = np.asarray(bigram(TABLE, batch).logps + noise, np.float32)
+    return dataclasses.replace(batch, rollout_logps=np.where(batch.response_mask, logps, 0))
+
+
+def check(expected, found):
+    """All that two steps left."""
+    (state, metrics), (ours, measured) = expected, found
+    assert measured.keys() == metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(measured[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    assert metrics["grad_norm"] > 0 and 0 < metrics["entropy"] < np.log(V)
+    for name in ("multiplier", "budget"):
+        wanted = optax.tree.get(state.opt_state, name)
+        assert (wanted is None) == (optax.tree.get(ours.opt_state, name) is None)
+        if wanted is not None:
+            np.testing.assert_allclose(optax.tree.get(ours.opt_state, name), wanted, rtol=1e-6)
+
+
+def same_gradients(expected, found, sums):
+    """To 1e-5 of each leaf's largest, in the optimiser's sums of them by this name."""
+    leaves = (jax.tree.leaves(optax.tree.get(state.opt_state, sums)) for state, _ in (found, expected))
+    for ours, theirs in zip(*leaves, strict=True):
+        assert np.abs(theirs).max() > 0
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+# --- every objective, on a policy that takes no time to compile: rows are cut and put back as packing says ---
+
+OBJECTIVES = {
+    "dc_grpo": {},
+    "grpo, dropped": {"algorithm": "grpo", "zero_variance": "drop"},
+    "dc_direct": {"algorithm": "dc_direct", "estimator": "rloo"},
+    "dual_grpo": {"algorithm": "dual_grpo", "signal": "ratio", "sides": "one"},
+    "thresholded": {"algorithm": "thresholded_dual_grpo", "level": "sequence", "discrepancy_mean": "token"},
+    "dr_grpo": {"estimator": "dr_grpo", "aggregation": "seq_mean_token_sum_norm", "penalty": "hinge"},
+    "gspo": {"surrogate": "gspo", "aggregation": "seq_mean_token_mean", "penalty_form": "centred"},
+    "cispo": {"surrogate": "cispo", "estimator": "reinforce", "signal": "log_probability"},
+    "gate": {"penalty": "gate", "correction": "token_tis", "dual_clip": 3.0},
+    "sequences": {**SEQUENCES, "correction": "sequence_mis"},
+    "geometric": {"correction": "geometric_mis", "correction_bound": 1.5},
+    "icepop": {"correction": "icepop"},
+    "verl": {"algorithm": "grpo", "verl": "decoupled_geo_rs_seq_tis"},
+    "bypass": {"algorithm": "grpo", "verl": "bypass_pg_geo_rs_token_tis", **SEQUENCES},
+    "kl": {"kl_coefficient": 0.1, "kl_estimator": "k2"},
+}
+EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass")
+TABLE = np.random.default_rng(2).normal(size=(V, V)).astype(np.float32)
+
+
+def bigram(table, batch):
+    distribution = jax.nn.log_softmax(table[batch.tokens[:, P - 1 : -1]])
+    logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
+    return PolicyOutputs(logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {"seen": batch.rewards + 1})
+
+
+def bigram_step(objective, batch, updates):
+    """One step of gradient descent; with several updates, old log-probs are computed by microbatches too."""
+    tx = optax.chain(
+        optax.trace(decay=1.0), optax.scale(-1.0), *([objective.ascent] if objective.ascent is not None else [])
+    )
+    tx = optax.with_extra_args_support(tx)
+    step = make_train_step(
+        bigram,
+        tx,
+        objective.surrogate,
+        objective.transform,
+        aggregate=objective.aggregate,
+        discrepancy=objective.discrepancy,
+        mean_discrepancy=objective.mean_discrepancy,
+        requires=objective.requires,
+        group_size=G,
+        updates=updates,
+    )
+    reference = jnp.asarray(TABLE + 0.1) if objective.requires.reference_logps else None
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(TABLE), tx.init(TABLE), jnp.zeros(()), reference)
+    return jax.jit(step).lower(state, batch).compile(UNOPTIMISED)(state, batch)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_every_objective_sees_rows_as_they_are(name, updates):
+    config = Config(
+        objective=ObjectiveConfig(**(COMMON | OBJECTIVES[name])), optimizer=OptimizerConfig(updates=updates)
+    )
+    objective, batch = build.objective_of(config), make_batch()
+    packed = Packing(Bins(2, T, T, 4), updates=updates, group_size=G)(batch)
+    assert packed.microbatches.count.min() > 1
+    expected, found = (bigram_step(objective, rows, updates) for rows in (batch, packed))
+    check(expected, found)
+    same_gradients(expected, found, "trace")
+
+
+def test_shares_are_cut_each_by_itself():
+    """Two shares that need unequal numbers of microbatches, in one program without a mesh."""
+    objective, batch = build.objective_of(Config(objective=ObjectiveConfig(**COMMON))), make_batch()
+    mask = batch.attention_mask.copy()
+    mask[: ROWS // 2, P + 2 :] = False
+    batch = dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
+    packed = Packing(Bins(2, T, T, 4), shares=2, group_size=G)(batch)
+    assert packed.microbatches.count[0] < packed.microbatches.count[1]
+    expected, found = (bigram_step(objective, rows, 1) for rows in (batch, packed))
+    check(expected, found)
+    same_gradients(expected, found, "trace")
+
+
+# --- the model, packed, as a run builds it ---
+
+
+ONE = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    objective: dict
+    model: object = tiny.DENSE
+    updates: int = 1
+    ahead: int = 0
+    mesh: MeshConfig = ONE
+    replay: bool = False
+    top_k: int = 0
+
+
+CASES = {
+    "one update": Case({}),
+    "experts, updates, kl": Case({"kl_coefficient": 0.1}, model=tiny.EXPERTS, updates=2),
+    "replayed experts and candidates": Case({"correction": "icepop"}, model=tiny.EXPERTS, replay=True, top_k=6),
+    "asynchronous": Case({"penalty": "hinge"}, ahead=1),
+    "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+    "experts on four": Case({"surrogate": "gspo"}, model=tiny.EXPERTS, mesh=MeshConfig(expert=2, fsdp=2)),
+}
+
+
+def config_of(case):
+    return dataclasses.replace(
+        tiny.CONFIG,
+        model=case.model,
+        objective=ObjectiveConfig(**(COMMON | case.objective)),
+        # a step of Adam is a sign where gradients exceed epsilon; a large one keeps rounding from deciding it
+        optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1.0, updates=case.updates, tokens_per_microbatch=60),
+        rollout=dataclasses.replace(
+            tiny.CONFIG.rollout, async_level=case.ahead, replay_routing=case.replay, top_k=case.top_k
+        ),
+        serving=dataclasses.replace(tiny.CONFIG.serving, devices=0),
+        mesh=case.mesh,
+    )
+
+
+def row_step(config):
+    """The step of a config on rows as they are, on one device."""
+    objective = build.objective_of(config)
+
+    def policy(params, batch):
+        scores = token_logps(
+            config.model,
+            params,
+            batch.tokens,
+            batch.attention_mask,
+            response_length=T,
+            temperature=batch.temperature,
+            experts=None if batch.experts is None else jnp.moveaxis(batch.experts, 2, 0).astype(jnp.int32),
+            candidate_tokens=batch.candidate_tokens,
+        )
+        return PolicyOutputs(scores.logps, scores.entropy, {} if scores.router is None else scores.router.metrics)
+
+    return make_train_step(
+        policy,
+        build.build_optimizer(config),
+        objective.surrogate,
+        objective.transform,
+        aggregate=objective.aggregate,
+        discrepancy=objective.discrepancy,
+        mean_discrepancy=objective.mean_discrepancy,
+        requires=objective.requires,
+        group_size=G,
+        updates=config.optimizer.updates,
+        ahead=config.rollout.async_level > 0,
+    )
+
+
+@cache
+def recorded(replay, top_k):
+    """A batch, with the experts and the candidates that an engine would have recorded."""
+    rng, batch, extra = np.random.default_rng(3), make_batch(), {}
+    if top_k:
+        extra["candidate_tokens"] = np.argsort(rng.random((ROWS, T, V)), axis=-1)[..., :top_k].astype(np.int32)
+        extra["candidate_tokens"][..., 0] = batch.tokens[:, P:]
+    if replay:
+        experts = np.argsort(rng.random((ROWS, P + T - 1, 2, 4)), axis=-1)[..., :2].astype(np.int16)
+        experts[:, : P - 1] = np.repeat(experts[::G, : P - 1], G, axis=0)
+        extra["experts"] = experts
+    return dataclasses.replace(batch, **extra)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("experts, updates, kl", "eight devices") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
+def test_a_runs_step_is_that_of_rows_as_they_are(name):
+    case = CASES[name]
+    config, batch = config_of(case), recorded(case.replay, case.top_k)
+    masters, kept = tiny.masters(case.model), build.PastParams.needed_by(config)
+
+    def run(config, step, batch):
+        mesh, tx = make_mesh(config.mesh), build.build_optimizer(config)
+        params = jax.device_put(jax.tree.map(jnp.array, masters), build.params_shardings(config, mesh))
+        state = build.initial_state(config, mesh, tx, params, kept)
+        history = tuple(jax.tree.map(lambda leaf: leaf * 1.01, past) for past in state.history)
+        state = dataclasses.replace(state, history=history)
+        step = step if hasattr(step, "lower") else jax.jit(step)
+        return jax.device_get(step.lower(state, batch).compile(UNOPTIMISED)(state, batch))
+
+    expected = run(dataclasses.replace(config, mesh=ONE), row_step(config), batch)
+    packed = config.packing()(batch)
+    assert packed.microbatches.count.max() > 1 or case.mesh != ONE
+    found = run(config, build.compile_train_step(config, make_mesh(config.mesh)), packed)
+    check(expected, found)
+    same_gradients(expected, found, "mu")

@@ -1,0 +1,190 @@
+"""Packing: every row in one place, nothing over anything else, prompts where their responses can read them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcjax.rl import Packing
+from dcjax.types import Batch, Bins
+
+P, T = 5, 9
+
+
+def batch_of(prompts, responses, *, experts=None):
+    """Rows of these prompts, lists of tokens, and numbers of response tokens."""
+    rows = len(responses)
+    tokens, mask = np.zeros((rows, P + T), np.int32), np.zeros((rows, P + T), bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[row, P - len(prompt) : P] = prompt
+        mask[row, P - len(prompt) : P + response] = True
+    zeros = np.zeros((rows, T), np.float32)
+    scalars = np.zeros(rows, np.float32)
+    return Batch(tokens, mask, mask[:, P:], zeros, scalars + 1, scalars, scalars[:, None], experts=experts)
+
+
+@st.composite
+def cases(draw):
+    """A packing and a batch for it; a group has one prompt, mostly."""
+    group, updates, shares = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 1, 2), (2, 2, 1), (3, 2, 3)]))
+    rows = group * updates * shares * draw(st.integers(1, 4))
+    prompt = st.lists(st.integers(1, 3), min_size=1, max_size=P)
+    prompts = [drawn for _ in range(rows // group) for drawn in [draw(prompt)] * group]
+    if draw(st.booleans()):
+        prompts[0] = draw(prompt)
+    responses = draw(st.lists(st.integers(0, T), min_size=rows, max_size=rows))
+    bins = draw(
+        st.sampled_from([Bins(1, P + T - 1, P - 1, 2), Bins(2, T, T, 5), Bins(3, T, P, 99), Bins(1, 40, 12, 4)])
+    )
+    return Packing(bins, shares, updates, group), batch_of(prompts, responses)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_every_row_has_its_columns_to_itself_and_its_prompt_at_hand(case):
+    packing, batch = case
+    bins, rows, updates = packing.bins, len(batch.rewards), packing.updates
+    microbatches = packing(batch).microbatches
+    minibatches = np.arange(rows).reshape(-1, updates, packing.group_size).swapaxes(0, 1).reshape(updates, -1)
+    seen = []
+    for share, update in np.ndindex(packing.shares, updates):
+        mine = minibatches[update].reshape(packing.shares, -1)[share]
+        count = microbatches.count[share, update]
+        assert (microbatches.rows[share, update, count:] == -1).all()
+        for at in range(count):
+            cut = jax.tree.map(lambda x, at=(share, update, at): x[at], microbatches.places)
+            numbers = microbatches.rows[share, update, at]
+            assert (cut.present == (numbers >= 0)).all() and cut.present.any()
+            seen += mine[numbers[cut.present]].tolist()
+            check_microbatch(batch, bins, mine[numbers[cut.present]], jax.tree.map(lambda x, c=cut: x[c.present], cut))
+    assert sorted(seen) == list(range(rows))
+    again = packing(batch).microbatches
+    jax.tree.map(np.testing.assert_array_equal, again, microbatches)
+
+
+def check_microbatch(batch, bins, rows, places):
+    used = np.zeros(bins.number * bins.width, int)
+    gathered = np.zeros(bins.number * bins.gathered, int)
+    contexts = {}
+    for row, response, prompt, into in zip(rows, places.responses, places.prompts, places.gathered, strict=True):
+        mask = batch.attention_mask[row]
+        columns, context = int(mask[P:].sum()), int(mask[:P].sum()) - 1
+        used[response : response + columns] += 1
+        gathered[into : into + context] += 1
+        own = response // bins.width
+        if columns:
+            assert own == (response + columns - 1) // bins.width
+        if context:
+            # it reads from its own bin's gathered columns
+            assert into // bins.gathered == (into + context - 1) // bins.gathered
+            assert not columns or into // bins.gathered == own
+            assert prompt // bins.width == (prompt + context - 1) // bins.width
+        else:
+            assert prompt == -1
+        contexts.setdefault(batch.tokens[row, :P][mask[:P]].tobytes(), set()).add((int(prompt), context))
+    # a prompt stands once, and over nothing else
+    for places_of_prompt in contexts.values():
+        ((prompt, context),) = places_of_prompt
+        used[max(prompt, 0) : max(prompt, 0) + context] += 1
+    assert used.max(initial=0) <= 1 and gathered.max(initial=0) <= 1
+
+
+def test_a_small_batch_by_hand():
+    """The longest responses of the pool come first; the third prompt has no room any more."""
+    batch = batch_of([[1, 2, 3]] * 2 + [[4, 5, 6]] * 2 + [[7, 7]] * 2, [3, 9, 4, 2, 5, 9])
+    microbatches = Packing(Bins(2, T, T, 9), group_size=2)(batch).microbatches
+    (count,), (rows, places) = (
+        microbatches.count[0],
+        jax.tree.map(lambda x: x[0, 0], tuple(vars(microbatches).values())[1:]),
+    )
+    assert count == 3
+    # row 1 fills a bin, and its prompt of two columns, which row 0 shares, starts the other
+    assert rows[0].tolist()[:3] == [1, 2, -1]
+    assert places.responses[0].tolist()[:2] == [0, 11]
+    assert places.prompts[0].tolist()[:2] == [9, 15]
+
+
+def test_prompts_whose_tokens_went_to_other_experts_are_others():
+    experts = np.zeros((4, P + T - 1, 1, 2), np.int16)
+    experts[3, P - 2] = 1
+    batch = batch_of([[1, 2, 3]] * 4, [2] * 4, experts=experts)
+    places = Packing(Bins(4, T, T, 9), group_size=4)(batch).microbatches.places
+    assert len(set(places.prompts[0, 0, 0][places.present[0, 0, 0]].tolist())) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ([0] * P + [1] * T, "no prompt"),
+        ([1, 0, 1, 1, 1] + [1] * T, "padding"),
+        ([1] * P + [0] + [1] * (T - 1), "padding"),
+    ],
+)
+def test_rows_that_are_not_a_prompt_and_a_response_are_refused(row, what):
+    batch = batch_of([[1]] * 2, [1] * 2)
+    mask = np.stack([batch.attention_mask[0], np.array(row, bool)])
+    batch = dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
+    with pytest.raises(ValueError, match=f"row 1 of the batch has .*{what}"):
+        Packing(Bins(2, T, T, 2))(batch)
+
+
+def test_rows_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="a row of the batch needs 9 columns; its bins have 8, 8 gathered"):
+        Packing(Bins(2, 8, 8, 2))(batch_of([[1]], [9]))
+
+
+def fitting(**changes):
+    sizes = {"prompt_length": 100, "response_length": 1000, "rows": 64, "group_size": 8}
+    return Packing.fitting(**(sizes | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # eight of the longest responses, and a bin for prompts
+        ({}, Bins(9, 1000, 1000, 64)),
+        # no more than 16384 columns, here fewer than two rows', so that a prompt needs room beside its response
+        ({"response_length": 8192}, Bins(2, 8192, 8192, 32)),
+        ({"response_length": 16_000}, Bins(1, 16_384, 16_384, 16)),
+        # unless a row needs more
+        ({"response_length": 32_768}, Bins(1, 32_867, 32_867, 16)),
+        # prompts may be the longer ones
+        ({"prompt_length": 3000}, Bins(5, 2999, 2999, 64)),
+        ({"tokens_per_microbatch": 4321}, Bins(4, 1000, 1000, 64)),
+        ({"tokens_per_microbatch": 1099}, Bins(1, 1099, 1099, 16)),
+        ({"column_multiple": 16}, Bins(9, 1008, 1008, 64)),
+        ({"shares": 4, "updates": 2}, Bins(9, 1000, 1000, 8)),
+    ],
+)
+def test_bins_by_the_lengths(changes, expected):
+    packing = fitting(**changes)
+    assert packing.bins == expected
+    assert (packing.shares, packing.updates) == (changes.get("shares", 1), changes.get("updates", 1))
+
+
+def test_a_microbatch_that_no_row_fits_into_is_refused():
+    with pytest.raises(ValueError, match="tokens_per_microbatch is 1098; it must be at least 1099"):
+        fitting(tokens_per_microbatch=1098)
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.35, 0.7])
+def test_ragged_rows_fill_most_columns(mean):
+    """Lognormal lengths, and what a share's last microbatch leaves empty counted in."""
+    rng, rows, group, limit = np.random.default_rng(0), 1024, 8, 512
+    lengths = np.clip(np.exp(rng.normal(np.log(mean * limit) - 0.32, 0.8, rows)), 1, limit).astype(int)
+    mask = np.concatenate([np.ones((rows, 16), bool), np.arange(limit) < lengths[:, None]], axis=1)
+    tokens = np.repeat(rng.integers(0, 99, (rows // group, 16 + limit)), group, axis=0).astype(np.int32)
+    scalars = np.zeros(rows, np.float32)
+    logps = np.zeros((rows, limit), np.float32)
+    batch = Batch(tokens, mask, mask[:, 16:], logps, scalars, scalars, scalars[:, None])
+    packing = Packing.fitting(prompt_length=16, response_length=limit, rows=rows, group_size=group)
+    assert packing.filled(packing(batch)) > 0.85
+
+
+def test_the_abstract_microbatches_are_those_of_a_batch():
+    packing, batch = Packing(Bins(2, T, T, 4), shares=2, updates=2, group_size=2), batch_of([[1, 2]] * 16, [3] * 16)
+    abstract, real = packing.abstract(16), packing(batch).microbatches
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
