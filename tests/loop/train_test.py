@@ -304,22 +304,25 @@ def test_the_parts_agree_with_what_the_loop_times_itself(profiled, finished_run)
 
 
 def test_the_parts_agree_with_the_trace(profiled):
+    """Each span begins and ends within what is counted for it, which is all but moments longer."""
     iterations, events = profiled
     traced = {int(event["args"]["step_num"]): event for event in events if event["name"] == "iteration"}
     assert sorted(traced) == [1, 2]
+    shown, counted = [], []
     for iteration in iterations:
-        within = traced[iteration["step"]]
-        begin, end = within["ts"], within["ts"] + within["dur"]
-        assert 0.9 * iteration["seconds"] <= within["dur"] / 1e6 <= iteration["seconds"] + 1e-5
-        for part in {"update", "packing", "sync", "evaluation", "checkpoint"} & set(iteration["parts"]):
-            # the training engine's sync is evaluation's
-            seconds = sum(
-                event["dur"] / 1e6
-                for event in events
-                if event["name"] == part and event["tid"] == within["tid"] and begin <= event["ts"] <= end
-            )
-            counted = iteration["parts"][part]
-            assert counted - 0.01 <= seconds <= counted + iteration["parts"].get("compile", 0) + 1e-5
+        whole, parts = traced[iteration["step"]], iteration["parts"]
+        own = [
+            event for event in events if event["tid"] == whole["tid"] and 0 <= event["ts"] - whole["ts"] < whole["dur"]
+        ]
+        shown.append(whole["dur"] / 1e6)
+        counted.append(iteration["seconds"])
+        assert shown[-1] <= counted[-1] + 1e-5
+        for part in {"packing", "update", "evaluation", "checkpoint"} & set(parts):
+            shown.append(sum(event["dur"] for event in own if event["name"] == part) / 1e6)
+            counted.append(parts[part])
+            # the span itself shows what is compiled in it
+            assert shown[-1] <= counted[-1] + parts.get("compile", 0) + 1e-5, part
+    assert sum(shown) >= 0.8 * sum(counted)
 
 
 def test_the_report_shows_where_the_time_went(profiled, finished_run, pretended_run):
