@@ -91,12 +91,12 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(recipe, tmp_path_factory):
-    """The directory of a run of `tiny.CONFIG` that nothing disturbed, by the command line.
+    """The directory of a run of `tiny.CONFIG` that nothing disturbed, by the command line; two iterations are profiled.
 
     Tests look at it, and change copies.
     """
     from dcjax.cli import main
 
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["train", str(recipe), "--run-dir", str(directory)]) == 0
+    assert main(["train", str(recipe), "--run-dir", str(directory), "--profile", "2"]) == 0
     return directory

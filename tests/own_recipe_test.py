@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from launching import ended, processes
+from records import untimed
 
 from dcjax.cli import main
 from dcjax.data.tokenizers import byte_tokenizer
@@ -106,9 +107,7 @@ def final_state(run):
 
 
 def without_times(run):
-    timed = ("time/", "tokens_per_second")
-    records = read_metrics(run / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in records]
+    return untimed(read_metrics(run / "metrics.jsonl"))
 
 
 def test_its_own_fields_are_set_and_its_own_parts_do_their_work(run):

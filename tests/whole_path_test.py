@@ -12,6 +12,7 @@ import pretend
 import pytest
 import tiny
 from launching import fake_devices
+from records import untimed
 
 import dcjax.loop.draw
 from dcjax.cli import main
@@ -115,10 +116,7 @@ def interrupted_at(step, finished, directory):
 
 
 def measured(directory):
-    return [
-        {name: value for name, value in record.items() if not name.startswith("time/") and name != "tokens_per_second"}
-        for record in read_metrics(directory / "metrics.jsonl")
-    ]
+    return untimed(read_metrics(directory / "metrics.jsonl"))
 
 
 def test_a_run_on_the_samples_logs_rewards_and_what_the_pool_stopped(finished):

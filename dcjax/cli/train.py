@@ -33,6 +33,10 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 """What a field that is on or off may be set to."""
 ASSIGNMENT = re.compile(r"([a-z_][\w.-]*)=(.*)", re.DOTALL)
 """An override spelled `section.field=value`."""
+PROFILE_FLAG = "--profile"
+PROFILE_HELP = (
+    f"{PROFILE_FLAG} STEPS: trace the first STEPS iterations into RUN/profile, and tell where their time went"
+)
 
 
 def add_parser(commands) -> None:
@@ -46,6 +50,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: list[str]) -> None:
     """Trains by the recipe or resumes the run that the arguments name, with the fields that the others override."""
+    profile, arguments = _without_profile(arguments)
     recipe_code = NO_RECIPE_CODE_FLAG not in arguments
     arguments = [argument for argument in arguments if argument != NO_RECIPE_CODE_FLAG]
     source = DEFAULT_RECIPE
@@ -64,11 +69,31 @@ def run(arguments: list[str]) -> None:
     with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
         from dcjax.loop.train import train
 
-        report_paths = train(config, recipe)
+        report_paths = train(config, recipe, profile=profile)
     # Only the first process of several writes the report.
     if report_paths is not None:
         picture, page = report_paths
         print(f"plot:   {picture}\nreport: {page}")
+
+
+def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:
+    """How many iterations are to be profiled, None where the option is not given; and the other arguments.
+
+    Raises:
+      RunError: it is no whole number from 1.
+    """
+    others, steps = [], None
+    given = iter(arguments)
+    for argument in given:
+        flag, is_joined, value = argument.partition("=")
+        if flag != PROFILE_FLAG:
+            others.append(argument)
+            continue
+        value = value if is_joined else next(given, "")
+        if not (value.isdecimal() and int(value) >= 1):
+            raise RunError(f"{PROFILE_FLAG} is {value!r}; it must be a number of iterations, at least 1")
+        steps = int(value)
+    return steps, others
 
 
 def _refuse_early(config: Config, recipe: CodeFile | None) -> None:
@@ -144,7 +169,8 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
                 args=flags,
                 use_underscores=True,
                 prog=f"dcjax train {source}",
-                description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}.",
+                description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}. "
+                f"{PROFILE_HELP}.",
             )
             return _original(overridden, originals)
     except SystemExit as exit:

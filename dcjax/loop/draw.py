@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from dcjax.recipe.build import objective_of
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import Preemption, gather
+from dcjax.spans import span
 from dcjax.types import Rollout
 from dcjax.user_code import refusals_of
 
@@ -34,6 +36,8 @@ class Sampled:
     rewards: np.ndarray
     # prompts that the task gave for them, those of groups that were left out included
     prompts_taken: int
+    # that it took to sample and to reward them, of all rounds
+    seconds: float
 
     @property
     def group_size(self) -> int:
@@ -58,6 +62,7 @@ class Sampled:
             rollout=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.rollout for part in parts)),
             rewards=np.concatenate([part.rewards for part in parts]),
             prompts_taken=sum(part.prompts_taken for part in parts),
+            seconds=sum(part.seconds for part in parts),
         )
 
 
@@ -108,13 +113,16 @@ class Draw:
     def _once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
         """One round: the responses to the next prompts, rewarded while others are still decoded."""
         setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
-        with refusals_of(setup.config.task, setup.problems):
-            problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
+        began = time.perf_counter()
+        with span("data"):
+            with refusals_of(setup.config.task, setup.problems):
+                problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
+            prompts = encode_prompts(setup.tokenizer, problems)
         collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=settings.group_size)
         sampling = Sampling(
             engine,
             serving,
-            encode_prompts(setup.tokenizer, problems),
+            prompts,
             samples_per_prompt=settings.group_size,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -122,13 +130,15 @@ class Draw:
             key=key,
         )
         for ended in sampling.as_they_end(serving):
-            collector.submit(ended)
+            with span("rewards"):
+                collector.submit(ended)
             self._preemption.check(engine.mesh)
         rollout = sampling.rollout()
-        rewards = gather(collector.result(), engine.mesh)
-        lengths = np.asarray(rollout.response_mask).sum(axis=1)
-        with refusals_of(setup.config.reward):
-            rewards = rewards + setup.config.reward.length_rewards(
-                lengths, max_response_length=settings.max_response_length
-            )
-        return Sampled(problems, rollout, rewards, len(problems))
+        with span("rewards"):
+            rewards = gather(collector.result(), engine.mesh) + self._length_rewards(rollout)
+        return Sampled(problems, rollout, rewards, len(problems), time.perf_counter() - began)
+
+    def _length_rewards(self, rollout: Rollout) -> np.ndarray:
+        config, lengths = self._setup.config, np.asarray(rollout.response_mask).sum(axis=1)
+        with refusals_of(config.reward):
+            return config.reward.length_rewards(lengths, max_response_length=config.rollout.max_response_length)

@@ -10,6 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from dcjax.loop.checkpoint import Cursor
 from dcjax.serving.sync import ServingParams
+from dcjax.spans import span
 from dcjax.types import Params, TrainState
 
 Samples = TypeVar("Samples")
@@ -36,7 +37,9 @@ class InTurns(Generic[Samples]):
     def __call__(self, state: TrainState, cursor: Cursor) -> tuple[Samples, Cursor]:
         """Samples for the iteration that `cursor` stands before, and the cursor behind it."""
         params = state.history[0] if state.history else state.params
-        return self._draw(self._sync(params, max(cursor.step - len(state.history), 0)), cursor)
+        with span("sync") as ready:
+            serving = ready(self._sync(params, max(cursor.step - len(state.history), 0)))
+        return self._draw(serving, cursor)
 
     def settle(self) -> None:
         """The engines are free: nothing is ever under way."""
@@ -80,16 +83,21 @@ class Asynchronous(Generic[Samples]):
             for version, params in enumerate(state.history, cursor.step - self._level):
                 self._begin(params, version)
         self._begin(state.params, cursor.step)
-        return self._under_way.popleft().result()
+        under_way = self._under_way.popleft()
+        with span("wait"):
+            return under_way.result()
 
     def settle(self) -> None:
         """Waits until all that was asked for is drawn, and the engines are free."""
-        wait(self._under_way)
+        with span("wait"):
+            wait(self._under_way)
 
     def _begin(self, params: Params, version: int) -> None:
         """Begins to draw for the iteration that is k behind the version, unless the run ends before."""
         if version + self._level < self._steps:
-            self._under_way.append(self._engines.submit(self._next, self._sync(params, max(version, 0))))
+            with span("sync") as ready:
+                serving = ready(self._sync(params, max(version, 0)))
+            self._under_way.append(self._engines.submit(self._next, serving))
 
     def _next(self, serving: ServingParams) -> tuple[Samples, Cursor]:
         assert self._cursor is not None

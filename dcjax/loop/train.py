@@ -18,6 +18,7 @@ from dcjax.loop.early import join_others
 from dcjax.loop.environment import describe
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
+from dcjax.loop.profiler import Profiler
 from dcjax.loop.run_directory import check_data_agree, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Checked, Setup, begin, check, set_up
@@ -27,11 +28,12 @@ from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import Config
 from dcjax.reporting.run_report import write_report
 from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, threads_may_launch
+from dcjax.spans import span
 from dcjax.types import TrainState
 from dcjax.user_code import CodeFile
 
 
-def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] | None:
+def train(config: Config, recipe: CodeFile | None = None, *, profile: int | None = None) -> tuple[Path, Path] | None:
     """Runs, or resumes from the last checkpoint in the run directory; returns the report's picture and page.
 
     With several processes, the first draws the report, and the others return None.
@@ -40,6 +42,7 @@ def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] |
       config: of the run.
       recipe: the file that made it, which the run keeps a copy of; where None, the file of its sections' classes is
         kept, unless all are of dcjax or of installed packages.
+      profile: how many of the iterations that this process makes first are profiled; None is none.
 
     Raises:
       Interrupted: the launcher stops a process, or another one has gone; what was checkpointed stays.
@@ -55,28 +58,29 @@ def train(config: Config, recipe: CodeFile | None = None) -> tuple[Path, Path] |
         recipe=recipe,
         started=checked.started,
     ) as directory:
-        _train(checked, directory, recipe)
+        _train(checked, directory, recipe, profile)
     return write_report(directory) if is_main() else None
 
 
-def _train(checked: Checked, directory: Path, recipe: CodeFile | None) -> None:
+def _train(checked: Checked, directory: Path, recipe: CodeFile | None, profile: int | None) -> None:
     """Trains in a run's directory, which this process holds."""
     with (
         checked.rewards as rewards,
         Checkpoints(directory / "checkpoints", keep=checked.config.checkpoint.keep) as checkpoints,
+        Profiler(directory, profile) as profiler,
     ):
         setup = set_up(checked, rewards, recipe)
         try:
             if is_main():
                 _save_tokenizer(setup, directory / "tokenizer")
-            _loop(setup, checkpoints)
+            _loop(setup, checkpoints, profiler)
         except Exception as error:
             if (loss := as_loss(error)) is None:
                 raise
             raise loss from error
 
 
-def _loop(setup: Setup, checkpoints: Checkpoints) -> None:
+def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
     config, preemption = setup.config, Preemption()
     restored = checkpoints.restore_latest(abstract_state(config, setup.mesh))
     if is_main():
@@ -89,24 +93,28 @@ def _loop(setup: Setup, checkpoints: Checkpoints) -> None:
             log.write(0, evaluate_state(setup, state))
             checkpoints.save(state, cursor)
         while cursor.step < config.steps:
-            stopwatch = Stopwatch(setup)
-            try:
-                sampled, following = sampler(state, cursor)
-            except Stopped:
-                _stop(checkpoints, state, cursor)
-            stopwatch.sampled()
-            state, metrics = updater(state, sampled)
-            cursor = following
-            metrics |= stopwatch.updated(sampled)
-            if _due(cursor.step, config.evaluation.every, config.steps):
-                sampler.settle()
-                metrics |= evaluate_state(setup, state)
-            # logged before it is saved, so that a resumed run finds every line up to its checkpoint
-            log.write(cursor.step, metrics, sampled)
-            if preemption.announced(setup.mesh):
-                _stop(checkpoints, state, cursor)
-            if _due(cursor.step, config.checkpoint.every, config.steps):
-                checkpoints.save(state, cursor)
+            with profiler.iteration(cursor.step + 1):
+                stopwatch = Stopwatch(setup)
+                try:
+                    sampled, following = sampler(state, cursor)
+                except Stopped:
+                    _stop(checkpoints, state, cursor)
+                stopwatch.sampled()
+                state, metrics = updater(state, sampled)
+                cursor = following
+                metrics |= stopwatch.updated(sampled)
+                if _due(cursor.step, config.evaluation.every, config.steps):
+                    sampler.settle()
+                    with span("evaluation"):
+                        metrics |= evaluate_state(setup, state)
+                # logged before it is saved, so that a resumed run finds every line up to its checkpoint
+                with span("log"):
+                    log.write(cursor.step, metrics, sampled)
+                if preemption.announced(setup.mesh):
+                    _stop(checkpoints, state, cursor)
+                if _due(cursor.step, config.checkpoint.every, config.steps):
+                    with span("checkpoint"):
+                        checkpoints.save(state, cursor)
 
 
 def make_sampler(setup: Setup, preemption: Preemption) -> Sampler:
@@ -136,6 +144,8 @@ class Stopwatch:
             "time/rollout": self._sampled - self._started,
             "time/update": ended - self._sampled,
             "tokens_per_second": tokens / (ended - self._started),
+            "rollout_tokens_per_second": tokens / sampled.seconds,
+            "update_tokens_per_second": tokens / (ended - self._sampled),
             **{name: count - self._cut_off[name] for name, count in self._counted().items()},
         }
 

@@ -14,6 +14,7 @@ from dcjax.recipe import build
 from dcjax.serving.rollout import require_finite
 from dcjax.sharding.hosts import is_main, place
 from dcjax.sharding.rules import batch_sharding
+from dcjax.spans import span
 from dcjax.types import Batch, TrainState
 
 ALARM = 10
@@ -44,9 +45,14 @@ class Updater:
             require_finite(sampled.rollout, self._setup.engines["deployed"])
         except ValueError as error:
             self._stop(number, batch, str(error), "choose another serving.format")
-        packed = self._packing(batch)
-        state, metrics = self._step(state, place(packed, batch_sharding(self._setup.mesh)))
-        values = build.metrics_to_host(metrics) | {"columns_filled": self._packing.filled(packed)}
+        with span("packing") as ready:
+            packed = self._packing(batch)
+            placed = ready(place(packed, batch_sharding(self._setup.mesh)))
+        with span("update") as ready:
+            state, metrics = ready(self._step(state, placed))
+            values = build.metrics_to_host(metrics)
+            settings = self._settings(number - 1, values)
+        values |= {"columns_filled": self._packing.filled(packed)}
         if (at := int(values.pop("nonfinite_at"))) >= 0:
             where = divmod(at, batch.response_mask.shape[1])
             self._stop(number, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)
@@ -54,7 +60,7 @@ class Updater:
             self._stop(number, batch, f"{', '.join(broken)} not finite", LOWER)
         if values.get("dual/saturated") == ALARM:
             self._warn_of_saturation(number, values["dual/multiplier"])
-        return state, values | self._settings(number - 1, values) | {"prompts_taken": sampled.prompts_taken}
+        return state, values | settings | {"prompts_taken": sampled.prompts_taken}
 
     def _settings(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The learning rate, and a given budget, which is drawn beside the gap even where no λ follows it."""

@@ -172,6 +172,22 @@ def read_transcripts(path: Path) -> list[dict[str, Any]]:
     return _read_records(Path(path))
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it holds something else; the message names the file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is a {type(found).__name__}; it must be a JSON object")
+    return found
+
+
 @contextlib.contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
     """Adds the path to an OSError raised by a write, which knows only a file descriptor."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcjax.reporting.curves import Records, accuracy_interval, draw_curves, series, show_control_characters
-from dcjax.reporting.record import read_metrics, read_transcripts, write_atomically
+from dcjax.reporting.record import read_metrics, read_object, read_transcripts, write_atomically
+from dcjax.reporting.times import PROFILE, TIMES, Times, read_times, times_title
 
 _SAMPLES_SHOWN = 4
 _ENVIRONMENT_KEYS = ("versions", "platform", "recipe", "directory")
@@ -40,6 +41,8 @@ _HEADLINES = (
     Headline("grad_norm", "Gradient norm", None),
     Headline("learning_rate", "Learning rate", None),
     Headline("tokens_per_second", "Throughput (tokens/s)", max),
+    Headline("rollout_tokens_per_second", "Throughput of the rollout alone (tokens/s)", max),
+    Headline("update_tokens_per_second", "Throughput of the update alone (tokens/s)", max),
 )
 
 _FINAL_FIGURES = (
@@ -55,7 +58,8 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Writes `report.png` and the self-contained `report.html` into a run directory.
 
     Args:
-      run_dir: the run directory, with `metrics.jsonl` and, if the run wrote them, `config.json` and `samples.jsonl`.
+      run_dir: the run directory, with `metrics.jsonl` and, if the run wrote them, `config.json`, `samples.jsonl` and
+        `profile/times.json`.
 
     Returns:
       The paths of the picture and of the page.
@@ -66,14 +70,16 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """
     run_dir = Path(run_dir)
     records = _load_metrics(run_dir)
-    config = _load_config(run_dir / "config.json")
+    config_path, profile = run_dir / "config.json", run_dir / PROFILE
+    config = read_object(config_path) if config_path.exists() else {}
+    times = read_times(profile) if (profile / TIMES).exists() else None
     samples_path = run_dir / "samples.jsonl"
     samples = read_transcripts(samples_path) if samples_path.exists() else []
     name = run_dir.resolve().name
     picture = draw_curves(records, name)
     picture_path, page_path = run_dir / "report.png", run_dir / "report.html"
     write_atomically(picture_path, picture)
-    page = _render(name, records, config, samples, picture)
+    page = _render(name, records, config, samples, picture, times)
     # UTF-8 cannot encode a lone surrogate; it becomes a character reference, which a browser shows as �.
     write_atomically(page_path, page.encode("utf-8", "xmlcharrefreplace"))
     return picture_path, page_path
@@ -91,19 +97,9 @@ def _load_metrics(run_dir: Path) -> Records:
     return records
 
 
-def _load_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is a {type(config).__name__}; it must be a JSON object")
-    return config
-
-
-def _render(name: str, records: Records, config: dict[str, Any], samples: Records, picture: bytes) -> str:
+def _render(
+    name: str, records: Records, config: dict[str, Any], samples: Records, picture: bytes, times: Times | None
+) -> str:
     from jinja2 import Environment, StrictUndefined
 
     # Everything that comes from a run is escaped, because a model's text may contain markup.
@@ -115,6 +111,8 @@ def _render(name: str, records: Records, config: dict[str, Any], samples: Record
         figures=_final_figures(records),
         picture=base64.b64encode(picture).decode("ascii"),
         rows=_headline_rows(records),
+        times=times,
+        times_title=times and times_title(times),
         samples_by_title=_first_and_last_samples(samples),
         settings=_flatten({key: value for key, value in config.items() if key not in _ENVIRONMENT_KEYS}),
         environment=_flatten({key: config[key] for key in _ENVIRONMENT_KEYS if key in config}),
@@ -248,6 +246,22 @@ article { margin: 1rem 0; padding: .75rem 1rem; border-radius: .5rem; background
 {% endfor %}
 </tbody>
 </table></div>
+
+{% if times %}
+<h2>Where the time went</h2>
+<p class="faint">{{ times_title }}</p>
+{% for title, parts in (("", times.parts), ("meanwhile, in the thread that samples", times.beside)) if parts %}
+<div class="wide"><table>
+<thead><tr><th>{{ title or "part" }}</th><th>seconds an iteration</th><th>share of it</th></tr></thead>
+<tbody>
+{% for part in parts %}
+<tr><td>{{ part.name }}</td><td class="number">{{ part.seconds | number }}</td>
+<td class="number">{{ "%.1f%%" | format(100 * part.share) }}</td></tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endfor %}
+{% endif %}
 
 <h2>Samples</h2>
 {% for title, samples in samples_by_title %}

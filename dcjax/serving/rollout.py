@@ -19,6 +19,7 @@ from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Emi
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import EVERYWHERE, named, pinned
 from dcjax.serving.sync import ServingParams
+from dcjax.spans import span
 from dcjax.types import Array, Params, Rollout
 
 REFILLS_PER_CALL = 64
@@ -126,7 +127,8 @@ class Sampling:
         self._engine, self._prompts = engine, prompts
         # the prompt of each sample
         self._rows = np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)
-        self._prefix = engine.prefill_many(params, prompts)
+        with span("prefill") as ready:
+            self._prefix = ready(engine.prefill_many(params, prompts))
         keys = sample_keys(key, np.arange(len(self._rows)))
         self._requests = engine.make_requests(
             keys, temperatures=temperature, top_ks=top_k, top_ps=top_p, stop_tokens=stop_tokens
@@ -138,8 +140,9 @@ class Sampling:
         """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended; returns whether they have."""
         engine = self._engine
         inputs = (params, self._prefix, self._rows, self._requests, np.int32(REFILLS_PER_CALL), self._state)
-        self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
-        self._ended = np.asarray(ended)
+        with span("decode"):
+            self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
+            self._ended = np.asarray(ended)
         return bool(self._ended.all())
 
     def as_they_end(self, params: ServingParams) -> Iterator[Ended]:
@@ -152,7 +155,8 @@ class Sampling:
     def take_ended(self) -> Ended:
         """The samples that have ended and were not taken before."""
         samples, self._taken = np.flatnonzero(self._ended & ~self._taken), self._ended
-        tokens, lengths = jax.device_get((self._state.samples.tokens, self._state.samples.lengths))
+        with span("decode"):
+            tokens, lengths = jax.device_get((self._state.samples.tokens, self._state.samples.lengths))
         return Ended(
             samples=samples,
             responses=[tokens[sample, : lengths[sample]] for sample in samples],
@@ -161,7 +165,8 @@ class Sampling:
 
     def rollout(self) -> Rollout:
         """All samples, on the host."""
-        samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
+        with span("decode"):
+            samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
         width = self._engine.max_prompt_length
         return _assemble(self._prompts, self._rows, self._requests, samples, experts, width)
 

@@ -69,13 +69,20 @@ def refusal(capfd, directory):
     return run
 
 
+class Started(list):
+    """Configs, and how many iterations were to be profiled of the last."""
+
+    profile = None
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Configs that `dcjax train` would have run; none is."""
-    configs = []
+    configs = Started()
 
-    def train(config, recipe):
+    def train(config, recipe, *, profile):
         configs.append(config)
+        configs.profile = profile
         return Path("report.png"), Path("report.html")
 
     monkeypatch.setattr(dcjax.loop.train, "train", train)
@@ -264,6 +271,36 @@ def test_fields_that_only_fit_together_are_set_together(started):
     """Prompts and updates are validated when all are known, not one after the other."""
     assert main(["train", "tested", "optimizer.updates=3", "rollout.prompts=6"]) == 0
     assert (started[0].optimizer.updates, started[0].rollout.prompts) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "seed"),
+    [
+        ([], None, 0),
+        (["--profile", "3"], 3, 0),
+        (["--profile=12", "seed=5"], 12, 5),
+        (["--seed", "5", "--profile", "1"], 1, 5),
+    ],
+)
+def test_iterations_to_profile_are_no_field_of_the_run(started, given, steps, seed):
+    assert main(["train", "tested", *given]) == 0
+    assert (started.profile, started[0].seed) == (steps, seed)
+
+
+@pytest.mark.parametrize(
+    ("given", "quoted"),
+    [
+        (["0"], "'0'"),
+        (["-1"], "'-1'"),
+        (["1.5"], "'1.5'"),
+        (["all"], "'all'"),
+        ([], "''"),
+        (["--seed", "1"], "'--seed'"),
+    ],
+)
+def test_iterations_to_profile_are_at_least_one(refusal, given, quoted):
+    told = refusal("train", "tested", "--profile", *given)
+    assert told == f"--profile is {quoted}; it must be a number of iterations, at least 1"
 
 
 @pytest.mark.parametrize("spelled", [["run_dir=lr=3"], ["--run_dir=lr=3"], ["--run_dir", "lr=3"]], ids=" ".join)
@@ -735,7 +772,7 @@ def test_a_report_says_where_it_is(capfd, directory):
 
 
 def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
-    def interrupted(config, recipe):
+    def interrupted(config, recipe, *, profile):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dcjax.loop.train, "train", interrupted)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from launching import complaints
+from records import untimed
 
 from dcjax.cli.session import PINNED, _pin_settings
 from dcjax.keys import IMPLEMENTATION, as_key, make_key, require_key
@@ -36,10 +37,7 @@ def dcjax(*arguments, **environment):
 
 
 def without_times(run):
-    return [
-        {name: value for name, value in record.items() if not name.startswith(("time/", "tokens_per_second"))}
-        for record in read_metrics(run / "metrics.jsonl")
-    ]
+    return untimed(read_metrics(run / "metrics.jsonl"))
 
 
 def test_what_would_change_or_stop_a_run_is_set_back_and_said(capsys):

@@ -52,7 +52,7 @@ def sampled(cursor, rewards):
         log_mass=np.zeros((rows, T), np.float32),
     )
     problems = [CONFIG.task.problem("train", 0, int(number)) for number in numbers[::G]]
-    return Sampled(problems, rollout, np.array(rewards, np.float32), rows // G)
+    return Sampled(problems, rollout, np.array(rewards, np.float32), rows // G, 1.0)
 
 
 @pytest.fixture

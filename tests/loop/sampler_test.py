@@ -8,6 +8,7 @@ import pytest
 
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.sampler import Asynchronous, InTurns
+from dcjax.spans import Recorder, span
 
 pytestmark = pytest.mark.heavy
 
@@ -134,3 +135,20 @@ def test_the_engines_are_used_in_the_order_in_which_they_are_asked_for(in_thread
     first = ["evaluation", "samples for 0", "samples for 1", "samples for 2", "evaluation"]
     # what nobody takes is not drawn at the end
     assert used[:5] == first and used[5:] in ([], ["samples for 3"])
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_where_a_thread_samples_its_time_is_beside_the_trainers(in_thread):
+    def slow(serving, loop):
+        with span("decode"):
+            time.sleep(0.02)
+        return sample(serving, loop)
+
+    with Recorder() as recorder:
+        run(1, sample=slow, in_thread=in_thread)
+        parts, beside = recorder.lap()
+    if in_thread:
+        assert beside["decode"] > 0.02 * STEPS and "decode" not in parts
+        assert beside["decode"] - 0.02 < parts["wait"] + parts["sync"] + parts["other"]
+    else:
+        assert parts["decode"] > 0.02 * STEPS and beside == {}

@@ -2,6 +2,7 @@ import base64
 import contextlib
 import dataclasses
 import gc
+import gzip
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import pretend
 import pytest
 import tiny
 from launching import complaints, send_sigterm_at
+from records import untimed
 from stepping import change_rollouts
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoTokenizer
@@ -61,6 +63,8 @@ MEASURED = {
     "time/rollout",
     "time/update",
     "tokens_per_second",
+    "rollout_tokens_per_second",
+    "update_tokens_per_second",
 }
 
 
@@ -122,14 +126,6 @@ def restored(directory, step=None):
 
 def metrics_of(directory):
     return read_metrics(directory / "metrics.jsonl")
-
-
-def untimed(records):
-    """Metrics without those that measure the machine."""
-    return [
-        {name: value for name, value in record.items() if not name.startswith("time/") and name != "tokens_per_second"}
-        for record in records
-    ]
 
 
 def assert_same_run(ours, theirs):
@@ -272,6 +268,97 @@ def test_the_report_is_drawn_and_holds_its_picture(finished_run):
     picture = (finished_run / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert base64.b64encode(picture).decode() in (finished_run / "report.html").read_text()
+
+
+# --- a profile: the finished run was asked for one of two iterations ---
+
+
+@pytest.fixture(scope="module")
+def profiled(finished_run):
+    """Its iterations, and the events of the trace: (name, microseconds), by the name of the event."""
+    iterations = json.loads((finished_run / "profile" / "times.json").read_text())["iterations"]
+    (path,) = (finished_run / "profile").glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return iterations, [event for event in events if event.get("ph") == "X"]
+
+
+def test_the_parts_of_a_profiled_iteration_add_up_to_its_time(profiled):
+    iterations, _ = profiled
+    assert [iteration["step"] for iteration in iterations] == [1, 2]
+    for iteration in iterations:
+        assert iteration["beside"] == {}
+        assert sum(iteration["parts"].values()) == pytest.approx(iteration["seconds"])
+    work = sum(seconds for iteration in iterations for part, seconds in iteration["parts"].items() if part != "other")
+    assert 0.8 <= work / sum(iteration["seconds"] for iteration in iterations) <= 1
+    every = {"sync", "data", "prefill", "decode", "rewards", "packing", "update", "log", "other"}
+    assert every <= set(iterations[0]["parts"]) <= every | {"compile"}
+    assert every | {"evaluation", "checkpoint"} <= set(iterations[1]["parts"])
+
+
+def test_the_parts_agree_with_what_the_loop_times_itself(profiled, finished_run):
+    for iteration, record in zip(profiled[0], metrics_of(finished_run)[1:], strict=False):
+        parts = iteration["parts"]
+        assert sum(parts[part] for part in ("sync", "data", "prefill", "decode", "rewards")) <= record["time/rollout"]
+        assert parts["packing"] + parts["update"] <= record["time/update"]
+        assert record["time/rollout"] + record["time/update"] <= iteration["seconds"]
+
+
+def test_the_parts_agree_with_the_trace(profiled):
+    """Each span begins and ends within what is counted for it, which is all but moments longer."""
+    iterations, events = profiled
+    traced = {int(event["args"]["step_num"]): event for event in events if event["name"] == "iteration"}
+    assert sorted(traced) == [1, 2]
+    shown, counted = [], []
+    for iteration in iterations:
+        whole, parts = traced[iteration["step"]], iteration["parts"]
+        own = [
+            event for event in events if event["tid"] == whole["tid"] and 0 <= event["ts"] - whole["ts"] < whole["dur"]
+        ]
+        shown.append(whole["dur"] / 1e6)
+        counted.append(iteration["seconds"])
+        assert shown[-1] <= counted[-1] + 1e-5
+        for part in {"packing", "update", "evaluation", "checkpoint"} & set(parts):
+            shown.append(sum(event["dur"] for event in own if event["name"] == part) / 1e6)
+            counted.append(parts[part])
+            # the span itself shows what is compiled in it
+            assert shown[-1] <= counted[-1] + parts.get("compile", 0) + 1e-5, part
+    assert sum(shown) >= 0.8 * sum(counted)
+
+
+def test_the_report_shows_where_the_time_went(profiled, finished_run, pretended_run):
+    page = (finished_run / "report.html").read_text()
+    assert "Where the time went" in page and "(steps 1 to 2, in the mean)" in page
+    for part in profiled[0][1]["parts"]:
+        assert f"<tr><td>{part}</td>" in page
+    for kind in ("rollout", "update"):
+        assert f"Throughput of the {kind} alone" in page
+    # one that was not asked
+    assert not (pretended_run / "profile").exists()
+    assert "Where the time went" not in (pretended_run / "report.html").read_text()
+
+
+def test_a_run_that_is_stopped_leaves_the_profile_of_whole_iterations_and_a_resumed_one_its_own(
+    pretended_run, pretending, monkeypatch, tmp_path
+):
+    directory, times = tmp_path / "run", tmp_path / "run" / "profile" / "times.json"
+    with monkeypatch.context() as patched:
+        send_sigterm_at(patched, Draw, "_once", call=3)
+        assert pretending(directory, "--profile", "4")[0] == 75
+    assert [iteration["step"] for iteration in json.loads(times.read_text())["iterations"]] == [1, 2]
+    assert pretending(directory, "--profile", "1") == (0, [])
+    assert [iteration["step"] for iteration in json.loads(times.read_text())["iterations"]] == [3]
+    assert_same_run(directory, pretended_run)
+    status, told = pretending(directory, "--profile", "1")
+    assert (status, told) == (0, ["dcjax: nothing is profiled: no iteration was made to its end"])
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(pretended_run, pretending, monkeypatch, tmp_path):
+    directory = interrupted_at(STEPS - EVERY, pretended_run, tmp_path / "run")
+    (directory / "profile").mkdir()
+    (directory / "profile" / "plugins").write_text("no directory")
+    status, told = pretending(directory, "--profile", "1")
+    assert status == 2
+    assert len(told) == 1 and told[0].startswith("dcjax: error: cannot write the trace into "), told
 
 
 def test_the_same_command_again_changes_nothing(pretended_run, pretending, tmp_path):

@@ -276,6 +276,25 @@ def test_a_run_without_config_and_samples_says_so(tmp_path):
     assert "Versions and platform" not in texts
 
 
+def test_where_the_time_went_is_shown_where_a_run_was_profiled(tmp_path):
+    write_run(tmp_path, records_of_a_run(steps=2))
+    assert "Where the time went" not in Page(page_of(tmp_path)).texts
+    iteration = {"step": 2, "seconds": 4.0, "parts": {"update": 3.0, "wait": 1.0}, "beside": {"<b>decode": 2.5}}
+    (tmp_path / "profile").mkdir()
+    path = tmp_path / "profile" / "times.json"
+    path.write_text(json.dumps({"iterations": [iteration]}))
+    texts = Page(page_of(tmp_path)).texts
+    at = texts.index("Where the time went") + 1
+    head = ["seconds an iteration", "share of it"]
+    assert texts[at : at + 15] == [
+        *("4.000 s an iteration (step 2)", "part", *head, "update", "3", "75.0%", "wait", "1", "25.0%"),
+        *("meanwhile, in the thread that samples", *head, "<b>decode", "2.5"),
+    ]
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"times\.json is not JSON"):
+        write_report(tmp_path)
+
+
 def test_a_running_runs_torn_last_line_is_no_obstacle(tmp_path):
     write_run(tmp_path, records_of_a_run(steps=2))
     with open(tmp_path / "metrics.jsonl", "ab") as file:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from compiling import jit
+from records import untimed
 from served import engine_of, params_of, sample
 
 from dcjax.cli import main
@@ -115,13 +116,7 @@ def test_a_run_records_it_resumes_and_is_evaluated(run, tmp_path, capfd):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     assert main(["train", str(tmp_path / "run")]) == 0
-    ours, theirs = (
-        [
-            {name: value for name, value in record.items() if not name.startswith(("time/", "tokens_per_second"))}
-            for record in read_metrics(each / "metrics.jsonl")
-        ]
-        for each in (run, tmp_path / "run")
-    )
+    ours, theirs = (untimed(read_metrics(each / "metrics.jsonl")) for each in (run, tmp_path / "run"))
     assert ours == theirs and ours[-1]["dual/discrepancy"] > 0
     capfd.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from launching import ended, fake_devices, free_port, processes, send_sigterm_at
+from records import untimed
 
 from dcjax.cli import main
 from dcjax.loop.checkpoint import Checkpoints
@@ -82,10 +83,7 @@ def checkpointed(directory):
 
 
 def measured(directory):
-    return [
-        {name: value for name, value in record.items() if not name.startswith("time/") and name != "tokens_per_second"}
-        for record in read_metrics(directory / "metrics.jsonl")
-    ]
+    return untimed(read_metrics(directory / "metrics.jsonl"))
 
 
 def restored(directory, step, mesh):
@@ -114,8 +112,8 @@ def assert_same_run(ours, theirs, *, rel, rounding=0.0):
 
 def stop_one(recipe, directory, *options):
     """Begins a run of two processes and sends one of them SIGTERM; how the two end."""
-    with processes(recipe, directory, "--mesh.fsdp", "2", *options) as started:
-        wait_for_step(started, directory, 1)
+    with processes(recipe, directory, "--mesh.fsdp", "2", "--profile", "1", *options) as started:
+        wait_for_step(started, directory, 2)
         started[1].send_signal(signal.SIGTERM)
         return [ended(process, BOUND) for process in started]
 
@@ -174,8 +172,9 @@ def test_sigterm_while_a_thread_samples_ahead_saves_and_it_goes_on(recipe, monke
 
 
 def test_only_the_first_process_writes(stopped):
-    """One line a step, and one sample of each prompt."""
+    """One line a step, one trace, and one sample of each prompt."""
     directory, _ = stopped
+    assert len([*(directory / "profile").rglob("*.xplane.pb")]) == 1
     steps = [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
     assert steps == list(range(len(steps)))
     assert load_config(directory).distributed.process_id == 0

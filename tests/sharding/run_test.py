@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from records import untimed
 from stepping import Stepper
 
 from dcjax.recipe.config import WarmStartConfig
@@ -67,9 +68,8 @@ def run(model, mesh=ONE, async_level=0, **serving):
             state, loop, metrics, drawn = trainer.iterate(state, loop)
             sampled.append(drawn.rollout.tokens)
             # how full bins are depends on how many devices share the rows
-            assert 0 < metrics["columns_filled"] <= 1
-            of_a_mesh = ("time/", "tokens_", "columns_filled")
-            measured.append({name: at for name, at in metrics.items() if not name.startswith(of_a_mesh)})
+            assert 0 < metrics.pop("columns_filled") <= 1
+            measured += untimed([metrics])
     return np.array(sampled), measured, jax.device_get(state)
 
 
