@@ -251,7 +251,7 @@ def compare_updates(setup: Setup, params, batch: Batch, tokens: list[int], rows:
     filled = packing.filled(packing(batch))
     notes = [
         note,
-        f"the recipe's bins are {packing.bins.number} × {packing.bins.width} tokens, {filled:.0%} filled",
+        f"the recipe's bins are {packing.bins.width} of {packing.bins.columns} tokens, {filled:.0%} filled",
         "skipping: prompt columns go through the last layer only as keys and values",
     ]
     return {"title": "update", "unit": "CPU-ms", "rows": lines, "notes": notes}

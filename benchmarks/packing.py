@@ -123,7 +123,7 @@ def compare_times(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     def note(of: Work) -> str:
         bins, filled = updates[of].packing.bins, updates[of].packing.filled(updates[of].pack())
-        return f"{tokens(of)}, limit {of.limit}: bins of {bins.number} × {bins.width}, {filled:.0%} filled"
+        return f"{tokens(of)}, limit {of.limit}: {bins.columns} columns in bins of {bins.width}, {filled:.0%} filled"
 
     def grown(
         title: str, line: list[Work], name: Callable[[Work], str], goal: str, per: Callable[[Work], float]

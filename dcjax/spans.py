@@ -98,7 +98,7 @@ class Recorder:
         if event.startswith(_COMPILE_EVENTS):
             self._begin(COMPILE)
 
-    def _compiled(self, event: str, duration: float, **details: Any) -> None:
+    def _compiled(self, event: str, duration_secs: float, **details: Any) -> None:
         if event.startswith(_COMPILE_EVENTS):
             self._end(COMPILE)
 

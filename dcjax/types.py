@@ -66,18 +66,32 @@ class Rollout(Sequences):
 class Bins(NamedTuple):
     """The size of one device's share of a forward and backward pass that packs rows: the same in every pass."""
 
-    # bins, N, and columns of each, W
-    number: int
+    # of all bins together, an even number, F
+    columns: int
+    # of each bin but the last, which may be narrower, W
     width: int
     # columns for the prompts that the responses of a bin attend to, X
     gathered: int
     # rows at most, R
     rows: int
+    # how often bins may be halved for short rows; what is halved stays a whole number
+    halvings: int = 0
+    # whether rows of one prompt in one bin read it from the same gathered columns
+    shared: bool = False
+
+    @property
+    def number(self) -> int:
+        """Of bins, N."""
+        return -(-self.columns // self.width)
+
+    def halved(self, times: int) -> Bins:
+        """Bins of a half, a quarter, ... of the width in the same columns."""
+        return self._replace(width=self.width >> times, gathered=self.gathered >> times)
 
 
 @flax.struct.dataclass
 class Places:
-    """Where the tokens of R rows lie in the N × W columns of their bins, which are counted through.
+    """Where the tokens of R rows lie in the F columns of their bins.
 
     A row has two parts: its prompt without the last token, and its response, whose columns hold the tokens that precede
     those of the response: the prompt's last, and all of the response but its last. Rows of the same prompt share it.
@@ -87,10 +101,12 @@ class Places:
     responses: Int[Array, "*shares R"]
     # the first column of its prompt, -1 where that is empty
     prompts: Int[Array, "*shares R"]
-    # the first of the N × X columns, those of its bin, that its response finds the prompt in
+    # the first of the N × X gathered columns, those of its bin, that its response finds the prompt in
     gathered: Int[Array, "*shares R"]
     # False where the microbatch has fewer rows, and another stands in for one
     present: Bool[Array, "*shares R"]
+    # how often the bins are halved
+    halvings: Int[Array, "*shares"]
 
 
 @flax.struct.dataclass

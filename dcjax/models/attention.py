@@ -7,9 +7,11 @@ backward pass, but for packed rows `cudnn` stores an S × (X + S) mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from dcjax.models.config import AttentionKernel
 from dcjax.models.layers import attend_grouped, pad_columns, round_up
-from dcjax.types import Array
+from dcjax.types import Array, Bins
 
 Kernel = Literal["xla", "cudnn", "splash"]
 """The kernels that `auto` chooses among."""
@@ -33,22 +35,38 @@ _LANES = 128  # splash requires blocks of keys that are multiples of a TPU's lan
 _BLOCK = 512  # queries and keys in one step of splash: 1 MiB of float32 scores, well within a TPU core's own memory
 
 
-class Segments(NamedTuple):
+@flax.struct.dataclass
+class Segments:
     """Several sequences packed into a row of columns, which do not see each other."""
 
     # adjacent columns with the same number, from 1, are one sequence; 0 is padding
     ids: Int[Array, "B S"]
     # further keys of each row, before its own: columns of all B rows, counted through; None where there are none
     gathered: Int[Array, "B X"] | None = None
-    # the sequence that sees such a key, -1 for none
+    # the number of such a key, -1 for none
     gathered_ids: Int[Array, "B X"] | None = None
+    # the number of the gathered keys that a column sees; None stands for `ids`, which splash takes for it
+    reads: Int[Array, "B S"] | None = None
+    # where all rows together hold the columns of bins: how often these are halved, and the bins
+    halvings: Int[Array, "1 1"] | None = None
+    bins: Bins | None = flax.struct.field(default=None, pytree_node=False)
 
     def padded(self, multiple: int) -> Segments:
         """With padding appended until `multiple` divides both numbers of columns."""
-        ids = pad_columns(self.ids, multiple)
+        pad = partial(pad_columns, multiple=multiple)
+        ids, reads = pad(self.ids), None if self.reads is None else pad(self.reads)
         if self.gathered is None or self.gathered_ids is None:
             return Segments(ids)
-        return Segments(ids, pad_columns(self.gathered, multiple), pad_columns(self.gathered_ids + 1, multiple) - 1)
+        return Segments(ids, pad(self.gathered), pad(self.gathered_ids + 1) - 1, reads)
+
+    def in_bins(self, bins: Bins) -> Segments:
+        """Those with the columns of each bin in a row of their own."""
+        assert self.reads is not None and self.gathered is not None and self.gathered_ids is not None
+        ids, reads = (_cut(x, bins.width) for x in (self.ids, self.reads))
+        gathered, numbers = (
+            _cut(x[:, : len(ids) * bins.gathered], bins.gathered) for x in (self.gathered, self.gathered_ids)
+        )
+        return Segments(ids, gathered, numbers, reads)
 
 
 def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
@@ -92,16 +110,58 @@ def causal_attention(
     a TPU can be compiled on a host without one; `choose` checks beforehand whether a platform supports a kernel.
     """
     chosen = choose(kernel, jax.default_backend(), q.dtype) if kernel == "auto" else kernel
-    if chosen == "cudnn":  # cuDNN takes only 16-bit dtypes, to which `float32` does not apply
-        return _cudnn(q, k, v, segments)
-    return {"xla": _xla, "splash": _splash}[chosen](q, k, v, segments, float32)
+    attend = partial({"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen], float32=float32)
+    if segments is None or segments.bins is None:
+        return attend(segments, q, k, v)
+    bins, halvings = segments.bins, segments.halvings
+    by_halvings = [partial(_attend_in_bins, attend, bins.halved(times)) for times in range(bins.halvings + 1)]
+    if halvings is None or not bins.halvings:
+        return by_halvings[0](segments, q, k, v)
+    return _one_of(by_halvings, halvings[0, 0], segments, q, k, v)
+
+
+def _attend_in_bins(attend: Callable[..., Array], bins: Bins, segments: Segments, *operands: Array) -> Array:
+    """`attend` where all rows together hold the columns of bins."""
+    out = attend(segments.in_bins(bins), *(_cut(x, bins.width) for x in operands))
+    return out.reshape(-1, *out.shape[2:])[: bins.columns].reshape(operands[0].shape)
+
+
+def _cut(x: Array, width: int) -> Array:
+    """[B, S, ...] -> [N, W, ...], padded behind."""
+    return pad_columns(x.reshape(1, -1, *x.shape[2:]), width).reshape(-1, width, *x.shape[2:])
+
+
+def _one_of(functions: Sequence[Callable[..., Array]], number: Array, segments: Segments, *operands: Array) -> Array:
+    """One of some functions of segments and operands.
+
+    Its backward pass computes the function again. JAX would keep, for each of the functions, what its backward pass
+    needs, and zeros for all that were not called.
+    """
+
+    @jax.custom_vjp
+    def call(number, segments, *operands):
+        return lax.switch(number, functions, segments, *operands)
+
+    def forward(*args):
+        return call(*args), args
+
+    def pull(function, gradient, segments, *operands):
+        return jax.vjp(partial(function, segments), *operands)[1](gradient)
+
+    def backward(args, gradient):
+        number, segments, *operands = args
+        pulls = [partial(pull, function) for function in functions]
+        return None, None, *lax.switch(number, pulls, gradient, segments, *operands)
+
+    call.defvjp(forward, backward)
+    return call(number, segments, *operands)
 
 
 def _xla(
+    segments: Segments | None,
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segments: Segments | None,
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
     k, v = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v))
@@ -109,8 +169,14 @@ def _xla(
 
 
 def _cudnn(
-    q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], segments: Segments | None
+    segments: Segments | None,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
+    # cuDNN takes only 16-bit dtypes, to which it does not apply
+    del float32
     length = q.shape[1]
     if segments is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -122,10 +188,10 @@ def _cudnn(
 
 
 def _splash(
+    segments: Segments | None,
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segments: Segments | None,
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
     # A Pallas call is not partitioned by jit: this computes on one device's arrays, and sharded ones need shard_map
@@ -158,7 +224,7 @@ def _with_gathered(x: Float[Array, "B S K D"], segments: Segments | None) -> Flo
 
 
 def _key_ids(segments: Segments) -> Int[Array, "B C"]:
-    """The sequence that sees each key."""
+    """The sequence that sees each key, if all of `reads` are `ids`."""
     if segments.gathered_ids is None:
         return segments.ids
     return jnp.concatenate([segments.gathered_ids, segments.ids], axis=1)
@@ -168,10 +234,11 @@ def _mask(length: int, segments: Segments | None) -> Bool[Array, "#B 1 S C"]:
     """Which keys each query sees."""
     if segments is None:
         return jnp.tril(jnp.ones((length, length), bool))[None, None]
-    key_ids = _key_ids(segments)
-    more = key_ids.shape[1] - length
-    causal = jnp.tril(jnp.ones((length, length + more), bool), more)
-    return (causal & (segments.ids[:, :, None] == key_ids[:, None]))[:, None]
+    ids, reads = segments.ids, segments.ids if segments.reads is None else segments.reads
+    own = jnp.tril(ids[:, :, None] == ids[:, None])
+    if segments.gathered_ids is None:
+        return own[:, None]
+    return jnp.concatenate([reads[:, :, None] == segments.gathered_ids[:, None], own], axis=2)[:, None]
 
 
 def _with_float32_precision(float32: lax.Precision, function: Callable[..., Array]) -> Callable[..., Array]:

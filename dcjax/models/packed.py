@@ -42,8 +42,8 @@ def packed_logps(
       layout: how devices share the work; each has one of the D shares.
 
     Returns:
-      Scores of the rows, 0 outside of a row's response; the experts, if there are any, are those of [M, D × N, W]
-      columns of bins.
+      Scores of the rows, 0 outside of a row's response; the experts, if there are any, are those of columns,
+      [M, D × 2, F / 2].
 
     Raises:
       ValueError: another number of shares than the devices have.
@@ -58,21 +58,20 @@ def packed_logps(
     tables = jax.vmap(partial(_tables, bins, sequences.prompt_mask.shape[1]))(places, *lengths)
 
     def of_columns(values: Array, *index: Array) -> Array:
-        """[D × R, ...] -> [D × N, W, ...]: each column's entry of its row."""
-        taken = jax.vmap(lambda values, *index: values[index])(by_share(values), *index)
-        return taken.reshape(-1, bins.width, *taken.shape[2:])
-
-    def in_bins(values: Array, width: int) -> Array:
-        return values.reshape(-1, width)
+        """[D × R, ...] -> [D × 2, F / 2, ...]: each column's entry of its row."""
+        return _halve(jax.vmap(lambda values, *index: values[index])(by_share(values), *index))
 
     experts, candidates = sequences.experts, sequences.candidate_tokens
     columns = Columns(
         tokens=of_columns(sequences.tokens, tables.rows, tables.columns),
-        positions=in_bins(tables.positions, bins.width),
+        positions=_halve(tables.positions),
         segments=Segments(
-            in_bins(tables.segments, bins.width),
-            in_bins(tables.sources, bins.gathered),
-            in_bins(tables.readers, bins.gathered),
+            _halve(tables.segments),
+            tables.sources,
+            tables.gathered,
+            _halve(tables.reads),
+            places.halvings[:, None],
+            bins,
         ),
         experts=None if experts is None else jnp.moveaxis(of_columns(experts, tables.rows, tables.columns), 2, 0),
     )
@@ -94,7 +93,7 @@ def packed_logps(
 
 
 class _Tables(NamedTuple):
-    """What stands in the F = N × W columns of a share's bins, and in the N × X columns that prompts are gathered to."""
+    """What stands in the F columns of a share's bins, and in the N × X columns that prompts are gathered to."""
 
     # of each column, [F]: its row, its column there, and the position of its token
     rows: Array
@@ -104,9 +103,11 @@ class _Tables(NamedTuple):
     offsets: Array
     # from 1, in order, the part of a row that it belongs to; 0 is padding
     segments: Array
-    # of each gathered column, [N × X]: the column that it is read from, and the part that reads it, -1 for none
+    # the number that the gathered columns of the row's prompt have, for its response; 0 for none
+    reads: Array
+    # of each gathered column, [N × X]: the column that it is read from, and a number, -1 where it is none
     sources: Array
-    readers: Array
+    gathered: Array
     # whether a column is one of a row, [R, F]
     members: Array
 
@@ -120,7 +121,7 @@ def _lengths(sequences: Sequences) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
 
 def _tables(bins: Bins, length: int, places: Places, prompts: Int[Array, "R"], responses: Int[Array, "R"]) -> _Tables:
     """The tables of one share, whose rows have P = `length` columns of prompt."""
-    count, columns = bins.rows, bins.number * bins.width
+    count, columns = bins.rows, bins.columns
     # the first of the rows that share a prompt fills its columns
     firsts = jnp.argmax(places.prompts[:, None] == places.prompts, axis=1) == jnp.arange(count)
     owned = jnp.where(firsts & (places.prompts >= 0), prompts, 0)
@@ -130,7 +131,10 @@ def _tables(bins: Bins, length: int, places: Places, prompts: Int[Array, "R"], r
     ids = jnp.argsort(jnp.argsort(starts)) + 1
     row, in_response = part % count, part >= count
     position = jnp.where(real, offset + jnp.where(in_response, prompts[row], 0), 0)
+    # gathered columns have the number of the response that reads them, of several the first one's
     reader, read, gathered = _parts(places.gathered, prompts, bins.number * bins.gathered)
+    alike = (places.gathered[:, None] == places.gathered) & (prompts > 0)
+    reads = jnp.where(prompts > 0, ids[count + jnp.argmax(alike, axis=1)], 0)
     return _Tables(
         rows=row,
         # a row's tokens stand side by side from P - prompt - 1 on
@@ -138,8 +142,9 @@ def _tables(bins: Bins, length: int, places: Places, prompts: Int[Array, "R"], r
         positions=position,
         offsets=jnp.where(real & in_response, offset, 0),
         segments=jnp.where(real, ids[part], 0),
+        reads=jnp.where(real & in_response, reads[row], 0),
         sources=jnp.where(gathered, places.prompts[reader] + read, 0),
-        readers=jnp.where(gathered, ids[count + reader], -1),
+        gathered=jnp.where(gathered, ids[count + reader], -1),
         members=_inside(places.prompts, prompts, columns) | _inside(places.responses, responses, columns),
     )
 
@@ -159,21 +164,27 @@ def _parts(
     return part, jnp.arange(columns) - starts[part], jnp.any(inside, axis=0)
 
 
+def _halve(values: Array) -> Array:
+    """[D, F, ...] -> [D × 2, F / 2, ...], since XLA is slow at reductions of a single row on a CPU."""
+    return values.reshape(2 * len(values), -1, *values.shape[2:])
+
+
 def _split(shares: int, values: Array) -> Array:
     """[D × R, ...] -> [D, R, ...]."""
     return values.reshape(shares, -1, *values.shape[1:])
 
 
 def _sum_tokens(members: Bool[Array, "D R F"], values: Array) -> Array:
-    """[D × N, W, ...] -> float32 [D × R, ...]: sums over each row's tokens."""
-    flat = values.reshape(members.shape[0], members.shape[2], *values.shape[2:]).astype(jnp.float32)
-    sums = jnp.einsum("drf,df...->dr...", members.astype(jnp.float32), flat, precision=lax.Precision.HIGHEST)
+    """[D × 2, F / 2, ...] -> float32 [D × R, ...]: sums over each row's tokens."""
+    flat = values.reshape(members.shape[0], members.shape[2], *values.shape[2:])
+    operands = members.astype(jnp.float32), flat.astype(jnp.float32)
+    sums = jnp.einsum("drf,df...->dr...", *operands, precision=lax.Precision.HIGHEST)
     return sums.reshape(-1, *values.shape[2:])
 
 
 def _to_rows(first: Int[Array, "D R"], lengths: Int[Array, "D R"], length: int, values: Array) -> Array:
-    """[D × N, W] -> [D × R, T]: each response's columns, and 0 behind them."""
+    """[D × 2, F / 2] -> [D × R, T]: each response's columns, and 0 behind them."""
+    values = values.reshape(len(first), -1)
     offsets = jnp.arange(length)
-    columns = jnp.where(offsets < lengths[..., None], first[..., None] + offsets, values.size)
-    flat = values.reshape(first.shape[0], -1)
-    return jax.vmap(lambda flat, at: flat.at[at].get(mode="fill", fill_value=0))(flat, columns).reshape(-1, length)
+    columns = jnp.where(offsets < lengths[..., None], first[..., None] + offsets, values.shape[1])
+    return jax.vmap(lambda flat, at: flat.at[at].get(mode="fill", fill_value=0))(values, columns).reshape(-1, length)

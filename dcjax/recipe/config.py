@@ -10,9 +10,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
+
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import Task
-from dcjax.models.config import ModelConfig, presets
+from dcjax.models.attention import choose
+from dcjax.models.config import DTYPES, ModelConfig, presets
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
@@ -175,7 +178,8 @@ class Config:
                 f"the {minibatch} sequences of a minibatch, and warm_start.batch_size {self.warm_start.batch_size}, "
                 f"must be multiples of mesh.data × mesh.fsdp × mesh.expert, {shares}"
             )
-        self.packing()
+        # for its checks, which are the same everywhere; JAX's platform is not known before hosts have found each other
+        self.packing("cpu")
 
     def _check_objective(self):
         objective = build_objective(
@@ -187,17 +191,19 @@ class Config:
             raise ValueError("rollout.top_k is 0; this objective requires candidate tokens, so it must be at least 1")
         build_optimizer(self.optimizer, objective, steps=self.steps)
 
-    def packing(self) -> Packing:
-        """How the sequences of RL share microbatches."""
-        rollout = self.rollout
-        return self._packing(rollout.sequences, group_size=rollout.group_size, updates=self.optimizer.updates)
+    def packing(self, platform: str | None = None) -> Packing:
+        """How the sequences of RL share microbatches, on a platform by JAX's name; None stands for the default one."""
+        rows, updates = self.rollout.sequences, self.optimizer.updates
+        return self._packing(rows, platform, group_size=self.rollout.group_size, updates=updates)
 
     def warm_start_packing(self) -> Packing:
         """How the examples of the warm start share microbatches."""
-        return self._packing(self.warm_start.batch_size, group_size=1, updates=1)
+        return self._packing(self.warm_start.batch_size, None, group_size=1, updates=1)
 
-    def _packing(self, rows: int, *, group_size: int, updates: int) -> Packing:
-        sizes = dataclasses.asdict(self.mesh)
+    def _packing(self, rows: int, platform: str | None, *, group_size: int, updates: int) -> Packing:
+        sizes, attention = dataclasses.asdict(self.mesh), self.model.attention
+        platform = jax.default_backend() if platform is None else platform
+        kernel = choose(attention, platform, DTYPES[self.model.precision.compute]) if attention == "auto" else attention
         try:
             return Packing.fitting(
                 prompt_length=self.rollout.max_prompt_length,
@@ -208,6 +214,8 @@ class Config:
                 updates=updates,
                 shares=split(sizes, "batch"),
                 column_multiple=split(sizes, "saved_sequence"),
+                platform=platform,
+                masked=kernel != "splash",
             )
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None

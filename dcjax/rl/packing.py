@@ -2,13 +2,15 @@
 
 Responses are of many lengths, and the G of a group have their prompt in common. So a row is not computed with its
 padding: the tokens of several rows share a bin, each prompt stands once in a microbatch, and all its responses there
-attend to it. Bins are filled first-fit, longest response first.
+attend to it. Bins are filled first-fit, longest response first. They are as wide as the longest row may be; where all
+rows of a microbatch are short, they are halved for attention, whose cost grows with their width, once or several times.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +19,19 @@ from jaxtyping import Int
 
 from dcjax.types import Batch, Bins, Microbatches, Places
 
-POOL = 1.25
-"""Tokens of the rows that a microbatch chooses from, as a multiple of its columns: enough short ones to fill gaps."""
 DEFAULT_ROWS = 8
-"""Responses of the limit's length that a microbatch has room for by default. A larger one reads the parameters less
-often, but leaves more of the last one empty; on CPU that costs more than it saves."""
-DEFAULT_TOKENS = 16_384
-"""Tokens of a microbatch at most by default, where one row does not need more."""
-ROWS_OF_BIN = 16
-"""Rows of a microbatch at most, for each of its bins."""
+"""Responses of the limit's length that a microbatch has room for by default, beside a prompt. A larger one reads the
+parameters less often, but leaves more of the last one empty."""
+DEFAULT_TOKENS = {"cpu": 1024}
+"""Tokens of these responses at most, by JAX's platforms: what a CPU's cache holds of an activation."""
+DEFAULT_TOKENS_ELSEWHERE = 16_384
+"""The same on all others, on which a pass reads the parameters while it computes."""
+SHORT_ROWS = 12, 24
+"""Columns, and parts of a bin's width, that rows are assumed to have on average at least, which bounds their number."""
+NARROWEST_BIN = 64
+"""Columns of a halved bin at least: narrower ones cost attention as much as they save."""
+ALIGNMENT = 16
+"""Columns that the default number of tokens is a multiple of, which vector units prefer."""
 
 
 class Row(NamedTuple):
@@ -80,6 +86,8 @@ class Packing:
         updates: int = 1,
         shares: int = 1,
         column_multiple: int = 1,
+        platform: str = "cpu",
+        masked: bool = True,
     ) -> Packing:
         """The packing for prompts and responses of at most these lengths.
 
@@ -89,32 +97,36 @@ class Packing:
           rows: B, of an iteration.
           group_size: G.
           tokens_per_microbatch: columns that a share computes in one forward and backward pass, at most. By default as
-            many as `DEFAULT_ROWS` of the longest responses have, and a bin more for prompts, but not more than
-            `DEFAULT_TOKENS` where a row fits into these.
+            many as a prompt and `DEFAULT_ROWS` of the longest responses have, or as fit into `DEFAULT_TOKENS`.
           updates: minibatches of an iteration.
           shares: D.
-          column_multiple: what the width of a bin is a multiple of, in columns.
+          column_multiple: what a half of the columns is a multiple of.
+          platform: by JAX's name, for the default.
+          masked: whether attention computes all of a bin's columns under a mask. Then bins are halved, and responses in
+            a bin share gathered columns; otherwise blocks are skipped in which nothing is seen.
 
         Raises:
           ValueError: tokens that are too few for the longest row.
         """
-
-        def columns(tokens: int) -> int:
-            return -(-tokens // column_multiple) * column_multiple
-
-        # one bin needs room for a prompt beside its response; of several, another one may hold it
-        widest, width = columns(prompt_length + response_length - 1), columns(max(response_length, prompt_length - 1))
+        context, multiple = prompt_length - 1, 2 * column_multiple
+        longest, width = _round_up(context + response_length, multiple), max(response_length, context)
         if tokens_per_microbatch is None:
-            tokens_per_microbatch = max(widest, min((DEFAULT_ROWS + 1) * width, DEFAULT_TOKENS))
-        if tokens_per_microbatch < widest:
+            fitting = DEFAULT_TOKENS.get(platform, DEFAULT_TOKENS_ELSEWHERE) // response_length
+            responses = max(1, min(DEFAULT_ROWS, fitting)) * response_length
+            tokens_per_microbatch = _round_up(responses + context, math.lcm(multiple, ALIGNMENT))
+        if tokens_per_microbatch < longest:
             raise ValueError(
-                f"tokens_per_microbatch is {tokens_per_microbatch}; it must be at least {widest}, which the longest "
+                f"tokens_per_microbatch is {tokens_per_microbatch}; it must be at least {longest}, which the longest "
                 "prompt and response need"
             )
-        number = tokens_per_microbatch // width
-        width = width if number > 1 else tokens_per_microbatch // column_multiple * column_multiple
-        bins = Bins(number, width, width, min(rows // updates // shares, ROWS_OF_BIN * number))
-        return cls(bins, shares, updates, group_size)
+        columns = tokens_per_microbatch // multiple * multiple
+        halvings, gathered = 0, width
+        if masked:
+            halvings = max(0, int(math.log2(width / NARROWEST_BIN)))
+            width, gathered = (_round_up(size, 2**halvings) for size in (width, max(context, width // 2)))
+        shortest = max(min(SHORT_ROWS[0], width), width // SHORT_ROWS[1])
+        most = min(rows // updates // shares, max(1, columns // shortest))
+        return cls(Bins(columns, width, gathered, most, halvings, masked), shares, updates, group_size)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch, which is on the host, with its microbatches; equal batches are cut alike.
@@ -123,33 +135,33 @@ class Packing:
           ValueError: a row that has no prompt, padding between tokens, or tokens for which a microbatch has no room.
         """
         rows = _rows(batch, self.bins)
-        parts = self._parts(len(rows))
-        cuts = [[_cut([rows[at] for at in share], self.bins) for share in minibatch] for minibatch in parts]
-        table = np.full((*self._shape(len(rows)), len(Place._fields)), -1, np.int32)
+        parts, shape = self._parts(len(rows)), self._shape(len(rows))
+        counts, halvings = np.zeros(shape[:2], np.int32), np.zeros(shape[:3], np.int32)
+        table = np.full((*shape, len(Place._fields)), -1, np.int32)
         for update, share in np.ndindex(parts.shape[:2]):
             numbers = {row: number for number, row in enumerate(parts[update, share].tolist())}
-            for at, placed in enumerate(cuts[update][share]):
+            cuts = _cut([rows[at] for at in parts[update, share]], self.bins)
+            counts[share, update] = len(cuts)
+            for at, (times, placed) in enumerate(cuts):
                 places = [place._replace(row=numbers[place.row]) for place in placed]
-                table[share, update, at, : len(places)] = places
-        counts = np.array([[len(minibatch[share]) for minibatch in cuts] for share in range(self.shares)], np.int32)
+                table[share, update, at, : len(places)], halvings[share, update, at] = places, times
         numbers, responses, prompts, gathered = np.moveaxis(table, -1, 0)
-        places = Places(responses, prompts, gathered, numbers >= 0)
+        places = Places(responses, prompts, gathered, numbers >= 0, halvings)
         return dataclasses.replace(batch, microbatches=Microbatches(counts, numbers, places))
 
     def abstract(self, rows: int, sharding: jax.sharding.Sharding | None = None) -> Microbatches:
         """The shapes and dtypes of the microbatches of a batch with so many rows."""
 
-        def table(dtype: type) -> Any:
-            return jax.ShapeDtypeStruct(self._shape(rows), dtype, sharding=sharding)
+        def table(axes: int, dtype: type = np.int32) -> Any:
+            return jax.ShapeDtypeStruct(self._shape(rows)[:axes], dtype, sharding=sharding)
 
-        number = table(np.int32)
-        counts: Any = jax.ShapeDtypeStruct((self.shares, self.updates), np.int32, sharding=sharding)
-        return Microbatches(counts, number, Places(number, number, number, table(np.bool_)))
+        number = table(4)
+        return Microbatches(table(2), number, Places(number, number, number, table(4, np.bool_), table(3)))
 
     def filled(self, batch: Batch) -> float:
         """The share of a packed batch's computed columns that hold a token; a prompt counts once for its group."""
         assert batch.microbatches is not None
-        computed = batch.microbatches.count.max(axis=0).sum() * self.shares * self.bins.number * self.bins.width
+        computed = batch.microbatches.count.max(axis=0).sum() * self.shares * self.bins.columns
         prompts = np.asarray(batch.prompt_mask).sum(axis=1)[:: self.group_size] - 1
         responses = np.asarray(batch.attention_mask).sum() - np.asarray(batch.prompt_mask).sum()
         return float((prompts.sum() + responses) / computed)
@@ -164,6 +176,10 @@ class Packing:
         return self.shares, self.updates, rows // self.updates // self.shares, self.bins.rows
 
 
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 def _rows(batch: Batch, bins: Bins) -> list[Row]:
     """The rows of a batch, checked."""
     mask = np.asarray(batch.attention_mask)
@@ -176,17 +192,25 @@ def _rows(batch: Batch, bins: Bins) -> list[Row]:
             f"row {wrong[0]} of the batch has no prompt, or padding between its tokens; prompts are padded on the left "
             "and responses on the right"
         )
-    # a single bin holds a prompt beside its response; of several, another one may
-    needed = responses + prompts - 1 if bins.number == 1 else np.maximum(responses, prompts - 1)
-    if (most := needed.max()) > bins.width or prompts.max() - 1 > bins.gathered:
-        raise ValueError(
-            f"a row of the batch needs {most} columns; its bins have {bins.width}, {bins.gathered} gathered"
-        )
     ids = _prompt_ids(batch, length)
-    return [
+    rows = [
         Row(number, *of_row)
         for number, of_row in enumerate(zip(responses.tolist(), (prompts - 1).tolist(), ids, strict=True))
     ]
+    for row in rows:
+        if not _fits(row, bins):
+            raise ValueError(
+                f"row {row.number} of the batch needs {row.prompt} columns for its prompt and {row.response} for its "
+                f"response; of {bins.columns} columns each bin has {bins.width}, and {bins.gathered} gathered"
+            )
+    return rows
+
+
+def _fits(row: Row, bins: Bins) -> bool:
+    """Whether there is room for the row alone, its prompt beside its response or in another bin."""
+    shorter, longer = sorted([row.prompt, row.response])
+    width, other = min(bins.width, bins.columns), min(bins.width, bins.columns - bins.width)
+    return row.prompt <= bins.gathered and (shorter + longer <= width or (longer <= width and shorter <= other))
 
 
 def _prompt_ids(batch: Batch, length: int) -> list[int]:
@@ -201,19 +225,22 @@ def _prompt_ids(batch: Batch, length: int) -> list[int]:
     return ids
 
 
-def _cut(rows: Sequence[Row], bins: Bins) -> list[list[Place]]:
-    """The microbatches of one share: each takes from the next rows in order, until all have a place."""
+def _cut(rows: Sequence[Row], bins: Bins) -> list[tuple[int, list[Place]]]:
+    """The microbatches of one share, and how often their bins are halved: each takes from the next rows in order, until
+    all have a place."""
     left, microbatches = list(rows), []
     while left:
-        placed = _fill(_pool(left, POOL * bins.number * bins.width), bins)
+        pool = _pool(left, bins.columns)
+        times = next(n for n in range(bins.halvings, -1, -1) if all(_fits(row, bins.halved(n)) for row in pool))
+        placed = _fill(pool, bins.halved(times))
         taken = {place.row for place in placed}
         left = [row for row in left if row.number not in taken]
-        microbatches.append(placed)
+        microbatches.append((times, placed))
     return microbatches
 
 
-def _pool(rows: Sequence[Row], room: float) -> list[Row]:
-    """The first rows, whole groups of them where they stand together, that need about so many columns."""
+def _pool(rows: Sequence[Row], room: int) -> list[Row]:
+    """The first rows, whole groups of them where they stand together, that need so many columns, or a few more."""
     columns, prompts, pool = 0, set(), []
     for row in rows:
         columns += row.response + (0 if row.prompt_id in prompts else row.prompt)
@@ -226,34 +253,64 @@ def _pool(rows: Sequence[Row], room: float) -> list[Row]:
 
 def _fill(rows: Sequence[Row], bins: Bins) -> list[Place]:
     """The rows that find a place in one microbatch, the longest response first."""
-    columns = _Columns(bins.number, bins.width)
-    gathered = _Columns(bins.number, bins.gathered)
+    columns = _Columns(bins.number, bins.width, bins.columns)
+    gathered = _Columns(bins.number, bins.gathered, bins.number * bins.gathered)
+    # the first column of each prompt, and the first of its gathered ones in each bin that it is shared in
     prompts: dict[int, int] = {}
+    shared: dict[tuple[int, int], int] = {}
     placed: list[Place] = []
     for row in sorted(rows, key=lambda row: -row.response):
         if len(placed) == bins.rows:
             break
-        new = row.prompt if row.prompt_id not in prompts else 0
-        own = next((n for n in range(bins.number) if columns.has(n, row.response) and gathered.has(n, row.prompt)), -1)
-        home = next((n for n in range(bins.number) if columns.has(n, new + (row.response if n == own else 0))), -1)
-        if own < 0 or home < 0:
+        own, home = _find(row, columns, gathered, prompts, shared)
+        if own < 0:
             continue
         response = columns.take(own, row.response)
         if row.prompt_id not in prompts:
-            prompts[row.prompt_id] = columns.take(home, new) if new else -1
-        placed.append(Place(row.number, response, prompts[row.prompt_id], gathered.take(own, row.prompt)))
+            prompts[row.prompt_id] = columns.take(home, row.prompt) if row.prompt else -1
+        into = shared.get((own, row.prompt_id))
+        into = gathered.take(own, row.prompt) if into is None else into
+        if bins.shared:
+            shared[own, row.prompt_id] = into
+        placed.append(Place(row.number, response, prompts[row.prompt_id], into))
     return placed
 
 
-class _Columns:
-    """The columns of some bins, of which each is filled from its start."""
+def _find(
+    row: Row,
+    columns: _Columns,
+    gathered: _Columns,
+    prompts: Collection[int],
+    shared: Collection[tuple[int, int]],
+) -> tuple[int, int]:
+    """The first bin with room for a row's response, and the fullest with room for its prompt, if that is new; or -1.
 
-    def __init__(self, bins: int, width: int):
-        self._used, self._width = [0] * bins, width
+    The longest responses need whole bins, which prompts must not begin.
+    """
+    for own in range(columns.bins):
+        if columns.has(own, row.response) and ((own, row.prompt_id) in shared or gathered.has(own, row.prompt)):
+            if row.prompt_id in prompts:
+                return own, -1
+            homes = [n for n in range(columns.bins) if columns.has(n, row.prompt + (row.response if n == own else 0))]
+            if homes:
+                return own, min(homes, key=columns.left)
+    return -1, -1
+
+
+class _Columns:
+    """The columns of some bins, of which each is filled from its start, and the last may be narrower."""
+
+    def __init__(self, bins: int, width: int, columns: int):
+        self.bins = bins
+        self._used, self._width, self._columns = [0] * bins, width, columns
 
     def has(self, number: int, columns: int) -> bool:
         """Whether a bin has that many left."""
-        return self._used[number] + columns <= self._width
+        return columns <= self.left(number)
+
+    def left(self, number: int) -> int:
+        """How many a bin has left."""
+        return min(self._width, self._columns - number * self._width) - self._used[number]
 
     def take(self, number: int, columns: int) -> int:
         """Takes them, and returns the first of them, counted through all bins."""

@@ -151,7 +151,7 @@ def assert_splash_meets_xla(arrays, segments):
 
 def apart(segments, block=512):
     ids = segments.ids
-    return segments._replace(ids=np.where(ids == 0, -2 - np.arange(ids.shape[1], dtype=np.int32) // block, ids))
+    return segments.replace(ids=np.where(ids == 0, -2 - np.arange(ids.shape[1], dtype=np.int32) // block, ids))
 
 
 # segments 1 and 2 are prompts, which the others of both rows read; segment 5 has another one's only column to read

@@ -21,7 +21,11 @@ from dcjax.types import Bins
 pytestmark = pytest.mark.heavy
 
 P, T, G = tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, 4
-BINS = Bins(3, T, T, 10)
+BINS = Bins(3 * T, T, T, 10)
+MASKED = {
+    "shared, with a narrow last bin": Bins(2 * T + P, T, P, 10, shared=True),
+    "halved for short rows": Bins(4 * T, T, T // 2, 16, halvings=1, shared=True),
+}
 MODELS = {"dense": tiny.DENSE, "experts": tiny.EXPERTS}
 QUANTITIES = {"collision": lambda distributions: jnp.sum(jnp.exp(2 * distributions.log_probs), axis=-1)}
 
@@ -32,6 +36,7 @@ def random_rows(rows=16, **extra):
     mask = batch.attention_mask.copy()
     mask[G : 2 * G, : P - 1] = False
     mask[3, P:] = False
+    mask[2 * G : 3 * G, P + T // 2 :] = False
     temperature = np.repeat(np.array([1.0, 0.7, 1.3, 1.0], np.float32), rows // 4)
     return dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:], temperature=temperature, **extra)
 
@@ -50,20 +55,22 @@ def by_rows(model, batch, weights, params):
     return loss_of(weights, scores), scores
 
 
-def in_bins(model, layout, batch, places, weights, params):
-    scores = packed_logps(model, params, batch, places=places, bins=BINS, quantities=QUANTITIES, layout=layout)
+def in_bins(model, bins, layout, batch, places, weights, params):
+    scores = packed_logps(model, params, batch, places=places, bins=bins, quantities=QUANTITIES, layout=layout)
     return loss_of(weights, scores), scores
 
 
-def check(model, batch, *, mesh=None, shares=1):
+def check(model, batch, *, bins=BINS, mesh=None, shares=1):
     """Scores, router metrics and summed gradients of all microbatches are those of the whole batch by rows."""
     params, rng = tiny.masters(model), np.random.default_rng(1)
     weights = np.where(batch.response_mask, rng.normal(size=(len(batch.rewards), T)), 0).astype(np.float32)
     differentiate = partial(jax.grad, has_aux=True)
     expected_grads, expected = compiled(differentiate(partial(by_rows, model, batch, weights)), params)
     layout = mesh_layout(make_mesh(mesh or MeshConfig()))
-    microbatches = Packing(BINS, shares, 1, G)(batch).microbatches
+    microbatches = Packing(bins, shares, 1, G)(batch).microbatches
     assert microbatches.count.max() > 1
+    halvings = microbatches.places.halvings[:, 0][(microbatches.rows[:, 0] >= 0).any(axis=-1)]
+    assert set(halvings.tolist()) == set(range(bins.halvings + 1))
     run, grads, seen = None, None, []
     for at in range(microbatches.count.max()):
         rows, places = jax.tree.map(lambda x, at=at: x[:, 0, at], (microbatches.rows, microbatches.places))
@@ -72,7 +79,7 @@ def check(model, batch, *, mesh=None, shares=1):
         inputs = jax.tree.map(lambda x, taken=taken: x[taken], batch), places
         inputs += (np.where(present.ravel()[:, None], weights[taken], 0), params)
         if run is None:
-            step = differentiate(partial(in_bins, model, layout), argnums=3)
+            step = differentiate(partial(in_bins, model, bins, layout), argnums=3)
             run = jax.jit(step).lower(*inputs).compile(UNOPTIMISED)
         new, scores = run(*inputs)
         grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
@@ -97,6 +104,11 @@ def check(model, batch, *, mesh=None, shares=1):
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_and_gradients_are_those_of_rows(name):
     check(MODELS[name], random_rows())
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_bins_of_other_shapes_change_nothing(name):
+    check(tiny.DENSE, random_rows(), bins=MASKED[name])
 
 
 def test_candidates_experts_and_chunks_of_the_head_go_with_their_tokens():
@@ -128,7 +140,8 @@ MESHES = {
     ],
 )
 def test_devices_that_each_pack_their_share_score_as_one(name, mesh):
-    check(MODELS[name], random_rows(rows=64), mesh=MESHES[mesh][0], shares=MESHES[mesh][1])
+    bins = MASKED["halved for short rows"]
+    check(MODELS[name], random_rows(rows=64), bins=bins, mesh=MESHES[mesh][0], shares=MESHES[mesh][1])
 
 
 def test_shares_that_the_devices_do_not_have_are_refused():

@@ -109,7 +109,7 @@ def test_every_objective_sees_rows_as_they_are(name, updates):
         objective=ObjectiveConfig(**(COMMON | OBJECTIVES[name])), optimizer=OptimizerConfig(updates=updates)
     )
     objective, batch = build.objective_of(config), make_batch()
-    packed = Packing(Bins(2, T, T, 4), updates=updates, group_size=G)(batch)
+    packed = Packing(Bins(2 * T, T, T, 4), updates=updates, group_size=G)(batch)
     assert packed.microbatches.count.min() > 1
     expected, found = (bigram_step(objective, rows, updates) for rows in (batch, packed))
     check(expected, found)
@@ -122,7 +122,7 @@ def test_shares_are_cut_each_by_itself():
     mask = batch.attention_mask.copy()
     mask[: ROWS // 2, P + 2 :] = False
     batch = dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
-    packed = Packing(Bins(2, T, T, 4), shares=2, group_size=G)(batch)
+    packed = Packing(Bins(2 * T, T, T, 4), shares=2, group_size=G)(batch)
     assert packed.microbatches.count[0] < packed.microbatches.count[1]
     expected, found = (bigram_step(objective, rows, 1) for rows in (batch, packed))
     check(expected, found)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcjax.rl import Packing
-from dcjax.types import Batch, Bins
+from dcjax.types import Batch, Bins, Places
 
 P, T = 5, 9
 
@@ -36,9 +36,11 @@ def cases(draw):
     if draw(st.booleans()):
         prompts[0] = draw(prompt)
     responses = draw(st.lists(st.integers(0, T), min_size=rows, max_size=rows))
-    bins = draw(
-        st.sampled_from([Bins(1, P + T - 1, P - 1, 2), Bins(2, T, T, 5), Bins(3, T, P, 99), Bins(1, 40, 12, 4)])
-    )
+    # one bin, several, those with a narrow last one that holds prompts alone, and some that may be halved
+    bins = draw(st.sampled_from([(P + T - 1,) * 2, (2 * T, T), (2 * T + P - 1, T), (T + P - 1, T), (40, 40), (50, 20)]))
+    bins = Bins(*bins, draw(st.sampled_from([P - 1, T])), draw(st.integers(1, 9)), shared=draw(st.booleans()))
+    if bins.width == 20:
+        bins = bins._replace(gathered=16, halvings=2)
     return Packing(bins, shares, updates, group), batch_of(prompts, responses)
 
 
@@ -59,21 +61,28 @@ def test_every_row_has_its_columns_to_itself_and_its_prompt_at_hand(case):
             numbers = microbatches.rows[share, update, at]
             assert (cut.present == (numbers >= 0)).all() and cut.present.any()
             seen += mine[numbers[cut.present]].tolist()
-            check_microbatch(batch, bins, mine[numbers[cut.present]], jax.tree.map(lambda x, c=cut: x[c.present], cut))
+            where = Places(*(x[cut.present] for x in tuple(vars(cut).values())[:-1]), cut.halvings)
+            check_microbatch(batch, bins, mine[numbers[cut.present]], where)
     assert sorted(seen) == list(range(rows))
     again = packing(batch).microbatches
     jax.tree.map(np.testing.assert_array_equal, again, microbatches)
 
 
 def check_microbatch(batch, bins, rows, places):
-    used = np.zeros(bins.number * bins.width, int)
+    bins, shared = bins.halved(int(places.halvings)), {}
+    used = np.zeros(bins.columns, int)
     gathered = np.zeros(bins.number * bins.gathered, int)
     contexts = {}
     for row, response, prompt, into in zip(rows, places.responses, places.prompts, places.gathered, strict=True):
         mask = batch.attention_mask[row]
         columns, context = int(mask[P:].sum()), int(mask[:P].sum()) - 1
         used[response : response + columns] += 1
-        gathered[into : into + context] += 1
+        prompt_tokens = batch.tokens[row, :P][mask[:P]].tobytes()
+        if not bins.shared or shared.setdefault((prompt_tokens, into // bins.gathered), row) == row:
+            gathered[into : into + context] += 1
+        else:
+            # as for the first row of the prompt that reads in this bin
+            assert into == places.gathered[list(rows).index(shared[prompt_tokens, into // bins.gathered])]
         own = response // bins.width
         if columns:
             assert own == (response + columns - 1) // bins.width
@@ -84,7 +93,7 @@ def check_microbatch(batch, bins, rows, places):
             assert prompt // bins.width == (prompt + context - 1) // bins.width
         else:
             assert prompt == -1
-        contexts.setdefault(batch.tokens[row, :P][mask[:P]].tobytes(), set()).add((int(prompt), context))
+        contexts.setdefault(prompt_tokens, set()).add((int(prompt), context))
     # a prompt stands once, and over nothing else
     for places_of_prompt in contexts.values():
         ((prompt, context),) = places_of_prompt
@@ -93,25 +102,26 @@ def check_microbatch(batch, bins, rows, places):
 
 
 def test_a_small_batch_by_hand():
-    """The longest responses of the pool come first; the third prompt has no room any more."""
+    """The longest responses of the pool come first. Two whole groups are more than 18 columns, so the first takes from
+    one, the second from what is left: of its rows 2 and 3, the first is too long, and the other's prompt."""
     batch = batch_of([[1, 2, 3]] * 2 + [[4, 5, 6]] * 2 + [[7, 7]] * 2, [3, 9, 4, 2, 5, 9])
-    microbatches = Packing(Bins(2, T, T, 9), group_size=2)(batch).microbatches
+    microbatches = Packing(Bins(2 * T, T, T, 9), group_size=2)(batch).microbatches
     (count,), (rows, places) = (
         microbatches.count[0],
-        jax.tree.map(lambda x: x[0, 0], tuple(vars(microbatches).values())[1:]),
+        jax.tree.map(lambda x: x[0, 0, :3], tuple(vars(microbatches).values())[1:]),
     )
     assert count == 3
     # row 1 fills a bin, and its prompt of two columns, which row 0 shares, starts the other
-    assert rows[0].tolist()[:3] == [1, 2, -1]
-    assert places.responses[0].tolist()[:2] == [0, 11]
-    assert places.prompts[0].tolist()[:2] == [9, 15]
+    assert rows[:, :3].tolist() == [[1, 0, -1], [5, 4, -1], [2, 3, -1]]
+    assert places.responses[:, :2].tolist() == [[0, 11], [0, 10], [0, 6]]
+    assert places.prompts[:, :2].tolist() == [[9, 9], [9, 9], [4, 4]]
 
 
 def test_prompts_whose_tokens_went_to_other_experts_are_others():
     experts = np.zeros((4, P + T - 1, 1, 2), np.int16)
     experts[3, P - 2] = 1
     batch = batch_of([[1, 2, 3]] * 4, [2] * 4, experts=experts)
-    places = Packing(Bins(4, T, T, 9), group_size=4)(batch).microbatches.places
+    places = Packing(Bins(4 * T, T, T, 9), group_size=4)(batch).microbatches.places
     assert len(set(places.prompts[0, 0, 0][places.present[0, 0, 0]].tolist())) == 2
 
 
@@ -128,42 +138,68 @@ def test_rows_that_are_not_a_prompt_and_a_response_are_refused(row, what):
     mask = np.stack([batch.attention_mask[0], np.array(row, bool)])
     batch = dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
     with pytest.raises(ValueError, match=f"row 1 of the batch has .*{what}"):
-        Packing(Bins(2, T, T, 2))(batch)
+        Packing(Bins(2 * T, T, T, 2))(batch)
 
 
 def test_a_single_bin_is_refused_that_has_no_room_for_a_prompt_beside_its_response():
     batch = batch_of([[1, 2, 3]], [T])
-    assert Packing(Bins(1, T + 2, T, 2))(batch).microbatches.count == 1
-    with pytest.raises(ValueError, match="a row of the batch needs 11 columns; its bins have 10, 9 gathered"):
-        Packing(Bins(1, T + 1, T, 2))(batch)
+    needed = "row 0 of the batch needs 2 columns for its prompt and 9 for its response"
+    for width in (T, T + 2):
+        assert Packing(Bins(T + 2, width, T, 2))(batch).microbatches.count == 1
+        with pytest.raises(ValueError, match=f"{needed}; of 10 columns each bin has {width - 1}, and 9 gathered"):
+            Packing(Bins(T + 1, width - 1, T, 2))(batch)
 
 
 def test_rows_that_are_too_long_are_refused():
-    with pytest.raises(ValueError, match="a row of the batch needs 9 columns; its bins have 8, 8 gathered"):
-        Packing(Bins(2, 8, 8, 2))(batch_of([[1]], [9]))
+    with pytest.raises(
+        ValueError, match=r"row 1 .* 0 columns for its prompt and 9 for .*; of 16 columns each bin has 8"
+    ):
+        Packing(Bins(16, 8, 8, 2))(batch_of([[1]] * 2, [8, 9]))
+    with pytest.raises(ValueError, match=r"needs 4 columns for its prompt .* and 3 gathered"):
+        Packing(Bins(16, 8, 3, 2))(batch_of([[1] * P], [8]))
+
+
+def test_bins_are_halved_for_rows_that_are_all_short():
+    bins = Bins(64, 32, 16, 9, halvings=2)
+    lengths, expected = ([8] * 8, 2), ([8] * 7 + [9], 1)
+    for responses, times in (lengths, expected):
+        assert Packing(bins)(batch_of([[1, 2]] * 8, responses)).microbatches.places.halvings[0, 0, 0] == times
+
+
+def test_responses_that_fill_bins_leave_the_narrow_last_one_to_their_prompt():
+    packing = Packing.fitting(prompt_length=P, response_length=8, rows=24, group_size=8)
+    packed = packing(batch_of([[1] * P] * 24, [8] * 24))
+    assert packing.bins.columns == 80 and packed.microbatches.count == 3
+    assert packing.filled(packed) == 3 * (8 * 8 + P - 1) / (3 * 80)
 
 
 def fitting(**changes):
-    sizes = {"prompt_length": 100, "response_length": 1000, "rows": 64, "group_size": 8}
+    sizes = {"prompt_length": 100, "response_length": 1000, "rows": 64, "group_size": 8, "platform": "tpu"}
+    sizes["masked"] = False
     return Packing.fitting(**(sizes | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # eight of the longest responses, and a bin for prompts
-        ({}, Bins(9, 1000, 1000, 64)),
-        # no more than 16384 columns, here fewer than two rows', so that a prompt needs room beside its response
-        ({"response_length": 8192}, Bins(2, 8192, 8192, 32)),
-        ({"response_length": 16_000}, Bins(1, 16_384, 16_384, 16)),
+        # eight of the longest responses and a prompt, in multiples of 16
+        ({}, Bins(8112, 1000, 1000, 64)),
+        # or as many as 16384 columns hold
+        ({"response_length": 8192}, Bins(16_496, 8192, 8192, 48)),
+        ({"response_length": 16_000}, Bins(16_112, 16_000, 16_000, 24)),
         # unless a row needs more
-        ({"response_length": 32_768}, Bins(1, 32_867, 32_867, 16)),
+        ({"response_length": 32_768}, Bins(32_880, 32_768, 32_768, 24)),
         # prompts may be the longer ones
-        ({"prompt_length": 3000}, Bins(5, 2999, 2999, 64)),
-        ({"tokens_per_microbatch": 4321}, Bins(4, 1000, 1000, 64)),
-        ({"tokens_per_microbatch": 1099}, Bins(1, 1099, 1099, 16)),
-        ({"column_multiple": 16}, Bins(9, 1008, 1008, 64)),
-        ({"shares": 4, "updates": 2}, Bins(9, 1000, 1000, 8)),
+        ({"prompt_length": 3000}, Bins(11_008, 2999, 2999, 64)),
+        ({"tokens_per_microbatch": 4321}, Bins(4320, 1000, 1000, 64)),
+        ({"tokens_per_microbatch": 1100}, Bins(1100, 1000, 1000, 26)),
+        ({"column_multiple": 24}, Bins(8112, 1000, 1000, 64)),
+        ({"shares": 4, "updates": 2}, Bins(8112, 1000, 1000, 8)),
+        # a CPU is given fewer columns, and under a mask bins may be halved to 62 columns, and read from half as many
+        ({"platform": "cpu"}, Bins(1104, 1000, 1000, 26)),
+        ({"masked": True}, Bins(8112, 1000, 504, 64, 3, True)),
+        ({"masked": True, "response_length": 64, "prompt_length": 16}, Bins(528, 64, 32, 44, 0, True)),
+        ({"masked": True, "response_length": 129, "prompt_length": 16}, Bins(1056, 130, 64, 64, 1, True)),
     ],
 )
 def test_bins_by_the_lengths(changes, expected):
@@ -173,8 +209,8 @@ def test_bins_by_the_lengths(changes, expected):
 
 
 def test_a_microbatch_that_no_row_fits_into_is_refused():
-    with pytest.raises(ValueError, match="tokens_per_microbatch is 1098; it must be at least 1099"):
-        fitting(tokens_per_microbatch=1098)
+    with pytest.raises(ValueError, match="tokens_per_microbatch is 1099; it must be at least 1100"):
+        fitting(tokens_per_microbatch=1099)
 
 
 @pytest.mark.parametrize("mean", [0.1, 0.35, 0.7])
@@ -192,6 +228,6 @@ def test_ragged_rows_fill_most_columns(mean):
 
 
 def test_the_abstract_microbatches_are_those_of_a_batch():
-    packing, batch = Packing(Bins(2, T, T, 4), shares=2, updates=2, group_size=2), batch_of([[1, 2]] * 16, [3] * 16)
+    packing, batch = Packing(Bins(2 * T, T, T, 4), shares=2, updates=2, group_size=2), batch_of([[1, 2]] * 16, [3] * 16)
     abstract, real = packing.abstract(16), packing(batch).microbatches
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)

@@ -105,7 +105,7 @@ class Policies:
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         # as many rows on each share of the devices as a microbatch of whole ones has room for
         shares, bins = split(mesh.shape, "batch"), config.packing().bins
-        room = max(1, bins.number * bins.width // mask.shape[1])
+        room = max(1, bins.columns // mask.shape[1])
         parts, size = [], min(shares * room, round_up(len(mask), shares))
         for start in range(0, len(mask), size):
             # The last batch is filled up, so that one program serves all.

@@ -116,15 +116,16 @@ def test_a_step_is_that_of_one_device_and_its_activations_are_cut(alone, name):
 
 
 def assert_activations_are_cut(mesh, text):
-    """Between an MLP's products each device has its bins, columns and widths only, and no device has them all."""
+    """Between an MLP's products each device has its columns and widths only, and no device has them all."""
     held = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
     bins = dataclasses.replace(CONFIG, mesh=mesh).packing().bins
-    columns, width = bins.width // mesh.context, MODEL.intermediate_size // mesh.tensor
-    assert (bins.number, columns, width) in held
-    # of three axes, the last of them this width; weights have the residual stream's width too
-    inner = [shape for shape in held if len(shape) == 3 and shape[2] in (width, MODEL.intermediate_size)]
-    activations = [shape for shape in inner if MODEL.hidden_size not in shape]
-    assert max(map(math.prod, activations)) == bins.number * columns * width
+    columns, width = bins.columns // 2 // mesh.context, MODEL.intermediate_size // mesh.tensor
+    assert (2, columns, width) in held
+    # of three axes: rows, columns and these widths, cut or whole
+    whole = bins.columns // 2, MODEL.intermediate_size
+    inner = [shape for shape in held if len(shape) == 3 and shape[1] in (columns, whole[0])]
+    activations = [shape for shape in inner if shape[2] in (width, whole[1])]
+    assert max(map(math.prod, activations)) == 2 * columns * width
 
 
 @pytest.mark.parametrize(
