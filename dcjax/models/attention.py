@@ -1,4 +1,4 @@
-"""Causal self-attention of the training forward, by one of three kernels.
+"""Causal self-attention of the training forward, by one of three kernels, and which of two decoding takes.
 
 All compute softmax(q kᵀ / √D) v under the same mask; they differ in rounding and in memory. `xla` stores all S × S
 attention weights. `cudnn` (GPU) and `splash` (Pallas, TPU) store only blocks of them, in the forward and in the
@@ -25,6 +25,9 @@ from dcjax.types import Array, Bins
 
 Kernel = Literal["xla", "cudnn", "splash"]
 """The kernels that `auto` chooses among."""
+
+CachedKernel = Literal["xla", "ragged"]
+"""Of attention on a KV cache: `ragged` (Pallas, TPU) reads the tokens that are there, `xla` all that there is room for."""
 
 # the platforms, by JAX's names, and the dtypes that the blockwise kernels support
 _BLOCKED: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -89,6 +92,13 @@ def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
         f"model.attention is {kernel!r}, which does not run on {platform} in {name}; it runs on "
         f"{' or '.join(platforms)} in {' or '.join(dtypes)}, and auto and xla run everywhere"
     )
+
+
+def choose_cached(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> CachedKernel:
+    """The kernel of decoding in a model whose `attention` is `kernel`: `ragged` where that means splash on a TPU."""
+    platforms, dtypes = _BLOCKED["splash"]
+    fits = platform in platforms and jnp.dtype(dtype).name in dtypes
+    return "ragged" if fits and kernel in ("auto", "splash") else "xla"
 
 
 def causal_attention(

@@ -14,9 +14,11 @@ from jax import lax
 from jaxtyping import Float, Int, Shaped
 
 from dcjax.models import layers
+from dcjax.models.attention import CachedKernel
 from dcjax.models.block import Products, block
 from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
+from dcjax.models.ragged import ragged_attention
 from dcjax.types import Array
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
@@ -92,9 +94,16 @@ def attend(
     q: Float[Array, "B S H D"],
     positions: Int[Array, "B S"],
     *,
+    kernel: CachedKernel = "xla",
     float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> Float[Array, "B S H D"]:
-    """Softmax attention of queries at `positions` on the cached tokens up to and including their own."""
+    """Softmax attention of queries at `positions` on the cached tokens up to and including their own.
+
+    The `ragged` kernel is for a single query a sequence; several, as in prefill, are computed by XLA.
+    """
+    if kernel == "ragged" and q.shape[1] == 1:
+        lengths = positions[:, 0] + 1
+        return ragged_attention(q, cache.k, cache.v, lengths, cache.k_scale, cache.v_scale, float32=float32)
     visible = jnp.arange(cache.k.shape[2]) <= positions[:, None, None, :, None]
     return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale, float32=float32)
 
@@ -111,12 +120,13 @@ def attend_cached(
     positions: Int[Array, "B S"],
     layer: Int[Array, ""] | None = None,
     *,
+    kernel: CachedKernel = "xla",
     float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
     """`write` followed by `attend`; returns the attention's result and the new cache."""
     written = write(cache, k, v, positions, layer)
     own = written if layer is None else jax.tree.map(lambda leaf: leaf[layer], written)
-    return attend(own, q, positions, float32=float32), written
+    return attend(own, q, positions, kernel=kernel, float32=float32), written
 
 
 def stack_layers(layers: Sequence[Any]) -> Any:

@@ -62,6 +62,7 @@ def make_engine(
             end_tokens=end_tokens,
             steps_per_call=serving.steps_per_call,
             prefill_tokens=serving.prefill_tokens,
+            prompts=lengths.prompts,
             max_candidates=lengths.top_k,
             records_experts=lengths.replay_routing,
             mismatch=mismatch,

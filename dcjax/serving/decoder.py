@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.keys import as_key
 from dcjax.models import ModelConfig
+from dcjax.models.attention import choose_cached
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
 from dcjax.serving import parallel, sampling
@@ -309,6 +310,11 @@ class Decoder:
     def _placed(self, state: DecodeState) -> DecodeState:
         return state if self.mesh.size == 1 else lax.with_sharding_constraint(state, self.state_shardings(state))
 
+    def prompt_caches(self, rows: int) -> Caches:
+        """What `prefill` leaves of so many prompts, empty."""
+        pieces = -(-self.max_prompt_length // self.prefill_tokens)
+        return self._caches(rows, pieces * min(self.max_prompt_length, self.prefill_tokens))
+
     def _caches(self, batch: int, capacity: int) -> Caches:
         def one() -> LayerCache:
             return init_cache(self.config, batch, capacity, self.kv_cache)
@@ -328,7 +334,9 @@ class Decoder:
 
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
         x = params.weights["embed_tokens"].lookup(tokens, self.format.activations)
-        shared = serving_layout(self.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        kernel = choose_cached(self.config.attention, platform, self.format.activations)
+        shared = serving_layout(self.mesh, kernel)
         return forward_cached(self.config, params.weights, x, positions, caches, products(self.config), choose, *shared)
 
     def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:

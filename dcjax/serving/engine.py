@@ -150,6 +150,7 @@ class Qwen3Engine(engine_api.Engine):
       end_tokens: ids that end a response unless a request names others; themselves sampled, scored and returned.
       steps_per_call: tokens that are decoded in each slot before ended samples are replaced.
       prefill_tokens: the most tokens in one pass of the prefill: several prompts, or a piece of a long one.
+      prompts: how many prompts are held beside the slots while these decode, for which there must be memory.
       max_candidates: largest top_k of a request; the tokens that it keeps are recorded. 0 records none, for any top_k.
       max_stop_tokens: how many ids a request may name; if there are more end tokens, the next power of two.
       records_experts: whether the choices of an MoE's routers are recorded.
@@ -177,6 +178,7 @@ class Qwen3Engine(engine_api.Engine):
         end_tokens: Sequence[int],
         steps_per_call: int = 1,
         prefill_tokens: int = 4096,
+        prompts: int = 1,
         max_candidates: int = 0,
         max_stop_tokens: int = 4,
         records_experts: bool = False,
@@ -185,7 +187,7 @@ class Qwen3Engine(engine_api.Engine):
         training_mesh: jax.sharding.Mesh | None = None,
         memory: int | None = None,
     ):
-        sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens}
+        sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens, "prompts": prompts}
         for name, size in sizes.items():
             _require_within(name, [size], 1)
         _require_within("max_candidates", [max_candidates], 0, config.vocab_size)
@@ -225,7 +227,7 @@ class Qwen3Engine(engine_api.Engine):
         self._sync = make_sync(
             config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
         )
-        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, keep)
+        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, prompts, keep)
 
     # --- JetStream's interface ---
 
@@ -385,11 +387,13 @@ class Qwen3Engine(engine_api.Engine):
             keys=keys,
         )
 
-    def _require_memory(self, available: int, keep: Sequence[str]) -> None:
+    def _require_memory(self, available: int, prompts: int, keep: Sequence[str]) -> None:
         weights = abstract_serving(self.config, self.format, keep)
         placed = served_shardings(self.config, self.format, self._mesh, keep)
         copies, within = self._mesh.devices.shape
-        left = available - _bytes(weights, placed)
+        held = jax.eval_shape(partial(self.decoder.prompt_caches, prompts))
+        of_prompts = _bytes(held, jax.tree.map(lambda _: named(self._mesh, SHARED_CACHE), held))
+        left = available - _bytes(weights, placed) - of_prompts
         one_each = jax.eval_shape(partial(self.decoder.empty, copies))
         of_slot = _bytes(one_each, self.decoder.state_shardings(one_each))
         slots = self.slots // copies
@@ -399,7 +403,7 @@ class Qwen3Engine(engine_api.Engine):
             raise ValueError(
                 f"slots is {self.slots}: a KV cache in {self.kv_cache.name} for {capacity} each takes "
                 f"{slots * of_slot / 2**30:.2f} GiB{where}, and {max(left, 0) / 2**30:.2f} of "
-                f"{available / 2**30:.2f} GiB are left beside the weights; "
+                f"{available / 2**30:.2f} GiB are left beside the weights and the caches of {prompts} prompts; "
                 f"{max(left // of_slot, 0) * copies} slots would fit"
             )
 

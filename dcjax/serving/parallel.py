@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from dcjax.models.attention import CachedKernel
 from dcjax.models.cache import CachedAttention, LayerCache, attend_cached
 from dcjax.models.layout import ONE_DEVICE, Layout
 from dcjax.models.moe import GroupedDot, Routing, mix_rows, swiglu
@@ -59,23 +60,24 @@ def pinned(mesh: Mesh, tree: Any, axes: PartitionSpec) -> Any:
     return tree if mesh.size == 1 else lax.with_sharding_constraint(tree, named(mesh, axes))
 
 
-def serving_layout(mesh: Mesh) -> tuple[Layout, CachedAttention]:
-    """How a layer's parts run on a serving mesh, and its attention on the cache.
+def serving_layout(mesh: Mesh, kernel: CachedKernel) -> tuple[Layout, CachedAttention]:
+    """How a layer's parts run on a serving mesh, and its attention on the cache by a kernel.
 
     XLA partitions products and the operations between them, given constraints on activations. Attention and experts run
     per device (shard_map): a cache is written in place, and XLA does not partition loops over experts.
     """
     if mesh.size == 1:
-        return ONE_DEVICE, attend_cached
+        return ONE_DEVICE, partial(attend_cached, kernel=kernel)
 
     def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
         return pinned(mesh, x, PartitionSpec(*axes))
 
-    return Layout(constrain=constrain, mixture=partial(_mixture, mesh)), partial(_attend, mesh)
+    return Layout(constrain=constrain, mixture=partial(_mixture, mesh)), partial(_attend, mesh, kernel)
 
 
 def _attend(
     mesh: Mesh,
+    kernel: CachedKernel,
     cache: LayerCache,
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
@@ -88,7 +90,7 @@ def _attend(
     held, rows = partition_spec(CACHE, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
     heads = partition_spec(PartitionSpec("batch", None, "heads"), SERVING_RULES)
     return jax.shard_map(
-        partial(attend_cached, float32=float32),
+        partial(attend_cached, kernel=kernel, float32=float32),
         mesh=mesh,
         in_specs=(held, heads, heads, heads, rows),
         out_specs=(heads, held),
