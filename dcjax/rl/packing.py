@@ -22,8 +22,8 @@ from dcjax.types import Batch, Bins, Microbatches, Places
 DEFAULT_ROWS = 8
 """Responses of the limit's length that a microbatch has room for by default, beside a prompt. A larger one reads the
 parameters less often, but leaves more of the last one empty."""
-DEFAULT_TOKENS = {"cpu": 1024}
-"""Tokens of these responses at most, by JAX's platforms: what a CPU's cache holds of an activation."""
+DEFAULT_TOKENS = {"cpu": 512}
+"""Tokens of these responses at most, by JAX's platforms: on a CPU, activations of more leave its cache."""
 DEFAULT_TOKENS_ELSEWHERE = 16_384
 """The same on all others, on which a pass reads the parameters while it computes."""
 SHORT_ROWS = 12, 24
