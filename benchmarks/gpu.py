@@ -86,7 +86,11 @@ def train(preset: str, scale: Scale) -> dict[str, Any]:
 
     seconds = serving.seconds_of(partial(jax.jit(jax.grad(loss)), params), scale.rounds)
     achieved = operations(config, scale.length) / seconds / 1e12
-    return {"tokens_per_second": scale.length / seconds, "tflops": achieved, "share_of_peak": achieved / PEAK} | device()
+    return {
+        "tokens_per_second": scale.length / seconds,
+        "tflops": achieved,
+        "share_of_peak": achieved / PEAK,
+    } | device()
 
 
 def operations(config: ModelConfig, length: int) -> float:

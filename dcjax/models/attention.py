@@ -27,7 +27,7 @@ Kernel = Literal["xla", "cudnn", "splash"]
 """The kernels that `auto` chooses among."""
 
 CachedKernel = Literal["xla", "ragged"]
-"""Of attention on a KV cache: `ragged` (Pallas, TPU) reads the tokens that are there, `xla` all that there is room for."""
+"""Of attention on a KV cache: `ragged` (Pallas, TPU) reads what is filled, `xla` all that there is room for."""
 
 # the platforms, by JAX's names, and the dtypes that the blockwise kernels support
 _BLOCKED: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...]]] = {

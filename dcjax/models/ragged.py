@@ -1,7 +1,7 @@
 """Attention of a single new token on a cache whose sequences are of many lengths: a Pallas kernel for TPUs.
 
-Keys and values are read where they lie, in the cache's dtype, in blocks of tokens. Blocks behind a sequence's last token
-are neither read nor computed, so that a step reads what is filled, and not what there is room for. The softmax is
+Keys and values are read where they lie, in the cache's dtype, in blocks of tokens. Blocks behind a sequence's last
+token are neither read nor computed, so that a step reads what is filled, and not what there is room for. The softmax is
 computed block by block, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867).
 """
 
@@ -91,7 +91,7 @@ def held_block(block: int, row: Any, number: Any, lengths: Any) -> Any:
 
 
 def _kernel(
-    block: int, capacity: int, precision: lax.Precision, lengths: Any, q: Any, k: Any, v: Any, *refs: Any
+    block: int, capacity: int, precision: lax.Precision | None, lengths: Any, q: Any, k: Any, v: Any, *refs: Any
 ) -> None:
     """One block of one sequence: q [1, K, G, D], k and v [1, K, block, D], their scales [1, K, block] if there are any.
 

@@ -429,15 +429,16 @@ def test_a_format_that_the_model_cannot_be_served_in_is_refused():
 def test_a_cache_that_does_not_fit_says_how_many_slots_would(name):
     memory = 2**20
     with pytest.raises(ValueError, match=r"slots is 100000: a KV cache in \w+ for 5 \+ 8 tokens each takes") as caught:
-        Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": 100_000}), memory=memory)
+        Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": 100_000, "prompts": 5}), memory=memory)
     fitting = int(re.search(r"; (\d+) slots would fit", str(caught.value))[1])
-    engine = Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": fitting}), memory=memory)
+    engine = Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": fitting, "prompts": 5}), memory=memory)
     with pytest.raises(ValueError, match=f"{fitting} slots would fit"):
-        Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": fitting + 1}), memory=memory)
+        Qwen3Engine(CONFIG, **(SIZES | {"format": name, "slots": fitting + 1, "prompts": 5}), memory=memory)
     # what was reckoned is what is taken
-    arrays = jax.tree.leaves(
-        (jax.eval_shape(engine.sync, abstract_params(CONFIG), 0), jax.eval_shape(engine.init_decode_state))
-    )
+    served = jax.eval_shape(engine.sync, abstract_params(CONFIG), 0)
+    tokens, lengths = np.zeros((5, engine.max_prompt_length), np.int32), np.ones(5, np.int32)
+    prompts = jax.eval_shape(engine.decoder.prefill, served, tokens, lengths).caches
+    arrays = jax.tree.leaves((served, prompts, jax.eval_shape(engine.init_decode_state)))
     taken = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
     assert taken <= memory < taken * (1 + 1 / fitting)
 

@@ -9,12 +9,14 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dcjax.models import Precision, abstract_params, logical_axes, presets
 from dcjax.models.attention import Segments, causal_attention
+from dcjax.models.ragged import ragged_attention
 from dcjax.recipe import build
 from dcjax.recipe.config import Config, WarmStartConfig
 from dcjax.recipe.optimizer import OptimizerConfig
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.heavy
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, which compiles for absent TPUs")
 GIB, G, P = 2**30, 8, 1024
+NARROW = ["int8", "float8_e4m3fn"]
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 
 
@@ -203,6 +206,28 @@ V5E = "v5e:4x4"
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    ("compute", "stored"), [("float32",) * 2, ("bfloat16",) * 2, *[("bfloat16", n) for n in NARROW]]
+)
+def test_attention_on_a_cache_compiles_for_a_tpu_in_every_format_and_copies_nothing(kind, compute, stored):
+    mesh = Mesh(np.array(slice_devices(kind)[:1]), ("one",))
+    everywhere = PartitionSpec()
+
+    def array(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
+
+    cache = array(64, 8, 8192, 128, dtype=stored)
+    scales = [array(64, 8, 8192, dtype=jnp.float32)] * 2 if stored in NARROW else []
+    args = array(64, 1, 32, 128, dtype=compute), cache, cache, array(64, dtype=jnp.int32), *scales
+    attend = jax.shard_map(ragged_attention, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    compiled = jax.jit(attend).lower(*args).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     slots, capacity, devices = 128, 8192, 8
     training = make_mesh(MeshConfig(fsdp=16), slice_devices(V5E))
@@ -220,6 +245,8 @@ def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     state = with_shardings(state, engine.decoder.state_shardings(state))
     program = _programs(engine.decoder).generate.lower(engine.decoder, params, state, engine.steps_per_call).compile()
     memory, text = program.memory_analysis(), program.as_text()
+    # each layer's attention reads what is filled, where it lies
+    assert text.count('custom_call_target="tpu_custom_call"') == model.num_layers
     # int8 keys and values with a float32 scale a head, of which a chip has one of eight, for half of the slots
     cache = model.num_layers * 2 * (slots // 2) * capacity * (model.head_dim + 4)
     assert memory.alias_size_in_bytes >= cache
