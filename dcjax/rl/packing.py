@@ -120,10 +120,13 @@ class Packing:
                 "prompt and response need"
             )
         columns = tokens_per_microbatch // multiple * multiple
-        halvings, gathered = 0, width
         if masked:
             halvings = max(0, int(math.log2(width / NARROWEST_BIN)))
             width, gathered = (_round_up(size, 2**halvings) for size in (width, max(context, width // 2)))
+        else:
+            # all as wide: a narrow last one would be computed as if it were not
+            halvings, width = 0, -(-columns // (columns // width))
+            gathered = width
         shortest = max(min(SHORT_ROWS[0], width), width // SHORT_ROWS[1])
         most = min(rows // updates // shares, max(1, columns // shortest))
         return cls(Bins(columns, width, gathered, most, halvings, masked), shares, updates, group_size)

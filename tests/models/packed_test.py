@@ -36,7 +36,7 @@ def random_rows(rows=16, **extra):
     mask = batch.attention_mask.copy()
     mask[G : 2 * G, : P - 1] = False
     mask[3, P:] = False
-    mask[2 * G : 3 * G, P + T // 2 :] = False
+    mask[rows // 2 :, P + T // 2 :] = False
     temperature = np.repeat(np.array([1.0, 0.7, 1.3, 1.0], np.float32), rows // 4)
     return dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:], temperature=temperature, **extra)
 

@@ -125,7 +125,7 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
         presets[preset],
         attention="splash",
         remat="full",
-        head_chunk=1024,
+        head_chunk=512,
         precision=Precision(compute="bf16", head="bf16"),
     )
     config = Config(
@@ -163,15 +163,15 @@ def test_the_8b_step_on_64_chips():
     step = compiled_step("qwen3-8b", MeshConfig(fsdp=16, tensor=4), rows=16)
     memory, text = step.memory_analysis(), step.as_text()
     assert memory.argument_size_in_bytes < 1.44 * GIB
-    assert memory.temp_size_in_bytes < 4.56 * GIB
+    assert memory.temp_size_in_bytes < 3.35 * GIB
     # forward, forward again, and backward of q and of k and v
     assert text.count('custom_call_target="tpu_custom_call"') == 4
     # no scores of 8192 × 8192, and nobody has the whole batch's hidden states
     assert "8192,8192]" not in text
-    assert "[16,8192,4096]" not in text
+    assert "[32,4096,4096]" not in text
     # what is kept between layers is cut over tensor too
-    assert "bf16[36,1,2048,4096]" in text
-    assert "bf16[36,1,8192,4096]" not in text
+    assert "bf16[36,2,1024,4096]" in text
+    assert "bf16[36,2,4096,4096]" not in text
     assert max(elements for _, elements, _ in collectives(text)) <= 151_936 // 4 * 4096
 
 
