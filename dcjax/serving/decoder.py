@@ -283,13 +283,15 @@ class Decoder:
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
         )
+        active = state.active & ~stopped & (generated < requests.limits)
         following = dataclasses.replace(
             state,
             caches=decoded.caches,
             tokens=tokens,
-            positions=state.positions + state.active,
+            # a slot that has ended reads its first token alone
+            positions=jnp.where(active, state.positions + 1, 0),
             generated=generated,
-            active=state.active & ~stopped & (generated < requests.limits),
+            active=active,
         )
         return self._placed(following), emitted
 

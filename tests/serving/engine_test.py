@@ -272,6 +272,17 @@ def test_a_request_is_the_same_alone_in_another_slot(masters):
         np.testing.assert_allclose([x[1] for x in alone], [x[1] for x in together[number]], atol=1e-5)
 
 
+def test_a_slot_that_has_ended_reads_one_token(masters):
+    engine = make_engine(steps_per_call=1)
+    params = engine.sync(masters, 0)
+    limits = np.arange(1, SLOTS + 1)
+    state = start(engine, params, PROMPTS, limits=limits)
+    for step in range(1, 3):
+        state, _ = engine.generate(params, state)
+        fed = [len(prompt) - 1 + step if limit > step else 0 for prompt, limit in zip(PROMPTS, limits, strict=True)]
+        assert np.asarray(state.positions).tolist() == fed
+
+
 def goodness_of_fit(counts, probabilities):
     """p-value of the χ² test, rare tokens pooled; 0 where a token was drawn that cannot be."""
     possible = probabilities > 0
