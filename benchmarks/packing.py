@@ -40,7 +40,7 @@ from dcjax.models import init_params, token_logps
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
-from dcjax.rl.step import PolicyOutputs, make_train_step
+from dcjax.rl.step import PolicyOutputs
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Params, Sequences
 
@@ -169,18 +169,8 @@ def unpacked_step(config: Config) -> Callable:
         return PolicyOutputs(scores.logps, scores.entropy)
 
     objective, tx = build.objective_of(config), build_optimizer(config)
-    step = make_train_step(
-        apply_fn,
-        tx,
-        objective.surrogate,
-        objective.transform,
-        aggregate=objective.aggregate,
-        discrepancy=objective.discrepancy,
-        mean_discrepancy=objective.mean_discrepancy,
-        requires=objective.requires,
-        group_size=config.rollout.group_size,
-        microbatch_size=UNPACKED_ROWS,
-    )
+    sizes = {"group_size": config.rollout.group_size, "microbatch_size": UNPACKED_ROWS}
+    step = build.make_step(objective, apply_fn, tx, **sizes)
     return build.compile_step(config.model, make_mesh(config.mesh), tx, step)
 
 
