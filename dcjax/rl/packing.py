@@ -28,8 +28,9 @@ DEFAULT_TOKENS_ELSEWHERE = 16_384
 """The same on all others, on which a pass reads the parameters while it computes."""
 SHORT_ROWS = 12, 24
 """Columns, and parts of a bin's width, that rows are assumed to have on average at least, which bounds their number."""
-NARROWEST_BIN = 64
-"""Columns of a halved bin at least: narrower ones cost attention as much as they save."""
+NARROWEST_BIN, MOST_HALVINGS = 64, 3
+"""Columns of a halved bin at least: narrower ones cost attention as much as they save. Each halving is one more
+attention in the compiled program."""
 ALIGNMENT = 16
 """Columns that the default number of tokens is a multiple of, which vector units prefer."""
 
@@ -121,7 +122,7 @@ class Packing:
             )
         columns = tokens_per_microbatch // multiple * multiple
         if masked:
-            halvings = max(0, int(math.log2(width / NARROWEST_BIN)))
+            halvings = min(max(0, int(math.log2(width / NARROWEST_BIN))), MOST_HALVINGS)
             width, gathered = (_round_up(size, 2**halvings) for size in (width, max(context, width // 2)))
         else:
             # all as wide: a narrow last one would be computed as if it were not

@@ -198,6 +198,7 @@ def fitting(**changes):
         # a CPU is given fewer columns, and under a mask bins may be halved to 62 columns, and read from half as many
         ({"platform": "cpu"}, Bins(1104, 1104, 1104, 24)),
         ({"masked": True}, Bins(8112, 1000, 504, 64, 3, True)),
+        ({"masked": True, "response_length": 8192}, Bins(16_496, 8192, 4096, 48, 3, True)),
         ({"masked": True, "response_length": 64, "prompt_length": 16}, Bins(528, 64, 32, 44, 0, True)),
         ({"masked": True, "response_length": 129, "prompt_length": 16}, Bins(1056, 130, 64, 64, 1, True)),
     ],
