@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--seconds N] [--json PATH] [--dry-run]
 
 Each part is a process of its own, whose figures are written when it ends. A part that there is no time left for is left
-out, and the same command goes on with what is missing.
+out, and the same command goes on with what is missing or failed.
 
 - train: forward and backward pass in bf16, tokens a second, and the share of the card's peak. Operations are six for
   each parameter that multiplies a token, and attention's under a causal mask.
@@ -21,6 +21,8 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -124,6 +126,7 @@ def dcjax(*arguments: str, platform: str | None = None) -> str:
 
 def quickstart(run: Path, scale: Scale) -> dict[str, float]:
     """From an empty run directory."""
+    shutil.rmtree(run, ignore_errors=True)
     started = time.perf_counter()
     dcjax("train", "quickstart", "--run-dir", str(run), *scale.arguments)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -173,7 +176,7 @@ def main() -> None:
     report = json.loads(args.json.read_text()) if args.json.exists() else {"dry_run": args.dry_run, "parts": {}}
     if report["dry_run"] != args.dry_run:
         raise SystemExit(f"{args.json} is of {'a dry run' if report['dry_run'] else 'a card'}; name another file")
-    missing = [name for name in planned if name not in report["parts"]]
+    missing = [name for name in planned if "error" in report["parts"].get(name, {"error": None})]
     with Progress(len(missing), initial=0, description="gpu") as progress:
         for count, name in enumerate(missing, 1):
             left = args.seconds - (time.monotonic() - started)
@@ -187,13 +190,16 @@ def main() -> None:
 
 
 def of_part(name: str, args: argparse.Namespace, seconds: float) -> Any:
-    """A part's figures, or what kept it from having any."""
+    """A part's figures, or what kept it from having any. One that takes too long is ended with all that it started."""
     command = [sys.executable, __file__, "--only", name, "--json", str(args.json), *["--dry-run"] * args.dry_run]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds)
+        told, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return {"error": f"it was ended after {seconds:.0f} s"}
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": done.returncode}
+    return json.loads(told.splitlines()[-1]) if process.returncode == 0 else {"error": f"exit {process.returncode}"}
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

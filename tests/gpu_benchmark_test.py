@@ -26,8 +26,9 @@ def test_a_dry_run_has_figures_for_every_part_and_goes_on_with_what_is_missing(t
     assert report["parts"]["decode tiny int8"]["2"]["share_of_bandwidth"] > 0
     assert 0 <= report["parts"]["quickstart"]["after"] <= 1
     assert report["parts"]["mismatch"]["here"].keys() == report["parts"]["mismatch"]["cpu"].keys()
-    del report["parts"]["decode tiny int8"]
+    report["parts"]["decode tiny int8"] = {"error": "exit 1"}
+    del report["parts"]["train tiny"]
     path.write_text(json.dumps(report))
     told = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert "decode tiny int8:" in told and "quickstart" not in told
+    assert "train tiny:" in told and "decode tiny int8:" in told and "quickstart" not in told
     assert "of a dry run; name another file" in subprocess.run(run[:2] + run[3:], capture_output=True, text=True).stderr

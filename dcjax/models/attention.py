@@ -1,4 +1,4 @@
-"""Causal self-attention of the training forward, by one of three kernels, and which of two decoding takes.
+"""Causal self-attention of the training forward, by one of three kernels; and the choice of the one for decoding.
 
 All compute softmax(q kᵀ / √D) v under the same mask; they differ in rounding and in memory. `xla` stores all S × S
 attention weights. `cudnn` (GPU) and `splash` (Pallas, TPU) store only blocks of them, in the forward and in the
@@ -96,9 +96,7 @@ def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
 
 def choose_cached(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> CachedKernel:
     """The kernel of decoding in a model whose `attention` is `kernel`: `ragged` where that means splash on a TPU."""
-    platforms, dtypes = _BLOCKED["splash"]
-    fits = platform in platforms and jnp.dtype(dtype).name in dtypes
-    return "ragged" if fits and kernel in ("auto", "splash") else "xla"
+    return "ragged" if kernel in ("auto", "splash") and choose("auto", platform, dtype) == "splash" else "xla"
 
 
 def causal_attention(
@@ -123,11 +121,12 @@ def causal_attention(
     attend = partial({"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen], float32=float32)
     if segments is None or segments.bins is None:
         return attend(segments, q, k, v)
-    bins, halvings = segments.bins, segments.halvings
+    bins = segments.bins
+    if not bins.halvings:
+        return _attend_in_bins(attend, bins, segments, q, k, v)
+    assert segments.halvings is not None
     by_halvings = [partial(_attend_in_bins, attend, bins.halved(times)) for times in range(bins.halvings + 1)]
-    if halvings is None or not bins.halvings:
-        return by_halvings[0](segments, q, k, v)
-    return _one_of(by_halvings, halvings[0, 0], segments, q, k, v)
+    return _one_of(by_halvings, segments.halvings[0, 0], segments, q, k, v)
 
 
 def _attend_in_bins(attend: Callable[..., Array], bins: Bins, segments: Segments, *operands: Array) -> Array:

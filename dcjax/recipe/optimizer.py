@@ -78,7 +78,7 @@ class OptimizerConfig:
     """Optimiser updates per iteration; each uses an equal share of the prompts."""
     tokens_per_microbatch: int | None = None
     """Tokens that a device, or several that share rows, computes in one forward and backward pass, at most. By default
-    chosen from the longest prompt and response."""
+    chosen from the longest prompt and response, and for the platform."""
 
     def __post_init__(self):
         names = ("learning_rate", "warmup_steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_floor")

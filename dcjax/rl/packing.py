@@ -23,14 +23,13 @@ DEFAULT_ROWS = 8
 """Responses of the limit's length that a microbatch has room for by default, beside a prompt. A larger one reads the
 parameters less often, but leaves more of the last one empty."""
 DEFAULT_TOKENS = {"cpu": 512}
-"""Tokens of these responses at most, by JAX's platforms: on a CPU, activations of more leave its cache."""
+"""Tokens of these responses at most, by JAX's platforms: on a CPU each doubling costs a token about 5% more."""
 DEFAULT_TOKENS_ELSEWHERE = 16_384
-"""The same on all others, on which a pass reads the parameters while it computes."""
-SHORT_ROWS = 12, 24
-"""Columns, and parts of a bin's width, that rows are assumed to have on average at least, which bounds their number."""
+"""The same on all others."""
+SHORT_ROW, SHORT_PART = 12, 24
+"""A microbatch has room for rows of a 24th of a bin's width, or of 12 columns where that is more."""
 NARROWEST_BIN, MOST_HALVINGS = 64, 3
-"""Columns of a halved bin at least: narrower ones cost attention as much as they save. Each halving is one more
-attention in the compiled program."""
+"""Columns of a halved bin, about, at least; and halvings at most, each of which is one more attention to compile."""
 ALIGNMENT = 16
 """Columns that the default number of tokens is a multiple of, which vector units prefer."""
 
@@ -128,7 +127,7 @@ class Packing:
             # all as wide: a narrow last one would be computed as if it were not
             halvings, width = 0, -(-columns // (columns // width))
             gathered = width
-        shortest = max(min(SHORT_ROWS[0], width), width // SHORT_ROWS[1])
+        shortest = max(min(SHORT_ROW, width), width // SHORT_PART)
         most = min(rows // updates // shares, max(1, columns // shortest))
         return cls(Bins(columns, width, gathered, most, halvings, masked), shares, updates, group_size)
 
