@@ -125,7 +125,7 @@ def compiled_step(preset, mesh_config, *, rows, tokens=8192):
         presets[preset],
         attention="splash",
         remat="full",
-        head_chunk=512,
+        head_chunk=1024,
         precision=Precision(compute="bf16", head="bf16"),
     )
     config = Config(
