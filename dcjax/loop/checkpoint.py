@@ -57,10 +57,13 @@ class Checkpoints:
             # made in the background, a directory that cannot be made leaves threads that wait minutes for it
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
+        self._only_read = keep is None
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Steps that can be restored, in order."""
+        """Steps that can be restored, in order: also those that another process has saved meanwhile, if only read."""
+        if self._only_read:
+            self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int:

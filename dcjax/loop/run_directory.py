@@ -122,6 +122,15 @@ def recorded_start(directory: Path) -> datetime:
         ) from None
 
 
+def identity(directory: Path) -> str:
+    """What tells a run from others: its directory's name and when it was started first.
+
+    Raises:
+      RunError: as `recorded_start`.
+    """
+    return f"{directory.name} {recorded_start(directory).isoformat()}"
+
+
 def _now(moment: datetime | None = None) -> str:
     return (moment or datetime.now()).isoformat(timespec="seconds")
 

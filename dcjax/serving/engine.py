@@ -317,6 +317,14 @@ class Qwen3Engine(engine_api.Engine):
 
     def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
         """Prefills P prompts in one call, one row each."""
+        return _prefill(self.decoder, params, *self.padded(prompts))
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts padded on the right, int32 [P, longest], and their lengths, int32 [P].
+
+        Raises:
+          ValueError: there is none, or one is empty, too long, or holds what is no token of the vocabulary.
+        """
         _require_within("number of prompts", [len(prompts)], 1)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         _require_within("length of a prompt", lengths, 1, self.max_prompt_length)
@@ -324,7 +332,7 @@ class Qwen3Engine(engine_api.Engine):
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = as_integers("a prompt", prompt)
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
-        return _prefill(self.decoder, params, tokens, lengths)
+        return tokens, lengths
 
     def compile_sync(self, masters: Params) -> ServingParams:
         """Compiles `sync` for abstract masters; returns abstract serving params."""
@@ -341,6 +349,11 @@ class Qwen3Engine(engine_api.Engine):
         compiled = _prefill.lower(self.decoder, params, tokens, lengths).compile()
         shapes = jax.eval_shape(self.decoder.prefill, params, tokens, lengths)
         return with_shardings(shapes, compiled.output_shardings)
+
+    def rehearse(self, params: ServingParams) -> None:
+        """Runs the programs that serve one request at a time once, so that none is compiled while a request waits."""
+        state = self.insert(self.prefill_many(params, [[0]]), self.init_decode_state(), 0, self.make_requests([[0, 0]]))
+        jax.block_until_ready(self.generate(params, state))
 
     def make_requests(
         self,

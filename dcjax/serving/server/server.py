@@ -1,0 +1,176 @@
+"""A server's life: it loads, serves, takes newer weights, finishes what runs, and ends.
+
+JetStream's own `JetStreamServer` listens to every interface, keeps its port to itself, and stops its threads before the
+requests in them have ended; so the servicer runs in a plain `grpc.aio` server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import traceback
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from jetstream.core.proto import jetstream_pb2_grpc
+from prometheus_client import start_http_server
+from transformers import PreTrainedTokenizerFast
+
+from dcjax.errors import RunError
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.driver import Driver, ServedEngine
+from dcjax.serving.server.metrics import Metrics
+from dcjax.serving.server.service import Orchestrator
+from dcjax.serving.server.weights import Newer, Reloader, Weights
+from dcjax.serving.sync import ServingParams
+
+LINGER = 1.0
+"""Seconds in which a server that stops still refuses calls."""
+
+SERVICE = "jetstream_proto.Orchestrator"
+"""The name of the service, which health is also asked of by."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server is reached, and what it takes."""
+
+    host: str = "127.0.0.1"
+    """The address that it listens at."""
+    port: int = 9000
+    """The port; 0 is any that is free."""
+    metrics_port: int | None = None
+    """The port of Prometheus' metrics over HTTP; None serves none."""
+    waiting: int = 512
+    """Requests that may wait for a slot."""
+    grace: float = 60.0
+    """Seconds that running requests have to end once the server is told to stop."""
+    reload_every: float = 2.0
+    """Seconds between two looks for a newer checkpoint."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served."""
+
+    engine: Qwen3Engine
+    version: int
+    params: ServingParams
+    tokenizer: PreTrainedTokenizerFast
+    contract: Contract
+    # where newer weights come from; None where there can be none
+    newer: Newer | None
+    # prompts whose caches are kept
+    prompts: int = 1
+
+
+def run_server(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what runs; a second signal ends it at once.
+
+    Args:
+      served: what is served.
+      config: how.
+      ready: called with the port once requests are taken.
+
+    Raises:
+      RunError: the address cannot be listened at, or the engine has failed.
+    """
+    asyncio.run(_run(served, config, ready))
+
+
+async def _run(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        loop.call_soon_threadsafe(stopping.set)
+
+    async with serving(served, config, on_failure=fail) as (port, stop):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        ready(port)
+        await stopping.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        if failures:
+            stop.set()
+    if failures:
+        traceback.print_exception(failures[0])
+        raise RunError(f"the engine has failed: {type(failures[0]).__name__}: {failures[0]}")
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    served: Served, config: ServerConfig, *, on_failure: Callable[[BaseException], None]
+) -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A server that takes requests; at the end those that run are finished, unless the event is set.
+
+    Yields:
+      The port, and the event.
+
+    Raises:
+      RunError: the address cannot be listened at.
+    """
+    loop, at_once = asyncio.get_running_loop(), asyncio.Event()
+    weights = Weights(served.version, served.params)
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=2 * (served.engine.slots + config.waiting) + 64,
+        options=[("grpc.so_reuseport", 0)],
+    )
+    port = _listen(server, config)
+    engine = ServedEngine(served.engine, prompts=served.prompts)
+    driver = Driver(engine, weights, waiting=config.waiting, on_failure=on_failure)
+    metrics = Metrics(running=lambda: len(driver.running), slots=served.engine.slots)
+    metrics.serves(served.version)
+    service = Orchestrator(driver, served.engine, weights, served.contract, served.tokenizer, metrics)
+    jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, server)
+    healthy = health.aio.HealthServicer()  # pyrefly: ignore[missing-attribute]
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(driver.stop)
+        if config.metrics_port is not None:
+            stack.callback(_serve_metrics(config.host, config.metrics_port, metrics))
+        if served.newer is not None:
+            reloader = Reloader(weights, served.newer, every=config.reload_every, loop=loop, replaced=metrics.reloaded)
+            stack.enter_context(reloader)
+        await server.start()
+        for name in ("", SERVICE):
+            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+        try:
+            yield port, at_once
+        finally:
+            await healthy.enter_graceful_shutdown()
+            service.stopping = True
+            await _until(lambda: at_once.is_set() or not driver.running, config.grace)
+            # calls that have come since are refused rather than cut off
+            await server.stop(0 if at_once.is_set() else LINGER)
+
+
+async def _until(condition: Callable[[], bool], seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.02)
+
+
+def _listen(server: Any, config: ServerConfig) -> int:
+    where = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+    try:
+        return server.add_insecure_port(where)
+    except RuntimeError:
+        raise RunError(f"cannot listen at {where}; the port may be taken, so choose another --port") from None
+
+
+def _serve_metrics(host: str, port: int, metrics: Metrics) -> Callable[[], None]:
+    """Serves them; returns what ends that."""
+    try:
+        server, _ = start_http_server(port, host, registry=metrics.registry)
+    except OSError as error:
+        raise RunError(f"cannot listen at {host}:{port} for metrics: {error.strerror}") from None
+    return server.shutdown
