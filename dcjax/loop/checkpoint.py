@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -16,6 +17,10 @@ import orbax.checkpoint as ocp
 from dcjax.errors import Interrupted, RunError
 from dcjax.sharding.hosts import as_loss, is_main, total
 from dcjax.types import TrainState
+
+
+LOOKS = 5
+"""How often checkpoints are listed anew where one is removed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that can be restored, in order: also those that another process has saved meanwhile, if only read."""
         if self._only_read:
-            self._manager.reload()
+            self._look_again()
         return sorted(self._manager.all_steps())
+
+    def _look_again(self) -> None:
+        for _ in range(LOOKS):
+            # one may be removed by the run that saves them, after it is listed and before it is looked into
+            with contextlib.suppress(FileNotFoundError):
+                return self._manager.reload()
+        self._manager.reload()
 
     def latest(self) -> int:
         """The newest step that can be restored.

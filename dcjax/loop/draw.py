@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,9 @@ from dcjax.data.task import Problem, encode_prompts
 from dcjax.keys import as_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.reward_collector import RewardCollector
+from dcjax.loop.rollouts import Rollouts
 from dcjax.loop.setup import Setup
 from dcjax.recipe.build import objective_of
-from dcjax.serving.rollout import Sampling
-from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import Preemption, gather
 from dcjax.spans import span
 from dcjax.types import Rollout
@@ -67,21 +67,22 @@ class Sampled:
 
 
 class Draw:
-    """(serving params, cursor) -> (samples for the iteration that the cursor stands before, the cursor behind it).
+    """(what serves, cursor) -> (samples for the iteration that the cursor stands before, the cursor behind it).
 
     Args:
       setup: of the run.
       preemption: is asked while samples are drawn.
+      rollouts: gives the responses.
     """
 
-    def __init__(self, setup: Setup, preemption: Preemption):
-        self._setup, self._preemption = setup, preemption
+    def __init__(self, setup: Setup, preemption: Preemption, rollouts: Rollouts):
+        self._setup, self._preemption, self._rollouts = setup, preemption, rollouts
 
-    def __call__(self, serving: ServingParams, cursor: Cursor) -> tuple[Sampled, Cursor]:
+    def __call__(self, serving: Any, cursor: Cursor) -> tuple[Sampled, Cursor]:
         """Draws one iteration.
 
         Raises:
-          RunError: a reward function that fails.
+          RunError: a reward function that fails, or no server that could sample.
           Stopped: a process was told to stop; nothing of the iteration is kept.
         """
         key, rollout_key = jax.random.split(as_key(jnp.array(cursor.rollout_key, jnp.uint32)))
@@ -95,7 +96,7 @@ class Draw:
         )
         return sampled, following
 
-    def _without_equal_groups(self, sampled: Sampled, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
+    def _without_equal_groups(self, sampled: Sampled, serving: Any, cursor: int, key: jax.Array) -> Sampled:
         """Problems whose rewards differ within their group, of as many rounds as it takes (DAPO's dynamic sampling).
 
         What `SAMPLING_ROUNDS` cannot fill is filled with groups of equal rewards, which the objective drops.
@@ -110,7 +111,7 @@ class Draw:
                 return joined.of_groups(np.argsort(equal, kind="stable")[:wanted])
             rounds.append(self._once(serving, cursor + joined.prompts_taken, jax.random.fold_in(key, len(rounds))))
 
-    def _once(self, serving: ServingParams, cursor: int, key: jax.Array) -> Sampled:
+    def _once(self, serving: Any, cursor: int, key: jax.Array) -> Sampled:
         """One round: the responses to the next prompts, rewarded while others are still decoded."""
         setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
         began = time.perf_counter()
@@ -119,16 +120,7 @@ class Draw:
                 problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
             prompts = encode_prompts(setup.tokenizer, problems)
         collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=settings.group_size)
-        sampling = Sampling(
-            engine,
-            serving,
-            prompts,
-            samples_per_prompt=settings.group_size,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            key=key,
-        )
+        sampling = self._rollouts.begin(serving, prompts, key)
         for ended in sampling.as_they_end(serving):
             with span("rewards"):
                 collector.submit(ended)

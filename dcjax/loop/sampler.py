@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from dcjax.loop.checkpoint import Cursor
-from dcjax.serving.sync import ServingParams
 from dcjax.spans import span
 from dcjax.types import Params, TrainState
 
 Samples = TypeVar("Samples")
-Drawing = Callable[[ServingParams, Cursor], tuple[Samples, Cursor]]
-"""(serving params, cursor) -> (samples for the iteration that the cursor stands before, the cursor behind it)."""
-Sync = Callable[[Params, int], ServingParams]
-"""(float32 masters, version) -> serving params."""
+Drawing = Callable[[Any, Cursor], tuple[Samples, Cursor]]
+"""(what serves, cursor) -> (samples for the iteration that the cursor stands before, the cursor behind it)."""
+Sync = Callable[[Params, int], Any]
+"""(float32 masters, version) -> what serves, serving params for example."""
 
 
 class InTurns(Generic[Samples]):
@@ -55,7 +54,7 @@ class Asynchronous(Generic[Samples]):
 
     Args:
       draw: samples of one iteration.
-      sync: makes serving params.
+      sync: makes what serves.
       level: k, at least 1.
       steps: iterations of the run; nothing is drawn for those behind it.
       in_thread: samples are drawn while the trainer is at work, rather than when they are asked for.
@@ -99,7 +98,7 @@ class Asynchronous(Generic[Samples]):
                 serving = ready(self._sync(params, max(version, 0)))
             self._under_way.append(self._engines.submit(self._next, serving))
 
-    def _next(self, serving: ServingParams) -> tuple[Samples, Cursor]:
+    def _next(self, serving: Any) -> tuple[Samples, Cursor]:
         assert self._cursor is not None
         sampled, self._cursor = self._draw(serving, self._cursor)
         return sampled, self._cursor

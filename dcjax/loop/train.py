@@ -19,6 +19,7 @@ from dcjax.loop.environment import describe
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.profiler import Profiler
+from dcjax.loop.rollouts import Rollouts, open_rollouts
 from dcjax.loop.run_directory import check_data_agree, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Checked, Setup, begin, check, set_up
@@ -88,7 +89,12 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
     updater = Updater(setup)
     state, cursor = restored or begin(setup)
     last_step = cursor.step if restored else None
-    with make_sampler(setup, preemption) as sampler, RunLog(setup, last_step) as log, preemption:
+    with (
+        open_rollouts(setup) as rollouts,
+        make_sampler(setup, preemption, rollouts) as sampler,
+        RunLog(setup, last_step) as log,
+        preemption,
+    ):
         if not restored:
             log.write(0, evaluate_state(setup, state))
             checkpoints.save(state, cursor)
@@ -117,12 +123,12 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
                         checkpoints.save(state, cursor)
 
 
-def make_sampler(setup: Setup, preemption: Preemption) -> Sampler:
+def make_sampler(setup: Setup, preemption: Preemption, rollouts: Rollouts) -> Sampler:
     """The sampler of a run: in turns with training, or asynchronous if `rollout.async_level` is above 0."""
-    draw, sync, level = Draw(setup, preemption), setup.engines["deployed"].sync, setup.config.rollout.async_level
+    draw, level = Draw(setup, preemption, rollouts), setup.config.rollout.async_level
     if not level:
-        return InTurns(draw, sync)
-    return Asynchronous(draw, sync, level=level, steps=setup.config.steps, in_thread=threads_may_launch())
+        return InTurns(draw, rollouts.sync)
+    return Asynchronous(draw, rollouts.sync, level=level, steps=setup.config.steps, in_thread=threads_may_launch())
 
 
 class Stopwatch:

@@ -21,7 +21,7 @@ from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.reward import RewardConfig
-from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.rollout import IN_PROCESS, RolloutConfig
 from dcjax.recipe.sections import (
     ObjectiveSection,
     OptimizerSection,
@@ -146,10 +146,16 @@ class Config:
                 )
 
     def _check_sampling(self):
-        if (ahead := self.rollout.async_level) and (staleness := self.mismatch.staleness):
+        ahead, staleness = self.rollout.async_level, self.mismatch.staleness
+        if ahead and staleness:
             raise ValueError(
                 f"rollout.async_level is {ahead} and mismatch.staleness {staleness}; both say how old the weights are "
                 "that sample, so set one of them"
+            )
+        if staleness and self.rollout.engine != IN_PROCESS:
+            raise ValueError(
+                f"mismatch.staleness is {staleness}, and rollout.engine {self.rollout.engine}; a server serves the "
+                "newest checkpoint, so set checkpoint.every instead"
             )
         if ahead and not self.serving.devices and (size := math.prod(dataclasses.asdict(self.mesh).values())) > 1:
             raise ValueError(

@@ -18,6 +18,8 @@ FREE_TO_CHANGE_ON_RESUME = (
     "pretrained",
     "checkpoint",
     "mesh",
+    "rollout.engine",
+    "rollout.patience",
     "serving.tensor",
     "serving.devices",
     "distributed",

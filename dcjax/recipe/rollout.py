@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dcjax.recipe.checks import require
 
+IN_PROCESS = "in_process"
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -29,6 +31,11 @@ class RolloutConfig:
     async_level: int = 0
     """Number of iterations by which sampling may run ahead of training: the bound on its weights' staleness.
     0 alternates the two; with serving.devices they run at the same time."""
+    engine: str = IN_PROCESS
+    """What samples: in_process, or a server of `dcjax serve RUN` by its address, grpc://HOST:PORT.
+    A server takes its weights from the run's checkpoints, so they are as old as checkpoint.every lets them become."""
+    patience: float = 600.0
+    """Seconds that a server may be away before the run ends, with status 75, to be resumed later."""
     max_prompt_length: int = 13
     """Maximum prompt length in tokens."""
     max_response_length: int = 48
@@ -49,6 +56,9 @@ class RolloutConfig:
         )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"rollout.temperature is {self.temperature}; training needs one above 0")
+        if not self.patience >= 0:
+            raise ValueError(f"rollout.patience is {self.patience}; it must be at least 0 seconds")
+        self._check_engine()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p is {self.top_p}; it must lie within (0, 1]")
         if self.top_p < 1 and not self.top_k:
@@ -56,6 +66,22 @@ class RolloutConfig:
                 f"rollout.top_p is {self.top_p} without rollout.top_k: the trainer replays the truncation from the "
                 "tokens that it left, of which there may then be a vocabulary; set rollout.top_k too, to 64, say"
             )
+
+    def _check_engine(self):
+        if self.engine == IN_PROCESS:
+            return
+        host, _, port = self.engine.removeprefix("grpc://").rpartition(":")
+        if not (self.engine.startswith("grpc://") and host and port.isascii() and port.isdigit()):
+            raise ValueError(
+                f"rollout.engine is {self.engine!r}; it must be {IN_PROCESS} or the address of a server, such as "
+                "grpc://127.0.0.1:9000"
+            )
+        for name in ("top_k", "replay_routing"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"rollout.{name} is {value}, and rollout.engine {self.engine}: a server does not record what that "
+                    f"needs; leave rollout.{name} out, or sample {IN_PROCESS}"
+                )
 
     @property
     def sequences(self) -> int:

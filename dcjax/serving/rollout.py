@@ -168,7 +168,7 @@ class Sampling:
         with span("decode"):
             samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
         width = self._engine.max_prompt_length
-        return _assemble(self._prompts, self._rows, self._requests, samples, experts, width)
+        return assemble(self._prompts, self._rows, self._requests, samples, experts, width)
 
 
 @jax.jit
@@ -345,7 +345,7 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
     )
 
 
-def _assemble(
+def assemble(
     prompts: Sequence[Sequence[int]],
     rows: np.ndarray,
     requests: Requests,

@@ -9,9 +9,8 @@ from typing import Any
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.run_directory import identity, locate
-from dcjax.recipe.build import abstract_state, build_engine
+from dcjax.recipe.build import abstract_state, build_engine, contract_of
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.formats import serving_format
 from dcjax.serving.server.contract import Contract, read_contract
 from dcjax.serving.server.server import Served, ServerConfig, run_server
 from dcjax.serving.sync import ServingParams
@@ -48,7 +47,7 @@ def serve(
       RunError: there is no such source, it cannot be served so, or the address cannot be listened at.
     """
     model, trained = _open(source, serving, lengths, devices, recipe_code)
-    contract = contract_of(model)
+    contract = _contract(model)
     if trained is not None and not other_format:
         _check_numerics(contract, trained, source)
     engine = build_engine(model.config, model.mesh, model.end_tokens)
@@ -74,23 +73,9 @@ def serve(
     run_server(served, server, ready)
 
 
-def contract_of(model: OpenedModel) -> Contract:
-    """How a model is sampled under its config."""
-    config, lengths = model.config, model.config.rollout
-    form = serving_format(config.serving.format)
-    return Contract(
-        format=form.name,
-        kv_cache=config.serving.kv_cache,
-        keep=config.serving.keep,
-        temperature=lengths.temperature,
-        top_k=lengths.top_k,
-        top_p=lengths.top_p,
-        max_prompt_length=lengths.max_prompt_length,
-        max_response_length=lengths.max_response_length,
-        end_tokens=tuple(model.end_tokens),
-        run=None if model.step is None else identity(model.directory),
-        step=model.step,
-    )
+def _contract(model: OpenedModel) -> Contract:
+    run = None if model.step is None else identity(model.directory)
+    return contract_of(model.config, model.end_tokens, run=run, step=model.step)
 
 
 def _open(
@@ -100,7 +85,7 @@ def _open(
     opened = {"devices": devices, "recipe_code": recipe_code}
     if not is_folder(source):
         model = open_model(source, **opened)
-        trained = contract_of(model)
+        trained = _contract(model)
         changed = _given(serving) or _given(lengths)
         return open_model(source, **opened, serving=serving, rollout=lengths) if changed else model, trained
     try:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 
-import dcjax.loop.draw
 import dcjax.loop.evaluate
+import dcjax.loop.rollouts
 import dcjax.recipe.build
 import dcjax.reporting.run_report
 import dcjax.serving.engine
@@ -88,7 +88,7 @@ def step(state, batch):
 def install_samples(patch):
     """Until the patch is undone, engines only pretend."""
     patch.setattr(dcjax.tools.suite.answers, "sample_responses", sample_responses)
-    for module in (dcjax.loop.draw, dcjax.loop.evaluate):
+    for module in (dcjax.loop.rollouts, dcjax.loop.evaluate):
         patch.setattr(module, "Sampling", Sampling)
     patch.setattr(dcjax.serving.engine, "make_sync", lambda *settings, **more: ServingParams)
 

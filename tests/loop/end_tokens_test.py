@@ -10,8 +10,8 @@ import pytest
 import tiny
 from stepping import change_rollouts
 
-import dcjax.loop.draw
 import dcjax.loop.evaluate
+import dcjax.loop.rollouts
 import dcjax.tools.probe.policies
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
@@ -224,7 +224,7 @@ def trained(published, tmp_path_factory):
     )
     recipe = tiny.write_recipe(root / "recipe.py", config)
     with pytest.MonkeyPatch.context() as patch:
-        training, evaluation = sampled_by(patch, dcjax.loop.draw), sampled_by(patch, dcjax.loop.evaluate)
+        training, evaluation = sampled_by(patch, dcjax.loop.rollouts), sampled_by(patch, dcjax.loop.evaluate)
         assert main(["train", str(recipe), "--run-dir", str(root / "run")]) == 0
     return root / "run", training, evaluation
 
@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_samples_under_the_ends_that_it_began_with(published,
         asked.append(engine.end_tokens)
         return rollout
 
-    change_rollouts(monkeypatch, dcjax.loop.draw, seen)
+    change_rollouts(monkeypatch, dcjax.loop.rollouts, seen)
     change_rollouts(monkeypatch, dcjax.loop.evaluate, seen)
     assert main(command) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")

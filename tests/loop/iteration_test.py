@@ -13,6 +13,7 @@ from dcjax.errors import RunError
 from dcjax.loop import evaluate, setup
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.draw import SAMPLING_ROUNDS, Draw, Sampled
+from dcjax.loop.rollouts import InProcess
 from dcjax.models import token_logps
 from dcjax.recipe.build import abstract_state
 from dcjax.recipe.objective import ObjectiveConfig
@@ -60,7 +61,8 @@ def rounds_of(monkeypatch):
     """What rounds of sampling with these rewards draw, and the cursors and keys that they were asked with."""
 
     def build(*rewards):
-        draw, asked = Draw(setup.set_up(setup.check(CONFIG), HERE), Preemption()), []
+        checked = setup.set_up(setup.check(CONFIG), HERE)
+        draw, asked = Draw(checked, Preemption(), InProcess(checked)), []
 
         def sample_once(serving, cursor, key):
             asked.append((cursor, jax.random.key_data(key).tolist()))

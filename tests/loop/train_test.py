@@ -27,7 +27,7 @@ from stepping import change_rollouts
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoTokenizer
 
-import dcjax.loop.draw
+import dcjax.loop.rollouts
 import dcjax.loop.train
 from dcjax.cli import main
 from dcjax.loop.checkpoint import Checkpoints
@@ -409,7 +409,7 @@ def test_log_probs_that_are_one_token_off_fail_the_control(train, monkeypatch, t
     def shifted(engine, rollout):
         return rollout.replace(rollout_logps=np.roll(rollout.rollout_logps, 1, axis=1) * rollout.response_mask)
 
-    change_rollouts(monkeypatch, dcjax.loop.draw, shifted)
+    change_rollouts(monkeypatch, dcjax.loop.rollouts, shifted)
     assert train(tmp_path / "run", *FLOAT32, "--steps", "1", *NO_WARM_START) == (0, [])
     assert metrics_of(tmp_path / "run")[1]["mismatch/prob_diff_max"] > 1e-4
 
@@ -735,7 +735,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_is_named(pretending, pr
         return rollout
 
     with monkeypatch.context() as patched:
-        change_rollouts(patched, dcjax.loop.draw, broken)
+        change_rollouts(patched, dcjax.loop.rollouts, broken)
         status, told = pretending(directory)
     assert status == 2
     assert len(told) == 1, told

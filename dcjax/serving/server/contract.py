@@ -35,6 +35,11 @@ class Contract:
     step: int | None = None
     """The step of the checkpoint."""
 
+    def differences(self, theirs: Contract) -> str:
+        """What differs in words, ours first; nothing if all is equal."""
+        ours, theirs_ = dataclasses.asdict(self), dataclasses.asdict(theirs)
+        return ", ".join(f"{name} {ours[name]!r} and {theirs_[name]!r}" for name in ours if ours[name] != theirs_[name])
+
     def to_json(self) -> str:
         """One line."""
         return json.dumps(dataclasses.asdict(self))

@@ -1,0 +1,133 @@
+"""Where a run's rollouts come from: the engine in this process, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+
+from dcjax.errors import RunError
+from dcjax.loop.run_directory import identity
+from dcjax.loop.setup import Setup
+from dcjax.recipe.build import contract_of
+from dcjax.recipe.rollout import IN_PROCESS
+from dcjax.serving.rollout import Sampling
+from dcjax.serving.server.client import Client
+from dcjax.serving.server.rollout import ServedSampling
+from dcjax.serving.sync import ServingParams
+from dcjax.types import Params
+
+
+class Rollouts(Protocol):
+    """A context manager that gives samples of the policy as it is deployed."""
+
+    def sync(self, params: Params, version: int) -> Any:
+        """What serves these weights: (float32 masters, version) -> what `begin` and `as_they_end` take."""
+        ...
+
+    def begin(self, serving: Any, prompts: Sequence[Sequence[int]], key: jax.Array) -> Sampling | ServedSampling:
+        """Begins to sample the responses of one iteration."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_rollouts(setup: Setup) -> Rollouts:
+    """Those that `rollout.engine` names."""
+    return InProcess(setup) if setup.config.rollout.engine == IN_PROCESS else FromServer(setup)
+
+
+class InProcess:
+    """Rollouts of the engine in this process."""
+
+    def __init__(self, setup: Setup):
+        self._settings, self._engine = setup.config.rollout, setup.engines["deployed"]
+
+    def sync(self, params: Params, version: int) -> ServingParams:
+        return self._engine.sync(params, version)
+
+    def begin(self, serving: ServingParams, prompts: Sequence[Sequence[int]], key: jax.Array) -> Sampling:
+        settings = self._settings
+        return Sampling(
+            self._engine,
+            serving,
+            prompts,
+            samples_per_prompt=settings.group_size,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            key=key,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class FromServer:
+    """Rollouts of a server, which takes its weights from the run's checkpoints.
+
+    Samples of an iteration come from the newest weights that were due to be saved before it, or from newer ones; each
+    token carries the version that it came from.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup, settings = setup, setup.config.rollout
+        address = settings.engine.removeprefix("grpc://")
+        advice = f"dcjax serve {setup.config.directory} --port {address.rpartition(':')[2]} starts it"
+        self._client = Client(address, patience=settings.patience, advice=advice)
+        self._checked = False
+
+    def sync(self, params: Params, version: int) -> int:
+        """The version that is asked for: the newest checkpoint's at that time."""
+        del params
+        return version - version % self._setup.config.checkpoint.every
+
+    def begin(self, serving: int, prompts: Sequence[Sequence[int]], key: jax.Array) -> ServedSampling:
+        """As `Rollouts`.
+
+        Raises:
+          Interrupted: the server does not answer.
+          RunError: it serves something else.
+        """
+        self._check_contract()
+        settings = self._setup.config.rollout
+        return ServedSampling(
+            self._client,
+            self._setup.engines["deployed"],
+            prompts,
+            samples_per_prompt=settings.group_size,
+            temperature=settings.temperature,
+            key=key,
+        )
+
+    def _check_contract(self) -> None:
+        if self._checked:
+            return
+        setup, theirs = self._setup, self._client.contract()
+        ours = contract_of(setup.config, setup.end_tokens, run=identity(setup.config.directory), step=theirs.step)
+        if differing := ours.differences(theirs):
+            raise RunError(
+                f"rollout.engine {setup.config.rollout.engine} serves another policy: {differing}; dcjax serve "
+                f"{setup.config.directory} serves this run's"
+            )
+        self._checked = True
+
+    def __enter__(self) -> Self:
+        self._client.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.__exit__(kind, error, trace)
