@@ -69,15 +69,15 @@ def run(options: argparse.Namespace) -> None:
     """Serves the source until the process is told to stop."""
     with jax_session():
         from dcjax.serving.server.server import ServerConfig
-        from dcjax.tools.serve import serve
+        from dcjax.tools.serve import load_served, serve
 
-        serve(
+        server = ServerConfig(**given_options(options, *SERVER_OPTIONS))
+        served = load_served(
             options.source,
-            ServerConfig(**given_options(options, *SERVER_OPTIONS)),
             serving={name: getattr(options, name) for name in SERVING_OPTIONS},
             lengths={name: getattr(options, name) for name in LENGTH_OPTIONS},
             other_format=options.other_format,
             devices=options.devices,
             recipe_code=options.recipe_code,
-            told=lambda line: print(f"serving: {line}", file=sys.stderr, flush=True),
         )
+        serve(served, server, told=lambda line: print(f"serving: {line}", file=sys.stderr, flush=True))

@@ -18,7 +18,6 @@ from dcjax.errors import Interrupted, RunError
 from dcjax.sharding.hosts import as_loss, is_main, total
 from dcjax.types import TrainState
 
-
 LOOKS = 5
 """How often checkpoints are listed anew where one is removed meanwhile."""
 

@@ -38,6 +38,8 @@ COPIED = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    # how a policy that dcjax has trained is served
+    "dcjax.json",
     GENERATION_CONFIG,
 )
 """The files that `save_hf` copies from `tokenizer_from`, if they exist."""
@@ -92,6 +94,7 @@ def save_hf(
     tokenizer_from: Path | str | None = None,
     token_ids: Mapping[str, int | list[int]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    further_files: Mapping[str, str] | None = None,
     told: Told | None = None,
 ) -> None:
     """Writes params as a Hugging Face folder that `transformers`, vLLM and `load_hf` read.
@@ -111,6 +114,7 @@ def save_hf(
       token_ids: bos_token_id, eos_token_id (one or a list), pad_token_id for config.json and generation_config.json,
         in place of those of `tokenizer_from`.
       max_shard_bytes: largest payload of one file (bytes).
+      further_files: texts to write beside them, by the files' names.
       told: progress callback, called after each tensor with the number done and the total.
 
     Raises:
@@ -128,7 +132,16 @@ def save_hf(
             Pending(name, as_dtype, parameter.tensor_shape, partial(_fetch, array, index, parameter.transposed))
             for name, index in zip(parameter.tensor_names(), parameter.indices(), strict=True)
         ]
-    write_folder(path, config, pending, tokenizer_from, token_ids=token_ids, max_shard_bytes=max_shard_bytes, told=told)
+    write_folder(
+        path,
+        config,
+        pending,
+        tokenizer_from,
+        token_ids=token_ids,
+        max_shard_bytes=max_shard_bytes,
+        further_files=further_files,
+        told=told,
+    )
 
 
 def _checked(config: ModelConfig, params: Params) -> dict[tuple[str, ...], Any]:
@@ -174,6 +187,7 @@ def write_folder(
     *,
     token_ids: Mapping[str, int | list[int]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    further_files: Mapping[str, str] | None = None,
     told: Told | None = None,
 ) -> None:
     """Writes a Hugging Face folder; each tensor is fetched when its file is written. See `save_hf`."""
@@ -191,6 +205,8 @@ def write_folder(
             generation = partial_path / GENERATION_CONFIG
             carried = read_json_object(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
             _write_json(generation, carried | dict(token_ids))
+        for file_name, text in (further_files or {}).items():
+            (partial_path / file_name).write_text(text)
         _write_shards(partial_path, _shards(pending, max_shard_bytes), told)
 
 

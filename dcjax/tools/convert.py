@@ -16,6 +16,7 @@ from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
 from dcjax.models.parameters import Parameter, count_params
 from dcjax.reporting.record import check_writable
+from dcjax.serving.server.contract import CONTRACT_FILE
 
 if TYPE_CHECKING:
     from dcjax.tools.open_model import OpenedModel
@@ -79,7 +80,7 @@ def export_run(
     recipe_code: bool = True,
     told: Told | None = None,
 ) -> int:
-    """Writes a run's policy as a Hugging Face folder, with the run's tokenizer.
+    """Writes a run's policy as a Hugging Face folder, with the run's tokenizer and the contract it is served under.
 
     Args:
       source: a run directory, for its newest checkpoint, or RUN/checkpoints/STEP.
@@ -112,6 +113,7 @@ def export_run(
             dtype=dtype,
             tokenizer_from=model.directory / "tokenizer",
             token_ids=_token_ids(model),
+            further_files={CONTRACT_FILE: model.contract().to_json()},
             told=told,
         )
     return cursor.step

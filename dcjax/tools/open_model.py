@@ -16,12 +16,13 @@ from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
-from dcjax.loop.run_directory import load_config, locate, recorded_start
+from dcjax.loop.run_directory import identity, load_config, locate, recorded_start
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.architecture import with_pretrained_model
-from dcjax.recipe.build import abstract_state, starting_params
+from dcjax.recipe.build import abstract_state, contract_of, starting_params
 from dcjax.recipe.config import Config, on_one_device
+from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Params, TrainState
 
@@ -67,6 +68,11 @@ class OpenedModel:
           RunError: there are none, or they are damaged.
         """
         return starting_params(self.config, self.mesh) if self.step is None else self.restore()[0].params
+
+    def contract(self) -> Contract:
+        """How the policy is sampled: as it was trained to be, or for a folder by the defaults."""
+        run = None if self.step is None else identity(self.directory)
+        return contract_of(self.config, self.end_tokens, run=run, step=self.step)
 
     def directory_for(self, results: str) -> Path:
         """The directory where results of a tool go, unless it is told otherwise: in the run, or in the working one."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
-from dcjax.loop.run_directory import identity, locate
-from dcjax.recipe.build import abstract_state, build_engine, contract_of
+from dcjax.loop.run_directory import locate
+from dcjax.recipe.build import abstract_state, build_engine
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract, read_contract
 from dcjax.serving.server.server import Served, ServerConfig, run_server
@@ -20,62 +20,69 @@ FOLDER_LENGTH = 1024
 """Tokens of a prompt, and of a response, at most, where a Hugging Face folder says nothing of them."""
 
 
-def serve(
+def serve(served: Served, server: ServerConfig, told: Callable[[str], None]) -> None:
+    """Serves until the process is told to stop.
+
+    Args:
+      served: from `load_served`.
+      server: how it is reached.
+      told: called with lines on what is served and where.
+
+    Raises:
+      RunError: the address cannot be listened at, or the engine fails.
+    """
+    contract = served.contract
+
+    def ready(port: int) -> None:
+        step = "" if contract.step is None else f" step {contract.step}"
+        newer = "" if served.newer is None else ", and newer checkpoints as they are saved"
+        told(f"{served.name}{step} in {contract.format}, {served.engine.slots} slots{newer}")
+        told(f"listening at grpc://{server.host}:{port}")
+
+    run_server(served, server, ready)
+
+
+def load_served(
     source: Path,
-    server: ServerConfig,
     *,
     serving: Mapping[str, Any],
     lengths: Mapping[str, Any],
     other_format: bool = False,
     devices: int = 1,
     recipe_code: bool = True,
-    told: Callable[[str], None],
-) -> None:
-    """Serves until the process is told to stop; newer checkpoints of a run replace the one that is served.
+) -> Served:
+    """Loads a policy and compiles the programs that serve it.
 
     Args:
-      source: a run directory, one of its checkpoints, which is served for good, or a Hugging Face folder.
-      server: how it is reached.
+      source: a run directory, whose newer checkpoints replace the one that is served; one of its checkpoints; or a
+        Hugging Face folder.
       serving: fields of the recipe's section; those that are None are as trained.
       lengths: `max_prompt_length` and `max_response_length` likewise.
       other_format: whether a format other than the one that the policy was trained for may be served.
       devices: how many share the model.
       recipe_code: whether code of a run's own may be executed.
-      told: called with lines on what is served and where.
 
     Raises:
-      RunError: there is no such source, it cannot be served so, or the address cannot be listened at.
+      RunError: there is no such source, or it cannot be served so.
     """
     model, trained = _open(source, serving, lengths, devices, recipe_code)
-    contract = _contract(model)
+    contract = model.contract()
     if trained is not None and not other_format:
         _check_numerics(contract, trained, source)
     engine = build_engine(model.config, model.mesh, model.end_tokens)
-    version, params = model.step or 0, engine.sync(model.params(), model.step or 0)
+    version = model.step or 0
+    params = engine.sync(model.params(), version)
     engine.rehearse(params)
-    follows = model.step is not None and locate(source)[1] is None
-    served = Served(
+    return Served(
+        name=model.name,
         engine=engine,
         version=version,
         params=params,
         tokenizer=model.tokenizer,
         contract=contract,
-        newer=_Newest(model, engine) if follows else None,
+        newer=None if model.step is None or locate(source)[1] is not None else _Newest(model, engine),
         prompts=model.config.rollout.prompts,
     )
-
-    def ready(port: int) -> None:
-        step = "" if model.step is None else f" step {model.step}"
-        newer = ", and newer checkpoints as they are saved" if follows else ""
-        told(f"{model.name}{step} in {contract.format}, {engine.slots} slots{newer}")
-        told(f"listening at grpc://{server.host}:{port}")
-
-    run_server(served, server, ready)
-
-
-def _contract(model: OpenedModel) -> Contract:
-    run = None if model.step is None else identity(model.directory)
-    return contract_of(model.config, model.end_tokens, run=run, step=model.step)
 
 
 def _open(
@@ -85,7 +92,7 @@ def _open(
     opened = {"devices": devices, "recipe_code": recipe_code}
     if not is_folder(source):
         model = open_model(source, **opened)
-        trained = _contract(model)
+        trained = model.contract()
         changed = _given(serving) or _given(lengths)
         return open_model(source, **opened, serving=serving, rollout=lengths) if changed else model, trained
     try:

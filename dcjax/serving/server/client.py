@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
@@ -58,6 +59,14 @@ class Response:
     answer: Answer
 
 
+@cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all clients in the process, in a thread of its own; gRPC fails where one of several loops ends."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="grpc", daemon=True).start()
+    return loop
+
+
 class Client:
     """A connection to a server, which may be away for a while: then what is not answered is asked again.
 
@@ -71,13 +80,11 @@ class Client:
 
     def __init__(self, address: str, *, patience: float, advice: str):
         self._address, self._patience, self._advice = address, patience, advice
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
+        self._loop = event_loop()
         # since when the server has not answered; None while it does
         self._lost: float | None = None
 
-    def __enter__(self) -> Self:
-        self._thread.start()
+    def __enter__(self) -> Client:
         self._channel = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
         self._stub: Any = jetstream_pb2_grpc.OrchestratorStub(self._channel)
         return self
@@ -86,9 +93,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         asyncio.run_coroutine_threadsafe(self._channel.close(None), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def sample(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Response]]]:
         """Samples that have ended, with their requests' numbers, until all have; an empty list now and then meanwhile.

@@ -53,11 +53,20 @@ class ServerConfig:
     reload_every: float = 2.0
     """Seconds between two looks for a newer checkpoint."""
 
+    def __post_init__(self):
+        for name in ("port", "metrics_port"):
+            if not 0 <= (getattr(self, name) or 0) < 2**16:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie within [0, 65536)")
+        for name in ("waiting", "grace", "reload_every"):
+            if not getattr(self, name) >= 0:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
+
 
 @dataclass(frozen=True)
 class Served:
     """What is served."""
 
+    name: str
     engine: Qwen3Engine
     version: int
     params: ServingParams

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\ufffd"
-"""What tokenizers decode the first bytes of a character to."""
+"""What tokenizers decode the first bytes of a character to, and bytes that are no text."""
+
+HELD = 3
+"""Tokens that may be the beginning of a character: it has four bytes at most, and a token one at least."""
 
 
 class TextStream:
@@ -27,8 +30,12 @@ class TextStream:
     def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
         """The text that some tokens add: what may be the beginning of a character waits, unless they are the last."""
         self._new += tokens
-        before, text = self._decode(self._told), self._decode(self._told + self._new)
-        if text.endswith(INCOMPLETE) and not last:
-            return ""
-        self._told, self._new = self._new, []
-        return text[len(before) :]
+        before, most = self._decode(self._told), 0 if last else min(HELD, len(self._new))
+        for held in range(most + 1):
+            told = self._new[: len(self._new) - held]
+            text = self._decode(self._told + told)
+            if not text.endswith(INCOMPLETE) or held == most:
+                break
+        if told:
+            self._told, self._new = told, self._new[len(told) :]
+        return text[len(before) :] if told else ""

@@ -1,0 +1,54 @@
+"""Servers of `dcjax serve` on a real port, in this process, and what clients ask of them."""
+
+import asyncio
+import contextlib
+
+import grpc
+from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+
+from dcjax.serving.server.client import event_loop
+from dcjax.serving.server.server import ServerConfig, serving
+from dcjax.serving.server.wire import MAX_METADATA, Answer, Asked
+
+
+@contextlib.contextmanager
+def listening(served, **settings):
+    """The port of a server that is stopped at the end; a thread of its that failed fails the test."""
+    failures = []
+
+    def result(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, event_loop()).result(timeout=60)
+
+    server = serving(served, ServerConfig(**{"port": 0, **settings}), on_failure=failures.append)
+    port, _ = result(server.__aenter__())
+    try:
+        yield port
+    finally:
+        result(server.__aexit__(None, None, None))
+    assert not failures, failures
+
+
+def message(prompt, max_tokens=0, **fields):
+    """A request of tokens or of text."""
+    request = jetstream_pb2.DecodeRequest
+    content = (
+        {"text_content": request.TextContent(text=prompt)}
+        if isinstance(prompt, str)
+        else {"token_content": request.TokenContent(token_ids=prompt)}
+    )
+    return request(max_tokens=max_tokens, **content, **fields)
+
+
+@contextlib.contextmanager
+def connected(port):
+    """JetStream's own stub."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_metadata_size", MAX_METADATA)]) as channel:
+        yield jetstream_pb2_grpc.OrchestratorStub(channel)
+
+
+def ask(stub, request, **asked):
+    """(text, token ids, answer) of one request."""
+    call = stub.Decode(request, metadata=Asked(**asked).to_metadata(), timeout=60)
+    samples = [sample for response in call for sample in response.stream_content.samples]
+    tokens = [token for sample in samples for token in sample.token_ids]
+    return "".join(sample.text for sample in samples), tokens, Answer.from_metadata(call.trailing_metadata())
