@@ -1,7 +1,7 @@
 """`ragged.ragged_attention` for GPUs: a Pallas kernel by way of Triton.
 
-It was compared with attention on the whole cache in interpret mode, and lowered for CUDA, but not yet run on a card:
-`auto` does not choose it. JAX 0.12 calls Pallas' Triton backend deprecated, and still has it.
+It was compared with attention on the whole cache in interpret mode, and lowered and compiled for CUDA, but not yet run
+on a card: `auto` does not choose it. JAX 0.12 calls Pallas' Triton backend deprecated, and still has it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def check_width(width: int) -> None:
 def _kernel(block: int, precision: lax.Precision | None, lengths: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
     """One sequence and key-value head: its length, q [R, D], k and v [C, D], their scales [C] if there are any."""
     *scales, out = refs
-    length, queries = lengths[...], q[...]
+    # never behind the cache, which would be another's memory
+    length, queries = jnp.minimum(lengths[...], k.shape[0]), q[...]
     rows, width = queries.shape
     dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 

@@ -101,6 +101,12 @@ def test_scales_behind_a_sequence_are_not_used_on_a_gpu():
     close(found, reference(q, k, v, lengths, *scales), lengths, "int8")
 
 
+def test_a_length_beyond_the_capacity_is_the_capacity_on_a_gpu():
+    q, k, v, *_ = case("float32", 2, 2, 20)
+    full, beyond = (np.full(BATCH, length, np.int32) for length in (20, 23))
+    np.testing.assert_array_equal(on_gpu(q, k, v, beyond), on_gpu(q, k, v, full))
+
+
 @each_kernel
 def test_rounding_is_that_of_the_format(ragged_attention):
     """Operands are rounded to bf16 as without the kernel: both are as far from what float32 gives."""
