@@ -87,12 +87,13 @@ def bytes_of(tree) -> int:
 
 
 def decode_rate(engine: Qwen3Engine, params: ServingParams, rounds: int) -> tuple[float, float]:
-    """Tokens and bytes a second: each step reads all weights that are multiplied with, and the whole cache."""
+    """Tokens and bytes a second: each step reads all weights that are multiplied with, and of the cache, which is half
+    full, the whole by XLA, or what is filled."""
     state, steps = engine.init_decode_state(), engine.steps_per_call
     half = jnp.full(engine.slots, engine.decoder.capacity // 2, jnp.int32)
     requests = jax.tree.map(jnp.asarray, engine.make_requests(np.zeros((engine.slots, 2))))
     holder = [dataclasses.replace(state, positions=half, active=half > 0, requests=requests)]
-    cache = bytes_of(state.caches)
+    cache = bytes_of(state.caches) // (1 if engine.decoder.attention == "xla" else 2)
 
     def call():
         # the same place again: the state is donated, and its positions must not run out

@@ -19,11 +19,14 @@ def test_a_dry_run_has_figures_for_every_part_and_goes_on_with_what_is_missing(t
     assert "train tiny is left out" in told and not path.exists()
     subprocess.run(run, check=True)
     report = json.loads(path.read_text())
-    names = ["train tiny", "decode tiny bf16", "decode tiny int8", "decode tiny fp8", "quickstart", "mismatch"]
+    formats = ("bf16", "int8", "fp8")
+    decoded, compared = ([f"{part} tiny {name}" for name in formats] for part in ("decode", "ragged"))
+    names = ["train tiny", *decoded, *compared, "quickstart", "mismatch"]
     assert list(report["parts"]) == names and report["dry_run"]
     assert not [figures for figures in report["parts"].values() if "error" in figures]
     assert report["parts"]["train tiny"]["tokens_per_second"] > 0
     assert report["parts"]["decode tiny int8"]["2"]["share_of_bandwidth"] > 0
+    assert all(0 <= report["parts"][part]["largest_difference"] < 2**-7 for part in compared)
     assert 0 <= report["parts"]["quickstart"]["after"] <= 1
     assert report["parts"]["mismatch"]["here"].keys() == report["parts"]["mismatch"]["cpu"].keys()
     report["parts"]["decode tiny int8"] = {"error": "exit 1"}

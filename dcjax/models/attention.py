@@ -7,7 +7,7 @@ backward pass, but for packed rows `cudnn` stores an S × (X + S) mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -24,15 +24,19 @@ from dcjax.models.layers import attend_grouped, pad_columns, round_up
 from dcjax.types import Array, Bins
 
 Kernel = Literal["xla", "cudnn", "splash"]
-"""The kernels that `auto` chooses among."""
+"""The kernels of the training forward that `auto` chooses among."""
 
-CachedKernel = Literal["xla", "ragged"]
-"""Of attention on a KV cache: `ragged` (Pallas, TPU) reads what is filled, `xla` all that there is room for."""
+CachedKernel = Literal["xla", "ragged_tpu", "ragged_gpu"]
+"""Of attention on a KV cache: the ragged ones (Pallas) read what is filled, `xla` all that there is room for."""
 
-# the platforms, by JAX's names, and the dtypes that the blockwise kernels support
+# the platforms, by JAX's names, and the dtypes that the kernels support besides xla
 _BLOCKED: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cudnn": (("gpu", "cuda"), ("bfloat16", "float16")),
     "splash": (("tpu",), ("bfloat16", "float32")),  # its compiler, Mosaic, does not support float16
+}
+_RAGGED: dict[CachedKernel, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "ragged_tpu": _BLOCKED["splash"],
+    "ragged_gpu": (("gpu", "cuda"), ("bfloat16", "float16", "float32")),
 }
 _LANES = 128  # splash requires blocks of keys that are multiples of a TPU's lanes
 _BLOCK = 512  # queries and keys in one step of splash: 1 MiB of float32 scores, well within a TPU core's own memory
@@ -72,31 +76,64 @@ class Segments:
         return Segments(ids, gathered, numbers, reads)
 
 
-def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
-    """The kernel that `kernel` means on JAX's `platform` ("cpu", "gpu" or "cuda", "tpu") for q, k, v of `dtype`.
+def resolve(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
+    """The kernel of the training forward that `kernel` means on JAX's `platform` ("cpu", "gpu" or "cuda", "tpu") for q,
+    k, v of `dtype`: a named one whether or not it runs there.
 
-    `auto` is splash on TPU in bf16 and float32, cudnn on GPU in bf16 and fp16, xla elsewhere. cuDNN itself
-    checks the width of a head when it is called: it must be a multiple of 8 and at most 256, or 128 before Hopper.
+    `auto`, and `ragged`, which is about decoding alone, are splash on TPU in bf16 and float32, cudnn on GPU in bf16 and
+    fp16, xla elsewhere.
+    """
+    if kernel != "auto" and kernel != "ragged":
+        return kernel
+    supported = _supported(_BLOCKED, platform, dtype)
+    return supported[0] if supported else "xla"
+
+
+def choose(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> Kernel:
+    """`resolve`, where the kernel runs.
+
+    cuDNN itself checks the width of a head when it is called: it must be a multiple of 8 and at most 256, or 128 before
+    Hopper.
 
     Raises:
       ValueError: the kernel does not run on the platform, or not in the dtype.
     """
-    name = jnp.dtype(dtype).name
-    supported = [kind for kind, (platforms, dtypes) in _BLOCKED.items() if platform in platforms and name in dtypes]
-    if kernel == "auto":
-        return supported[0] if supported else "xla"
-    if kernel == "xla" or kernel in supported:
-        return kernel
-    platforms, dtypes = _BLOCKED[kernel]
-    raise ValueError(
-        f"model.attention is {kernel!r}, which does not run on {platform} in {name}; it runs on "
-        f"{' or '.join(platforms)} in {' or '.join(dtypes)}, and auto and xla run everywhere"
-    )
+    chosen = resolve(kernel, platform, dtype)
+    if chosen == "xla" or chosen in _supported(_BLOCKED, platform, dtype):
+        return chosen
+    raise _refusal(chosen, platform, dtype, [_BLOCKED[chosen]])
 
 
 def choose_cached(kernel: AttentionKernel, platform: str, dtype: DTypeLike) -> CachedKernel:
-    """The kernel of decoding in a model whose `attention` is `kernel`: `ragged` where that means splash on a TPU."""
-    return "ragged" if kernel in ("auto", "splash") and choose("auto", platform, dtype) == "splash" else "xla"
+    """The kernel of decoding in a model whose `attention` is `kernel`, for activations of `dtype`.
+
+    On TPUs that is a ragged one where `kernel` means splash or is `ragged`; on GPUs only where it is `ragged`, as that
+    kernel has not been run on one yet.
+
+    Raises:
+      ValueError: `kernel` is `ragged`, and there is none for the platform, or not in the dtype.
+    """
+    supported = _supported(_RAGGED, platform, dtype)
+    if kernel == "ragged" and not supported:
+        raise _refusal(kernel, platform, dtype, _RAGGED.values())
+    named = kernel == "ragged" or (kernel in ("auto", "splash") and platform == "tpu")
+    return supported[0] if named and supported else "xla"
+
+
+def _supported(table: Mapping[Any, tuple[Sequence[str], Sequence[str]]], platform: str, dtype: DTypeLike) -> list[Any]:
+    name = jnp.dtype(dtype).name
+    return [kind for kind, (platforms, dtypes) in table.items() if platform in platforms and name in dtypes]
+
+
+def _refusal(
+    kernel: AttentionKernel, platform: str, dtype: DTypeLike, able: Iterable[tuple[Sequence[str], Sequence[str]]]
+) -> ValueError:
+    name = jnp.dtype(dtype).name
+    places = ", and ".join(f"on {' or '.join(platforms)} in {' or '.join(dtypes)}" for platforms, dtypes in able)
+    return ValueError(
+        f"model.attention is {kernel!r}, which does not run on {platform} in {name}; "
+        f"it runs {places}, and auto and xla run everywhere"
+    )
 
 
 def causal_attention(
@@ -114,10 +151,10 @@ def causal_attention(
     `segments` a query sees its own segment only, and all keys that are gathered for it. Padding is segment 0: it sees
     itself, so that every row of the result is finite, and at most other padding besides.
 
-    `auto` is resolved for JAX's default platform at trace time. A named kernel is used as it is, so that a program for
-    a TPU can be compiled on a host without one; `choose` checks beforehand whether a platform supports a kernel.
+    `auto` and `ragged` are resolved for JAX's default platform at trace time. Another kernel is used as it is, so that
+    a program for a TPU can be compiled on a host without one; `choose` checks beforehand whether it runs on a platform.
     """
-    chosen = choose(kernel, jax.default_backend(), q.dtype) if kernel == "auto" else kernel
+    chosen = resolve(kernel, jax.default_backend(), q.dtype)
     attend = partial({"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen], float32=float32)
     if segments is None or segments.bins is None:
         return attend(segments, q, k, v)

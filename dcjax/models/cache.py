@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, Shaped
 
-from dcjax.models import layers
+from dcjax.models import layers, ragged, ragged_gpu
 from dcjax.models.attention import CachedKernel
 from dcjax.models.block import Products, block
 from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
-from dcjax.models.ragged import ragged_attention
 from dcjax.types import Array
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
@@ -99,11 +98,12 @@ def attend(
 ) -> Float[Array, "B S H D"]:
     """Softmax attention of queries at `positions` on the cached tokens up to and including their own.
 
-    The `ragged` kernel is for a single query a sequence; several, as in prefill, are computed by XLA.
+    The ragged kernels are for a single query a sequence; several, as in prefill, are computed by XLA.
     """
-    if kernel == "ragged" and q.shape[1] == 1:
+    if kernel != "xla" and q.shape[1] == 1:
+        attention = {"ragged_tpu": ragged, "ragged_gpu": ragged_gpu}[kernel].ragged_attention
         lengths = positions[:, 0] + 1
-        return ragged_attention(q, cache.k, cache.v, lengths, cache.k_scale, cache.v_scale, float32=float32)
+        return attention(q, cache.k, cache.v, lengths, cache.k_scale, cache.v_scale, float32=float32)
     visible = jnp.arange(cache.k.shape[2]) <= positions[:, None, None, :, None]
     return layers.attend_grouped(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale, float32=float32)
 

@@ -28,7 +28,7 @@ PRECISIONS: dict[Float32Products, lax.Precision] = {
 """JAX's precisions by the names that configurations use."""
 
 Family = Literal["qwen3", "qwen2"]
-AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+AttentionKernel = Literal["auto", "xla", "cudnn", "splash", "ragged"]
 Remat = Literal["none", "products", "full"]
 
 
@@ -114,7 +114,8 @@ class ModelConfig:
     full keeps only the input of each layer; both loop over the layers, so that the program does not grow with depth.
     none keeps everything and unrolls the layers, which is the fastest for two or three."""
     attention: AttentionKernel = "auto"
-    """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere."""
+    """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere. ragged is auto, but
+    that sampling on a GPU reads only the filled part of the KV cache, by a Pallas kernel that no GPU has run yet."""
     head_chunk: int = 512
     """Number of columns of a response whose logits are in memory at one time (tokens per sequence)."""
     precision: Precision = field(default_factory=Precision)

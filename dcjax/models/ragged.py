@@ -23,7 +23,8 @@ from dcjax.types import Array
 BLOCK = 256
 """Tokens of a block. Larger ones are read faster, but more of a sequence's last one is empty."""
 _LANES = 128  # a number for each row is kept in all lanes of a register
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""The score of a token that is not seen, whose weight is then 0."""
 
 
 def ragged_attention(
@@ -43,7 +44,7 @@ def ragged_attention(
     as there; the results differ by the order of sums, and in that weights are rounded before they are divided by their
     sum. A sequence of length 0 gives zeros.
     """
-    (batch, _, heads, width), (_, kv_heads, capacity, _) = q.shape, k.shape
+    (batch, *_, width), (_, kv_heads, capacity, _) = q.shape, k.shape
     block = min(block, capacity)
     blocks = pl.cdiv(capacity, block)
     queries = q.reshape(batch, kv_heads, -1, width)
@@ -73,15 +74,20 @@ def ragged_attention(
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        # of a full cache
-        cost_estimate=pl.CostEstimate(
-            flops=4 * batch * heads * capacity * width,
-            transcendentals=batch * heads * capacity,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (k, v, *scales, q, q)),
-        ),
+        cost_estimate=cost_of(q, k, v, *scales),
         name="ragged_attention",
     )(lengths, queries, k, v, *scales)
     return out.reshape(q.shape)
+
+
+def cost_of(q: Float[Array, "B 1 H D"], k: Shaped[Array, "B K C D"], *others: Array) -> pl.CostEstimate:
+    """Of attention on a full cache: keys `k`, and values and scales, the `others`."""
+    scores = q.size // q.shape[-1] * k.shape[2]
+    return pl.CostEstimate(
+        flops=4 * scores * q.shape[-1],
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, q, k, *others)),
+    )
 
 
 def held_block(block: int, row: Any, number: Any, lengths: Any) -> Any:
@@ -103,7 +109,7 @@ def _kernel(
 
     @pl.when(number == 0)
     def _():
-        peak[...] = jnp.full_like(peak, _LOWEST)
+        peak[...] = jnp.full_like(peak, LOWEST)
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
 
@@ -115,7 +121,7 @@ def _kernel(
         if scales:
             scores *= scales[0][0][:, None]
         seen = start + lax.broadcasted_iota(jnp.int32, scores.shape, 2) < length
-        scores = jnp.where(seen, scores, _LOWEST)
+        scores = jnp.where(seen, scores, LOWEST)
         before = peak[..., :1]
         highest = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
         weights, kept = jnp.exp(scores - highest), jnp.exp(before - highest)

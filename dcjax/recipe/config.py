@@ -14,7 +14,7 @@ import jax
 
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import Task
-from dcjax.models.attention import choose
+from dcjax.models.attention import resolve
 from dcjax.models.config import DTYPES, ModelConfig, presets
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
@@ -207,9 +207,8 @@ class Config:
         return self._packing(self.warm_start.batch_size, None, group_size=1, updates=1)
 
     def _packing(self, rows: int, platform: str | None, *, group_size: int, updates: int) -> Packing:
-        sizes, attention = dataclasses.asdict(self.mesh), self.model.attention
+        sizes, compute = dataclasses.asdict(self.mesh), DTYPES[self.model.precision.compute]
         platform = jax.default_backend() if platform is None else platform
-        kernel = choose(attention, platform, DTYPES[self.model.precision.compute]) if attention == "auto" else attention
         try:
             return Packing.fitting(
                 prompt_length=self.rollout.max_prompt_length,
@@ -221,7 +220,7 @@ class Config:
                 shares=split(sizes, "batch"),
                 column_multiple=split(sizes, "saved_sequence"),
                 platform=platform,
-                masked=kernel != "splash",
+                masked=resolve(self.model.attention, platform, compute) != "splash",
             )
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from dcjax.keys import as_key
 from dcjax.models import ModelConfig
-from dcjax.models.attention import choose_cached
+from dcjax.models.attention import CachedKernel, choose_cached
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
 from dcjax.serving import parallel, sampling
@@ -123,6 +123,11 @@ class Decoder:
     def capacity(self) -> int:
         """How many tokens a slot holds."""
         return self.max_prompt_length + self.max_response_length
+
+    @property
+    def attention(self) -> CachedKernel:
+        """The kernel by which a token attends to its slot's cache."""
+        return choose_cached(self.config.attention, self.mesh.devices.flat[0].platform, self.format.activations)
 
     def empty(self, slots: int) -> DecodeState:
         """A state in which no slot is active."""
@@ -336,9 +341,7 @@ class Decoder:
 
     def _run(self, params: ServingParams, tokens: Array, positions: Array, caches, choose) -> Decoded:
         x = params.weights["embed_tokens"].lookup(tokens, self.format.activations)
-        platform = self.mesh.devices.flat[0].platform
-        kernel = choose_cached(self.config.attention, platform, self.format.activations)
-        shared = serving_layout(self.mesh, kernel)
+        shared = serving_layout(self.mesh, self.attention)
         return forward_cached(self.config, params.weights, x, positions, caches, products(self.config), choose, *shared)
 
     def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:

@@ -295,6 +295,7 @@ TABLE = {
 def test_what_each_platform_and_dtype_runs(platform, dtype):
     auto, able = TABLE[platform, dtype]
     assert choose("auto", platform, dtype) == auto
+    assert choose("ragged", platform, dtype) == auto
     assert choose("xla", platform, dtype) == "xla"
     for kernel in ("cudnn", "splash"):
         if kernel in able:

@@ -8,9 +8,11 @@ from fnmatch import fnmatchcase
 import jax.numpy as jnp
 
 from dcjax.models import ModelConfig
+from dcjax.models.attention import choose_cached
 from dcjax.models.block import Products
 from dcjax.models.layers import EXACT, Arithmetic
 from dcjax.models.parameters import parameters
+from dcjax.models.ragged_gpu import check_width
 from dcjax.serving.formats.base import Format
 from dcjax.serving.formats.face import Matrix
 from dcjax.types import Array
@@ -43,12 +45,14 @@ def check_served(
     """Checks that this model can be served in a format on a platform ("cpu", "gpu", "tpu").
 
     Raises:
-      ValueError: float16 is asked for on a TPU, which has none; a contracted width does not suit the format; or a
-        pattern of `keep` matches nothing.
+      ValueError: float16 is asked for on a TPU, which has none; ragged attention is asked for where it does not run; a
+        contracted width does not suit the format; or a pattern of `keep` matches nothing.
     """
     if platform == "tpu" and jnp.float16 in (format.activations, kv_cache):
         what = f"format {format.name!r}" if format.activations == jnp.float16 else "kv_cache 'fp16'"
         raise ValueError(f"{what} is float16, which TPUs do not have; bf16 has the same size")
+    if choose_cached(config.attention, platform, format.activations) == "ragged_gpu":
+        check_width(config.head_dim)
     kept = kept_wide(config, keep)
     for name, width in contracted_widths(config).items():
         if name not in kept:
