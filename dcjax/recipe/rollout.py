@@ -50,14 +50,13 @@ class RolloutConfig:
                 "group_size": 2,
                 "top_k": 0,
                 "async_level": 0,
+                "patience": 0,
                 "max_prompt_length": 1,
                 "max_response_length": 1,
             },
         )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"rollout.temperature is {self.temperature}; training needs one above 0")
-        if not self.patience >= 0:
-            raise ValueError(f"rollout.patience is {self.patience}; it must be at least 0 seconds")
         self._check_engine()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p is {self.top_p}; it must lie within (0, 1]")

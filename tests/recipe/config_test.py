@@ -85,6 +85,7 @@ LOWER_BOUNDS = {
     "mismatch.logit_noise": (0.0, -0.1),
     "mismatch.staleness": (0, -1),
     "rollout.async_level": (0, -1),
+    "rollout.patience": (0, -1),
     "objective.dual_lr": (0.0, -1.0),
     "objective.budget": (0.0, -0.0037),
     "objective.initial_multiplier": (0.0, -0.1),

@@ -136,9 +136,12 @@ class Client:
             async with room:
                 ended.put((number, await self._patiently(lambda: self._decode(request))))
 
-        async with asyncio.TaskGroup() as group:
-            for number, request in enumerate(requests):
-                group.create_task(one(number, request))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, request in enumerate(requests):
+                    group.create_task(one(number, request))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     async def _decode(self, request: Request) -> Response:
         content = proto.DecodeRequest.TokenContent(token_ids=request.prompt)
