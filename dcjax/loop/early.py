@@ -19,6 +19,7 @@ from dcjax.loop.run_directory import check_processes_agree, check_shared, record
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.architecture import with_architecture, with_pretrained_model
 from dcjax.recipe.config import Config
+from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.rewards.in_process import Rewards
 from dcjax.sharding.hosts import check_divides, join, of_all_processes
 from dcjax.sharding.mesh import make_mesh, set_aside
@@ -92,6 +93,7 @@ def check_early(config: Config) -> tuple[Config, AbstractContextManager[Rewards]
     known = checks.run(_with_model, config)
     rewards = checks.run(open_rewards, config)
     checks.run(_check_files, config)
+    checks.run(_check_rollouts, config)
     checks.run(check_shared, config.directory)
     if known is not None:
         checks.run(check_model, known.model, dataclasses.asdict(config.mesh))
@@ -110,6 +112,13 @@ def _with_model(config: Config) -> Config:
 def _check_files(config: Config) -> None:
     with refusals_of(config.task):
         config.task.check_files()
+
+
+def _check_rollouts(config: Config) -> None:
+    if (engine := config.rollout.engine) != IN_PROCESS and (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"rollout.engine is {engine}, and the run has {count} processes; a run of several samples {IN_PROCESS}"
+        )
 
 
 def checked_mesh(config: Config) -> Mesh:

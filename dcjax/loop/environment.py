@@ -9,6 +9,7 @@ from dcjax.errors import RunError
 from dcjax.models.attention import choose
 from dcjax.models.config import DTYPES
 from dcjax.recipe.config import Config
+from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.serving.engine import Qwen3Engine
 
 
@@ -31,11 +32,12 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     apart = "" if set(engine.mesh.devices.flat) == set(mesh.devices.flat) else " of their own"
     devices = f"{jax.device_count()} devices{processes}"
     ends = ", ".join(map(str, engine.end_tokens))
+    rollouts = "" if config.rollout.engine == IN_PROCESS else f"; rollouts from {config.rollout.engine}"
     return [
         f"platform: {device.device_kind} ({device.platform}), {devices}, jax {jax.__version__}",
         f"training: {axes}; {kernels}; parameters {precision.parameters}, compute {precision.compute}, "
         f"sums {precision.accumulation}, head {precision.head}, "
         f"float32 products of precision {precision.float32_products}",
         f"serving: {engine.format.name}, KV cache {engine.kv_cache.name}, {engine.slots} slots; "
-        f"copies of the model: {copies}, on {within} devices{apart} each; end tokens {ends}",
+        f"copies of the model: {copies}, on {within} devices{apart} each; end tokens {ends}{rollouts}",
     ]

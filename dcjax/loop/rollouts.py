@@ -11,7 +11,7 @@ import jax
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
 from dcjax.loop.setup import Setup
-from dcjax.recipe.build import contract_of
+from dcjax.recipe.engine import contract_of
 from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.server.client import Client
@@ -115,11 +115,12 @@ class FromServer:
         if self._checked:
             return
         setup, theirs = self._setup, self._client.contract()
-        ours = contract_of(setup.config, setup.end_tokens, run=identity(setup.config.directory), step=theirs.step)
+        config, run = setup.config, identity(setup.config.directory)
+        ours = contract_of(config.serving, config.rollout, setup.end_tokens, run=run, step=theirs.step)
         if differing := ours.differences(theirs):
             raise RunError(
-                f"rollout.engine {setup.config.rollout.engine} serves another policy: {differing}; dcjax serve "
-                f"{setup.config.directory} serves this run's"
+                f"rollout.engine {config.rollout.engine} serves another policy: {differing}; dcjax serve "
+                f"{config.directory} serves this run's"
             )
         self._checked = True
 

@@ -27,9 +27,7 @@ from dcjax.recipe.optimizer import Optimizer, chain_with
 from dcjax.rl.objective import Objective
 from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
-from dcjax.serving.server.contract import Contract
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Bins, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
@@ -330,24 +328,6 @@ def make_engines(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> dict[
         "deployed": build_engine(config, mesh, end_tokens),
         "training": build_training_engine(config, mesh, end_tokens),
     }
-
-
-def contract_of(config: Config, end_tokens: Sequence[int], *, run: str | None, step: int | None) -> Contract:
-    """How the deployed policy of a run is sampled, and which run it is."""
-    lengths = config.rollout
-    return Contract(
-        format=serving_format(config.serving.format).name,
-        kv_cache=config.serving.kv_cache,
-        keep=config.serving.keep,
-        temperature=lengths.temperature,
-        top_k=lengths.top_k,
-        top_p=lengths.top_p,
-        max_prompt_length=lengths.max_prompt_length,
-        max_response_length=lengths.max_response_length,
-        end_tokens=tuple(end_tokens),
-        run=run,
-        step=step,
-    )
 
 
 def open_problems(config: Config, tokenizer: PreTrainedTokenizerFast) -> Problems:

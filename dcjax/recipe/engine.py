@@ -12,8 +12,10 @@ from dcjax.models.config import ModelConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import serving_mesh
+from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 
 
@@ -26,6 +28,25 @@ def rollout_mesh(serving: ServingConfig, mesh: Mesh) -> Mesh:
     if count := serving.devices:
         mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices(), count)[1])
     return serving_mesh(mesh, serving.tensor)
+
+
+def contract_of(
+    serving: ServingConfig, lengths: RolloutConfig, end_tokens: Sequence[int], *, run: str | None, step: int | None
+) -> Contract:
+    """How a deployed policy is sampled, and which run it is of."""
+    return Contract(
+        format=serving_format(serving.format).name,
+        kv_cache=serving.kv_cache,
+        keep=serving.keep,
+        temperature=lengths.temperature,
+        top_k=lengths.top_k,
+        top_p=lengths.top_p,
+        max_prompt_length=lengths.max_prompt_length,
+        max_response_length=lengths.max_response_length,
+        end_tokens=tuple(end_tokens),
+        run=run,
+        step=step,
+    )
 
 
 def make_engine(

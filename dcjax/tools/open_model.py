@@ -20,8 +20,9 @@ from dcjax.loop.run_directory import identity, load_config, locate, recorded_sta
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.architecture import with_pretrained_model
-from dcjax.recipe.build import abstract_state, contract_of, starting_params
+from dcjax.recipe.build import abstract_state, starting_params
 from dcjax.recipe.config import Config, on_one_device
+from dcjax.recipe.engine import contract_of
 from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Params, TrainState
@@ -72,7 +73,7 @@ class OpenedModel:
     def contract(self) -> Contract:
         """How the policy is sampled: as it was trained to be, or for a folder by the defaults."""
         run = None if self.step is None else identity(self.directory)
-        return contract_of(self.config, self.end_tokens, run=run, step=self.step)
+        return contract_of(self.config.serving, self.config.rollout, self.end_tokens, run=run, step=self.step)
 
     def directory_for(self, results: str) -> Path:
         """The directory where results of a tool go, unless it is told otherwise: in the run, or in the working one."""

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.run_directory import locate
-from dcjax.recipe.build import abstract_state, build_engine
+from dcjax.recipe.build import abstract_state
+from dcjax.recipe.config import check_positions
+from dcjax.recipe.engine import contract_of, make_engine
+from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract, read_contract
 from dcjax.serving.server.server import Served, ServerConfig, run_server
 from dcjax.serving.sync import ServingParams
-from dcjax.tools.open_model import OpenedModel, is_folder, open_model
+from dcjax.tools.open_model import OpenedModel, open_model
 
 FOLDER_LENGTH = 1024
 """Tokens of a prompt, and of a response, at most, where a Hugging Face folder says nothing of them."""
+
+NUMERICS = ("format", "kv_cache", "keep")
+SAMPLING = ("temperature", "top_k", "top_p", "max_prompt_length", "max_response_length")
+"""The fields of a contract that are of the recipe's sections `serving` and `rollout`."""
 
 
 def serve(served: Served, server: ServerConfig, told: Callable[[str], None]) -> None:
@@ -65,12 +74,19 @@ def load_served(
     Raises:
       RunError: there is no such source, or it cannot be served so.
     """
-    model, trained = _open(source, serving, lengths, devices, recipe_code)
-    contract = model.contract()
+    model = open_model(source, devices=devices, recipe_code=recipe_code)
+    config, version = model.config, model.step or 0
+    try:
+        trained = model.contract() if model.step is not None else read_contract(model.directory)
+        section, limits = _sections(model, trained, _given(serving), _given(lengths))
+        check_positions(config.model, limits)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    run, step = (None, None) if trained is None else (trained.run, trained.step)
+    contract = contract_of(section, limits, model.end_tokens, run=run, step=step)
     if trained is not None and not other_format:
         _check_numerics(contract, trained, source)
-    engine = build_engine(model.config, model.mesh, model.end_tokens)
-    version = model.step or 0
+    engine = make_engine(config.model, section, limits, config.mismatch, model.mesh, end_tokens=model.end_tokens)
     params = engine.sync(model.params(), version)
     engine.rehearse(params)
     return Served(
@@ -81,36 +97,22 @@ def load_served(
         tokenizer=model.tokenizer,
         contract=contract,
         newer=None if model.step is None or locate(source)[1] is not None else _Newest(model, engine),
-        prompts=model.config.rollout.prompts,
+        prompts=limits.prompts,
     )
 
 
-def _open(
-    source: Path, serving: Mapping[str, Any], lengths: Mapping[str, Any], devices: int, recipe_code: bool
-) -> tuple[OpenedModel, Contract | None]:
-    """The model as it shall be served, and the contract that it was trained under where that is known."""
-    opened = {"devices": devices, "recipe_code": recipe_code}
-    if not is_folder(source):
-        model = open_model(source, **opened)
-        trained = model.contract()
-        changed = _given(serving) or _given(lengths)
-        return open_model(source, **opened, serving=serving, rollout=lengths) if changed else model, trained
-    try:
-        trained = read_contract(source)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    if trained is None:
-        defaults = dict.fromkeys(("max_prompt_length", "max_response_length"), FOLDER_LENGTH)
-        return open_model(source, **opened, serving=serving, rollout=defaults | _given(lengths)), None
-    as_trained = {name: getattr(trained, name) for name in ("format", "kv_cache", "keep")}
-    sampled = ("temperature", "top_k", "top_p", "max_prompt_length", "max_response_length")
-    model = open_model(
-        source,
-        **opened,
-        serving=as_trained | _given(serving),
-        rollout={name: getattr(trained, name) for name in sampled} | _given(lengths),
-    )
-    return model, trained
+def _sections(
+    model: OpenedModel, trained: Contract | None, serving: dict[str, Any], lengths: dict[str, Any]
+) -> tuple[ServingConfig, RolloutConfig]:
+    """The sections to serve by: those of the run, or what a folder's contract says, but for what is given."""
+    numerics: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    if model.step is None and trained is None:
+        sampling = dict.fromkeys(("max_prompt_length", "max_response_length"), FOLDER_LENGTH)
+    elif model.step is None:
+        numerics, sampling = ({name: getattr(trained, name) for name in names} for names in (NUMERICS, SAMPLING))
+    sampling |= lengths
+    return replace(model.config.serving, **numerics | serving), replace(model.config.rollout, **sampling)
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_numerics(served: Contract, trained: Contract, source: Path) -> None:
     """Refuses numerics that the policy was not trained for."""
-    for name in ("format", "kv_cache", "keep"):
+    for name in NUMERICS:
         ours, theirs = getattr(served, name), getattr(trained, name)
         if ours != theirs:
             raise RunError(

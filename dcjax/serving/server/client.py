@@ -35,10 +35,8 @@ _CHANNEL = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""Statuses of a server that is gone, or about to go."""
-_LATER = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION)
-"""Statuses of a server that will take the same request later: it is full, or waits for newer weights."""
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.FAILED_PRECONDITION)
+"""Statuses of a server that is gone, or about to go, or that has waited in vain for weights as new as asked for."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,8 @@ class Client:
                 told = f"{error.code().name}: {error.details()}"
                 if error.code() in _LOST:
                     self._missed(told)
-                elif error.code() in _LATER:
+                elif error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    # full, and so at work
                     self._found()
                 else:
                     raise RunError(f"the server at {self._address} refuses a request: {told}") from None
@@ -193,13 +192,13 @@ class Client:
         if self._lost is None:
             self._lost = now
             print(
-                f"dcjax: the server at {self._address} does not answer ({told}); waiting {self._patience:g} s for it: "
+                f"dcjax: no samples from the server at {self._address} ({told}); waiting {self._patience:g} s for it: "
                 f"{self._advice}",
                 file=sys.stderr,
             )
         elif now - self._lost > self._patience:
             raise Interrupted(
-                f"the server at {self._address} has not answered for {self._patience:g} s ({told}); {self._advice}, "
+                f"no samples from the server at {self._address} for {self._patience:g} s ({told}); {self._advice}, "
                 "and the same command goes on"
             )
 

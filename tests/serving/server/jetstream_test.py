@@ -31,8 +31,9 @@ SERVE = """
         request = jetstream_pb2.DecodeRequest
         asked = request(text_content=request.TextContent(text="AB"), max_tokens=3)
         async for part in orchestrator.LLMOrchestrator(driver=driver).Decode(asked):
+            # whose own engine takes seconds for each token
             print(part.stream_content.samples[0].text, flush=True)
-        os._exit(0)
+            os._exit(0)
 
     asyncio.run(ask())
 """
@@ -43,6 +44,7 @@ def python(program, **names):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=fake_devices(1))
 
 
+@pytest.mark.slow
 def test_the_driver_as_it_is_kills_its_process_at_the_first_request_and_the_mended_one_serves():
     as_it_is = python(SERVE, imports="from jetstream.core import orchestrator")
     assert as_it_is.returncode == -9
@@ -58,6 +60,7 @@ def test_the_driver_as_it_is_kills_its_process_at_the_first_request_and_the_mend
     assert served.stdout.split()
 
 
+@pytest.mark.slow
 def test_importing_it_sets_up_everybodys_logging_and_the_mended_import_does_not():
     told = "import logging; root = logging.getLogger(); print(root.level, len(root.handlers))"
     as_it_is = python(f"from jetstream.core import orchestrator; {told}")
@@ -113,6 +116,7 @@ def test_its_queue_has_no_limit():
         orchestrator.Driver.place_request_on_prefill_queue(driver, None)
 
 
+@pytest.mark.slow
 def test_a_slot_that_comes_free_between_its_look_and_its_assertion_kills_it():
     program = """
     import queue, threading

@@ -15,7 +15,7 @@ from served import END, PROMPTS, TEMPERATURE, G, engine_of, params_of
 
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.errors import Interrupted, RunError
-from dcjax.recipe.build import contract_of
+from dcjax.recipe.engine import contract_of
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.server.client import Client, Request
 from dcjax.serving.server.rollout import ServedSampling
@@ -31,7 +31,7 @@ SETTINGS = {"samples_per_prompt": G, "temperature": TEMPERATURE}
 def served(request):
     engine = engine_of(request.param, max_candidates=0)
     params = params_of(engine)
-    contract = contract_of(tiny.CONFIG, [END], run="a run", step=7)
+    contract = contract_of(tiny.CONFIG.serving, tiny.CONFIG.rollout, [END], run="a run", step=7)
     return Served("tests", engine, 7, params, build_tokenizer(), contract, newer=None, prompts=2)
 
 
@@ -86,14 +86,14 @@ def test_a_server_that_goes_and_comes_back_is_waited_for(served, capfd):
     np.testing.assert_array_equal(rollout.tokens, again.tokens)
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 2
-    assert f"the server at 127.0.0.1:{port} does not answer (UNAVAILABLE" in told[0] and "start it" in told[0]
+    assert f"no samples from the server at 127.0.0.1:{port} (UNAVAILABLE" in told[0] and "start it" in told[0]
     assert told[1] == f"dcjax: the server at 127.0.0.1:{port} answers again"
 
 
 def test_patience_ends_in_a_status_to_start_again_by(served):
     with client_of(free_port(), patience=0.3) as client, pytest.raises(Interrupted) as ended:
         sampled(client, served)
-    assert ended.value.status == 75 and "has not answered for 0.3 s" in str(ended.value)
+    assert ended.value.status == 75 and "for 0.3 s (UNAVAILABLE" in str(ended.value)
 
 
 def test_a_refusal_is_no_reason_to_wait(served):

@@ -1,0 +1,152 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from launching import fake_devices
+from listening import ask, connected, listening, message
+
+from dcjax.cli import main
+from dcjax.data.arithmetic import build_tokenizer
+from dcjax.errors import RunError
+from dcjax.loop.run_directory import identity
+from dcjax.models import save_hf
+from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
+from dcjax.serving.server.server import ServerConfig
+from dcjax.tools.convert import export_run, import_folder
+from dcjax.tools.open_model import open_model
+from dcjax.tools.serve import load_served
+
+pytestmark = pytest.mark.heavy
+
+STEPS, EVERY = tiny.CONFIG.steps, tiny.CONFIG.checkpoint.every
+
+
+def load(source, *, other_format=False, max_prompt_length=None, max_response_length=None, **serving):
+    lengths = {"max_prompt_length": max_prompt_length, "max_response_length": max_response_length}
+    return load_served(source, serving=serving, lengths=lengths, other_format=other_format)
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "folder"
+    export_run(finished_run, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One of somebody else's."""
+    path = tmp_path_factory.mktemp("models") / "folder"
+    save_hf(path, tiny.DENSE, tiny.masters(tiny.DENSE), token_ids={"eos_token_id": 4})
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_run_is_served_as_it_was_trained_to_be(finished_run):
+    served, rollout = load(finished_run), tiny.CONFIG.rollout
+    assert served.contract == Contract(
+        format="int8",
+        kv_cache="auto",
+        keep=(),
+        temperature=rollout.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_prompt_length=rollout.max_prompt_length,
+        max_response_length=rollout.max_response_length,
+        end_tokens=tuple(open_model(finished_run).end_tokens),
+        run=identity(finished_run),
+        step=STEPS,
+    )
+    assert (served.engine.format.name, served.engine.slots, served.version) == ("int8", tiny.SLOTS, STEPS)
+
+
+def test_an_export_carries_the_contract_and_is_served_like_the_run(finished_run, exported, tmp_path):
+    trained = load(finished_run)
+    assert read_contract(exported) == trained.contract
+    served = load(exported)
+    assert served.contract == trained.contract and served.newer is None
+    for source in (trained, served):
+        with listening(source) as port, connected(port) as stub:
+            answers = [ask(stub, message("1+2="), seed=seed)[0] for seed in range(10)]
+        if source is trained:
+            expected = answers
+    assert answers == expected
+    import_folder(exported, tmp_path / "again")
+    assert read_contract(tmp_path / "again") == trained.contract
+
+
+def test_another_folder_is_served_as_asked(folder):
+    served = load(folder, format="bf16", slots=2, max_prompt_length=6, max_response_length=10)
+    assert (served.contract.format, served.contract.max_response_length) == ("bf16", 10)
+    assert served.contract.end_tokens == (1, 4)
+
+
+@pytest.mark.parametrize("source", ["finished_run", "exported"])
+@pytest.mark.parametrize(("option", "value"), [("format", "bf16"), ("kv_cache", "bf16")])
+def test_other_numerics_than_those_trained_for_are_refused_unless_told(source, option, value, request):
+    source = request.getfixturevalue(source)
+    with pytest.raises(RunError, match="--other-format") as refused:
+        load(source, **{option: value})
+    assert f"--{option.replace('_', '-')} is {value!r}" in str(refused.value)
+    served = load(source, **{option: value}, other_format=True)
+    assert getattr(served.contract, option) == value
+
+
+def test_a_contract_that_is_damaged_is_one_line(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    (folder / CONTRACT_FILE).write_text(json.dumps({"format": "int8"}))
+    with pytest.raises(RunError, match="holds no contract"):
+        load(folder)
+
+
+def test_newer_checkpoints_of_a_run_are_served_and_one_checkpoint_is_for_good(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / finished_run.name)
+    aside = tmp_path / "aside"
+    (run / "checkpoints" / str(STEPS)).rename(aside)
+    assert load(finished_run / "checkpoints" / str(STEPS - EVERY)).newer is None
+    served = load(run)
+    assert (served.version, served.newer(STEPS - EVERY)) == (STEPS - EVERY, None)
+    aside.rename(run / "checkpoints" / str(STEPS))
+    version, params = served.newer(STEPS - EVERY)
+    expected = served.engine.sync(open_model(run).params(), STEPS)
+    assert version == STEPS == int(params.version)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params.weights, expected.weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("port", -1), ("port", 65536), ("metrics_port", 65536), ("waiting", -1), ("grace", -1.0)]
+)
+def test_a_setting_out_of_range_is_refused_with_its_value(name, value):
+    with pytest.raises(RunError, match=f"--{name.replace('_', '-')} is {value}"):
+        ServerConfig(**{name: value})
+
+
+def test_refusals_of_the_command_are_one_line(tmp_path, capfd):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "no run in" in capfd.readouterr().err
+    assert main(["serve", str(tmp_path), "--protocol", "carrier-pigeon"]) == 2
+    assert "carrier-pigeon" in capfd.readouterr().err
+
+
+def test_the_command_serves_until_it_is_told_to_stop(finished_run):
+    command = [sys.executable, "-m", "dcjax", "serve", str(finished_run), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=fake_devices(1)) as process:
+        try:
+            told = []
+            while not told or "listening" not in told[-1]:
+                told.append(process.stderr.readline())
+                assert told[-1], told
+            assert f"serving: {finished_run.name} step {STEPS} in int8, {tiny.SLOTS} slots, and newer" in "".join(told)
+            with connected(int(told[-1].rpartition(":")[2])) as stub:
+                assert len(ask(stub, message("1+2="), seed=1)[1]) > 0
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
