@@ -108,7 +108,7 @@ def _sections(
     numerics: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     if model.step is None and trained is None:
-        sampling = dict.fromkeys(("max_prompt_length", "max_response_length"), FOLDER_LENGTH)
+        sampling.update(max_prompt_length=FOLDER_LENGTH, max_response_length=FOLDER_LENGTH)
     elif model.step is None:
         numerics, sampling = ({name: getattr(trained, name) for name in names} for names in (NUMERICS, SAMPLING))
     sampling |= lengths

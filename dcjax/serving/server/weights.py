@@ -38,6 +38,8 @@ class Weights:
         Raises:
           TimeoutError: there were none within so many seconds.
         """
+        if self.version >= version:
+            return
         self.awaited += 1
         try:
             async with asyncio.timeout(seconds):
