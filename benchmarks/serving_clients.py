@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -84,12 +85,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(source: Path, *options: str, routine: Sequence[str] = ROUTINE) -> Iterator[Server]:
+def served(source: Path, *options: str) -> Iterator[Server]:
     """A server of a policy at a free port, which is told to stop at the end.
 
     Raises:
       RuntimeError: it does not start or stop in time, its exit status is not 0, or it tells of something else than
-        lines that begin as `routine` says.
+        itself.
     """
     command = [sys.executable, "-m", "dcjax", "serve", str(source), "--port", "0", *options]
     with tempfile.NamedTemporaryFile("r", suffix=".log") as told, open(told.name, "w") as errors:
@@ -102,9 +103,10 @@ def served(source: Path, *options: str, routine: Sequence[str] = ROUTINE) -> Ite
             process.kill()
             process.wait()
         told.seek(0)
-        other = [line for line in told.read().splitlines() if line.strip() and not line.startswith(tuple(routine))]
+        other = [line for line in told.read().splitlines() if line.strip() and not line.startswith(ROUTINE)]
         if status or other:
-            raise RuntimeError(f"the server ended with status {status} and told:\n" + "\n".join(other[-40:]))
+            lines = [f"{count} times: {line}" for line, count in Counter(other).most_common(40)]
+            raise RuntimeError(f"the server ended with status {status} and told:\n" + "\n".join(lines))
 
 
 def _port(process: subprocess.Popen, told: Any) -> int:

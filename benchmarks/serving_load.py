@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,7 +41,6 @@ from typing import Any
 import jax
 import numpy as np
 from depth import WIDTHS  # pyrefly: ignore[missing-import]  (beside this file)
-from google.protobuf.message import DecodeError
 from serving_clients import (  # pyrefly: ignore[missing-import]
     Seen,
     Server,
@@ -163,7 +163,7 @@ def sample_directly(subject: Subject, group: int) -> Direct:
 # --- requests ---
 
 
-def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, **of_work: Any) -> Work:
+def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, version: int = 0, **of_work: Any) -> Work:
     """A request for one of the direct samples: of every second prompt as text."""
     row = number // (len(keys) // len(subject.prompts))
     content: dict[str, Any] = (
@@ -172,7 +172,7 @@ def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, **of_work
         else {"token_content": proto.DecodeRequest.TokenContent(token_ids=subject.prompts[row])}
     )
     high, low = keys[number].tolist()
-    asked = Asked(seed=high << 32 | low, log_probs=True, weights_version=of_work.pop("version", 0))
+    asked = Asked(seed=high << 32 | low, log_probs=True, weights_version=version)
     message = proto.DecodeRequest(max_tokens=limit, **content).SerializeToString()
     return Work(number, message=message, metadata=asked.to_metadata(), **of_work)
 
@@ -410,35 +410,134 @@ def no_http(port: int, draw: random.Random) -> None:
 def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Figures and faults: rounds of 100 requests and 5 connections, and a normal request behind each."""
     subject, draw = tiny(folder), random.Random(args.seed)
-    direct = sample_directly(subject, 1)
-    works = [
-        [nonsense(draw, 100 * turn + number, subject.model.config.model.vocab_size) for number in range(100)]
-        for turn in range(args.rounds)
-    ]
+    direct, longest = sample_directly(subject, 1), subject.longest[1]
     statuses: dict[str, Counter] = {"bytes": Counter(), "fields": Counter(), "metadata": Counter()}
     faults = []
+
+    async def one_round(port: int, turn: int) -> None:
+        for _ in range(5):
+            await asyncio.to_thread(no_http, port, draw)
+        works = [nonsense(draw, 100 * turn + number, subject.model.config.model.vocab_size) for number in range(100)]
+        for seen in await ask_all(port, works):
+            statuses[seen.work.kind][seen.status] += 1
+            if seen.status in OWN_FAULTS:
+                faults.append(f"{seen.work}: {seen.status}: {seen.details}")
+        (seen,) = await ask_all(port, [valid(subject, direct.keys, turn % PROMPTS, longest, kind="long")])
+        if fault := fault_of(subject, direct.rollout, longest, seen, (1, 1)):
+            faults.append(f"a normal request after round {turn}: {fault}")
+
+    async def all_rounds(port: int) -> None:
+        for turn in range(args.rounds):
+            await one_round(port, turn)
+
     with served(subject.source, *subject.options) as server:
-        for turn, batch in enumerate(works):
-            for _ in range(5):
-                no_http(server.port, draw)
-            for seen in asyncio.run(ask_all(server.port, batch)):
-                statuses[seen.work.kind][seen.status] += 1
-                if seen.status in OWN_FAULTS and is_request(seen.work.message):
-                    faults.append(f"{seen.work}: {seen.status}: {seen.details}")
-            number = turn % len(subject.prompts)
-            (seen,) = one_by_one(server, [valid(subject, direct.keys, number, subject.longest[1], kind="long")])
-            if fault := fault_of(subject, direct.rollout, subject.longest[1], seen, (1, 1)):
-                faults.append(f"a normal request after round {turn}: {fault}")
+        asyncio.run(all_rounds(server.port))
     return {"rounds": args.rounds, "seed": args.seed, "statuses": {k: dict(v) for k, v in statuses.items()}}, faults
 
 
-def is_request(message: bytes) -> bool:
-    """Whether gRPC can read it as one at all."""
-    try:
-        proto.DecodeRequest.FromString(message)
-        return True
-    except DecodeError:
-        return False
+# --- soak ---
+
+
+class Soak:
+    """Steady load on a server whose weights change under it, until a time.
+
+    Args:
+      subject: a run.
+      direct: what it answers, whichever copy of its checkpoint is served.
+      server: of it.
+      reload: seconds between two new checkpoints.
+      seconds: how long.
+    """
+
+    def __init__(self, subject: Subject, direct: Direct, server: Server, *, reload: float, seconds: float):
+        self._subject, self._direct, self._server, self._reload = subject, direct, server, reload
+        self._began = time.monotonic()
+        self._until, self.newest = self._began + seconds, subject.model.step or 0
+        self.statuses: Counter = Counter()
+        self.faults: list[str] = []
+        # minutes, RSS in MiB, threads, open files, requests until then, newest version
+        self.looks: list[tuple[float, ...]] = []
+
+    async def run(self) -> None:
+        """Loads, saves and looks until the time is over."""
+        async with open_channel(self._server.port) as channel, asyncio.TaskGroup() as group:
+            for number in range(WORKERS):
+                group.create_task(self._work(channel, random.Random(number)))
+            group.create_task(self._every(self._reload, lambda: asyncio.to_thread(self._save)))
+            group.create_task(self._every(SAMPLE_EVERY, self._look))
+
+    async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+        while time.monotonic() + seconds < self._until:
+            await asyncio.sleep(seconds)
+            await act()
+
+    async def _work(self, channel: Any, draw: random.Random) -> None:
+        keys, longest = self._direct.keys, self._subject.longest[1]
+        while time.monotonic() < self._until:
+            parts = draw.randint(0, 2) if draw.random() < 0.2 else None
+            version = self.newest if draw.random() < 0.1 else 0
+            number = draw.randrange(len(keys))
+            seen = await ask(channel, valid(self._subject, keys, number, longest, version, kind="soak", parts=parts))
+            self.statuses[seen.status] += 1
+            within = (max(version, 1), self.newest)
+            fault = f"the status is {seen.status}: {seen.details}" if seen.status not in ("OK", "CANCELLED") else None
+            if fault := fault or fault_of(self._subject, self._direct.rollout, longest, seen, within):
+                self.faults.append(f"request {number}: {fault}")
+            await asyncio.sleep(2 * PAUSE * draw.random())
+
+    def _save(self) -> None:
+        """One more checkpoint appears as a whole, and the third before it goes."""
+        checkpoints = self._subject.source / "checkpoints"
+        copy = self._subject.source / "copy"
+        shutil.copytree(checkpoints / str(self.newest), copy)
+        # before it can be served
+        self.newest += 1
+        copy.rename(checkpoints / str(self.newest))
+        shutil.rmtree(checkpoints / str(self.newest - 3), ignore_errors=True)
+
+    async def _look(self) -> None:
+        process = self._server.process
+        minutes = (time.monotonic() - self._began) / 60
+        counts = (process.num_threads(), process.num_fds(), self.statuses.total(), self.newest)
+        self.looks.append((round(minutes, 2), round(self._server.rss(), 1), *counts))
+
+
+def soak(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Figures and faults."""
+    subject = tiny(folder)
+    direct = sample_directly(subject, 16)
+    with served(subject.source, *subject.options) as server:
+        soaking = Soak(subject, direct, server, reload=args.reload, seconds=60 * args.minutes)
+        asyncio.run(soaking.run())
+    looks = np.array(soaking.looks)
+    settled = looks[looks[:, 0] >= min(3, args.minutes / 3)]
+    if args.picture:
+        draw_soak(looks, args.picture)
+    slopes = {
+        name: round(float(np.polyfit(settled[:, 0] / 60, settled[:, column], 1)[0]), 2)
+        for column, name in enumerate(("MiB", "threads", "files"), 1)
+    }
+    figures = {
+        "minutes": args.minutes,
+        "statuses": dict(soaking.statuses),
+        "checkpoints": soaking.newest - 1,
+        "slopes_per_hour": slopes,
+        "first_settled_and_last": [settled[0].tolist(), settled[-1].tolist()],
+        "looks": soaking.looks,
+    }
+    return figures, soaking.faults
+
+
+def draw_soak(looks: np.ndarray, path: Path) -> None:
+    """A picture of memory, threads and files over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    names = ("resident memory (MiB)", "threads", "open files")
+    for axes, name, values in zip(figure.subplots(1, 3), names, looks.T[1:4], strict=True):
+        axes.plot(looks[:, 0], values)
+        axes.set(xlabel="minutes", ylabel=name, ylim=(0, 1.2 * values.max()))
+    figure.savefig(path, dpi=150)
 
 
 # --- command line ---
@@ -459,7 +558,11 @@ def parse() -> argparse.Namespace:
     fuzzing = commands.add_parser("fuzz", help="nonsense")
     fuzzing.add_argument("--rounds", type=int, default=20, help="of 100 requests (default: 20)")
     fuzzing.add_argument("--seed", type=int, default=0, help="of the nonsense (default: 0)")
-    for command in (loading, fuzzing):
+    soaking = commands.add_parser("soak", help="for a long time")
+    soaking.add_argument("--minutes", type=float, default=15, help="how long (default: 15)")
+    soaking.add_argument("--reload", type=float, default=5, help="seconds between new checkpoints (default: 5)")
+    soaking.add_argument("--picture", type=Path, metavar="PATH", help="draw memory, threads and files there")
+    for command in (loading, fuzzing, soaking):
         command.add_argument("--json", type=Path, metavar="PATH", help="add the figures to those that are there")
     return parser.parse_args()
 
@@ -469,7 +572,7 @@ def main() -> None:
     args = parse()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        figures, faults = {"load": load, "fuzz": fuzz}[args.what](args, Path(folder))
+        figures, faults = {"load": load, "fuzz": fuzz, "soak": soak}[args.what](args, Path(folder))
     name = f"load {args.model}" if args.what == "load" else args.what
     figures = {"faults": len(faults), **figures, "environment": environment(args)}
     print(json.dumps(figures, indent=2))

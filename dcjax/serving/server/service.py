@@ -107,7 +107,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             case "text_content":
                 text = request.text_content.text
                 return (await asyncio.to_thread(encode, self._tokenizer, [text]))[0]
-        raise ValueError("the request has no content; it must have text_content or token_content")
+        raise ValueError("the request has no content that can be read; it must have text_content or token_content")
 
     def _call(self, request: Any, prompt: list[int], asked: Asked) -> Call:
         """A request with all of its settings.
