@@ -9,7 +9,7 @@
   with the same key in this process, in float32. Times are of a saturated server, queueing included; beside them stand
   those of single requests. CPU-seconds a token are the server process's, beside those of the loop.
 - fuzz: random bytes as messages, valid messages of random fields, random metadata, and bytes that are no HTTP/2. The
-  server must stay alive, fail at nothing itself (UNKNOWN, INTERNAL), and answer a normal request as before.
+  server must stay alive and small, fail at nothing itself (UNKNOWN, INTERNAL), and answer a normal request as before.
 - soak: steady load with cancellations while newer checkpoints appear (copies of one, so that each seed has one right
   answer), and the server's memory, threads and open files every 10 seconds.
 
@@ -81,6 +81,9 @@ SAMPLE_EVERY, WORKERS, PAUSE = 10.0, 16, 0.05
 
 OWN_FAULTS = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 """Statuses of a server that fails, rather than of a request that does."""
+
+GROWTH = 256
+"""MiB that nonsense may take for good."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,7 @@ def nonsense(draw: random.Random, number: int, vocabulary: int) -> Work:
     kind = draw.choice(["bytes", "fields", "metadata"])
     message, metadata = proto.DecodeRequest(token_content={"token_ids": [1]}).SerializeToString(), []
     if kind == "bytes":
-        message = draw.randbytes(draw.choice([0, 1, 3, 10, 100, 10_000, 5_000_000 if number % 50 == 0 else 50]))
+        message = draw.randbytes(draw.choice([0, 1, 3, 10, 100, 10_000, 5_000_000 if number == 0 else 50]))
     elif kind == "fields":
         message = random_fields(draw, vocabulary).SerializeToString()
     else:
@@ -417,7 +420,8 @@ def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
     async def one_round(port: int, turn: int) -> None:
         for _ in range(5):
             await asyncio.to_thread(no_http, port, draw)
-        works = [nonsense(draw, 100 * turn + number, subject.model.config.model.vocab_size) for number in range(100)]
+        works = [nonsense(draw, number, subject.model.config.model.vocab_size) for number in range(99)]
+        works.append(Work(99, "fields", proto.DecodeRequest(text_content={"text": "1+2=" * 10**6}).SerializeToString()))
         for seen in await ask_all(port, works):
             statuses[seen.work.kind][seen.status] += 1
             if seen.status in OWN_FAULTS:
@@ -431,8 +435,13 @@ def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
             await one_round(port, turn)
 
     with served(subject.source, *subject.options) as server:
+        before = server.rss()
         asyncio.run(all_rounds(server.port))
-    return {"rounds": args.rounds, "seed": args.seed, "statuses": {k: dict(v) for k, v in statuses.items()}}, faults
+        rss = {"before": round(before), "after": round(server.rss())}
+    if rss["after"] - rss["before"] > GROWTH:
+        faults.append(f"the server's memory has grown from {rss['before']} to {rss['after']} MiB")
+    figures = {"rounds": args.rounds, "seed": args.seed, "rss": rss}
+    return figures | {"statuses": {kind: dict(counts) for kind, counts in statuses.items()}}, faults
 
 
 # --- soak ---
