@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,14 +122,14 @@ def open_subject(source: Path, options: dict[str, int | str], prompts: int = PRO
     lengths = {name: options[name] for name in names if name in options}
     serving = {name: value for name, value in options.items() if name not in lengths}
     model = open_model(source, serving=serving, rollout=lengths)
-    vocabulary = model.tokenizer.get_vocab().values()
-    shown = [(token, model.tokenizer.decode([token], skip_special_tokens=True)) for token in sorted(vocabulary)]
+    decode, vocabulary = model.tokenizer.backend_tokenizer.decode, model.tokenizer.get_vocab().values()
+    shown = [(token, decode([token], skip_special_tokens=True)) for token in sorted(vocabulary)]
     usable = [token for token, text in shown if len(text) == 1 and text.isascii() and text.isprintable()]
     draw = random.Random(0)
     longest = model.config.rollout.max_prompt_length
     chosen = [draw.choices(usable, k=draw.randint(1, longest)) for _ in range(prompts)]
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return Subject(source, flags, model, chosen, [model.tokenizer.decode(prompt) for prompt in chosen])
+    return Subject(source, flags, model, chosen, [decode(prompt) for prompt in chosen])
 
 
 def tiny(folder: Path) -> Subject:
