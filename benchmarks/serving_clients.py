@@ -27,7 +27,7 @@ from dcjax.serving.server.wire import MAX_METADATA, Answer
 proto: Any = jetstream_pb2
 
 DECODE = "/jetstream_proto.Orchestrator/Decode"
-STARTS_WITHIN, ANSWERS_WITHIN, STOPS_WITHIN = 180.0, 600.0, 90.0
+STARTS_WITHIN, ANSWERS_WITHIN, STOPS_WITHIN = 180.0, 300.0, 90.0
 """Seconds until a server listens, until a request counts as lost, and until a server that is told to stop has ended."""
 LEAVES_AFTER = 0.05
 """Seconds until a request is cancelled that shall not wait for its first tokens."""

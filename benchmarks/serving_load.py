@@ -1,6 +1,6 @@
 """`dcjax serve` under load, under nonsense, and for a long time: every answer is checked, and its cost measured.
 
-    python benchmarks/serving_load.py load [--model smollm2] [--requests 1000] [--clients 4] [--waiting N]
+    python benchmarks/serving_load.py load [--model smollm2] [--requests 1000] [--long TOKENS] [--waiting N]
     python benchmarks/serving_load.py fuzz [--rounds 20] [--seed 0]
     python benchmarks/serving_load.py soak [--minutes 15] [--reload 5]
 
@@ -96,12 +96,10 @@ class Subject:
     # token ids, and the same as texts
     prompts: list[list[int]]
     texts: list[str]
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Of prompts and responses (tokens)."""
-        limits = self.model.config.rollout
-        return limits.max_prompt_length, limits.max_response_length
+    # samples of each prompt at most; further requests ask for the same ones again
+    group: int
+    # tokens of a long response
+    long: int
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,15 @@ class Direct:
 # --- what is served ---
 
 
-def open_subject(source: Path, options: dict[str, int | str], prompts: int = PROMPTS) -> Subject:
-    """A run or a folder with `dcjax serve`'s options, and prompts that its tokenizer reads back as they were."""
+def open_subject(source: Path, options: dict[str, int | str], group: int = 1000, long: int | None = None) -> Subject:
+    """A run or a folder with `dcjax serve`'s options, and prompts that its tokenizer reads back as they were.
+
+    Args:
+      source: the run or folder.
+      options: names and values.
+      group: samples of each prompt at most.
+      long: tokens of a long response; None are as many as are served.
+    """
     names = ("max_prompt_length", "max_response_length")
     lengths = {name: options[name] for name in names if name in options}
     serving = {name: value for name, value in options.items() if name not in lengths}
@@ -126,10 +131,11 @@ def open_subject(source: Path, options: dict[str, int | str], prompts: int = PRO
     shown = [(token, decode([token], skip_special_tokens=True)) for token in sorted(vocabulary)]
     usable = [token for token, text in shown if len(text) == 1 and text.isascii() and text.isprintable()]
     draw = random.Random(0)
-    longest = model.config.rollout.max_prompt_length
-    chosen = [draw.choices(usable, k=draw.randint(1, longest)) for _ in range(prompts)]
+    limits = model.config.rollout
+    chosen = [draw.choices(usable, k=draw.randint(1, limits.max_prompt_length)) for _ in range(PROMPTS)]
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return Subject(source, flags, model, chosen, [decode(prompt) for prompt in chosen])
+    texts = [decode(prompt) for prompt in chosen]
+    return Subject(source, flags, model, chosen, texts, group, limits.max_response_length if long is None else long)
 
 
 def tiny(folder: Path) -> Subject:
@@ -141,12 +147,12 @@ def tiny(folder: Path) -> Subject:
 
 
 def smollm2(folder: Path) -> Subject:
-    """SmolLM2-135M's sizes, 8 slots, 16 + 8 tokens."""
+    """SmolLM2-135M's sizes; few slots and tokens, and 96 different samples, so that it takes minutes on two cores."""
     tokenizer, source = byte_tokenizer(), folder / "smollm2"
     tokenizer.save_pretrained(folder / "tokenizer")
     save_hf(source, WIDTHS, init_params(WIDTHS, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
-    sizes = {"slots": 8, "steps_per_call": 4, "max_prompt_length": 16, "max_response_length": 8}
-    return open_subject(source, {"format": "float32", **sizes})
+    sizes = {"slots": 8, "steps_per_call": 4, "max_prompt_length": 16, "max_response_length": 48}
+    return open_subject(source, {"format": "float32", **sizes}, group=6, long=8)
 
 
 def sample_directly(subject: Subject, group: int) -> Direct:
@@ -168,13 +174,14 @@ def sample_directly(subject: Subject, group: int) -> Direct:
 
 def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, version: int = 0, **of_work: Any) -> Work:
     """A request for one of the direct samples: of every second prompt as text."""
-    row = number // (len(keys) // len(subject.prompts))
+    sample = number % len(keys)
+    row = sample // (len(keys) // len(subject.prompts))
     content: dict[str, Any] = (
         {"text_content": proto.DecodeRequest.TextContent(text=subject.texts[row])}
         if row % 2
         else {"token_content": proto.DecodeRequest.TokenContent(token_ids=subject.prompts[row])}
     )
-    high, low = keys[number].tolist()
+    high, low = keys[sample].tolist()
     asked = Asked(seed=high << 32 | low, log_probs=True, weights_version=version)
     message = proto.DecodeRequest(max_tokens=limit, **content).SerializeToString()
     return Work(number, message=message, metadata=asked.to_metadata(), **of_work)
@@ -182,11 +189,12 @@ def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, version: 
 
 def invalid(subject: Subject, number: int, kind: str, draw: random.Random) -> Work:
     """A request that is to be refused."""
-    longest, limit = subject.longest
-    prompt, metadata = [1], []
+    limits, (prompt, metadata) = subject.model.config.rollout, ([1], [])
     tokens, fields = proto.DecodeRequest.TokenContent, {}
     if kind == "too large":
-        prompt, fields = draw.choice([([1] * (longest + 1), {}), ([1], {"max_tokens": limit + 1})])
+        prompt, fields = draw.choice(
+            [([1] * (limits.max_prompt_length + 1), {}), ([1], {"max_tokens": limits.max_response_length + 1})]
+        )
     else:
         prompt, metadata = draw.choice(
             [
@@ -209,13 +217,13 @@ def draw_kinds(total: int) -> tuple[list[str], int]:
 
 
 def plan(subject: Subject, kinds: Sequence[str], keys: np.ndarray) -> list[Work]:
-    """Requests in the order that they are sent; those that are sampled have the numbers of the direct samples."""
+    """Requests in the order that they are sent; the direct samples are numbered as those that are sampled."""
     draw, works = random.Random(1), []
     for number, kind in enumerate(kinds):
         if kind in REFUSED:
             works.append(invalid(subject, number, kind, draw))
             continue
-        limit = draw.randint(1, 4) if kind == "short" else subject.longest[1]
+        limit = draw.randint(1, 4) if kind == "short" else subject.long
         parts = draw.randint(0, 2) if kind == "cancelled" else None
         works.append(valid(subject, keys, number, limit, kind=kind, parts=parts))
     draw.shuffle(works)
@@ -234,7 +242,7 @@ def fault_of(subject: Subject, direct: Rollout, limit: int, seen: Seen, versions
       seen: the answer.
       versions: of the weights that it may be from, the oldest and the newest.
     """
-    number, width = seen.work.number, direct.response_mask.shape[1]
+    number, width = seen.work.number % len(direct.tokens), direct.response_mask.shape[1]
     mask = direct.response_mask[number].copy()
     mask[limit:] = False
     right = direct.tokens[number, -width:][mask].tolist()
@@ -291,8 +299,9 @@ def milliseconds(values: Sequence[float]) -> dict[str, float]:
 def load(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Figures and faults."""
     subject = MODELS[args.model](folder)
+    subject = dataclasses.replace(subject, long=args.long or subject.long)
     kinds, sampled = draw_kinds(args.requests)
-    direct = sample_directly(subject, math.ceil(sampled / len(subject.prompts)))
+    direct = sample_directly(subject, min(math.ceil(sampled / len(subject.prompts)), subject.group))
     works = plan(subject, kinds, direct.keys)
     waiting = args.requests if args.waiting is None else args.waiting
     with served(subject.source, *subject.options, "--waiting", str(waiting)) as server:
@@ -303,7 +312,8 @@ def load(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
         figures["rss"] = {"before": round(before), "after": round(server.rss())}
     figures["alone"] = times_of(alone)
     faults = faults_of(subject, direct.rollout, works, answers, waiting < args.requests)
-    return {"slots": subject.model.config.serving.slots, "waiting": waiting, **figures}, faults
+    held = {"slots": subject.model.config.serving.slots, "waiting": waiting, "long": subject.long}
+    return held | figures, faults
 
 
 def one_by_one(server: Server, works: Sequence[Work]) -> list[Seen]:
@@ -413,7 +423,7 @@ def no_http(port: int, draw: random.Random) -> None:
 def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Figures and faults: rounds of 100 requests and 5 connections, and a normal request behind each."""
     subject, draw = tiny(folder), random.Random(args.seed)
-    direct, longest = sample_directly(subject, 1), subject.longest[1]
+    direct = sample_directly(subject, 1)
     statuses: dict[str, Counter] = {"bytes": Counter(), "fields": Counter(), "metadata": Counter()}
     faults = []
 
@@ -426,8 +436,8 @@ def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
             statuses[seen.work.kind][seen.status] += 1
             if seen.status in OWN_FAULTS:
                 faults.append(f"{seen.work}: {seen.status}: {seen.details}")
-        (seen,) = await ask_all(port, [valid(subject, direct.keys, turn % PROMPTS, longest, kind="long")])
-        if fault := fault_of(subject, direct.rollout, longest, seen, (1, 1)):
+        (seen,) = await ask_all(port, [valid(subject, direct.keys, turn % PROMPTS, subject.long, kind="long")])
+        if fault := fault_of(subject, direct.rollout, subject.long, seen, (1, 1)):
             faults.append(f"a normal request after round {turn}: {fault}")
 
     async def all_rounds(port: int) -> None:
@@ -481,7 +491,7 @@ class Soak:
             await act()
 
     async def _work(self, channel: Any, draw: random.Random) -> None:
-        keys, longest = self._direct.keys, self._subject.longest[1]
+        keys, longest = self._direct.keys, self._subject.long
         while time.monotonic() < self._until:
             parts = draw.randint(0, 2) if draw.random() < 0.2 else None
             version = self.newest if draw.random() < 0.1 else 0
@@ -563,6 +573,7 @@ def parse() -> argparse.Namespace:
     loading.add_argument("--model", choices=MODELS, default="tiny")
     loading.add_argument("--requests", type=int, default=1000, help="of all kinds (default: 1000)")
     loading.add_argument("--clients", type=int, default=4, help="processes that send them (default: 4)")
+    loading.add_argument("--long", type=int, metavar="TOKENS", help="of a long response (default: 48, smollm2's: 8)")
     loading.add_argument("--waiting", type=int, metavar="N", help="of the server (default: room for all of them)")
     fuzzing = commands.add_parser("fuzz", help="nonsense")
     fuzzing.add_argument("--rounds", type=int, default=20, help="of 100 requests (default: 20)")
@@ -582,7 +593,9 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         figures, faults = {"load": load, "fuzz": fuzz, "soak": soak}[args.what](args, Path(folder))
-    name = f"load {args.model}" if args.what == "load" else args.what
+    name = args.what
+    if name == "load":
+        name = f"load {args.model}, {args.requests} requests, long ones of {figures['long']}"
     figures = {"faults": len(faults), **figures, "environment": environment(args)}
     print(json.dumps(figures, indent=2))
     if args.json:
