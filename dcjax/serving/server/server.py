@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from jetstream.core.proto import jetstream_pb2_grpc
 from prometheus_client import start_http_server
@@ -78,6 +79,27 @@ class Served:
     prompts: int = 1
 
 
+class UnreadableAsEmpty(grpc.aio.ServerInterceptor):
+    """Takes a message that cannot be read for an empty one, which `Decode` refuses.
+
+    gRPC itself would answer UNKNOWN, and log tracebacks for each such message: anyone could fill the disk.
+    """
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        read = handler.request_deserializer
+
+        def read_or_empty(message: bytes) -> Any:
+            try:
+                return read(message)
+            except DecodeError:
+                return read(b"")
+
+        return handler._replace(request_deserializer=read_or_empty)
+
+
 def run_server(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what runs; a second signal ends it at once.
 
@@ -131,6 +153,7 @@ async def serving(
     server = grpc.aio.server(
         maximum_concurrent_rpcs=2 * (served.engine.slots + config.waiting) + 64,
         options=[("grpc.so_reuseport", 0)],
+        interceptors=[UnreadableAsEmpty()],
     )
     port = _listen(server, config)
     engine = ServedEngine(served.engine, prompts=served.prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -50,6 +50,8 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         super().__init__(driver)
         self._engine, self._weights, self._contract = engine, weights, contract
         self._tokenizer, self._metrics = tokenizer, metrics
+        # characters that a prompt can have: no token stands for more of them than it is written with
+        self._longest_text = engine.max_prompt_length * max(map(len, tokenizer.get_vocab()))
         # whether new calls are refused, while those that run are finished
         self.stopping = False
 
@@ -99,17 +101,27 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         # which raises
         return await context.abort(status, told)
 
-    async def _prompt(self, request: Any) -> list[int]:
-        """The token ids of a prompt; a text is encoded beside the event loop."""
+    async def _prompt(self, request: Any) -> Sequence[int]:
+        """The token ids of a prompt; a text is encoded beside the event loop.
+
+        Raises:
+          ValueError: there is none, or its text is too long, whatever it is encoded to: encoding four megabytes would
+            take seconds and a gigabyte, and other texts would wait.
+        """
         match request.WhichOneof("content"):
             case "token_content":
-                return list(request.token_content.token_ids)
+                return request.token_content.token_ids
             case "text_content":
                 text = request.text_content.text
+                if len(text) > self._longest_text:
+                    raise ValueError(
+                        f"length of a prompt is {len(text)} characters; this engine takes up to "
+                        f"{self._engine.max_prompt_length} tokens, which hold at most {self._longest_text}"
+                    )
                 return (await asyncio.to_thread(encode, self._tokenizer, [text]))[0]
-        raise ValueError("the request has no content; it must have text_content or token_content")
+        raise ValueError("the request has no content that can be read; it must have text_content or token_content")
 
-    def _call(self, request: Any, prompt: list[int], asked: Asked) -> Call:
+    def _call(self, request: Any, prompt: Sequence[int], asked: Asked) -> Call:
         """A request with all of its settings.
 
         Raises:
@@ -131,7 +143,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             stop_tokens=contract.end_tokens if asked.stop_token_ids is None else asked.stop_token_ids,
         )
         return Call(
-            prompt=prompt,
+            prompt=list(prompt),
             request=sample,
             tokens_only=request.WhichOneof("content") == "token_content",
             log_probs_wanted=asked.log_probs,
