@@ -68,6 +68,10 @@ DEEP = 8
 """The number of layers from which on they are looped over, where that costs nothing at run time."""
 
 
+NARROWEST_PREFILL = 16
+"""Tokens that a prompt is padded to at least where it is prefilled alone."""
+
+
 @jax.jit
 def _stacked(served: ServingParams) -> ServingParams:
     return dataclasses.replace(served, weights={**served.weights, "layers": stack_layers(served.weights["layers"])})
@@ -315,9 +319,14 @@ class Qwen3Engine(engine_api.Engine):
         """How many slots decode this many samples: no more than needed, and equally many on each copy of the model."""
         return min(self.slots, round_up(samples, self._mesh.shape[COPIES]))
 
-    def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]]) -> Prefix:
-        """Prefills P prompts in one call, one row each."""
-        return _prefill(self.decoder, params, *self.padded(prompts))
+    def prefill_many(self, params: ServingParams, prompts: Sequence[Sequence[int]], width: int | None = None) -> Prefix:
+        """Prefills P prompts in one call, one row each, padded to `width` tokens or to the longest possible."""
+        tokens, lengths = self.padded(prompts)
+        return _prefill(self.decoder, params, tokens[:, :width], lengths)
+
+    def width_of(self, prompt: Sequence[int]) -> int:
+        """The width to prefill a prompt by where it comes alone: a power of two, so that few programs serve all."""
+        return min(max(1 << (len(prompt) - 1).bit_length(), NARROWEST_PREFILL), self.max_prompt_length)
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts padded on the right, int32 [P, longest], and their lengths, int32 [P].
@@ -352,7 +361,10 @@ class Qwen3Engine(engine_api.Engine):
 
     def rehearse(self, params: ServingParams) -> None:
         """Runs the programs that serve one request at a time once, so that none is compiled while a request waits."""
-        state = self.insert(self.prefill_many(params, [[0]]), self.init_decode_state(), 0, self.make_requests([[0, 0]]))
+        state, request, length = self.init_decode_state(), self.make_requests([[0, 0]]), 0
+        while length < self.max_prompt_length:
+            length = self.width_of([0] * (length + 1))
+            state = self.insert(self.prefill_many(params, [[0] * length], length), state, 0, request)
         jax.block_until_ready(self.generate(params, state))
 
     def make_requests(

@@ -7,13 +7,13 @@ that it belongs to, and a prefix keeps its call beside the caches; that is how a
 from __future__ import annotations
 
 import queue
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
@@ -94,7 +94,9 @@ class ServedEngine:
     def __init__(self, engine: Qwen3Engine, *, prompts: int):
         self.engine, self._prompts = engine, prompts
         self._prefixes: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
-        self._previous: SampledTokens | None = None
+        # whether all that was sampled has been handed out, and whether nothing more will be
+        self._handed_out, self.stopped = threading.Event(), False
+        self._handed_out.set()
         # slots that have become free, and the Driver's queue of them once it has one
         self._freed: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.slots: queue.Queue[int] | None = None
@@ -106,7 +108,13 @@ class ServedEngine:
     @property
     def max_concurrent_decodes(self) -> int:
         """The number of slots. The Driver reads this before it refills slots in each turn, and asserts behind that not
-        all are free. Those that were freed since are therefore handed over here, and never in between."""
+        all are free.
+
+        So this is where it waits until it is known which samples have ended, and where their slots are given back, never
+        in between. Left to itself, the Driver would decode up to eight turns ahead in slots whose samples have ended.
+        """
+        while not self._handed_out.wait(1.0) and not self.stopped:
+            pass
         while self.slots is not None and not self._freed.empty():
             self.slots.put_nowait(self._freed.get())
         return self.engine.slots
@@ -114,6 +122,10 @@ class ServedEngine:
     def free(self, slot: int) -> None:
         """A slot's sample has ended or is not wanted any more; for any thread."""
         self._freed.put(slot)
+
+    def handed_out(self) -> None:
+        """What a turn has sampled has reached those who asked for it; for any thread."""
+        self._handed_out.set()
 
     def get_tokenizer(self) -> None:
         """None: text becomes tokens before the Driver has it, and tokens text in `Driver`."""
@@ -132,7 +144,8 @@ class ServedEngine:
             return Prefilled(None, call)
         key = version, tuple(call.prompt)
         if (prefix := self._prefixes.get(key)) is None:
-            prefix = self._prefixes[key] = self.engine.prefill_many(served, [call.prompt])
+            width = self.engine.width_of(call.prompt)
+            prefix = self._prefixes[key] = self.engine.prefill_many(served, [call.prompt], width)
         self._prefixes.move_to_end(key)
         while len(self._prefixes) > self._prompts:
             self._prefixes.popitem(last=False)
@@ -145,15 +158,9 @@ class ServedEngine:
         return self.engine.insert(prefix.prefix, decode_state, slot, request=prefix.call.request)
 
     def generate(self, params: Weights, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
-        """One turn, with the weights of the moment, while at most one other is still computed.
-
-        The Driver itself would run many turns ahead of what it knows to have ended.
-        """
-        decode_state, sampled = self.engine.generate(params.params, decode_state)
-        if self._previous is not None:
-            jax.block_until_ready(self._previous.data)
-        self._previous = sampled
-        return decode_state, sampled
+        """One turn, with the weights of the moment."""
+        self._handed_out.clear()
+        return self.engine.generate(params.params, decode_state)
 
 
 class Driver(orchestrator.Driver):
@@ -194,6 +201,10 @@ class Driver(orchestrator.Driver):
         self.running.add(call)
         super().place_request_on_prefill_queue(request)
 
+    def stop(self) -> None:
+        self._engine.stopped = True
+        super().stop()
+
     def leave(self, call: Call) -> None:
         """A call is over. One that was cancelled while it waited takes no place in the queue any more."""
         self.running.discard(call)
@@ -232,6 +243,7 @@ class Driver(orchestrator.Driver):
                 if request.return_channel.cancelled() or _tell(request, sampled, slot):
                     del requests[slot]
                     self._engine.free(slot)
+            self._engine.handed_out()
 
 
 def _tell(request: Any, sampled: SampledTokens, slot: int) -> bool:
