@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -80,8 +81,9 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             self._metrics.ended(outcome, time.perf_counter() - began, 0 if call is None else len(call.tokens))
 
     async def HealthCheck(self, request: Any, context: Any) -> Any:
-        """Whether it serves; the trailing metadata have the contract."""
-        context.set_trailing_metadata(((CONTRACT, self._contract.to_json()),))
+        """Whether it serves; the trailing metadata have the contract, with the step that is served now."""
+        now = None if self._contract.step is None else self._weights.version
+        context.set_trailing_metadata(((CONTRACT, dataclasses.replace(self._contract, step=now).to_json()),))
         return await super().HealthCheck(request, context)
 
     async def _admitted(self, request: Any, context: Any) -> Call:
