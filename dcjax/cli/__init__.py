@@ -9,12 +9,12 @@ import select
 import sys
 from collections.abc import Sequence
 
-from dcjax.cli import convert, data, evaluate, probe, report, serve, train
+from dcjax.cli import convert, data, evaluate, plan, probe, report, serve, train
 from dcjax.cli.arguments import NO_CACHE_FLAG, NO_CACHE_HELP, Parser
 from dcjax.cli.session import report_error
 from dcjax.errors import RunError
 
-COMMANDS = (train, serve, evaluate, probe, report, convert, data)
+COMMANDS = (train, plan, serve, evaluate, probe, report, convert, data)
 """The modules of the commands, in the order of `dcjax --help`."""
 
 
@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The options of `train` are the fields of a recipe's Config, which argparse does not know.
             train.run(arguments[1:])
         else:
-            options = build_parser().parse_args(arguments)
+            options, others = build_parser().parse_known_args(arguments)
+            if getattr(options, "takes_fields", False):
+                options.fields = others
+            elif others:
+                raise RunError(f"unrecognized arguments: {' '.join(others)}; see dcjax {arguments[0]} --help")
             options.run(options)
     except SystemExit as exit:  # argparse and tyro end so once they have printed their help
         if not _lost_reader():

@@ -51,6 +51,23 @@ def add_parser(commands) -> None:
 def run(arguments: list[str]) -> None:
     """Trains by the recipe or resumes the run that the arguments name, with the fields that the others override."""
     profile, arguments = _without_profile(arguments)
+    config, recipe = config_of(arguments)
+    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
+        from dcjax.loop.train import train
+
+        report_paths = train(config, recipe, profile=profile)
+    # Only the first process of several writes the report.
+    if report_paths is not None:
+        picture, page = report_paths
+        print(f"plot:   {picture}\nreport: {page}")
+
+
+def config_of(arguments: list[str]) -> tuple[Config, CodeFile | None]:
+    """The config of the recipe or run that arguments name, with the fields that the others override, and its file.
+
+    Raises:
+      RunError: there is none, or an override does not fit.
+    """
     recipe_code = NO_RECIPE_CODE_FLAG not in arguments
     arguments = [argument for argument in arguments if argument != NO_RECIPE_CODE_FLAG]
     source = DEFAULT_RECIPE
@@ -61,19 +78,10 @@ def run(arguments: list[str]) -> None:
     except ValueError as error:
         raise RunError(f"the recipe {error}") from None
     if (path / "config.json").is_file():
-        config, recipe = _resumed(path, source, arguments, recipe_code)
-    elif not recipe_code:
+        return _resumed(path, source, arguments, recipe_code)
+    if not recipe_code:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
-    else:
-        config, recipe = _begun(path, source, arguments)
-    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
-        from dcjax.loop.train import train
-
-        report_paths = train(config, recipe, profile=profile)
-    # Only the first process of several writes the report.
-    if report_paths is not None:
-        picture, page = report_paths
-        print(f"plot:   {picture}\nreport: {page}")
+    return _begun(path, source, arguments)
 
 
 def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:

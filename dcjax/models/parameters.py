@@ -244,6 +244,14 @@ def count_params(config: ModelConfig) -> int:
     return sum(parameter.size for parameter in parameters(config))
 
 
+def active_params(config: ModelConfig) -> int:
+    """Number of parameters that one token passes through: of a layer's experts only `num_experts_per_tok`."""
+    return sum(
+        parameter.size // (parameter.experts or 1) * (config.num_experts_per_tok if parameter.experts else 1)
+        for parameter in parameters(config)
+    )
+
+
 def layer_params(config: ModelConfig, stacked: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """The parameters of one layer, from those of all layers (`params["layers"]`).
 

@@ -57,6 +57,7 @@ def make_engine(
     mesh: Mesh,
     *,
     end_tokens: Sequence[int],
+    memory: int | None = None,
 ) -> Qwen3Engine:
     """The engine that deploys a policy.
 
@@ -67,6 +68,7 @@ def make_engine(
       mismatch: what is added on purpose.
       mesh: that the policy is trained on.
       end_tokens: ids that end a response.
+      memory: bytes of each device; None is what it has.
 
     Raises:
       RunError: the model, the hardware or its memory cannot serve that.
@@ -89,6 +91,7 @@ def make_engine(
             mismatch=mismatch,
             mesh=rollout_mesh(serving, mesh),
             training_mesh=mesh,
+            memory=memory,
         )
     except ValueError as error:
         raise RunError(str(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -343,11 +343,30 @@ class Qwen3Engine(engine_api.Engine):
         _require_within("token of a prompt", tokens, 0, self.config.vocab_size - 1)
         return tokens, lengths
 
+    def abstract_params(self) -> ServingParams:
+        """Shapes, dtypes and shardings of what `sync` makes, where layers are not looped over."""
+        served = abstract_serving(self.config, self.format, self._keep)
+        return with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
+
+    def lowered_sync(self, masters: Params) -> Iterator[tuple[str, Callable[[], Any], int]]:
+        """As `Sync.lowered`."""
+        return self._sync.lowered(masters)
+
+    def lower_prefill(self, params: ServingParams, prompts: int) -> Any:
+        """`prefill_many` of a number of prompts, lowered for abstract params."""
+        tokens, lengths = np.zeros((prompts, self.max_prompt_length), np.int32), np.zeros(prompts, np.int32)
+        return _prefill.lower(self.decoder, params, tokens, lengths)
+
+    def lower_generate(self, params: ServingParams) -> Any:
+        """`generate`, lowered for abstract params."""
+        state = jax.eval_shape(partial(self.decoder.empty, self.slots))
+        state = with_shardings(state, self.decoder.state_shardings(state))
+        return _programs(self.decoder).generate.lower(self.decoder, params, state, self.steps_per_call)
+
     def compile_sync(self, masters: Params) -> ServingParams:
         """Compiles `sync` for abstract masters; returns abstract serving params."""
         self._sync.compile(masters)
-        served = abstract_serving(self.config, self.format, self._keep)
-        served = with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
+        served = self.abstract_params()
         if not self.decoder.loops:
             return served
         return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
@@ -355,7 +374,7 @@ class Qwen3Engine(engine_api.Engine):
     def compile_prefill(self, params: ServingParams, prompts: int) -> Prefix:
         """Compiles `prefill_many` for a number of prompts and abstract params; returns an abstract prefix."""
         tokens, lengths = np.zeros((prompts, self.max_prompt_length), np.int32), np.zeros(prompts, np.int32)
-        compiled = _prefill.lower(self.decoder, params, tokens, lengths).compile()
+        compiled = self.lower_prefill(params, prompts).compile()
         shapes = jax.eval_shape(self.decoder.prefill, params, tokens, lengths)
         return with_shardings(shapes, compiled.output_shardings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -64,9 +64,16 @@ class Sync:
 
     def compile(self, params: Params) -> None:
         """Compiles its programs for masters of these shapes, dtypes and shardings; only if they are served in place."""
-        self.outer.lower({name: leaf for name, leaf in params.items() if name != "layers"}, 0).compile()
-        for program in self.layer.values():
-            program.lower(params["layers"], 0, 0, 0).compile()
+        for _, lower, _ in self.lowered(params):
+            lower().compile()
+
+    def lowered(self, params: Params) -> Iterator[tuple[str, Callable[[], Any], int]]:
+        """The name of each program, what lowers it for masters of these shapes, and how often a sync runs it."""
+        outer = {name: leaf for name, leaf in params.items() if name != "layers"}
+        yield "sync", lambda: self.outer.lower(outer, 0), 1
+        for kind, program in self.layer.items():
+            name = "sync of a layer" + (" with experts" if kind else "")
+            yield name, partial(program.lower, params["layers"], 0, 0, 0), self.kinds.count(kind)
 
 
 def make_sync(

@@ -14,7 +14,7 @@ from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf import Checkpoint
 from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
-from dcjax.models.parameters import Parameter, count_params
+from dcjax.models.parameters import active_params, count_params
 from dcjax.reporting.record import check_writable
 from dcjax.serving.server.contract import CONTRACT_FILE
 
@@ -142,18 +142,12 @@ def inspect_folder(source: Path) -> Inspection:
     return Inspection(
         config=checkpoint.config,
         parameters=count_params(checkpoint.config),
-        active_parameters=sum(_active(checkpoint.config, parameter) for parameter in checkpoint.parameters),
+        active_parameters=active_params(checkpoint.config),
         dtypes=dict(Counter(tensor.kind for tensor in tensors)),
         files=len(files),
         bytes=sum(file.stat().st_size for file in files),
         checksums=all(tensor.checksum is not None for tensor in tensors),
     )
-
-
-def _active(config: ModelConfig, parameter: Parameter) -> int:
-    if parameter.experts is None:
-        return parameter.size
-    return parameter.size // parameter.experts * config.num_experts_per_tok
 
 
 @contextlib.contextmanager

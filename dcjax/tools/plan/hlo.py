@@ -1,0 +1,399 @@
+"""What a compiled program does, counted from its text: operations, bytes of memory, and bytes of collectives.
+
+XLA's own analysis counts the body of a loop once, whatever its trip count; here bodies count as often as they run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s4": 4, "u4": 4, "token": 0}
+"""Of an element of a dtype whose name does not say them at its end, as s32 and u8 do, or before its kind, as f8e4m3fn."""
+
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"),
+)
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "while",
+        "conditional",
+        "call",
+        "iota",
+        "partition-id",
+        "replica-id",
+        "broadcast",
+        "opt-barrier",
+    ]
+)
+"""Instructions that read and write no memory of their own."""
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_memory: bool
+    """False where it lies in a core's own memory (VMEM), not in HBM."""
+
+    @property
+    def bytes(self) -> float:
+        """In HBM."""
+        return math.prod(self.dims) * bits_of(self.dtype) / 8 if self.in_memory else 0.0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    """Its result's arrays, several for a tuple."""
+    operands: tuple[str, ...]
+    rest: str
+    """What follows the operands."""
+    root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names."""
+        found = re.search(rf"{attribute}=%?([\w.\-]+)", self.rest)
+        return found and found[1]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and size, that run so many times."""
+
+    kind: str
+    bytes: float
+    """What arrives at a chip in one of them."""
+    group: int
+    """Chips that take part."""
+    members: tuple[int, ...]
+    """The numbers of one group's devices in the mesh."""
+    times: float
+    op: str
+    """Where it comes from in the program."""
+
+
+@dataclass
+class Cost:
+    """What a program does on one device."""
+
+    flops: dict[str, float] = field(default_factory=dict)
+    """Of matrix products, by the dtype of their operands."""
+    bytes: float = 0.0
+    """Read from and written to HBM, at least."""
+    collectives: list[Collective] = field(default_factory=list)
+    loops_of_unknown_length: int = 0
+
+    def add(self, other: Cost, times: float) -> None:
+        """The other's work, so many times."""
+        for dtype, count in other.flops.items():
+            self.flops[dtype] = self.flops.get(dtype, 0.0) + count * times
+        self.bytes += other.bytes * times
+        self.collectives += [replace(one, times=one.times * times) for one in other.collectives]
+        self.loops_of_unknown_length += other.loops_of_unknown_length
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element."""
+    if dtype in BITS:
+        return BITS[dtype]
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found[1]) if found else 0
+
+
+class Program:
+    """A compiled program's text, parsed.
+
+    Args:
+      text: `compiled.as_text()`.
+      unknown_trips: how often a loop runs whose trip count is not in the text.
+      kernel_fill: the share of a Pallas kernel's estimated bytes and operations that it takes; by the kernel's name.
+    """
+
+    def __init__(self, text: str, *, unknown_trips: float = 1.0, kernel_fill: Mapping[str, float] | None = None):
+        self._unknown, self._fill = unknown_trips, dict(kernel_fill or {})
+        self._computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        self._parse(text)
+        self._costs: dict[str, Cost] = {}
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of the whole program."""
+        return self._cost(self.entry)
+
+    def _parse(self, text: str) -> None:
+        body: list[Instruction] | None = None
+        # a kernel's attributes may go on in further lines
+        for line in re.sub(r"\n(?! {2}[%R]|[%E]|\}(?:\n|, exec)|\n)", " ", text).splitlines():
+            if body is None:
+                if header := _HEADER.match(line):
+                    body = self._computations.setdefault(header[2], [])
+                    if header[1]:
+                        self.entry = header[2]
+            elif line.startswith("}"):
+                body = None
+            elif found := _INSTRUCTION.match(line):
+                operands, rest = _split_operands(found[5])
+                shapes = tuple(_shapes(found[3]))
+                body.append(Instruction(found[2], found[4], shapes, operands, rest, bool(found[1])))
+
+    def _cost(self, name: str) -> Cost:
+        if name not in self._costs:
+            total = Cost()
+            known = {line.name: line for line in self._computations[name]}
+            for line in self._computations[name]:
+                self._count(line, known, total)
+            self._costs[name] = total
+        return self._costs[name]
+
+    def _count(self, line: Instruction, known: Mapping[str, Instruction], total: Cost) -> None:
+        kind = line.opcode.removesuffix("-start")
+        if line.opcode == "while":
+            trips = self._trips(line)
+            total.add(self._cost(line.called("body") or ""), self._unknown if trips is None else trips)
+            total.loops_of_unknown_length += trips is None
+        elif line.opcode == "conditional":
+            total.add(self._dearest(line), 1)
+        elif line.opcode in ("call", "call-start") and (called := line.called("to_apply") or line.called("calls")):
+            total.add(self._cost(called), 1)
+        elif kind in COLLECTIVES:
+            total.collectives.append(_collective(kind, line))
+            total.bytes += 2 * sum(shape.bytes for shape in line.shapes[-1:])
+        elif line.opcode == "custom-call":
+            self._count_kernel(line, known, total)
+        elif not (line.opcode in _FREE or line.opcode.endswith("-done")):
+            inner = line.called("calls") if line.opcode == "fusion" else None
+            if inner is not None:
+                products = self._products(inner)
+                total.add(Cost(flops=products), 1)
+            elif line.opcode in ("convolution", "dot"):
+                total.add(Cost(flops=_product(line, known)), 1)
+            total.bytes += self._traffic(line, known, inner)
+
+    def _trips(self, loop: Instruction) -> float | None:
+        """How often a loop runs: the constant that its counter is compared with, over what a turn adds to it."""
+        condition = self._computations[loop.called("condition") or ""]
+        known = {line.name: line for line in condition}
+        root = next(line for line in condition if line.root)
+        if root.opcode != "compare" or "direction=LT" not in root.rest:
+            return None
+        lines = [known[name] for name in root.operands]
+        counter = next((line.called("index") for line in lines if line.opcode == "get-tuple-element"), None)
+        bound = next((line.operands[0] for line in lines if line.opcode == "constant"), None)
+        if counter is None or bound is None:
+            return None
+        return math.ceil(float(bound) / self._increment(loop.called("body") or "", int(counter)))
+
+    def _increment(self, body: str, counter: int) -> float:
+        """What one turn of a loop adds to its counter, an element of the tuple that it carries."""
+        known = {line.name: line for line in self._computations[body]}
+        root = next(line for line in self._computations[body] if line.root)
+        name, added = root.operands[counter], 0.0
+        while (line := known[name]).opcode != "get-tuple-element":
+            constants = [float(known[one].operands[0]) for one in line.operands if known[one].opcode == "constant"]
+            if line.opcode == "add" and constants:
+                added += constants[0]
+            name = next(one for one in line.operands if known[one].opcode != "constant")
+        return added or 1.0
+
+    def _dearest(self, line: Instruction) -> Cost:
+        """The branch with most operations."""
+        named = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
+        branches = [name.strip(" %") for name in named[1].split(",")] if named else []
+        branches += [name for kind in ("true", "false") if (name := line.called(f"{kind}_computation"))]
+        return max(map(self._cost, branches), key=lambda cost: (sum(cost.flops.values()), cost.bytes))
+
+    def _count_kernel(self, line: Instruction, known: Mapping[str, Instruction], total: Cost) -> None:
+        if 'custom_call_target="tpu_custom_call"' not in line.rest:
+            return
+        fill = next((share for name, share in self._fill.items() if name in line.rest), 1.0)
+        found = re.search(r'"cost_estimate":(\{[^}]*\})', line.rest)
+        estimate = json.loads(found[1]) if found else {}
+        touched = sum(shape.bytes for shape in line.shapes)
+        touched += sum(shape.bytes for name in line.operands if name in known for shape in known[name].shapes)
+        dtype = next((shape.dtype for name in line.operands if name in known for shape in known[name].shapes), "bf16")
+        flops = float(estimate.get("flops", 0)) * fill
+        total.add(Cost(flops={dtype: flops}, bytes=float(estimate.get("bytes_accessed", touched)) * fill), 1)
+
+    def _products(self, computation: str) -> dict[str, float]:
+        """Operations of the matrix products in a fusion."""
+        total = Cost()
+        known = {line.name: line for line in self._computations[computation]}
+        for line in self._computations[computation]:
+            if line.opcode in ("convolution", "dot"):
+                total.add(Cost(flops=_product(line, known)), 1)
+            elif (inner := line.called("calls")) and line.opcode == "fusion":
+                total.add(Cost(flops=self._products(inner)), 1)
+        return total.flops
+
+    def _traffic(self, line: Instruction, known: Mapping[str, Instruction], inner: str | None) -> float:
+        """Bytes that an instruction reads and writes in HBM; of what is sliced or updated in place, only that part."""
+        results, sizes = sum(shape.bytes for shape in line.shapes), []
+        for name in line.operands:
+            sizes.append(sum(shape.bytes for shape in known[name].shapes) if name in known else 0.0)
+        if line.opcode == "dynamic-update-slice":
+            return 2 * sizes[1]
+        if line.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * results
+        if inner is None:
+            return results + sum(sizes)
+        lines = self._computations[inner]
+        parameters = {
+            line.name: int(line.operands[0]) for line in lines if line.opcode == "parameter" and line.operands
+        }
+        for parameter, number in parameters.items():
+            users = [one for one in lines if parameter in one.operands]
+            if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one in users):
+                sizes[number] = min(sizes[number], sum(_any_bytes(one) for one in users))
+            elif users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == parameter for one in users):
+                by_name = {one.name: one for one in lines}
+                updates = sum(_any_bytes(by_name[one.operands[1]]) for one in users)
+                results += min(updates - sizes[number], 0.0)
+                sizes[number] = 0.0
+        return max(results, 0.0) + sum(sizes)
+
+
+def _any_bytes(line: Instruction) -> float:
+    return sum(replace(shape, in_memory=True).bytes for shape in line.shapes)
+
+
+def _split_operands(text: str) -> tuple[tuple[str, ...], str]:
+    """The names between an instruction's parentheses, and what follows them."""
+    depth = 1
+    for end, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            break
+    inside = re.sub(r"/\*.*?\*/", "", text[:end])
+    names = [part.strip().split(" ")[-1].lstrip("%") for part in inside.split(",") if part.strip()]
+    return tuple(names), text[end + 1 :]
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for found in _SHAPE.finditer(re.sub(r"/\*.*?\*/", "", text)):
+        dims = tuple(int(size) for size in found[2].split(",") if size)
+        yield Shape(found[1], dims, not re.search(r"S\(\d+\)", found[3] or ""))
+
+
+def _product(line: Instruction, known: Mapping[str, Instruction]) -> dict[str, float]:
+    """Two operations for each pair of numbers that a product multiplies."""
+    (result,) = line.shapes
+    left, right = (known[name].shapes[0] for name in line.operands[:2])
+    if line.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+        sizes = [left.dims[int(dim)] for dim in contracted[1].split(",") if dim] if contracted else []
+        return {left.dtype: 2.0 * math.prod(result.dims) * math.prod(sizes)}
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
+    assert labels is not None, line.rest
+    pairs, spatial = 1.0, sorted(label for label in labels[3] if label.isdigit())
+    window = _window(line.rest, len(spatial))
+    for number, label in enumerate(spatial):
+        pairs *= _pairs(
+            left.dims[labels[1].index(label)],
+            right.dims[labels[2].index(label)],
+            result.dims[labels[3].index(label)],
+            **{name: values[number] for name, values in window.items()},
+        )
+    batch, features = result.dims[labels[3].index("b")], result.dims[labels[3].index("f")]
+    return {left.dtype: 2.0 * pairs * batch * features * right.dims[labels[2].index("i")]}
+
+
+def _window(rest: str, rank: int) -> dict[str, list]:
+    """The attributes of a convolution's window, a value for each spatial dimension."""
+    inside = (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1]
+    given = dict(part.split("=") for part in inside.split())
+    numbers = {
+        name: [int(x) for x in given[name].split("x")]
+        for name in ("stride", "lhs_dilate", "rhs_dilate")
+        if name in given
+    }
+    pads = [int(pad.split("_")[0]) for pad in given["pad"].split("x")] if "pad" in given else [0] * rank
+    reversal = [bool(int(x)) for x in given["rhs_reversal"].split("x")] if "rhs_reversal" in given else [False] * rank
+    return {
+        "stride": numbers.get("stride", [1] * rank),
+        "lhs_dilate": numbers.get("lhs_dilate", [1] * rank),
+        "rhs_dilate": numbers.get("rhs_dilate", [1] * rank),
+        "low": pads,
+        "reverse": reversal,
+    }
+
+
+def _pairs(
+    size: int, window: int, out: int, *, stride: int, lhs_dilate: int, rhs_dilate: int, low: int, reverse: bool
+) -> int:
+    """How many (output, window) positions of one dimension meet a number, and no padding or hole."""
+    del reverse
+    at = np.arange(out)[:, None] * stride - low + np.arange(window)[None, :] * rhs_dilate
+    return int(((at % lhs_dilate == 0) & (at >= 0) & (at // lhs_dilate < size)).sum())
+
+
+def _collective(kind: str, line: Instruction) -> Collective:
+    # what begins one holds its operands too, and after them its results
+    count = len(line.operands)
+    results = (
+        line.shapes[count : 2 * count] if line.opcode.endswith("-start") and len(line.shapes) > count else line.shapes
+    )
+    whole = sum(map(_full, results))
+    members = _members(line.rest)
+    group = max(len(members), 1)
+    part = (group - 1) / group
+    arriving = {
+        "all-gather": whole * part,
+        "all-reduce": 2 * whole * part,
+        "reduce-scatter": whole * (group - 1),
+        "all-to-all": whole * part,
+        "ragged-all-to-all": whole * part,
+        "collective-permute": whole,
+    }[kind]
+    op = re.search(r'op_name="([^"]*)"', line.rest)
+    return Collective(kind, arriving, group, members, 1.0, op[1] if op else "")
+
+
+def _full(shape: Shape) -> float:
+    return replace(shape, in_memory=True).bytes
+
+
+def _members(rest: str) -> tuple[int, ...]:
+    """The first of a collective's groups, in either of XLA's notations."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return tuple(map(int, found[1].split(",")))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        count, size, dims, order = found.groups()
+        numbers = np.arange(int(count) * int(size)).reshape([int(dim) for dim in dims.split(",")])
+        if order:
+            numbers = numbers.transpose([int(axis) for axis in order.split(",")])
+        return tuple(numbers.reshape(int(count), int(size))[0].tolist())
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return int(found[1]), int(found[2])
+    return ()
+
+
+def summed(collectives: Sequence[Collective]) -> dict[str, float]:
+    """Bytes that arrive at a chip, by kind."""
+    totals: dict[str, float] = {}
+    for one in collectives:
+        totals[one.kind] = totals.get(one.kind, 0.0) + one.bytes * one.times
+    return totals

@@ -1,0 +1,146 @@
+"""The programs of a run, compiled for devices that are not there."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dcjax.models.attention import choose
+from dcjax.models.config import DTYPES
+from dcjax.recipe import build
+from dcjax.recipe.config import Config
+from dcjax.recipe.engine import make_engine
+from dcjax.serving.engine import Qwen3Engine
+from dcjax.tools.plan.hlo import Cost, Program
+from dcjax.types import Batch, Rollout
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One program, on one device."""
+
+    name: str
+    runs: float
+    """In one iteration."""
+    compile_seconds: float
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    """What exists only while it runs."""
+    cost: Cost
+    refused: str | None = None
+    """Why it does not compile, in the compiler's words; None where it does."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """What it holds at most, arguments included; outputs that take the place of arguments count once."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes
+
+
+def for_tpu(config: Config) -> Config:
+    """The config with what is chosen by platform chosen for a TPU, as programs are traced on a machine without one."""
+    attention = choose(config.model.attention, "tpu", DTYPES[config.model.precision.compute])
+    config = replace(config, model=replace(config.model, attention=attention))
+    columns = config.packing("tpu").bins.columns
+    return replace(config, optimizer=replace(config.optimizer, tokens_per_microbatch=columns))
+
+
+def engine_for(config: Config, mesh: Mesh) -> Qwen3Engine:
+    """The engine that deploys the policy; its memory is what the plan is about, and not checked here."""
+    return make_engine(
+        config.model, config.serving, config.rollout, config.mismatch, mesh, end_tokens=[0], memory=2**62
+    )
+
+
+def compile_programs(
+    config: Config, mesh: Mesh, engine: Qwen3Engine, mean_response: float, told: Callable[[str], None]
+) -> Iterator[Planned]:
+    """Compiles all programs of an iteration, one after the other.
+
+    Args:
+      config: from `for_tpu`.
+      mesh: of training.
+      engine: from `engine_for`.
+      mean_response: tokens of a response.
+      told: called with the name of each program before it is compiled.
+    """
+    rollout, serving = config.rollout, config.serving
+    state, batch = build.abstract_state(config, mesh), build.abstract_batch(config, mesh)
+    step: Any = build.compile_train_step(config, mesh)
+    told("train_step")
+    yield _planned("train_step", lambda: step.lower(state, batch), 1, microbatches(config, mean_response))
+    for name, lower, runs in engine.lowered_sync(state.params):
+        told(name)
+        yield _planned(name, lower, runs)
+    params = engine.abstract_params()
+    told("prefill")
+    yield _planned("prefill", lambda: engine.lower_prefill(params, rollout.prompts), 1)
+    turns = rollout.sequences * mean_response / (serving.slots * serving.steps_per_call)
+    filled = (rollout.max_prompt_length + mean_response / 2) / engine.decoder.capacity
+    told("decode")
+    yield _planned(
+        "decode", lambda: engine.lower_generate(params), turns, kernel_fill={"ragged_attention": min(filled, 1.0)}
+    )
+
+
+def microbatches(config: Config, mean_response: float) -> float:
+    """How often a device computes a microbatch in one update, where all responses are that long."""
+    rollout, rows = config.rollout, config.rollout.sequences
+    width, length = rollout.max_response_length, min(max(round(mean_response), 1), rollout.max_response_length)
+    response = np.broadcast_to(np.arange(width) < length, (rows, width))
+    mask = np.concatenate([np.ones((rows, rollout.max_prompt_length), bool), response], axis=1)
+    zeros = np.zeros((rows, width), np.float32)
+    sampled = Rollout(
+        tokens=mask.astype(np.int32),
+        attention_mask=mask,
+        response_mask=response,
+        rollout_logps=zeros,
+        temperature=np.ones(rows, np.float32),
+        versions=zeros.astype(np.int32),
+        finished=np.ones(rows, bool),
+        log_mass=zeros,
+    )
+    packed = config.packing()(Batch.of(sampled, rewards=np.zeros(rows, np.float32), group_size=rollout.group_size))
+    assert packed.microbatches is not None
+    return float(np.asarray(packed.microbatches.count).max(axis=0).mean())
+
+
+def _planned(
+    name: str,
+    lower: Callable[[], Any],
+    runs: float,
+    unknown_trips: float = 1.0,
+    kernel_fill: Mapping[str, float] | None = None,
+) -> Planned:
+    """Compiles a program, and reads what it holds and does."""
+    began = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        told = str(error)
+        if OUT_OF_MEMORY not in told:
+            raise
+        used = re.search(r"Used ([\d.]+)([KMGT])", told)
+        held = int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) if used else 0
+        first = next((line for line in told.splitlines() if "Used" in line or "memory" in line), told.splitlines()[0])
+        return Planned(name, runs, time.perf_counter() - began, held, 0, 0, Cost(), first.strip())
+    took, memory = time.perf_counter() - began, compiled.memory_analysis()
+    program = Program(compiled.as_text(), unknown_trips=unknown_trips, kernel_fill=kernel_fill)
+    return Planned(
+        name=name,
+        runs=runs,
+        compile_seconds=took,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        cost=program.cost,
+    )

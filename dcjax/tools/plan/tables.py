@@ -1,0 +1,100 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dcjax.tools.plan.chips import GIB
+from dcjax.tools.plan.hlo import Collective
+from dcjax.tools.plan.plan import USABLE, Plan, ProgramPlan
+
+PARTS = {"compute": "compute", "memory": "its memory", "links": "its links"}
+
+
+def to_text(plan: Plan, price: float | None = None) -> str:
+    """Tables for a terminal; `price` is money for a chip-hour."""
+    chip = plan.chip
+    devices = f", {chip.devices} devices each" if chip.devices > 1 else ""
+    lines = [
+        f"{plan.topology}: {plan.chips} chips{devices}; a chip has {chip.peak / 1e12:g} TFLOP/s in bf16, "
+        f"{chip.hbm / GIB:.1f} GiB at {chip.bandwidth / 1e9:g} GB/s, {chip.links} links of {chip.link / 1e9:g} GB/s",
+        "held on a chip: " + ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in plan.kinds.items()),
+        "",
+        f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>9}{'sent GB':>9}{'at least':>11}  bound by"
+        f"{'':<12}compiled",
+        *[_line(program) for program in plan.programs],
+    ]
+    for program in plan.programs:
+        if program.planned.refused:
+            lines.append(f"{program.planned.name} does not compile: {program.planned.refused}")
+    for program in plan.programs:
+        if program.bound.links > 0.2 * program.bound.seconds and program.dominating is not None:
+            lines.append(f"{program.planned.name}: most of what is sent is {_described(program.dominating)}")
+    parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.seconds.items())
+    lines += [
+        "",
+        f"an iteration with responses of {plan.mean_response:g} tokens, at least: {plan.iteration:.3g} s ({parts})",
+        f"at most {plan.tokens / plan.iteration / plan.chips:,.0f} tokens/s a chip; the update at most "
+        f"{100 * plan.share_of_peak:.0f}% of the chips' peak (six operations a parameter and token)",
+        f"{plan.steps} steps: at least {plan.chip_hours:,.1f} chip-hours"
+        + ("" if price is None else f", {plan.chip_hours * price:,.2f} at {price:g} a chip-hour"),
+    ]
+    return "\n".join(lines)
+
+
+def _line(program: ProgramPlan) -> str:
+    planned, bound = program.planned, program.bound
+    held = (planned.peak_bytes + program.resident) / GIB
+    flops = sum(planned.cost.flops.values()) / 1e12
+    sent = sum(program.collectives.values()) / 1e9
+    by = "" if planned.refused else PARTS[bound.by]
+    return (
+        f"{planned.name:<26}{planned.runs:>7.3g}{held:>8.2f}{'yes' if program.fits else 'NO':>6}{flops:>9.3g}"
+        f"{planned.cost.bytes / 1e9:>9.3g}{sent:>9.3g}{bound.seconds * 1e3:>8.3g} ms  {by:<20}"
+        f"{planned.compile_seconds:.0f} s"
+    )
+
+
+def _described(one: Collective) -> str:
+    return f"{one.kind} among {one.group}, {one.bytes / 1e6:.3g} MB {one.times:g} times, of {one.op.rsplit('/', 3)[-1]}"
+
+
+def to_json(plan: Plan, price: float | None = None) -> str:
+    """One line: sizes in bytes and times in seconds, of one chip."""
+    return json.dumps(
+        {
+            "topology": plan.topology,
+            "chips": plan.chips,
+            "devices_per_chip": plan.chip.devices,
+            "fits": plan.fits,
+            "usable_bytes": int(USABLE * plan.chip.hbm),
+            "held_bytes": plan.kinds,
+            "programs": {program.planned.name: _program(program) for program in plan.programs},
+            "mean_response_length": plan.mean_response,
+            "iteration_seconds": plan.seconds | {"all": plan.iteration},
+            "tokens_per_second_per_chip": plan.tokens / plan.iteration / plan.chips,
+            "update_share_of_peak": plan.share_of_peak,
+            "chip_hours": plan.chip_hours,
+            "price": None if price is None else plan.chip_hours * price,
+        }
+    )
+
+
+def _program(program: ProgramPlan) -> dict[str, Any]:
+    planned = program.planned
+    return {
+        "runs": planned.runs,
+        "argument_bytes": planned.argument_bytes,
+        "output_bytes": planned.output_bytes,
+        "temp_bytes": planned.temp_bytes,
+        "resident_bytes": program.resident,
+        "fits": program.fits,
+        "refused": planned.refused,
+        "flops": sum(planned.cost.flops.values()),
+        "hbm_bytes": planned.cost.bytes,
+        "collective_bytes": program.collectives,
+        "seconds": {"compute": program.bound.compute, "memory": program.bound.memory, "links": program.bound.links},
+        "bound_by": program.bound.by,
+        "compile_seconds": round(planned.compile_seconds, 1),
+    }
