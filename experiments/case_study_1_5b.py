@@ -22,7 +22,7 @@ from dcjax.sharding.mesh import MeshConfig
 
 
 def config() -> Config:
-    """The case study's own settings were not recovered: these are the paper's for 8B, and what is ours there is here."""
+    """The case study's own settings were not recovered: these are the paper's for 8B, and what is ours there."""
     return Config(
         name="case_study_1_5b",
         steps=300,

@@ -4,8 +4,8 @@ Slice: v5p:2x2x4, 16 chips, sharded by FSDP as in the paper.
 Data: DAPO-Math-17K's English questions with integer answers, which is our reading of the paper's filter ("about 13k"),
 and AIME24 to be measured by, in data/ (`dcjax data data --download`); the model's folder is models/Qwen3-4B-Base (or
 `--pretrained FOLDER`).
-Published: stable with a period of 204 iterations (one epoch) or 125, measured on AIME24; with 250 the collapse, which is
-near step 300 at a constant rate, is only delayed.
+Published: stable with a period of 204 iterations (one epoch) or 125, measured on AIME24; the collapse, near step 300 at
+a constant rate, is only delayed by one of 250.
 `python experiments/sweeps.py length_decay_qwen3_4b` has every baseline of the paper as overrides.
 """
 

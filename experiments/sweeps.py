@@ -18,7 +18,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dcjax.arguments import Parser
+from dcjax.cli.arguments import Parser
 from dcjax.errors import RunError
 
 NOT_RECOVERED = "no number that we could recover"
