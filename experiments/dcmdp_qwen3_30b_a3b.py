@@ -24,7 +24,7 @@ from dcjax.sharding.mesh import MeshConfig
 
 def config() -> Config:
     """Ours, since the paper does not state them: steps, weight decay, Adam's epsilon, the gradient's norm, the template
-    and how many samples are drawn at once. The clip range, 0.24, is from one summary of the paper; DAPO's is 0.2 and 0.28.
+    and how many samples are drawn at once. The clip range, 0.24, is from one summary of the paper; DAPO's is 0.2, 0.28.
     """
     return Config(
         name="dcmdp_qwen3_30b_a3b",

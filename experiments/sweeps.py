@@ -131,7 +131,7 @@ def main() -> None:
     summary, details = (__doc__ or "").split("\n", 1)
     parser = Parser(description=summary, epilog=details, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=SWEEPS, help="a recipe of this folder")
-    parser.add_argument("overrides", nargs="*", help="fields that every run overrides, section.field=value")
+    parser.add_argument("overrides", nargs="*", default=(), help="fields that every run overrides, section.field=value")
     options = parser.parse_args()
     for row in SWEEPS[options.recipe]:
         print(f"# published: {row.published}\n{shlex.join(command(options.recipe, row, options.overrides))}")
