@@ -2,6 +2,7 @@
 
 Sources: Cloud TPU's pages of system architecture (cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, read in November
 2026). They give the links of a chip together and both ways; one link's share, one way, is that over twice the links.
+Memory is in GiB, as the compiler takes it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from dcjax.errors import RunError
 
-GB, GIB = 10**9, 2**30
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Chip:
     """Bytes a second of one link, one way."""
 
     def peak_of(self, dtype: str) -> float:
-        """Operations a second in products of a dtype by XLA's name; float32 that keeps all its bits takes six passes."""
+        """Operations a second in products of a dtype, by XLA's name; float32 with all its bits takes six passes."""
         if dtype in ("f32", "f64"):
             return self.peak / 6
         return self.peak_8bit if dtype.startswith(("s8", "u8", "f8", "s4", "u4")) else self.peak
@@ -43,10 +44,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 1, 197e12, 393e12, 16 * GB, 819e9, 4, 400e9 / 8),
+        Chip("v5e", 1, 197e12, 393e12, 16 * GIB, 819e9, 4, 400e9 / 8),
         Chip("v5p", 1, 459e12, 918e12, 95 * GIB, 2765e9, 6, 1200e9 / 12),
-        Chip("v6e", 1, 918e12, 1836e12, 32 * GB, 1638e9, 4, 800e9 / 8),
-        Chip("tpu7x", 2, 2307e12, 4614e12, 192 * GB, 7380e9, 6, 1200e9 / 12),
+        Chip("v6e", 1, 918e12, 1836e12, 32 * GIB, 1638e9, 4, 800e9 / 8),
+        Chip("tpu7x", 2, 2307e12, 4614e12, 192 * GIB, 7380e9, 6, 1200e9 / 12),
     )
 }
 

@@ -8,37 +8,27 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s4": 4, "u4": 4, "token": 0}
-"""Of an element of a dtype whose name does not say them at its end, as s32 and u8 do, or before its kind, as f8e4m3fn."""
+BITS = {"pred": 8, "bf16": 16, "token": 0}
+"""Of an element whose dtype's name does not say them behind its letters, as s32, f32 and f8e4m3fn do."""
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"),
 )
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "while",
-        "conditional",
-        "call",
-        "iota",
-        "partition-id",
-        "replica-id",
-        "broadcast",
-        "opt-barrier",
-    ]
+
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "broadcast"),
+    *("partition-id", "replica-id", "opt-barrier"),
 )
 """Instructions that read and write no memory of their own."""
+
+SPLASH_PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}
+"""Matrix products in each of splash attention's kernels, by a part of its name."""
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -130,10 +120,18 @@ class Program:
       text: `compiled.as_text()`.
       unknown_trips: how often a loop runs whose trip count is not in the text.
       kernel_fill: the share of a Pallas kernel's estimated bytes and operations that it takes; by the kernel's name.
+      attended: keys that a query of splash attention sees, on average over all columns.
     """
 
-    def __init__(self, text: str, *, unknown_trips: float = 1.0, kernel_fill: Mapping[str, float] | None = None):
-        self._unknown, self._fill = unknown_trips, dict(kernel_fill or {})
+    def __init__(
+        self,
+        text: str,
+        *,
+        unknown_trips: float = 1.0,
+        kernel_fill: Mapping[str, float] | None = None,
+        attended: float = 0.0,
+    ):
+        self._unknown, self._fill, self._attended = unknown_trips, dict(kernel_fill or {}), attended
         self._computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         self._parse(text)
@@ -177,8 +175,8 @@ class Program:
             total.loops_of_unknown_length += trips is None
         elif line.opcode == "conditional":
             total.add(self._dearest(line), 1)
-        elif line.opcode in ("call", "call-start") and (called := line.called("to_apply") or line.called("calls")):
-            total.add(self._cost(called), 1)
+        elif line.opcode in ("call", "call-start"):
+            total.add(self._cost(line.called("to_apply") or ""), 1)
         elif kind in COLLECTIVES:
             total.collectives.append(_collective(kind, line))
             total.bytes += 2 * sum(shape.bytes for shape in line.shapes[-1:])
@@ -227,16 +225,22 @@ class Program:
         return max(map(self._cost, branches), key=lambda cost: (sum(cost.flops.values()), cost.bytes))
 
     def _count_kernel(self, line: Instruction, known: Mapping[str, Instruction], total: Cost) -> None:
+        """A Pallas kernel's own estimate; for splash attention, which has none, its products over `attended` keys."""
         if 'custom_call_target="tpu_custom_call"' not in line.rest:
             return
-        fill = next((share for name, share in self._fill.items() if name in line.rest), 1.0)
+        arrays = [shape for name in line.operands if name in known for shape in known[name].shapes]
+        touched = sum(shape.bytes for shape in (*line.shapes, *arrays))
+        if "splash" in line.name:
+            queries = next(shape for shape in arrays if len(shape.dims) > 2 and shape.dtype in ("bf16", "f32"))
+            products = next(count for part, count in SPLASH_PRODUCTS.items() if part in line.name)
+            flops = 2.0 * products * math.prod(queries.dims) * self._attended
+            total.add(Cost(flops={queries.dtype: flops}, bytes=touched), 1)
+            return
+        fill = next((share for name, share in self._fill.items() if name in line.name), 1.0)
         found = re.search(r'"cost_estimate":(\{[^}]*\})', line.rest)
         estimate = json.loads(found[1]) if found else {}
-        touched = sum(shape.bytes for shape in line.shapes)
-        touched += sum(shape.bytes for name in line.operands if name in known for shape in known[name].shapes)
-        dtype = next((shape.dtype for name in line.operands if name in known for shape in known[name].shapes), "bf16")
-        flops = float(estimate.get("flops", 0)) * fill
-        total.add(Cost(flops={dtype: flops}, bytes=float(estimate.get("bytes_accessed", touched)) * fill), 1)
+        flops, moved = (float(estimate.get(name, other)) for name, other in (("flops", 0), ("bytes_accessed", touched)))
+        total.add(Cost(flops={arrays[0].dtype: flops * fill} if arrays else {}, bytes=moved * fill), 1)
 
     def _products(self, computation: str) -> dict[str, float]:
         """Operations of the matrix products in a fusion."""
@@ -277,19 +281,18 @@ class Program:
 
 
 def _any_bytes(line: Instruction) -> float:
-    return sum(replace(shape, in_memory=True).bytes for shape in line.shapes)
+    return sum(map(_full, line.shapes))
 
 
 def _split_operands(text: str) -> tuple[tuple[str, ...], str]:
     """The names between an instruction's parentheses, and what follows them."""
-    depth = 1
-    for end, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            break
-    inside = re.sub(r"/\*.*?\*/", "", text[:end])
+    depth, end = 1, 0
+    while depth and end < len(text):
+        depth += (text[end] == "(") - (text[end] == ")")
+        end += 1
+    inside = re.sub(r"/\*.*?\*/", "", text[: end - 1])
     names = [part.strip().split(" ")[-1].lstrip("%") for part in inside.split(",") if part.strip()]
-    return tuple(names), text[end + 1 :]
+    return tuple(names), text[end:]
 
 
 def _shapes(text: str) -> Iterator[Shape]:
@@ -321,54 +324,38 @@ def _product(line: Instruction, known: Mapping[str, Instruction]) -> dict[str, f
     return {left.dtype: 2.0 * pairs * batch * features * right.dims[labels[2].index("i")]}
 
 
-def _window(rest: str, rank: int) -> dict[str, list]:
-    """The attributes of a convolution's window, a value for each spatial dimension."""
-    inside = (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1]
-    given = dict(part.split("=") for part in inside.split())
-    numbers = {
-        name: [int(x) for x in given[name].split("x")]
-        for name in ("stride", "lhs_dilate", "rhs_dilate")
-        if name in given
-    }
-    pads = [int(pad.split("_")[0]) for pad in given["pad"].split("x")] if "pad" in given else [0] * rank
-    reversal = [bool(int(x)) for x in given["rhs_reversal"].split("x")] if "rhs_reversal" in given else [False] * rank
-    return {
-        "stride": numbers.get("stride", [1] * rank),
-        "lhs_dilate": numbers.get("lhs_dilate", [1] * rank),
-        "rhs_dilate": numbers.get("rhs_dilate", [1] * rank),
-        "low": pads,
-        "reverse": reversal,
-    }
+def _window(rest: str, rank: int) -> dict[str, list[int]]:
+    """The attributes of a convolution's window that say which pairs meet, a value for each spatial dimension."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    given = dict(part.split("=") for part in found[1].split()) if found else {}
+
+    def values(name: str, default: int) -> list[int]:
+        return [int(x.split("_")[0]) for x in given[name].split("x")] if name in given else [default] * rank
+
+    dilated = {name: values(name, 1) for name in ("stride", "lhs_dilate", "rhs_dilate")}
+    return dilated | {"low": values("pad", 0)}
 
 
-def _pairs(
-    size: int, window: int, out: int, *, stride: int, lhs_dilate: int, rhs_dilate: int, low: int, reverse: bool
-) -> int:
+def _pairs(size: int, window: int, out: int, *, stride: int, lhs_dilate: int, rhs_dilate: int, low: int) -> int:
     """How many (output, window) positions of one dimension meet a number, and no padding or hole."""
-    del reverse
     at = np.arange(out)[:, None] * stride - low + np.arange(window)[None, :] * rhs_dilate
     return int(((at % lhs_dilate == 0) & (at >= 0) & (at // lhs_dilate < size)).sum())
 
 
 def _collective(kind: str, line: Instruction) -> Collective:
     # what begins one holds its operands too, and after them its results
-    count = len(line.operands)
-    results = (
-        line.shapes[count : 2 * count] if line.opcode.endswith("-start") and len(line.shapes) > count else line.shapes
-    )
-    whole = sum(map(_full, results))
-    members = _members(line.rest)
+    count, shapes = len(line.operands), line.shapes
+    if line.opcode.endswith("-start") and len(shapes) > count:
+        shapes = shapes[count : 2 * count]
+    whole, members = sum(map(_full, shapes)), _members(line.rest)
     group = max(len(members), 1)
-    part = (group - 1) / group
-    arriving = {
-        "all-gather": whole * part,
-        "all-reduce": 2 * whole * part,
-        "reduce-scatter": whole * (group - 1),
-        "all-to-all": whole * part,
-        "ragged-all-to-all": whole * part,
-        "collective-permute": whole,
-    }[kind]
+    shares = {
+        "all-reduce": 2 * (group - 1) / group,
+        "reduce-scatter": group - 1,
+        "collective-permute": 1.0,
+    }
     op = re.search(r'op_name="([^"]*)"', line.rest)
+    arriving = whole * shares.get(kind, (group - 1) / group)
     return Collective(kind, arriving, group, members, 1.0, op[1] if op else "")
 
 
@@ -389,11 +376,3 @@ def _members(rest: str) -> tuple[int, ...]:
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return int(found[1]), int(found[2])
     return ()
-
-
-def summed(collectives: Sequence[Collective]) -> dict[str, float]:
-    """Bytes that arrive at a chip, by kind."""
-    totals: dict[str, float] = {}
-    for one in collectives:
-        totals[one.kind] = totals.get(one.kind, 0.0) + one.bytes * one.times
-    return totals

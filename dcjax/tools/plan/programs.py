@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dcjax.errors import RunError
 from dcjax.models.attention import choose
 from dcjax.models.config import DTYPES
 from dcjax.recipe import build
@@ -20,8 +21,6 @@ from dcjax.recipe.engine import make_engine
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.tools.plan.hlo import Cost, Program
 from dcjax.types import Batch, Rollout
-
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ def for_tpu(config: Config) -> Config:
     """The config with what is chosen by platform chosen for a TPU, as programs are traced on a machine without one."""
     attention = choose(config.model.attention, "tpu", DTYPES[config.model.precision.compute])
     config = replace(config, model=replace(config.model, attention=attention))
+    optimizer: Any = config.optimizer
     columns = config.packing("tpu").bins.columns
-    return replace(config, optimizer=replace(config.optimizer, tokens_per_microbatch=columns))
+    return replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
 
 
 def engine_for(config: Config, mesh: Mesh) -> Qwen3Engine:
@@ -77,7 +77,13 @@ def compile_programs(
     state, batch = build.abstract_state(config, mesh), build.abstract_batch(config, mesh)
     step: Any = build.compile_train_step(config, mesh)
     told("train_step")
-    yield _planned("train_step", lambda: step.lower(state, batch), 1, microbatches(config, mean_response))
+    yield _planned(
+        "train_step",
+        lambda: step.lower(state, batch),
+        1,
+        unknown_trips=microbatches(config, mean_response),
+        attended=attended(config, mean_response),
+    )
     for name, lower, runs in engine.lowered_sync(state.params):
         told(name)
         yield _planned(name, lower, runs)
@@ -95,8 +101,8 @@ def compile_programs(
 def microbatches(config: Config, mean_response: float) -> float:
     """How often a device computes a microbatch in one update, where all responses are that long."""
     rollout, rows = config.rollout, config.rollout.sequences
-    width, length = rollout.max_response_length, min(max(round(mean_response), 1), rollout.max_response_length)
-    response = np.broadcast_to(np.arange(width) < length, (rows, width))
+    width = rollout.max_response_length
+    response = np.broadcast_to(np.arange(width) < round(mean_response), (rows, width))
     mask = np.concatenate([np.ones((rows, rollout.max_prompt_length), bool), response], axis=1)
     zeros = np.zeros((rows, width), np.float32)
     sampled = Rollout(
@@ -114,27 +120,29 @@ def microbatches(config: Config, mean_response: float) -> float:
     return float(np.asarray(packed.microbatches.count).max(axis=0).mean())
 
 
-def _planned(
-    name: str,
-    lower: Callable[[], Any],
-    runs: float,
-    unknown_trips: float = 1.0,
-    kernel_fill: Mapping[str, float] | None = None,
-) -> Planned:
-    """Compiles a program, and reads what it holds and does."""
+def attended(config: Config, mean_response: float) -> float:
+    """Keys that a column of a microbatch sees on average, where all responses are that long; padding sees none.
+
+    A response's column sees its prompt and what precedes it of the response; a prompt is computed once for its group.
+    """
+    rollout, packing = config.rollout, config.packing()
+    prompt, group = rollout.max_prompt_length - 1, rollout.group_size
+    pairs = prompt**2 / 2 + group * mean_response * (prompt + mean_response / 2)
+    computed = microbatches(config, mean_response) * packing.bins.columns * packing.shares * packing.updates
+    return pairs * rollout.prompts / computed
+
+
+def _planned(name: str, lower: Callable[[], Any], runs: float, **counting: Any) -> Planned:
+    """Compiles a program, and reads what it holds and does; `counting` are arguments of `hlo.Program`."""
     began = time.perf_counter()
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        told = str(error)
-        if OUT_OF_MEMORY not in told:
-            raise
-        used = re.search(r"Used ([\d.]+)([KMGT])", told)
-        held = int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) if used else 0
-        first = next((line for line in told.splitlines() if "Used" in line or "memory" in line), told.splitlines()[0])
-        return Planned(name, runs, time.perf_counter() - began, held, 0, 0, Cost(), first.strip())
+        first, held = _refusal(str(error))
+        if not held:
+            raise RunError(f"{name} does not compile: {first}") from error
+        return Planned(name, runs, time.perf_counter() - began, held, 0, 0, Cost(), first)
     took, memory = time.perf_counter() - began, compiled.memory_analysis()
-    program = Program(compiled.as_text(), unknown_trips=unknown_trips, kernel_fill=kernel_fill)
     return Planned(
         name=name,
         runs=runs,
@@ -142,5 +150,15 @@ def _planned(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        cost=program.cost,
+        cost=Program(compiled.as_text(), **counting).cost,
     )
+
+
+def _refusal(told: str) -> tuple[str, int]:
+    """The line in which the compiler says why it stops, and the bytes that a program would hold, where it is that."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", told)
+    if "Ran out of memory" not in told or used is None:
+        return lines[0], 0
+    held = float(used[1]) * 2.0 ** (10 * (1 + "KMGT".index(used[2])))
+    return next(line for line in lines if used[0] in line), int(held)

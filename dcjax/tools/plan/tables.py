@@ -21,8 +21,8 @@ def to_text(plan: Plan, price: float | None = None) -> str:
         f"{chip.hbm / GIB:.1f} GiB at {chip.bandwidth / 1e9:g} GB/s, {chip.links} links of {chip.link / 1e9:g} GB/s",
         "held on a chip: " + ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in plan.kinds.items()),
         "",
-        f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>9}{'sent GB':>9}{'at least':>11}  bound by"
-        f"{'':<12}compiled",
+        f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>9}{'sent GB':>9}{'at least':>11}"
+        f"  {'bound by':<20}compiled",
         *[_line(program) for program in plan.programs],
     ]
     for program in plan.programs:
