@@ -233,17 +233,17 @@ def test_a_failure_ends_a_launcher_with_its_status(pretended):
 
 @pytest.fixture
 def worker(tmp_path):
-    """A home directory with a checkout whose dcjax writes its arguments down and waits for SIGTERM to end with 75."""
+    """A home with a checkout, whose dcjax writes its arguments down, and on SIGTERM saves and ends with 75."""
     checkout = tmp_path / "home" / "dcjax"
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / "launch").symlink_to(ROOT / "launch")
     dcjax = checkout / ".venv" / "bin" / "dcjax"
     dcjax.write_text(
         "#!/bin/bash\n"
-        "trap 'echo saved; exit 75' TERM\n"
+        "trap 'sleep 0.3; echo saved; exit 75' TERM\n"
         'printf "%s|" "$A" "$@"; echo\n'
         ": > ready\n"
-        "while :; do read -r -t 0.05 <> <(:) || true; done\n"
+        "for ((turn = 0; turn < 600; turn++)); do read -r -t 0.05 <> <(:) || true; done\n"
     )
     dcjax.chmod(0o755)
     return checkout
