@@ -23,7 +23,9 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     if not text.strip():
         raise ValueError(f"is {text!r}; it must be a path: . is the current directory")
     if _ADDRESS.match(text):
-        raise ValueError(f"is {text!r}; it must be a local path: mount what lies elsewhere, or copy it")
+        raise ValueError(
+            f"is {text!r}; it must be a local path: mount what lies elsewhere (docs/launching.md says how), or copy it"
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError:

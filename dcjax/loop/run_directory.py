@@ -60,7 +60,8 @@ def open_run(
       started: as `start_of` gives it; None is now.
 
     Raises:
-      RunError: the directory belongs to another configuration or recipe, to a run on other data, or to another process.
+      RunError: the directory belongs to another configuration or recipe, to a run on other data, or to another process,
+        or it is on a file system without locks.
     """
     directory, data = config.directory, data or {}
     if not is_main():
@@ -77,6 +78,11 @@ def open_run(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}; choose another --run-dir") from None
+        except OSError as error:
+            raise RunError(
+                f"{directory} cannot be locked: {error.strerror}; "
+                "a run directory must be on a file system that has locks (docs/launching.md names some)"
+            ) from None
         if recipe is not None and not resumes:
             write_atomically(directory / COPY, recipe.source)
         beside = {"versions": _versions(), "platform": platform.platform(), "data": data, "end_tokens": [*end_tokens]}

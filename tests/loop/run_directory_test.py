@@ -1,6 +1,9 @@
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,6 +47,18 @@ def enter(config):
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_file_system_without_locks_is_refused(config, monkeypatch):
+    def without_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert refusal(lambda: enter(config)) == (
+        f"{config.directory} cannot be locked: No locks available; "
+        "a run directory must be on a file system that has locks (docs/launching.md names some)"
+    )
+    assert contents(config.directory) == {".lock": b""}
 
 
 def test_a_run_directory_is_made_with_its_config(config):
