@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from dcjax.errors import RunError
 from dcjax.models.parameters import active_params
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
+from dcjax.serving.engine import Qwen3Engine
 from dcjax.sharding.mesh import make_mesh, set_aside
+from dcjax.sharding.rules import with_shardings
 from dcjax.sharding.topology import slice_devices
 from dcjax.tools.plan.chips import Chip, chip_of
 from dcjax.tools.plan.hlo import Collective, Cost
@@ -110,41 +114,103 @@ def make_plan(
       told: called with what is being done.
 
     Raises:
-      RunError: there is no such slice, or the mesh does not match it.
+      RunError: there is no such slice, the mesh does not match it, or a program does not compile.
     """
-    chip = chip_of(topology)
-    try:
-        devices = slice_devices(topology)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    config, mesh = for_tpu(config), _mesh(config, topology, devices)
-    engine = engine_for(config, mesh)
     mean = config.rollout.max_response_length / 2 if mean_response is None else mean_response
-    compiled = list(compile_programs(config, mesh, engine, mean, told))
-    state = _held(build.abstract_state(config, mesh))
-    apart = config.serving.devices > 0
-    programs = [
-        _program_plan(one, 0 if apart or one.name == "train_step" else state, chip, _coords(mesh, engine.mesh, one))
-        for one in compiled
-    ]
+    place = Place.of(config, topology)
+    programs = place.plan(mean, told)
     seconds = {"prefill": 0.0, "decode": 0.0, "sync": 0.0, "update": 0.0}
     for one in programs:
         part = {"train_step": "update", "prefill": "prefill", "decode": "decode"}.get(one.planned.name, "sync")
         seconds[part] += one.bound.seconds * one.planned.runs
-    tokens = config.rollout.sequences * mean
-    trained_on = tokens + config.rollout.prompts * config.rollout.max_prompt_length
+    rollout, model = place.config.rollout, place.config.model
+    tokens = rollout.sequences * mean
     return Plan(
         topology=topology,
-        chip=chip,
-        chips=len(devices) // chip.devices,
+        chip=place.chip,
+        chips=place.devices // place.chip.devices,
         programs=programs,
-        kinds=_kinds(config, mesh, engine, compiled, chip),
+        kinds=place.kinds(programs),
         mean_response=mean,
         seconds=seconds,
         tokens=tokens,
-        model_operations=6.0 * active_params(config.model) * trained_on,
+        model_operations=6.0 * active_params(model) * (tokens + rollout.prompts * rollout.max_prompt_length),
         steps=config.steps,
     )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run on the devices of a slice, before anything is compiled."""
+
+    config: Config
+    chip: Chip
+    devices: int
+    mesh: Mesh
+    """Of training."""
+    engine: Qwen3Engine
+
+    @classmethod
+    def of(cls, config: Config, topology: str) -> Place:
+        """Raises RunError where there is no such slice, or where the mesh does not match it."""
+        chip = chip_of(topology)
+        try:
+            devices = slice_devices(topology)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        mesh = _mesh(config, topology, devices)
+        config = for_tpu(config)
+        return cls(config, chip, len(devices), mesh, engine_for(config, mesh))
+
+    def plan(
+        self, mean_response: float, told: Callable[[str], None], only: Collection[str] | None = None
+    ) -> list[ProgramPlan]:
+        """Compiles the programs, or only some by their names."""
+        state = _held(build.abstract_state(self.config, self.mesh))
+        beside = 0 if self.config.serving.devices else state
+        return [
+            self._program_plan(one, 0 if one.name == "train_step" else beside)
+            for one in compile_programs(self.config, self.mesh, self.engine, mean_response, told, only)
+        ]
+
+    def kinds(self, programs: Sequence[ProgramPlan]) -> dict[str, int]:
+        """Bytes on a chip by kind."""
+        state = build.abstract_state(self.config, self.mesh)
+        slots = jax.eval_shape(partial(self.engine.decoder.empty, self.engine.slots))
+        slots = with_shardings(slots, self.engine.decoder.state_shardings(slots))
+        held = {
+            "params": _held(state.params),
+            "optimiser": _held(state) - _held(state.params),
+            "serving weights": _held(self.engine.abstract_params()),
+            "KV cache": _held(slots.caches),
+        }
+        (activations,) = (one.planned.temp_bytes for one in programs if one.planned.name == "train_step")
+        return {name: size * self.chip.devices for name, size in held.items()} | {"activations": activations}
+
+    def _program_plan(self, one: Planned, resident: int) -> ProgramPlan:
+        chip, mesh = self.chip, self.engine.mesh if one.name in ("prefill", "decode") else self.mesh
+        coords = [tuple(device.coords) for device in mesh.devices.flat]
+        collectives, totals = one.cost.collectives, defaultdict(float)
+        for found in collectives:
+            totals[found.kind] += found.bytes * found.times * chip.devices
+        whole = Cost()
+        whole.add(one.cost, chip.devices)
+        bound = Bound(
+            compute=sum(count / chip.peak_of(dtype) for dtype, count in whole.flops.items()),
+            memory=whole.bytes / chip.bandwidth,
+            links=sum(seconds_of(found, chip, coords) for found in collectives),
+        )
+        held = (one.argument_bytes, one.output_bytes, one.temp_bytes, resident)
+        arguments, output, temporary, resident = (size * chip.devices for size in held)
+        planned = replace(one, argument_bytes=arguments, output_bytes=output, temp_bytes=temporary, cost=whole)
+        return ProgramPlan(
+            planned=planned,
+            resident=resident,
+            bound=bound,
+            fits=one.refused is None and planned.peak_bytes + resident <= USABLE * chip.hbm,
+            collectives=dict(totals),
+            dominating=max(collectives, key=lambda found: seconds_of(found, chip, coords), default=None),
+        )
 
 
 def _mesh(config: Config, topology: str, devices: Sequence[jax.Device]) -> Mesh:
@@ -164,59 +230,6 @@ def _mesh(config: Config, topology: str, devices: Sequence[jax.Device]) -> Mesh:
 def _held(tree: Any) -> int:
     """Bytes that a tree of abstract arrays takes on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _kinds(config: Config, mesh: Mesh, engine: Any, compiled: Sequence[Planned], chip: Chip) -> dict[str, int]:
-    state = build.abstract_state(config, mesh)
-    named = {one.name: one for one in compiled}
-    slots = jax.eval_shape(lambda: engine.decoder.empty(engine.slots))
-    places = engine.decoder.state_shardings(slots)
-    cache = sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(jax.tree.leaves(slots.caches), jax.tree.leaves(places.caches), strict=True)
-    )
-    return {
-        "params": _held(state.params) * chip.devices,
-        "optimiser": (_held(state) - _held(state.params)) * chip.devices,
-        "activations": named["train_step"].temp_bytes * chip.devices,
-        "serving weights": _held(engine.abstract_params()) * chip.devices,
-        "KV cache": cache * chip.devices,
-    }
-
-
-def _coords(training: Mesh, serving: Mesh, one: Planned) -> list[tuple[int, ...]]:
-    """Where the devices lie that a program's numbers stand for."""
-    mesh = serving if one.name in ("prefill", "decode") else training
-    return [tuple(device.coords) for device in mesh.devices.flat]
-
-
-def _program_plan(one: Planned, resident: int, chip: Chip, coords: Sequence[tuple[int, ...]]) -> ProgramPlan:
-    collectives = one.cost.collectives
-    slowest = max(collectives, key=lambda found: seconds_of(found, chip, coords), default=None)
-    totals: dict[str, float] = {}
-    for found in collectives:
-        totals[found.kind] = totals.get(found.kind, 0.0) + found.bytes * found.times * chip.devices
-    bound = Bound(
-        compute=sum(count * chip.devices / chip.peak_of(dtype) for dtype, count in one.cost.flops.items()),
-        memory=one.cost.bytes * chip.devices / chip.bandwidth,
-        links=sum(seconds_of(found, chip, coords) for found in collectives),
-    )
-    whole = (one.peak_bytes + resident) * chip.devices
-    planned = replace(
-        one,
-        argument_bytes=one.argument_bytes * chip.devices,
-        output_bytes=one.output_bytes * chip.devices,
-        temp_bytes=one.temp_bytes * chip.devices,
-        cost=_times(one.cost, chip.devices),
-    )
-    fits = one.refused is None and whole <= USABLE * chip.hbm
-    return ProgramPlan(planned, resident * chip.devices, bound, fits, totals, slowest)
-
-
-def _times(cost: Cost, count: int) -> Cost:
-    total = Cost()
-    total.add(cost, count)
-    return total
 
 
 def seconds_of(found: Collective, chip: Chip, coords: Sequence[tuple[int, ...]]) -> float:

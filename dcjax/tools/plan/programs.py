@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,9 +63,14 @@ def engine_for(config: Config, mesh: Mesh) -> Qwen3Engine:
 
 
 def compile_programs(
-    config: Config, mesh: Mesh, engine: Qwen3Engine, mean_response: float, told: Callable[[str], None]
+    config: Config,
+    mesh: Mesh,
+    engine: Qwen3Engine,
+    mean_response: float,
+    told: Callable[[str], None],
+    only: Collection[str] | None = None,
 ) -> Iterator[Planned]:
-    """Compiles all programs of an iteration, one after the other.
+    """Compiles the programs of an iteration, one after the other.
 
     Args:
       config: from `for_tpu`.
@@ -72,30 +78,34 @@ def compile_programs(
       engine: from `engine_for`.
       mean_response: tokens of a response.
       told: called with the name of each program before it is compiled.
+      only: the names of those to compile; None is all.
     """
+    for name, compiled in _programs(config, mesh, engine, mean_response):
+        if only is None or name in only:
+            told(name)
+            yield compiled()
+
+
+def _programs(
+    config: Config, mesh: Mesh, engine: Qwen3Engine, mean_response: float
+) -> Iterator[tuple[str, Callable[[], Planned]]]:
+    """The name of each program, and what compiles it."""
     rollout, serving = config.rollout, config.serving
     state, batch = build.abstract_state(config, mesh), build.abstract_batch(config, mesh)
     step: Any = build.compile_train_step(config, mesh)
-    told("train_step")
-    yield _planned(
-        "train_step",
-        lambda: step.lower(state, batch),
-        1,
-        unknown_trips=microbatches(config, mean_response),
-        attended=attended(config, mean_response),
-    )
+    counting = {
+        "unknown_trips": microbatches(config, mean_response),
+        "attended": attended(config, mean_response),
+    }
+    yield "train_step", lambda: _planned("train_step", lambda: step.lower(state, batch), 1, **counting)
     for name, lower, runs in engine.lowered_sync(state.params):
-        told(name)
-        yield _planned(name, lower, runs)
+        yield name, partial(_planned, name, lower, runs)
     params = engine.abstract_params()
-    told("prefill")
-    yield _planned("prefill", lambda: engine.lower_prefill(params, rollout.prompts), 1)
+    yield "prefill", lambda: _planned("prefill", lambda: engine.lower_prefill(params, rollout.prompts), 1)
     turns = rollout.sequences * mean_response / (serving.slots * serving.steps_per_call)
-    filled = (rollout.max_prompt_length + mean_response / 2) / engine.decoder.capacity
-    told("decode")
-    yield _planned(
-        "decode", lambda: engine.lower_generate(params), turns, kernel_fill={"ragged_attention": min(filled, 1.0)}
-    )
+    filled = min((rollout.max_prompt_length + mean_response / 2) / engine.decoder.capacity, 1.0)
+    fill = {"ragged_attention": filled}
+    yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
 
 
 def microbatches(config: Config, mean_response: float) -> float:

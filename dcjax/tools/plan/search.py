@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from dcjax.recipe.config import Config
-from dcjax.tools.plan.plan import Plan, make_plan
+from dcjax.tools.plan.plan import Place, Plan
 from dcjax.tools.plan.programs import for_tpu
 
 MOST = 6
@@ -32,7 +32,7 @@ def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[
         for name, value in changes.items():
             section, field = name.split(".")
             changed = replace(changed, **{section: replace(getattr(changed, section), **{field: value})})
-        if make_plan(changed, topology, mean_response=plan.mean_response, told=told).fits:
+        if all(one.fits for one in Place.of(changed, topology).plan(plan.mean_response, told, too_big)):
             return overrides
     return []
 

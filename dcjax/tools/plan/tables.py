@@ -31,16 +31,21 @@ def to_text(plan: Plan, price: float | None = None) -> str:
     for program in plan.programs:
         if program.bound.links > 0.2 * program.bound.seconds and program.dominating is not None:
             lines.append(f"{program.planned.name}: most of what is sent is {_described(program.dominating)}")
+    return "\n".join([*lines, "", *_reckoned(plan, price)])
+
+
+def _reckoned(plan: Plan, price: float | None) -> list[str]:
+    """What an iteration and the run take, at least."""
+    if not plan.fits:
+        return ["an iteration is not reckoned, as the run does not fit"]
     parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.seconds.items())
-    lines += [
-        "",
+    cost = "" if price is None else f", {plan.chip_hours * price:,.2f} at {price:g} a chip-hour"
+    return [
         f"an iteration with responses of {plan.mean_response:g} tokens, at least: {plan.iteration:.3g} s ({parts})",
         f"at most {plan.tokens / plan.iteration / plan.chips:,.0f} tokens/s a chip; the update at most "
         f"{100 * plan.share_of_peak:.0f}% of the chips' peak (six operations a parameter and token)",
-        f"{plan.steps} steps: at least {plan.chip_hours:,.1f} chip-hours"
-        + ("" if price is None else f", {plan.chip_hours * price:,.2f} at {price:g} a chip-hour"),
+        f"{plan.steps} steps: at least {plan.chip_hours:,.1f} chip-hours{cost}",
     ]
-    return "\n".join(lines)
 
 
 def _line(program: ProgramPlan) -> str:
