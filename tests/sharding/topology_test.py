@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from dcjax.models import Precision, abstract_params, logical_axes, presets
 from dcjax.models.attention import Segments, causal_attention
+from dcjax.models.parameters import count_params
 from dcjax.models.ragged import ragged_attention
 from dcjax.recipe import build
 from dcjax.recipe.config import Config, WarmStartConfig
@@ -28,6 +29,7 @@ from dcjax.serving.sync import make_sync, served_shardings, stored_parameters
 from dcjax.sharding.mesh import PAPER_A_ROLLOUT, PAPER_A_TRAINING, MeshConfig, make_mesh, over, set_aside
 from dcjax.sharding.rules import shardings, with_shardings
 from dcjax.sharding.topology import slice_devices
+from dcjax.tools.plan.hlo import Program
 
 pytestmark = pytest.mark.heavy
 
@@ -173,6 +175,12 @@ def test_the_8b_step_on_64_chips():
     assert "bf16[36,2,1024,4096]" in text
     assert "bf16[36,2,4096,4096]" not in text
     assert max(elements for _, elements, _ in collectives(text)) <= 151_936 // 4 * 4096
+    # each matrix forward, again and twice backward, but down_proj, whose product nobody needs again; the head likewise
+    model, tokens = presets["qwen3-8b"], 16 * 8192 // 64
+    layers = count_params(model) - 2 * model.vocab_size * model.hidden_size
+    down = model.num_layers * model.hidden_size * model.intermediate_size
+    operations = 2 * tokens * (4 * layers - down + 4 * model.vocab_size * model.hidden_size)
+    assert Program(text).cost.flops["bf16"] == pytest.approx(operations, rel=0.001)
 
 
 @needs_libtpu

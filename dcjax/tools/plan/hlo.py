@@ -28,7 +28,7 @@ _FREE = (
 """Instructions that read and write no memory of their own."""
 
 SPLASH_PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}
-"""Matrix products in each of splash attention's kernels, by a part of its name."""
+"""Matrix products in each of splash attention's kernels, by a part of their names."""
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -62,6 +62,12 @@ class Instruction:
     rest: str
     """What follows the operands."""
     root: bool
+
+    @property
+    def op(self) -> str:
+        """Where it comes from in the program."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute names."""
@@ -229,18 +235,20 @@ class Program:
         if 'custom_call_target="tpu_custom_call"' not in line.rest:
             return
         arrays = [shape for name in line.operands if name in known for shape in known[name].shapes]
-        touched = sum(shape.bytes for shape in (*line.shapes, *arrays))
-        if "splash" in line.name:
-            queries = next(shape for shape in arrays if len(shape.dims) > 2 and shape.dtype in ("bf16", "f32"))
-            products = next(count for part, count in SPLASH_PRODUCTS.items() if part in line.name)
+        touched, name = sum(shape.bytes for shape in (*line.shapes, *arrays)), line.name + line.op
+        # of which products are made, whatever a cache is stored in
+        queries = next((one for one in arrays if len(one.dims) > 2 and one.dtype in ("bf16", "f16", "f32")), None)
+        if "splash" in name and queries is not None:
+            products = next(count for part, count in SPLASH_PRODUCTS.items() if part in name)
             flops = 2.0 * products * math.prod(queries.dims) * self._attended
             total.add(Cost(flops={queries.dtype: flops}, bytes=touched), 1)
             return
-        fill = next((share for name, share in self._fill.items() if name in line.name), 1.0)
+        fill = next((share for kernel, share in self._fill.items() if kernel in name), 1.0)
         found = re.search(r'"cost_estimate":(\{[^}]*\})', line.rest)
         estimate = json.loads(found[1]) if found else {}
-        flops, moved = (float(estimate.get(name, other)) for name, other in (("flops", 0), ("bytes_accessed", touched)))
-        total.add(Cost(flops={arrays[0].dtype: flops * fill} if arrays else {}, bytes=moved * fill), 1)
+        flops, moved = (float(estimate.get(key, other)) for key, other in (("flops", 0), ("bytes_accessed", touched)))
+        dtype = "bf16" if queries is None else queries.dtype
+        total.add(Cost(flops={dtype: flops * fill}, bytes=moved * fill), 1)
 
     def _products(self, computation: str) -> dict[str, float]:
         """Operations of the matrix products in a fusion."""
@@ -354,9 +362,8 @@ def _collective(kind: str, line: Instruction) -> Collective:
         "reduce-scatter": group - 1,
         "collective-permute": 1.0,
     }
-    op = re.search(r'op_name="([^"]*)"', line.rest)
     arriving = whole * shares.get(kind, (group - 1) / group)
-    return Collective(kind, arriving, group, members, 1.0, op[1] if op else "")
+    return Collective(kind, arriving, group, members, 1.0, line.op)
 
 
 def _full(shape: Shape) -> float:

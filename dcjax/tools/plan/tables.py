@@ -66,7 +66,19 @@ def _described(one: Collective) -> str:
 
 
 def to_json(plan: Plan, price: float | None = None) -> str:
-    """One line: sizes in bytes and times in seconds, of one chip."""
+    """One line: bytes and seconds of one chip; what an iteration takes is null where the run does not fit."""
+    reckoned = (
+        {
+            "iteration_seconds": plan.seconds | {"all": plan.iteration},
+            "tokens_per_second_per_chip": plan.tokens / plan.iteration / plan.chips,
+            "update_share_of_peak": plan.share_of_peak,
+            "chip_hours": plan.chip_hours,
+            "price": None if price is None else plan.chip_hours * price,
+        }
+        if plan.fits
+        else {}
+    )
+    names = ("iteration_seconds", "tokens_per_second_per_chip", "update_share_of_peak", "chip_hours", "price")
     return json.dumps(
         {
             "topology": plan.topology,
@@ -77,12 +89,8 @@ def to_json(plan: Plan, price: float | None = None) -> str:
             "held_bytes": plan.kinds,
             "programs": {program.planned.name: _program(program) for program in plan.programs},
             "mean_response_length": plan.mean_response,
-            "iteration_seconds": plan.seconds | {"all": plan.iteration},
-            "tokens_per_second_per_chip": plan.tokens / plan.iteration / plan.chips,
-            "update_share_of_peak": plan.share_of_peak,
-            "chip_hours": plan.chip_hours,
-            "price": None if price is None else plan.chip_hours * price,
         }
+        | {name: reckoned.get(name) for name in names}
     )
 
 

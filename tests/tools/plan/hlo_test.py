@@ -1,0 +1,124 @@
+"""What a program does, counted from its text: by hand, by NumPy loops, and on compiled programs of known work."""
+
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcjax.tools.plan.hlo import Program, _pairs, bits_of
+
+STATE = "(u32[], bf16[36,8,64]{2,1,0}, bf16[64,32]{1,0}, f32[8,32]{1,0})"
+LOOP = """\
+HloModule jit_step
+
+%fused (param_0: bf16[36,8,64], param_1: s32[]) -> bf16[8,64] {
+  %param_0 = bf16[36,8,64]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %dynamic-slice.1 = bf16[1,8,64]{2,1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,8,64}
+  ROOT %bitcast.1 = bf16[8,64]{1,0} bitcast(%dynamic-slice.1)
+}
+
+%body (arg: (u32[], bf16[36,8,64], bf16[64,32], f32[8,32])) -> (u32[], bf16[36,8,64], bf16[64,32], f32[8,32]) {
+  %arg = STATE parameter(0)
+  %i = u32[] get-tuple-element(%arg), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %rows = bf16[36,8,64]{2,1,0} get-tuple-element(%arg), index=1
+  %kernel = bf16[64,32]{1,0} get-tuple-element(%arg), index=2
+  %row = bf16[8,64]{1,0} fusion(%rows, %i), kind=kLoop, calls=%fused
+  %product = f32[8,32]{1,0} convolution(%row, %kernel), dim_labels=bf_io->bf, metadata={op_name="jit(step)/dot"}
+  %sum = f32[8,32]{1,0} all-reduce(%product), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = STATE tuple(%next, %rows, %kernel, %sum)
+}
+
+%condition (arg.1: (u32[], bf16[36,8,64], bf16[64,32], f32[8,32])) -> pred[] {
+  %arg.1 = STATE parameter(0)
+  %j = u32[] get-tuple-element(%arg.1), index=0
+  %bound = u32[] constant(36)
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (p: (u32[], bf16[36,8,64], bf16[64,32], f32[8,32])) -> (u32[], bf16[36,8,64], bf16[64,32], f32[8,32]) {
+  %p = STATE parameter(0)
+  ROOT %loop = STATE while(%p), condition=%condition, body=%body
+}
+""".replace("STATE", STATE)
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    cost = Program(LOOP).cost
+    turns = 18
+    assert cost.flops == {"bf16": turns * 2 * 8 * 64 * 32}
+    (one,) = cost.collectives
+    result = 8 * 32 * 4
+    assert (one.kind, one.group, one.members, one.times) == ("all-reduce", 4, (0, 1, 2, 3), turns)
+    assert one.bytes == 2 * result * 3 / 4
+    # a row is read of 36, and written; the product reads it and the kernel; the sum reads and writes what it adds;
+    # and the counter, of four bytes, is read by two instructions, with what is added, and written
+    row, kernel = 8 * 64 * 2, 64 * 32 * 2
+    assert cost.bytes == turns * (2 * row + (row + kernel + result) + 2 * result + 4 * 4)
+    assert cost.loops_of_unknown_length == 0
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_told():
+    unknown = LOOP.replace("%bound = u32[] constant(36)", "%bound = u32[] get-tuple-element(%arg.1), index=0")
+    cost = Program(unknown, unknown_trips=5.0).cost
+    assert cost.loops_of_unknown_length == 1
+    assert cost.flops == {"bf16": 5 * 2 * 8 * 64 * 32}
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "group", "arriving"),
+    [
+        ("bf16[16,4]{1,0} all-gather(%x), replica_groups={{0,2},{1,3}}, dimensions={0}", "all-gather", 2, 128 / 2),
+        ("f32[4]{0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, dimensions={0}", "reduce-scatter", 4, 16 * 3),
+        ("f32[8]{0} all-to-all(%x), replica_groups=[1,4]<=[4]", "all-to-all", 4, 32 * 3 / 4),
+        (
+            "(bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
+            "collective-permute",
+            2,
+            16,
+        ),
+        ("(bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-gather", 4, 24),
+    ],
+)
+def test_what_arrives_at_a_chip(line, kind, group, arriving):
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = {line}\n}}\n"
+    (one,) = Program(text).cost.collectives
+    assert (one.kind, one.group, one.bytes) == (kind, group, arriving)
+
+
+@given(st.data())
+def test_pairs_of_a_convolution_are_those_of_a_loop(data):
+    size, window, out = (data.draw(st.integers(1, 6), name) for name in ("size", "window", "out"))
+    stride, lhs, rhs = (data.draw(st.integers(1, 3), name) for name in ("stride", "lhs", "rhs"))
+    low = data.draw(st.integers(0, 4), "low")
+    spread = np.zeros((size - 1) * lhs + 1, int)
+    spread[::lhs] = 1
+    count = 0
+    for place in range(out):
+        for part in range(window):
+            at = place * stride - low + part * rhs
+            count += 0 <= at < len(spread) and spread[at]
+    assert _pairs(size, window, out, stride=stride, lhs_dilate=lhs, rhs_dilate=rhs, low=low) == count
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("pred", 8), ("bf16", 16), ("f32", 32), ("s8", 8), ("f8e4m3fn", 8), ("s4", 4), ("u64", 64)]
+)
+def test_bits_of_a_dtype(dtype, bits):
+    assert bits_of(dtype) == bits
+
+
+@pytest.mark.heavy
+def test_a_compiled_program_does_what_was_written():
+    def step(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    args = jnp.zeros((64, 128)), jnp.zeros((12, 128, 128))
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert Program(textwrap.dedent(text)).cost.flops == {"f32": 12 * 2 * 64 * 128 * 128}
