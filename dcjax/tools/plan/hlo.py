@@ -370,16 +370,31 @@ def _full(shape: Shape) -> float:
     return replace(shape, in_memory=True).bytes
 
 
+def _iota(text: str) -> np.ndarray:
+    """Numbers from 0 in the order that [4,2]T(1,0) says: as such an array, its axes in this order, row by row."""
+    dims, _, order = text.strip("[)").replace("]", "").partition("T(")
+    sizes = [int(size) for size in dims.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return (numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers).reshape(-1)
+
+
 def _members(rest: str) -> tuple[int, ...]:
-    """The first of a collective's groups, in either of XLA's notations."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return tuple(map(int, found[1].split(",")))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        count, size, dims, order = found.groups()
-        numbers = np.arange(int(count) * int(size)).reshape([int(dim) for dim in dims.split(",")])
-        if order:
-            numbers = numbers.transpose([int(axis) for axis in order.split(",")])
-        return tuple(numbers.reshape(int(count), int(size))[0].tolist())
+    """The first of a collective's groups, in any of XLA's notations; none where it has no groups.
+
+    Raises:
+      ValueError: a notation that is not known.
+    """
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return int(found[1]), int(found[2])
-    return ()
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return tuple(map(int, found[1].split(",")))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return tuple(_iota(found[3]).reshape(int(found[1]), int(found[2]))[0].tolist())
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in (axis.split("=") for axis in found[1].split(","))}
+        numbers = _iota(found[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        along = found[3].split(",")
+        return tuple(numbers[tuple(slice(None) if name in along else 0 for name in sizes)].reshape(-1).tolist())
+    if "replica_groups={}" in rest or "replica_groups=" not in rest:
+        return ()
+    raise ValueError(f"groups in a notation of XLA's that is not known: {rest[rest.index('replica_groups') :][:120]}")

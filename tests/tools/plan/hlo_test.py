@@ -1,6 +1,6 @@
 """What a program does, counted from its text: by hand, by NumPy loops, and on compiled programs of known work."""
 
-import textwrap
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dcjax.sharding.topology import slice_devices
 from dcjax.tools.plan.hlo import Program, _pairs, bits_of
 
 STATE = "(u32[], bf16[36,8,64]{2,1,0}, bf16[64,32]{1,0}, f32[8,32]{1,0})"
@@ -83,6 +85,12 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
             2,
             16,
         ),
+        (
+            "f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add",
+            "all-reduce",
+            4,
+            2 * 16 * 3 / 4,
+        ),
         ("(bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-gather", 4, 24),
     ],
 )
@@ -115,10 +123,41 @@ def test_bits_of_a_dtype(dtype, bits):
 
 
 @pytest.mark.heavy
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, which compiles for absent TPUs")
 def test_a_compiled_program_does_what_was_written():
+    mesh = Mesh(np.array(slice_devices("v5e:2x2")[:1]), ("one",))
+
     def step(x, kernels):
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
 
-    args = jnp.zeros((64, 128)), jnp.zeros((12, 128, 128))
-    text = jax.jit(step).lower(*args).compile().as_text()
-    assert Program(textwrap.dedent(text)).cost.flops == {"f32": 12 * 2 * 64 * 128 * 128}
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    text = jax.jit(step).lower(array(64, 128), array(12, 128, 128)).compile().as_text()
+    assert Program(text).cost.flops == {"bf16": 12 * 2 * 64 * 128 * 128}
+
+
+def test_groups_in_an_unknown_notation_are_not_taken_for_none():
+    line = "f32[8]{0} all-reduce(%x), replica_groups=ring(8)"
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = {line}\n}}\n"
+    with pytest.raises(ValueError, match=r"ring\(8\)"):
+        _ = Program(text).cost
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=2,'b'=3,'c'=2] {'a','c'}", (0, 1, 6, 7)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", (0, 4)),
+        ("{}", ()),
+    ],
+)
+def test_groups_in_xlas_notations(groups, members):
+    line = f"f32[8]{{0}} all-gather(%x), replica_groups={groups}, dimensions={{0}}"
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = {line}\n}}\n"
+    (one,) = Program(text).cost.collectives
+    assert one.members == members
