@@ -316,6 +316,7 @@ PATHS = {
     "evaluate --data-dir": ["evaluate", "x", "--suite", "paper", "--data-dir", ...],
     "evaluate --against": ["evaluate", "x", "--suite", "paper", "--against", ...],
     "evaluate --out": ["evaluate", "x", "--suite", "paper", "--out", ...],
+    "serve SOURCE": ["serve", ...],
     "probe SOURCE": ["probe", ...],
     "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
     "probe --out": ["probe", "x", "--out", ...],
