@@ -189,11 +189,11 @@ def test_a_rollout_with_masks_of_numbers_is_scored_as_itself():
 def test_an_engine_takes_whole_numbers_only():
     engine = engine_of()
     params, keys = params_of(engine), np.zeros((2, 2), np.uint32)
-    prefill_many, prefill, requests = map(
-        inspect.unwrap, (Qwen3Engine.prefill_many, Qwen3Engine.prefill, Qwen3Engine.make_requests)
+    padded, prefill, requests = map(
+        inspect.unwrap, (Qwen3Engine.padded, Qwen3Engine.prefill, Qwen3Engine.make_requests)
     )
     with pytest.raises(ValueError, match="a prompt is of float64"):
-        prefill_many(engine, params, [[1.0, 2.5]])
+        padded(engine, [[1.0, 2.5]])
     with pytest.raises(ValueError, match="true_length is of float64"):
         prefill(engine, params=params, padded_tokens=np.array([1, 2, 0]), true_length=2.0)
     with pytest.raises(ValueError, match="limit of a response is of float64"):

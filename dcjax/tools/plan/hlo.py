@@ -27,6 +27,9 @@ _FREE = (
 )
 """Instructions that read and write no memory of their own."""
 
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Instructions that change part of their first operand in place, and which operand has what is written."""
+
 SPLASH_PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}
 """Matrix products in each of splash attention's kernels, by a part of their names."""
 
@@ -180,7 +183,7 @@ class Program:
             total.add(self._cost(line.called("body") or ""), self._unknown if trips is None else trips)
             total.loops_of_unknown_length += trips is None
         elif line.opcode == "conditional":
-            total.add(self._dearest(line), 1)
+            total.add(self._cheapest(line), 1)
         elif line.opcode in ("call", "call-start"):
             total.add(self._cost(line.called("to_apply") or ""), 1)
         elif kind in COLLECTIVES:
@@ -223,12 +226,12 @@ class Program:
             name = next(one for one in line.operands if known[one].opcode != "constant")
         return added or 1.0
 
-    def _dearest(self, line: Instruction) -> Cost:
-        """The branch with most operations."""
+    def _cheapest(self, line: Instruction) -> Cost:
+        """The branch with least work, as bounds are of what is done at least: sorting for top-k, say, is left out."""
         named = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
         branches = [name.strip(" %") for name in named[1].split(",")] if named else []
         branches += [name for kind in ("true", "false") if (name := line.called(f"{kind}_computation"))]
-        return max(map(self._cost, branches), key=lambda cost: (sum(cost.flops.values()), cost.bytes))
+        return min(map(self._cost, branches), key=lambda cost: (sum(cost.flops.values()), cost.bytes))
 
     def _count_kernel(self, line: Instruction, known: Mapping[str, Instruction], total: Cost) -> None:
         """A Pallas kernel's own estimate; for splash attention, which has none, its products over `attended` keys."""
@@ -266,8 +269,8 @@ class Program:
         results, sizes = sum(shape.bytes for shape in line.shapes), []
         for name in line.operands:
             sizes.append(sum(shape.bytes for shape in known[name].shapes) if name in known else 0.0)
-        if line.opcode == "dynamic-update-slice":
-            return 2 * sizes[1]
+        if (update := UPDATES.get(line.opcode)) is not None:
+            return 2 * sizes[update]
         if line.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * results
         if inner is None:
@@ -280,9 +283,9 @@ class Program:
             users = [one for one in lines if parameter in one.operands]
             if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one in users):
                 sizes[number] = min(sizes[number], sum(_any_bytes(one) for one in users))
-            elif users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == parameter for one in users):
+            elif users and all(one.opcode in UPDATES and one.operands[0] == parameter for one in users):
                 by_name = {one.name: one for one in lines}
-                updates = sum(_any_bytes(by_name[one.operands[1]]) for one in users)
+                updates = sum(_any_bytes(by_name[one.operands[UPDATES[one.opcode]]]) for one in users)
                 results += min(updates - sizes[number], 0.0)
                 sizes[number] = 0.0
         return max(results, 0.0) + sum(sizes)

@@ -161,3 +161,28 @@ def test_groups_in_xlas_notations(groups, members):
     text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = {line}\n}}\n"
     (one,) = Program(text).cost.collectives
     assert one.members == members
+
+
+UPDATE = """\
+%fused (cache: bf16[64,8,4096,128], at: s32[64,3], new: bf16[64,8,128]) -> bf16[64,8,4096,128] {
+  %cache = bf16[64,8,4096,128]{3,2,1,0} parameter(0)
+  %at = s32[64,3]{1,0} parameter(1)
+  %new = bf16[64,8,128]{2,1,0} parameter(2)
+  ROOT %written = bf16[64,8,4096,128]{3,2,1,0} WRITTEN
+}
+
+ENTRY %main (p: bf16[64,8,4096,128], q: s32[64,3], r: bf16[64,8,128]) -> bf16[64,8,4096,128] {
+  %p = bf16[64,8,4096,128]{3,2,1,0} parameter(0)
+  %q = s32[64,3]{1,0} parameter(1)
+  %r = bf16[64,8,128]{2,1,0} parameter(2)
+  ROOT %out = bf16[64,8,4096,128]{3,2,1,0} fusion(%p, %q, %r), kind=kCustom, calls=%fused
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "written", ["scatter(%cache, %at, %new), to_apply=%f", "dynamic-update-slice(%cache, %new, %at, %at, %at, %at)"]
+)
+def test_what_is_written_into_a_cache_counts_and_not_the_cache(written):
+    new, places = 64 * 8 * 128 * 2, 64 * 3 * 4
+    assert Program(UPDATE.replace("WRITTEN", written)).cost.bytes == 2 * new + places
