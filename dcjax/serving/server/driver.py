@@ -110,8 +110,8 @@ class ServedEngine:
         """The number of slots. The Driver reads this before it refills slots in each turn, and asserts behind that not
         all are free.
 
-        So here it waits until it is known which samples have ended, and gives their slots back, never
-        in between. Left to itself, the Driver would decode up to eight turns ahead in slots whose samples have ended.
+        So here it waits until it is known which samples have ended, and gives their slots back, never in between. Left
+        to itself, the Driver would decode up to eight turns ahead in slots whose samples have ended.
         """
         while not self._handed_out.wait(1.0) and not self.stopped:
             pass
