@@ -21,7 +21,7 @@ def to_text(plan: Plan, price: float | None = None) -> str:
         f"{chip.hbm / GIB:.1f} GiB at {chip.bandwidth / 1e9:g} GB/s, {chip.links} links of {chip.link / 1e9:g} GB/s",
         "held on a chip: " + ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in plan.kinds.items()),
         "",
-        f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>9}{'sent GB':>9}{'at least':>11}"
+        f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>10}{'sent GB':>10}{'at least':>13}"
         f"  {'bound by':<20}compiled",
         *[_line(program) for program in plan.programs],
     ]
@@ -56,13 +56,14 @@ def _line(program: ProgramPlan) -> str:
     by = "" if planned.refused else PARTS[bound.by]
     return (
         f"{planned.name:<26}{planned.runs:>7.3g}{held:>8.2f}{'yes' if program.fits else 'NO':>6}{flops:>9.3g}"
-        f"{planned.cost.bytes / 1e9:>9.3g}{sent:>9.3g}{bound.seconds * 1e3:>8.3g} ms  {by:<20}"
+        f"{planned.cost.bytes / 1e9:>10.3g}{sent:>10.3g}{bound.seconds * 1e3:>10.3g} ms  {by:<20}"
         f"{planned.compile_seconds:.0f} s"
     )
 
 
 def _described(one: Collective) -> str:
-    return f"{one.kind} among {one.group}, {one.bytes / 1e6:.3g} MB {one.times:g} times, of {one.op.rsplit('/', 3)[-1]}"
+    where = f", of {one.op.rsplit('/', 3)[-1]}" if one.op else ""
+    return f"{one.kind} among {one.group}, {one.bytes / 1e6:.3g} MB {one.times:g} times{where}"
 
 
 def to_json(plan: Plan, price: float | None = None) -> str:
