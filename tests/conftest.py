@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +26,7 @@ import pytest
 from beartype import beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from packaging.version import Version
 
 
 def check_functions(function):
@@ -50,7 +52,10 @@ settings.register_profile("dcjax", deadline=None)
 settings.load_profile("dcjax")
 
 
-UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+UNOPTIMISED = " --xla_backend_optimization_level=0"
+if Version(version("jaxlib")) < Version("0.12"):
+    # later ones have no other way, and end the process where they do not know a flag
+    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
