@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -21,7 +21,7 @@ from dcjax.types import Params
 
 
 class Rollouts(Protocol):
-    """A context manager that gives samples of the policy as it is deployed."""
+    """Samples of the policy as it is deployed."""
 
     def sync(self, params: Params, version: int) -> Any:
         """What serves these weights: (float32 masters, version) -> what `begin` and `as_they_end` take."""
@@ -31,16 +31,18 @@ class Rollouts(Protocol):
         """Begins to sample the responses of one iteration."""
         ...
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def open_rollouts(setup: Setup) -> Rollouts:
-    """Those that `rollout.engine` names."""
-    return InProcess(setup) if setup.config.rollout.engine == IN_PROCESS else FromServer(setup)
+@contextlib.contextmanager
+def open_rollouts(setup: Setup) -> Iterator[Rollouts]:
+    """Those that `rollout.engine` names, while the context lasts."""
+    config = setup.config
+    if config.rollout.engine == IN_PROCESS:
+        yield InProcess(setup)
+        return
+    address = config.rollout.engine.removeprefix("grpc://")
+    advice = f"dcjax serve {config.directory} --port {address.rpartition(':')[2]} starts it"
+    with Client(address, patience=config.rollout.patience, advice=advice) as client:
+        yield FromServer(setup, client)
 
 
 class InProcess:
@@ -65,14 +67,6 @@ class InProcess:
             key=key,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
 
 class FromServer:
     """Rollouts of a server, which takes its weights from the run's checkpoints.
@@ -81,12 +75,8 @@ class FromServer:
     token carries the version that it came from.
     """
 
-    def __init__(self, setup: Setup):
-        self._setup, settings = setup, setup.config.rollout
-        address = settings.engine.removeprefix("grpc://")
-        advice = f"dcjax serve {setup.config.directory} --port {address.rpartition(':')[2]} starts it"
-        self._client = Client(address, patience=settings.patience, advice=advice)
-        self._checked = False
+    def __init__(self, setup: Setup, client: Client):
+        self._setup, self._client, self._checked = setup, client, False
 
     def sync(self, params: Params, version: int) -> int:
         """The version that is asked for: the newest checkpoint's at that time."""
@@ -123,12 +113,3 @@ class FromServer:
                 f"{config.directory} serves this run's"
             )
         self._checked = True
-
-    def __enter__(self) -> Self:
-        self._client.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.__exit__(kind, error, trace)

@@ -18,7 +18,7 @@ from jetstream.engine import engine_api, tokenizer_pb2
 
 from dcjax.arguments import as_integers
 from dcjax.models import ModelConfig
-from dcjax.models.cache import stack_layers
+from dcjax.models.cache import Caches, stack_layers
 from dcjax.models.layers import round_up
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Prefix, Requests
 from dcjax.serving.formats import Format, KVCacheName, cache_dtype, serving_format
@@ -348,6 +348,11 @@ class Qwen3Engine(engine_api.Engine):
         served = abstract_serving(self.config, self.format, self._keep)
         return with_shardings(served, served_shardings(self.config, self.format, self._mesh, self._keep))
 
+    def abstract_prompts(self, prompts: int) -> Caches:
+        """Shapes, dtypes and shardings of the caches that the prefill of a number of prompts leaves."""
+        held = jax.eval_shape(partial(self.decoder.prompt_caches, prompts))
+        return with_shardings(held, jax.tree.map(lambda _: named(self._mesh, SHARED_CACHE), held))
+
     def lowered_sync(self, masters: Params) -> Iterator[tuple[str, Callable[[], Any], int]]:
         """As `Sync.lowered`."""
         return self._sync.lowered(masters)
@@ -435,8 +440,8 @@ class Qwen3Engine(engine_api.Engine):
         weights = abstract_serving(self.config, self.format, keep)
         placed = served_shardings(self.config, self.format, self._mesh, keep)
         copies, within = self._mesh.devices.shape
-        held = jax.eval_shape(partial(self.decoder.prompt_caches, prompts))
-        of_prompts = _bytes(held, jax.tree.map(lambda _: named(self._mesh, SHARED_CACHE), held))
+        held = self.abstract_prompts(prompts)
+        of_prompts = _bytes(held, jax.tree.map(lambda leaf: leaf.sharding, held))
         left = available - _bytes(weights, placed) - of_prompts
         one_each = jax.eval_shape(partial(self.decoder.empty, copies))
         of_slot = _bytes(one_each, self.decoder.state_shardings(one_each))

@@ -1,7 +1,7 @@
 """A run's iterations one at a time, without its directory; and what it samples, seen or changed."""
 
 from dcjax.loop.evaluate import evaluate_state
-from dcjax.loop.rollouts import open_rollouts
+from dcjax.loop.rollouts import InProcess
 from dcjax.loop.setup import begin, check, set_up
 from dcjax.loop.train import Stopwatch, make_sampler
 from dcjax.loop.updater import Updater
@@ -14,7 +14,7 @@ class Stepper:
     def __init__(self, config, rewards):
         self.config, self.setup = config, set_up(check(config), rewards)
         self.mesh = self.setup.mesh
-        self.sampler = make_sampler(self.setup, Preemption(), open_rollouts(self.setup))
+        self.sampler = make_sampler(self.setup, Preemption(), InProcess(self.setup))
         self.updater = Updater(self.setup)
 
     def begin(self):

@@ -12,7 +12,6 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.run_directory import open_run
-from dcjax.models import save_hf
 from dcjax.recipe.build import build_optimizer, initial_state, params_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.convert import export_run
@@ -42,14 +41,6 @@ def run(tmp_path_factory):
             state = initial_state(config, mesh, build_optimizer(config), params)
             checkpoints.save(state, Cursor(step=step, data_cursor=0, rollout_key=[0, 0]))
     return directory
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "folder"
-    save_hf(path, tiny.DENSE, tiny.masters(tiny.DENSE), token_ids={"eos_token_id": 4})
-    build_tokenizer().save_pretrained(path)
-    return path
 
 
 def norm(params):

@@ -12,10 +12,8 @@ from launching import fake_devices
 from listening import ask, connected, listening, message
 
 from dcjax.cli import main
-from dcjax.data.arithmetic import build_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
-from dcjax.models import save_hf
 from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
 from dcjax.serving.server.server import ServerConfig
 from dcjax.tools.convert import export_run, import_folder
@@ -37,15 +35,6 @@ def exported(finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports") / "folder"
     export_run(finished_run, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One of somebody else's."""
-    path = tmp_path_factory.mktemp("models") / "folder"
-    save_hf(path, tiny.DENSE, tiny.masters(tiny.DENSE), token_ids={"eos_token_id": 4})
-    build_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_a_run_is_served_as_it_was_trained_to_be(finished_run):

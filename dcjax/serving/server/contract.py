@@ -37,8 +37,10 @@ class Contract:
 
     def differences(self, theirs: Contract) -> str:
         """What differs in words, ours first; nothing if all is equal."""
-        ours, theirs_ = dataclasses.asdict(self), dataclasses.asdict(theirs)
-        return ", ".join(f"{name} {ours[name]!r} and {theirs_[name]!r}" for name in ours if ours[name] != theirs_[name])
+        fields = (
+            (field.name, getattr(self, field.name), getattr(theirs, field.name)) for field in dataclasses.fields(self)
+        )
+        return ", ".join(f"{name} {our!r} and {their!r}" for name, our, their in fields if our != their)
 
     def to_json(self) -> str:
         """One line."""

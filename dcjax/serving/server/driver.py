@@ -66,8 +66,9 @@ class Call:
 
     def answer(self) -> Answer:
         """What is told once the response has ended."""
+        assert self.finish_reason is not None
         log_probs = tuple(self.log_probs) if self.log_probs_wanted else None
-        return Answer(self.finish_reason or LENGTH, tuple(self.versions), log_probs)
+        return Answer(self.finish_reason, tuple(self.versions), log_probs)
 
 
 @dataclass

@@ -33,6 +33,10 @@ from dcjax.serving.sync import ServingParams
 LINGER = 1.0
 """Seconds in which a server that stops still refuses calls."""
 
+PING_INTERVAL = 10_000
+"""Milliseconds between the pings of a client that waits; gRPC itself takes more than one in five minutes for an attack,
+and ends the connection with all of its requests."""
+
 SERVICE = "jetstream_proto.Orchestrator"
 """The name of the service, which health is also asked of by."""
 
@@ -152,7 +156,7 @@ async def serving(
     weights = Weights(served.version, served.params)
     server = grpc.aio.server(
         maximum_concurrent_rpcs=2 * (served.engine.slots + config.waiting) + 64,
-        options=[("grpc.so_reuseport", 0)],
+        options=[("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL)],
         interceptors=[UnreadableAsEmpty()],
     )
     port = _listen(server, config)

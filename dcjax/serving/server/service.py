@@ -51,7 +51,8 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         super().__init__(driver)
         self._engine, self._weights, self._contract = engine, weights, contract
         self._tokenizer, self._metrics = tokenizer, metrics
-        # characters that a prompt can have: no token stands for more of them than it is written with
+        # characters that a prompt can have: no token stands for more of them than it is written with, except where a
+        # tokenizer has one for whole words that it does not know
         self._longest_text = engine.max_prompt_length * max(map(len, tokenizer.get_vocab()))
         # whether new calls are refused, while those that run are finished
         self.stopping = False

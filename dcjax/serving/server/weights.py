@@ -77,7 +77,7 @@ class Reloader:
     ):
         self._weights, self._newer, self._every, self._loop, self._told = weights, newer, every, loop, replaced
         self._stopped = threading.Event()
-        # the version that could not be loaded, which is said once
+        # why newer weights could not be loaded, which is said once
         self._failed = ""
         self._thread = threading.Thread(target=self._watch, name="reloader", daemon=True)
 
@@ -97,10 +97,11 @@ class Reloader:
             waited = 0.0
             try:
                 found = self._newer(self._weights.version)
-            except (RunError, OSError) as error:
-                if str(error) != self._failed:
-                    print(f"dcjax: {error}; version {self._weights.version} is served on", file=sys.stderr)
-                self._failed = str(error)
+            except Exception as error:  # a thread that ended here would leave old weights served without a word
+                told = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+                if told != self._failed:
+                    print(f"dcjax: {told}; version {self._weights.version} is served on", file=sys.stderr)
+                self._failed = told
                 continue
             if found is not None and not self._stopped.is_set():
                 self._loop.call_soon_threadsafe(self._replace, *found)

@@ -2,7 +2,8 @@
 
 Sources: Cloud TPU's pages of system architecture (cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, read in November
 2026). They give the links of a chip together and both ways; one link's share, one way, is that over twice the links.
-Memory is in GiB, as the compiler takes it.
+Memory is in GiB, as the compiler takes it. The pages have no int8 of v5p and tpu7x, for which twice bf16 stands, and no
+fp8 of v5e, whose products are taken for bf16's, as those of v5p and v6e are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Chip:
     """That JAX sees of one chip."""
     peak: float
     """Operations a second in bf16."""
-    peak_8bit: float
-    """Operations a second in its fastest 8-bit format."""
+    peak_int8: float
+    peak_fp8: float
     hbm: int
     """Bytes of memory."""
     bandwidth: float
@@ -38,16 +39,18 @@ class Chip:
         """Operations a second in products of a dtype, by XLA's name; float32 with all its bits takes six passes."""
         if dtype in ("f32", "f64"):
             return self.peak / 6
-        return self.peak_8bit if dtype.startswith(("s8", "u8", "f8", "s4", "u4")) else self.peak
+        if dtype.startswith("f8"):
+            return self.peak_fp8
+        return self.peak_int8 if dtype in ("s8", "u8", "s4", "u4") else self.peak
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 1, 197e12, 393e12, 16 * GIB, 819e9, 4, 400e9 / 8),
-        Chip("v5p", 1, 459e12, 918e12, 95 * GIB, 2765e9, 6, 1200e9 / 12),
-        Chip("v6e", 1, 918e12, 1836e12, 32 * GIB, 1638e9, 4, 800e9 / 8),
-        Chip("tpu7x", 2, 2307e12, 4614e12, 192 * GIB, 7380e9, 6, 1200e9 / 12),
+        Chip("v5e", 1, 197e12, 393e12, 197e12, 16 * GIB, 819e9, 4, 400e9 / 8),
+        Chip("v5p", 1, 459e12, 918e12, 459e12, 95 * GIB, 2765e9, 6, 1200e9 / 12),
+        Chip("v6e", 1, 918e12, 1836e12, 918e12, 32 * GIB, 1638e9, 4, 800e9 / 8),
+        Chip("tpu7x", 2, 2307e12, 4614e12, 4614e12, 192 * GIB, 7380e9, 6, 1200e9 / 12),
     )
 }
 

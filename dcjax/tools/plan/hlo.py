@@ -103,7 +103,6 @@ class Cost:
     bytes: float = 0.0
     """Read from and written to HBM, at least."""
     collectives: list[Collective] = field(default_factory=list)
-    loops_of_unknown_length: int = 0
 
     def add(self, other: Cost, times: float) -> None:
         """The other's work, so many times."""
@@ -111,15 +110,19 @@ class Cost:
             self.flops[dtype] = self.flops.get(dtype, 0.0) + count * times
         self.bytes += other.bytes * times
         self.collectives += [replace(one, times=one.times * times) for one in other.collectives]
-        self.loops_of_unknown_length += other.loops_of_unknown_length
 
 
 def bits_of(dtype: str) -> int:
-    """Bits of an element."""
+    """Bits of an element.
+
+    Raises:
+      ValueError: a dtype that is not known.
+    """
     if dtype in BITS:
         return BITS[dtype]
-    found = re.match(r"[a-z]+(\d+)", dtype)
-    return int(found[1]) if found else 0
+    if (found := re.match(r"[a-z]+(\d+)", dtype)) is None:
+        raise ValueError(f"a dtype of XLA's that is not known: {dtype}")
+    return int(found[1])
 
 
 class Program:
@@ -181,11 +184,10 @@ class Program:
         if line.opcode == "while":
             trips = self._trips(line)
             total.add(self._cost(line.called("body") or ""), self._unknown if trips is None else trips)
-            total.loops_of_unknown_length += trips is None
         elif line.opcode == "conditional":
             total.add(self._cheapest(line), 1)
-        elif line.opcode in ("call", "call-start"):
-            total.add(self._cost(line.called("to_apply") or ""), 1)
+        elif line.opcode in ("call", "call-start", "async-start"):
+            total.add(self._cost(line.called("to_apply") or line.called("calls") or ""), 1)
         elif kind in COLLECTIVES:
             total.collectives.append(_collective(kind, line))
             total.bytes += 2 * sum(shape.bytes for shape in line.shapes[-1:])
@@ -194,14 +196,13 @@ class Program:
         elif not (line.opcode in _FREE or line.opcode.endswith("-done")):
             inner = line.called("calls") if line.opcode == "fusion" else None
             if inner is not None:
-                products = self._products(inner)
-                total.add(Cost(flops=products), 1)
+                total.add(self._within(inner), 1)
             elif line.opcode in ("convolution", "dot"):
                 total.add(Cost(flops=_product(line, known)), 1)
             total.bytes += self._traffic(line, known, inner)
 
     def _trips(self, loop: Instruction) -> float | None:
-        """How often a loop runs: the constant that its counter is compared with, over what a turn adds to it."""
+        """How often a loop runs whose counter begins at 0: the constant that ends it, over what a turn adds."""
         condition = self._computations[loop.called("condition") or ""]
         known = {line.name: line for line in condition}
         root = next(line for line in condition if line.root)
@@ -215,7 +216,11 @@ class Program:
         return math.ceil(float(bound) / self._increment(loop.called("body") or "", int(counter)))
 
     def _increment(self, body: str, counter: int) -> float:
-        """What one turn of a loop adds to its counter, an element of the tuple that it carries."""
+        """What one turn of a loop adds to its counter, an element of the tuple that it carries.
+
+        Raises:
+          ValueError: that is not seen from the loop's own instructions.
+        """
         known = {line.name: line for line in self._computations[body]}
         root = next(line for line in self._computations[body] if line.root)
         name, added = root.operands[counter], 0.0
@@ -224,7 +229,9 @@ class Program:
             if line.opcode == "add" and constants:
                 added += constants[0]
             name = next(one for one in line.operands if known[one].opcode != "constant")
-        return added or 1.0
+        if not added:
+            raise ValueError(f"what the loop {body} adds to its counter is not seen: {root.operands[counter]}")
+        return added
 
     def _cheapest(self, line: Instruction) -> Cost:
         """The branch with least work, as bounds are of what is done at least: sorting for top-k, say, is left out."""
@@ -253,16 +260,18 @@ class Program:
         dtype = "bf16" if queries is None else queries.dtype
         total.add(Cost(flops={dtype: flops * fill}, bytes=moved * fill), 1)
 
-    def _products(self, computation: str) -> dict[str, float]:
-        """Operations of the matrix products in a fusion."""
+    def _within(self, computation: str) -> Cost:
+        """The matrix products and collectives in a fusion, whose memory traffic is its own."""
         total = Cost()
         known = {line.name: line for line in self._computations[computation]}
         for line in self._computations[computation]:
             if line.opcode in ("convolution", "dot"):
                 total.add(Cost(flops=_product(line, known)), 1)
+            elif (kind := line.opcode.removesuffix("-start")) in COLLECTIVES:
+                total.collectives.append(_collective(kind, line))
             elif (inner := line.called("calls")) and line.opcode == "fusion":
-                total.add(Cost(flops=self._products(inner)), 1)
-        return total.flops
+                total.add(self._within(inner), 1)
+        return total
 
     def _traffic(self, line: Instruction, known: Mapping[str, Instruction], inner: str | None) -> float:
         """Bytes that an instruction reads and writes in HBM; of what is sliced or updated in place, only that part."""

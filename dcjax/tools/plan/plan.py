@@ -53,7 +53,7 @@ class ProgramPlan:
 
     planned: Planned
     resident: int
-    """Bytes of what is held beside it: the training state while the engine runs."""
+    """Bytes of what is held beside it: the training state while the engine runs, and the prompts' caches."""
     bound: Bound
     fits: bool
     collectives: dict[str, float]
@@ -71,7 +71,7 @@ class Plan:
     chips: int
     programs: list[ProgramPlan]
     kinds: dict[str, int]
-    """Bytes by kind: params, optimiser, activations, serving weights, KV cache."""
+    """Bytes by kind: params, optimiser, activations, serving weights, KV cache, prompts' caches."""
     mean_response: float
     seconds: dict[str, float]
     """Of an iteration at least, by part."""
@@ -166,12 +166,18 @@ class Place:
         self, mean_response: float, told: Callable[[str], None], only: Collection[str] | None = None
     ) -> list[ProgramPlan]:
         """Compiles the programs, or only some by their names."""
-        state = _held(build.abstract_state(self.config, self.mesh))
-        beside = 0 if self.config.serving.devices else state
-        return [
-            self._program_plan(one, 0 if one.name == "train_step" else beside)
-            for one in compile_programs(self.config, self.mesh, self.engine, mean_response, told, only)
-        ]
+        compiled = compile_programs(self.config, self.mesh, self.engine, mean_response, told, only)
+        return [self._program_plan(one, self._beside(one)) for one in compiled]
+
+    def _beside(self, one: Planned) -> int:
+        """Bytes that a device holds beside a program's own: the training state, and in decoding the prompts' caches."""
+        if one.name == "train_step":
+            return 0
+        prompts = _held(self.engine.abstract_prompts(self.config.rollout.prompts)) if one.name == "decode" else 0
+        if one.name.startswith("sync"):
+            # the parameters that it reads are of that state
+            return _held(build.abstract_state(self.config, self.mesh)) - one.argument_bytes
+        return prompts + (0 if self.config.serving.devices else _held(build.abstract_state(self.config, self.mesh)))
 
     def kinds(self, programs: Sequence[ProgramPlan]) -> dict[str, int]:
         """Bytes on a chip by kind."""
@@ -183,6 +189,7 @@ class Place:
             "optimiser": _held(state) - _held(state.params),
             "serving weights": _held(self.engine.abstract_params()),
             "KV cache": _held(slots.caches),
+            "prompts' caches": _held(self.engine.abstract_prompts(self.config.rollout.prompts)),
         }
         (activations,) = (one.planned.temp_bytes for one in programs if one.planned.name == "train_step")
         return {name: size * self.chip.devices for name, size in held.items()} | {"activations": activations}

@@ -51,6 +51,8 @@ def for_tpu(config: Config) -> Config:
     attention = choose(config.model.attention, "tpu", DTYPES[config.model.precision.compute])
     config = replace(config, model=replace(config.model, attention=attention))
     optimizer: Any = config.optimizer
+    if optimizer.tokens_per_microbatch is not None:
+        return config
     columns = config.packing("tpu").bins.columns
     return replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from dcjax.recipe.config import Config
 from dcjax.tools.plan.plan import Place, Plan
 from dcjax.tools.plan.programs import for_tpu
 
 MOST = 6
-"""Changes that are tried, each of which is compiled."""
+"""Changes of each kind that are tried, each of which is compiled."""
 
 
 def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[[str], None]) -> list[str]:
@@ -23,35 +25,39 @@ def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[
       told: called with what is being tried.
     """
     too_big = {one.planned.name for one in plan.programs if not one.fits}
-    for number, changes in enumerate(_changes(config, trains="train_step" in too_big)):
-        if number == MOST:
-            break
-        overrides = [f"{name}={value}" for name, value in changes.items()]
-        told(f"does it fit with {' '.join(overrides)}?")
-        changed = config
-        for name, value in changes.items():
-            section, field = name.split(".")
-            changed = replace(changed, **{section: replace(getattr(changed, section), **{field: value})})
-        if all(one.fits for one in Place.of(changed, topology).plan(plan.mean_response, told, too_big)):
-            return overrides
-    return []
+    made: list[str] = []
+    for programs, changes in (
+        (too_big & {"train_step"}, _of_training(config)),
+        (too_big - {"train_step"}, _of_serving(config)),
+    ):
+        if not programs:
+            continue
+        for changed, overrides in itertools.islice(changes, MOST):
+            told(f"does it fit with {' '.join(overrides)}?")
+            if all(one.fits for one in Place.of(changed, topology).plan(plan.mean_response, told, programs)):
+                made += overrides
+                break
+        else:
+            return []
+    return made
 
 
-def _changes(config: Config, *, trains: bool) -> Iterator[dict[str, object]]:
-    """Changes to try, the least costly first, each with those before it."""
-    made: dict[str, object] = {}
-    if trains:
-        if config.model.remat != "full":
-            made["model.remat"] = "full"
-            yield dict(made)
-        longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-        columns = for_tpu(config).packing("tpu").bins.columns
-        while (columns := columns // 2) >= longest:
-            made["optimizer.tokens_per_microbatch"] = columns
-            yield dict(made)
-        return
+def _of_training(config: Config) -> Iterator[tuple[Config, list[str]]]:
+    """What makes an update smaller, the least costly first, each with those before it."""
+    overrides: list[str] = []
+    if config.model.remat != "full":
+        config, overrides = replace(config, model=replace(config.model, remat="full")), ["model.remat=full"]
+        yield config, overrides
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
+    optimizer: Any = for_tpu(config).optimizer
+    columns = optimizer.tokens_per_microbatch
+    while (columns := columns // 2) >= longest:
+        changed = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
+        yield changed, [*overrides, f"optimizer.tokens_per_microbatch={columns}"]
+
+
+def _of_serving(config: Config) -> Iterator[tuple[Config, list[str]]]:
+    """What makes the engine smaller."""
     slots = config.serving.slots
-    while slots > 1:
-        slots //= 2
-        made["serving.slots"] = slots
-        yield dict(made)
+    while (slots := slots // 2) >= 1:
+        yield replace(config, serving=replace(config.serving, slots=slots)), [f"serving.slots={slots}"]

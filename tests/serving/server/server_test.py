@@ -328,6 +328,17 @@ def test_health_is_told_by_both_protocols_and_the_contract_beside(port, stub):
             assert told.status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.slow
+def test_a_client_that_pings_while_it_waits_is_not_taken_for_an_attacker(served, gate):
+    often = [("grpc.keepalive_time_ms", 11_000), ("grpc.http2.max_pings_without_data", 0)]
+    with listening(served) as port, grpc.insecure_channel(f"127.0.0.1:{port}", options=often) as channel:
+        call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(message([5]))
+        # the third ping too many would end the connection
+        threading.Timer(25, gate.set).start()
+        calls = concurrent.futures.ThreadPoolExecutor(1)
+        assert calls.submit(code_of, call).result(timeout=60) == grpc.StatusCode.OK
+
+
 def test_only_this_machine_reaches_it_unless_told_otherwise(port):
     addresses = {
         connection.laddr.ip

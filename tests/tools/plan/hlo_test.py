@@ -63,13 +63,11 @@ def test_a_loop_counts_as_often_as_it_runs():
     # and the counter, of four bytes, is read by two instructions, with what is added, and written
     row, kernel = 8 * 64 * 2, 64 * 32 * 2
     assert cost.bytes == turns * (2 * row + (row + kernel + result) + 2 * result + 4 * 4)
-    assert cost.loops_of_unknown_length == 0
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_told():
     unknown = LOOP.replace("%bound = u32[] constant(36)", "%bound = u32[] get-tuple-element(%arg.1), index=0")
     cost = Program(unknown, unknown_trips=5.0).cost
-    assert cost.loops_of_unknown_length == 1
     assert cost.flops == {"bf16": 5 * 2 * 8 * 64 * 32}
 
 
@@ -186,3 +184,31 @@ ENTRY %main (p: bf16[64,8,4096,128], q: s32[64,3], r: bf16[64,8,128]) -> bf16[64
 def test_what_is_written_into_a_cache_counts_and_not_the_cache(written):
     new, places = 64 * 8 * 128 * 2, 64 * 3 * 4
     assert Program(UPDATE.replace("WRITTEN", written)).cost.bytes == 2 * new + places
+
+
+def test_collectives_in_a_fusion_and_behind_an_asynchronous_start_count():
+    text = """\
+%gathered (a: f32[2]) -> f32[8] {
+  %a = f32[2]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%a), replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  %started = ((f32[2]{0}), f32[8]{0}) async-start(%x), calls=%gathered
+  %done = f32[8]{0} async-done(%started)
+  ROOT %fused = f32[8]{0} fusion(%x), kind=kCustom, calls=%gathered
+}
+"""
+    assert [one.bytes for one in Program(text).cost.collectives] == [24, 24]
+
+
+def test_a_counter_that_cannot_be_followed_is_an_error_rather_than_a_guess():
+    hidden = LOOP.replace("%next = u32[] add(%i, %two)", "%next = u32[] fusion(%i), kind=kLoop, calls=%hidden")
+    with pytest.raises(ValueError, match="what the loop body adds to its counter is not seen"):
+        _ = Program(hidden).cost
+
+
+def test_a_dtype_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="quux"):
+        bits_of("quux")

@@ -92,13 +92,17 @@ def test_decoding_multiplies_every_slot_by_all_matrices(plan):
 
 
 def test_the_training_state_is_held_while_the_engine_runs(plan):
-    resident = plan.kinds["params"] + plan.kinds["optimiser"]
+    state, model, rollout = plan.kinds["params"] + plan.kinds["optimiser"], CONFIG.model, CONFIG.rollout
+    # on every chip whole: int8 with a float32 scale
+    a_token = 2 * model.num_layers * model.num_kv_heads * (model.head_dim + 4)
+    assert plan.kinds["prompts' caches"] == rollout.prompts * rollout.max_prompt_length * a_token
+    # a sync reads parameters of the state
+    read = {name: program(plan, name).planned.argument_bytes for name in ("sync", "sync of a layer")}
     assert {one.planned.name: one.resident for one in plan.programs} == {
         "train_step": 0,
-        "sync": resident,
-        "sync of a layer": resident,
-        "prefill": resident,
-        "decode": resident,
+        **{name: state - size for name, size in read.items()},
+        "prefill": state,
+        "decode": state + plan.kinds["prompts' caches"],
     }
 
 
@@ -169,4 +173,4 @@ def test_a_collectives_time_is_that_of_its_bytes_on_the_links_of_the_axes_that_i
 def test_every_kind_of_chip_is_known_by_libtpus_name():
     assert {chip_of(f"{name}:2x2").name for name in CHIPS} == {"v5e", "v5p", "v6e", "tpu7x"}
     for chip in CHIPS.values():
-        assert chip.peak_of("f32") < chip.peak_of("bf16") < chip.peak_of("s8")
+        assert chip.peak_of("f32") < chip.peak_of("bf16") <= chip.peak_of("f8e4m3fn") <= chip.peak_of("s8")
