@@ -231,3 +231,13 @@ def test_the_page_names_every_recipe_with_its_slice():
     assert rows == {
         recipe: re.search(r"^Slice: (\S+),", file["__doc__"], re.MULTILINE)[1] for recipe, file in FILES.items()
     }
+
+
+COMMAND = re.compile(r"(?:dcjax (?:train|plan)|sweeps\.py| --)\s+(?:\\\n\s+)?([a-z]\w*)(?=[\s`])")
+"""A recipe in a command of the documentation, also where it stands behind a launcher's own arguments."""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/launching.md", "docs/papers.md", "docs/plan.md", "docs/server.md"])
+def test_recipes_in_commands_of_the_documentation_are_there(page):
+    named = set(COMMAND.findall((EXPERIMENTS.parent / page).read_text()))
+    assert named and named <= {path.stem for path in EXPERIMENTS.glob("*.py")}
