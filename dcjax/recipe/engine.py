@@ -19,14 +19,15 @@ from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 
 
-def rollout_mesh(serving: ServingConfig, mesh: Mesh) -> Mesh:
-    """Where the engine runs: on the training mesh's devices, or on those that only serve.
+def rollout_mesh(serving: ServingConfig, mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Where the engine runs: on the training mesh's devices, or on those of `devices`, JAX's by default, that only
+    serve.
 
     Raises:
       ValueError: devices that copies of the model cannot share.
     """
     if count := serving.devices:
-        mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices(), count)[1])
+        mesh = make_mesh(MeshConfig(data=count), set_aside(jax.devices() if devices is None else devices, count)[1])
     return serving_mesh(mesh, serving.tensor)
 
 
@@ -58,6 +59,7 @@ def make_engine(
     *,
     end_tokens: Sequence[int],
     memory: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Qwen3Engine:
     """The engine that deploys a policy.
 
@@ -69,6 +71,7 @@ def make_engine(
       mesh: that the policy is trained on.
       end_tokens: ids that end a response.
       memory: bytes of each device; None is what it has.
+      devices: of the whole run, those that only serve included; None is all of JAX's.
 
     Raises:
       RunError: the model, the hardware or its memory cannot serve that.
@@ -89,7 +92,7 @@ def make_engine(
             max_candidates=lengths.top_k,
             records_experts=lengths.replay_routing,
             mismatch=mismatch,
-            mesh=rollout_mesh(serving, mesh),
+            mesh=rollout_mesh(serving, mesh, devices),
             training_mesh=mesh,
             memory=memory,
         )

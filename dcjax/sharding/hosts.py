@@ -155,6 +155,15 @@ def check_divides(mesh: Mesh, *, serving: int, prompts: int, heldout: int) -> No
         raise RunError(
             f"the mesh has {mesh.size} devices{beside}; with {processes} processes all {jax.device_count()} are needed"
         )
+    check_prompts(processes, prompts=prompts, heldout=heldout)
+
+
+def check_prompts(processes: int, *, prompts: int, heldout: int) -> None:
+    """Checks that so many processes have equally many training prompts, and a held-out one.
+
+    Raises:
+      RunError: a process does not.
+    """
     if prompts % processes:
         raise RunError(f"rollout.prompts is {prompts}; it must be a multiple of the number of processes, {processes}")
     if heldout < processes:

@@ -262,13 +262,13 @@ class Program:
 
     def _within(self, computation: str) -> Cost:
         """The matrix products and collectives in a fusion, whose memory traffic is its own."""
-        total = Cost()
+        total, scatters = Cost(), computation.startswith("all-reduce-scatter")
         known = {line.name: line for line in self._computations[computation]}
         for line in self._computations[computation]:
             if line.opcode in ("convolution", "dot"):
                 total.add(Cost(flops=_product(line, known)), 1)
             elif (kind := line.opcode.removesuffix("-start")) in COLLECTIVES:
-                total.collectives.append(_collective(kind, line))
+                total.collectives.append(_scattered(_collective(kind, line)) if scatters else _collective(kind, line))
             elif (inner := line.called("calls")) and line.opcode == "fusion":
                 total.add(self._within(inner), 1)
         return total
@@ -376,6 +376,11 @@ def _collective(kind: str, line: Instruction) -> Collective:
     }
     arriving = whole * shares.get(kind, (group - 1) / group)
     return Collective(kind, arriving, group, members, 1.0, line.op)
+
+
+def _scattered(one: Collective) -> Collective:
+    """An all-reduce that a TPU runs as a reduce-scatter, as only a part of its result is taken in the same fusion."""
+    return replace(one, kind="reduce-scatter", bytes=one.bytes / 2)
 
 
 def _full(shape: Shape) -> float:

@@ -13,16 +13,19 @@ import jax
 from jax.sharding import Mesh
 
 from dcjax.errors import RunError
+from dcjax.models.parallel.forward import check_model
 from dcjax.models.parameters import active_params
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.sharding.hosts import check_prompts
 from dcjax.sharding.mesh import make_mesh, set_aside
 from dcjax.sharding.rules import with_shardings
 from dcjax.sharding.topology import slice_devices
 from dcjax.tools.plan.chips import Chip, chip_of
 from dcjax.tools.plan.hlo import Collective, Cost
 from dcjax.tools.plan.programs import Planned, compile_programs, engine_for, for_tpu
+from dcjax.user_code import refusals_of
 
 USABLE = 0.95
 """The share of a chip's memory that a plan may take."""
@@ -152,7 +155,7 @@ class Place:
 
     @classmethod
     def of(cls, config: Config, topology: str) -> Place:
-        """Raises RunError where there is no such slice, or where the mesh does not match it."""
+        """Raises RunError where there is no such slice, or where the run does not match it."""
         chip = chip_of(topology)
         try:
             devices = slice_devices(topology)
@@ -160,7 +163,11 @@ class Place:
             raise RunError(str(error)) from None
         mesh = _mesh(config, topology, devices)
         config = for_tpu(config)
-        return cls(config, chip, len(devices), mesh, engine_for(config, mesh))
+        hosts = len({device.process_index for device in devices})
+        check_prompts(hosts, prompts=config.rollout.prompts, heldout=config.evaluation.prompts)
+        with refusals_of():
+            check_model(config.model, asdict(config.mesh))
+        return cls(config, chip, len(devices), mesh, engine_for(config, mesh, devices))
 
     def plan(
         self, mean_response: float, told: Callable[[str], None], only: Collection[str] | None = None

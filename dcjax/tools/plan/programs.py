@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,10 +57,15 @@ def for_tpu(config: Config) -> Config:
     return replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
 
 
-def engine_for(config: Config, mesh: Mesh) -> Qwen3Engine:
-    """The engine that deploys the policy; its memory is what the plan is about, and not checked here."""
+def engine_for(config: Config, mesh: Mesh, devices: Sequence[jax.Device]) -> Qwen3Engine:
+    """The engine that deploys the policy; its memory is what the plan is about, and not checked here.
+
+    Raises:
+      RunError: devices that copies of the model cannot share.
+    """
+    lengths, added = config.rollout, config.mismatch
     return make_engine(
-        config.model, config.serving, config.rollout, config.mismatch, mesh, end_tokens=[0], memory=2**62
+        config.model, config.serving, lengths, added, mesh, end_tokens=[0], memory=2**62, devices=devices
     )
 
 
@@ -105,16 +110,28 @@ def _programs(
     params = engine.abstract_params()
     yield "prefill", lambda: _planned("prefill", lambda: engine.lower_prefill(params, rollout.prompts), 1)
     turns = rollout.sequences * mean_response / (serving.slots * serving.steps_per_call)
-    filled = min((rollout.max_prompt_length + mean_response / 2) / engine.decoder.capacity, 1.0)
+    lengths = response_lengths(config, mean_response)
+    # of a slot's steps, each with what it has sampled by then
+    seen = rollout.max_prompt_length + np.square(lengths).sum() / lengths.sum() / 2
+    filled = min(seen / engine.decoder.capacity, 1.0)
     fill = {"ragged_attention": filled}
     yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
 
 
+def response_lengths(config: Config, mean_response: float) -> np.ndarray:
+    """The responses that a plan takes for granted, float64 [rows]: in tokens, spread evenly about their mean, from 1 or
+    to the longest that there may be, and in no order."""
+    rows, longest = config.rollout.sequences, config.rollout.max_response_length
+    spread = min(mean_response - 1, longest - mean_response)
+    lengths = np.linspace(mean_response - spread, mean_response + spread, rows).round()
+    return np.random.default_rng(0).permutation(lengths)
+
+
 def microbatches(config: Config, mean_response: float) -> float:
-    """How often a device computes a microbatch in one update, where all responses are that long."""
+    """How often a device computes a microbatch in one update, with responses of `response_lengths`."""
     rollout, rows = config.rollout, config.rollout.sequences
     width = rollout.max_response_length
-    response = np.broadcast_to(np.arange(width) < round(mean_response), (rows, width))
+    response = np.arange(width) < response_lengths(config, mean_response)[:, None]
     mask = np.concatenate([np.ones((rows, rollout.max_prompt_length), bool), response], axis=1)
     zeros = np.zeros((rows, width), np.float32)
     sampled = Rollout(
@@ -133,15 +150,15 @@ def microbatches(config: Config, mean_response: float) -> float:
 
 
 def attended(config: Config, mean_response: float) -> float:
-    """Keys that a column of a microbatch sees on average, where all responses are that long; padding sees none.
+    """Keys that a column of a microbatch sees on average, with responses of `response_lengths`; padding sees none.
 
     A response's column sees its prompt and what precedes it of the response; a prompt is computed once for its group.
     """
     rollout, packing = config.rollout, config.packing()
-    prompt, group = rollout.max_prompt_length - 1, rollout.group_size
-    pairs = prompt**2 / 2 + group * mean_response * (prompt + mean_response / 2)
+    prompt, lengths = rollout.max_prompt_length - 1, response_lengths(config, mean_response)
+    pairs = rollout.prompts * prompt**2 / 2 + (lengths * (prompt + lengths / 2)).sum()
     computed = microbatches(config, mean_response) * packing.bins.columns * packing.shares * packing.updates
-    return pairs * rollout.prompts / computed
+    return pairs / computed
 
 
 def _planned(name: str, lower: Callable[[], Any], runs: float, **counting: Any) -> Planned:

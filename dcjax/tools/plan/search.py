@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from dcjax.errors import RunError
 from dcjax.recipe.config import Config
 from dcjax.tools.plan.plan import Place, Plan
 from dcjax.tools.plan.programs import for_tpu
+
+Changes = dict[str, Any]
+"""The fields that are changed, by their names, and their values."""
 
 MOST = 6
 """Changes of each kind that are tried, each of which is compiled."""
@@ -25,39 +30,74 @@ def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[
       told: called with what is being tried.
     """
     too_big = {one.planned.name for one in plan.programs if not one.fits}
-    made: list[str] = []
-    for programs, changes in (
-        (too_big & {"train_step"}, _of_training(config)),
-        (too_big - {"train_step"}, _of_serving(config)),
-    ):
+    made: Changes = {}
+    for programs, smaller in ((too_big & {"train_step"}, _of_training), (too_big - {"train_step"}, _of_serving)):
         if not programs:
             continue
-        for changed, overrides in itertools.islice(changes, MOST):
-            told(f"does it fit with {' '.join(overrides)}?")
-            if all(one.fits for one in Place.of(changed, topology).plan(plan.mean_response, told, programs)):
-                made += overrides
+        for changed, changes, place in itertools.islice(_possible(smaller(config), topology), MOST):
+            told(f"does it fit with {' '.join(_overrides(made | changes))}?")
+            if all(one.fits for one in place.plan(plan.mean_response, told, programs)):
+                config, made = changed, made | changes
                 break
         else:
             return []
-    return made
+    return _overrides(made)
 
 
-def _of_training(config: Config) -> Iterator[tuple[Config, list[str]]]:
-    """What makes an update smaller, the least costly first, each with those before it."""
-    overrides: list[str] = []
+def _overrides(changes: Changes) -> list[str]:
+    return [f"{name}={value}" for name, value in changes.items()]
+
+
+def _possible(found: Iterable[tuple[Config, Changes]], topology: str) -> Iterator[tuple[Config, Changes, Place]]:
+    """Those by whose meshes the model's sizes divide, with where they would run."""
+    for config, changes in found:
+        with contextlib.suppress(RunError):
+            yield config, changes, Place.of(config, topology)
+
+
+def _of_training(config: Config) -> Iterator[tuple[Config, Changes]]:
+    """What makes an update smaller, the least costly first, each with those before it: parameters split over what kept
+    copies; activations computed again; fewer columns; layers split over more devices."""
+    made: Changes = {}
+    if config.mesh.data > 1:
+        config = _merged(config, made)
+        yield config, made
     if config.model.remat != "full":
-        config, overrides = replace(config, model=replace(config.model, remat="full")), ["model.remat=full"]
-        yield config, overrides
+        config = replace(config, model=replace(config.model, remat="full"))
+        made["model.remat"] = "full"
+        yield config, made
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     optimizer: Any = for_tpu(config).optimizer
     columns = optimizer.tokens_per_microbatch
     while (columns := columns // 2) >= longest:
-        changed = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
-        yield changed, [*overrides, f"optimizer.tokens_per_microbatch={columns}"]
+        config = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
+        made["optimizer.tokens_per_microbatch"] = columns
+        yield config, made
+    while config.mesh.fsdp % 2 == 0:
+        config = _with_mesh(config, made, tensor=config.mesh.tensor * 2, fsdp=config.mesh.fsdp // 2)
+        yield config, made
 
 
-def _of_serving(config: Config) -> Iterator[tuple[Config, list[str]]]:
-    """What makes the engine smaller."""
-    slots = config.serving.slots
-    while (slots := slots // 2) >= 1:
-        yield replace(config, serving=replace(config.serving, slots=slots)), [f"serving.slots={slots}"]
+def _of_serving(config: Config) -> Iterator[tuple[Config, Changes]]:
+    """What makes the engine, or the state beside it, smaller: parameters split over what kept copies, and then half the
+    slots, or copies of the served model on twice the devices, once or more."""
+    made: Changes = {}
+    if config.mesh.data > 1:
+        config = _merged(config, made)
+        yield config, made
+    serving = config.serving
+    for times in range(1, serving.slots.bit_length()):
+        for halvings in range(times, -1, -1):
+            changes = {"slots": serving.slots >> halvings, "tensor": serving.tensor << (times - halvings)}
+            named = {f"serving.{name}": value for name, value in changes.items() if value != getattr(serving, name)}
+            yield replace(config, serving=replace(serving, **changes)), made | named
+
+
+def _merged(config: Config, made: Changes) -> Config:
+    return _with_mesh(config, made, data=1, fsdp=config.mesh.fsdp * config.mesh.data)
+
+
+def _with_mesh(config: Config, made: Changes, **sizes: int) -> Config:
+    """The config with these axes of the mesh, which are noted among the changes."""
+    made |= {f"mesh.{name}": size for name, size in sizes.items()}
+    return replace(config, mesh=replace(config.mesh, **sizes))

@@ -203,6 +203,24 @@ ENTRY %main (x: f32[2]) -> f32[8] {
     assert [one.bytes for one in Program(text).cost.collectives] == [24, 24]
 
 
+def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
+    text = """\
+%all-reduce-scatter.1.clone (a: f32[8]) -> f32[2] {
+  %a = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%a), replica_groups=[1,4]<=[4], to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %part = f32[2]{0} dynamic-slice(%sum, %at), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %fused = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+    (one,) = Program(text).cost.collectives
+    assert (one.kind, one.bytes) == ("reduce-scatter", 3 * 2 * 4)
+
+
 def test_a_counter_that_cannot_be_followed_is_an_error_rather_than_a_guess():
     hidden = LOOP.replace("%next = u32[] add(%i, %two)", "%next = u32[] fusion(%i), kind=kLoop, calls=%hidden")
     with pytest.raises(ValueError, match="what the loop body adds to its counter is not seen"):

@@ -13,7 +13,7 @@ from dcjax.sharding.mesh import MeshConfig
 from dcjax.tools.plan.chips import CHIPS, chip_of
 from dcjax.tools.plan.hlo import Collective
 from dcjax.tools.plan.plan import make_plan, seconds_of
-from dcjax.tools.plan.programs import attended, for_tpu, microbatches
+from dcjax.tools.plan.programs import attended, for_tpu, microbatches, response_lengths
 from dcjax.tools.plan.tables import to_json, to_text
 
 pytestmark = [
@@ -84,8 +84,9 @@ def test_decoding_multiplies_every_slot_by_all_matrices(plan):
     slots, flops = serving.slots // CHIPS_OF_SLICE, program(plan, "decode").planned.cost.flops
     a_token = 2 * (model.num_layers * matrices(model) + model.vocab_size * model.hidden_size)
     assert flops["s8"] == slots * serving.steps_per_call * a_token
-    # two products with what is filled of the cache
-    filled = rollout.max_prompt_length + MEAN / 2
+    # responses of 1 to 19 tokens: two products with what is filled of the cache, on average over all steps
+    sampled = [round(1 + 18 * row / (rollout.sequences - 1)) for row in range(rollout.sequences)]
+    filled = rollout.max_prompt_length + sum(length**2 / 2 for length in sampled) / sum(sampled)
     attention = 4 * slots * serving.steps_per_call * model.num_layers * model.num_heads * model.head_dim * filled
     assert flops["bf16"] == pytest.approx(attention, rel=1e-6)
     assert program(plan, "decode").planned.runs == rollout.sequences * MEAN / (serving.slots * serving.steps_per_call)
@@ -130,6 +131,15 @@ def test_a_plan_is_told_in_words_and_in_json(plan):
         (["--topology", "v5e:3x3x3"], "TPU slice 'v5e:3x3x3'"),
         (["--topology", SLICE], "the mesh is one device: 1 devices, and v5e:2x2 has 4; mesh.fsdp=4 would fill it"),
         (["--topology", SLICE, "mesh.fsdp=2", "mesh.tensor=4"], "fsdp 2 × tensor 4: 8 devices, and v5e:2x2 has 4"),
+        (
+            ["--topology", SLICE, "mesh.fsdp=1", "mesh.tensor=4", "model.num_heads=6", "model.num_kv_heads=2"],
+            "mesh.tensor × mesh.context is 4, which does not divide the 6 query heads",
+        ),
+        (["--topology", SLICE, "mesh.fsdp=4", "serving.tensor=3"], "serving.tensor is 3; it must divide"),
+        (
+            ["--topology", "v5e:4x4", "mesh.fsdp=16", "rollout.prompts=2", "rollout.group_size=8"],
+            "rollout.prompts is 2; it must be a multiple of the number of processes, 4",
+        ),
         (["--topology", SLICE, "--mean-response-length", "99"], "--mean-response-length is 99; it must lie within"),
         (["--topology", SLICE, "mesh.fsdq=2"], "--mesh.fsdq"),
         ([], "--topology"),
@@ -150,10 +160,18 @@ def test_a_run_that_does_not_fit_is_told_what_would(tmp_path, capfd):
     assert "does not fit on v5e:2x2; this fits: serving.slots=" in errors.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("mean", "shortest", "longest"), [(1, 1, 1), (5, 1, 9), (15, 10, 20), (20, 20, 20)])
+def test_responses_are_spread_about_their_mean(mean, shortest, longest):
+    lengths = response_lengths(CONFIG, mean)
+    assert (len(lengths), lengths.min(), lengths.max()) == (CONFIG.rollout.sequences, shortest, longest)
+    assert lengths.mean() == pytest.approx(mean, abs=0.1)
+
+
 def test_a_mean_response_needs_as_many_microbatches_as_packing_cuts():
     config = for_tpu(replace(CONFIG, optimizer=replace(CONFIG.optimizer, tokens_per_microbatch=30)))
     # four responses on each chip: no more than two fit, however short, and of the longest one with its prompt
-    assert [microbatches(config, mean) for mean in (1, 10, 20)] == [2, 2, 4]
+    shortest, between, longest = [microbatches(config, mean) for mean in (1, 10, 20)]
+    assert (shortest, longest) == (2, 4) and shortest <= between <= longest
     assert 0 < attended(config, 5) < CONFIG.rollout.max_prompt_length + CONFIG.rollout.max_response_length
 
 
