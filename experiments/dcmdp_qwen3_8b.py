@@ -31,7 +31,12 @@ def config() -> Config:
         steps=300,
         pretrained=Path("models/Qwen3-8B"),
         task=MathTask(dataset="dapo-math-17k", heldout="aime24", max_prompt_tokens=1024, template="boxed"),
-        model=replace(presets["qwen3-8b"], precision=Precision(compute="bf16", head="bf16")),
+        model=replace(
+            presets["qwen3-8b"],
+            precision=Precision(compute="bf16", head="bf16"),
+            remat="products",
+            head_chunk=2048,
+        ),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
             prompts=64, group_size=8, temperature=1.0, top_p=1.0, max_prompt_length=1024, max_response_length=8192
@@ -46,5 +51,5 @@ def config() -> Config:
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=0.7),
         checkpoint=CheckpointConfig(every=20),
-        mesh=MeshConfig(fsdp=64),
+        mesh=MeshConfig(data=4, fsdp=16),
     )

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Float, Int, Shaped
 
 from dcjax.models.config import ModelConfig
-from dcjax.models.layers import Arithmetic
+from dcjax.models.layers import Arithmetic, precision_of
 from dcjax.types import Array
 
 GroupedDot = Callable[[Array, Any, Array], Array]
@@ -254,12 +255,39 @@ def _outer_products(
         shape, sums = (len(group_sizes), rows.shape[1], gradient.shape[1]), arithmetic.accumulate
         return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _carry_dtype(sums))).astype(sums)
 
-    return _by_platform(in_blocks, ragged)(rows, gradient, group_sizes)
+    return _by_platform(in_blocks, ragged, tpu=partial(tiled_outer_products, arithmetic))(rows, gradient, group_sizes)
 
 
-def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -> Callable[..., Array]:
+def tiled_outer_products(
+    arithmetic: Arithmetic,
+    rows: Float[Array, "N K"],
+    gradient: Float[Array, "N M"],
+    group_sizes: Int[Array, "E"],
+    tiles: tuple[int, int, int] = (512, 512, 512),
+) -> Float[Array, "E K M"]:
+    """The product rowsᵀ gradient of each group, by a TPU kernel that reads no rows but a group's own.
+
+    XLA makes of the same product one that multiplies every row for every group.
+
+    Args:
+      arithmetic: of the products; sums are float32.
+      rows: sorted by group; those behind the last group are not read.
+      gradient: one row for each of them.
+      group_sizes: int32.
+      tiles: of N, K and M that are in a core's memory at once.
+    """
+    missing = -len(rows) % tiles[0]
+    rows, gradient = _append_rows(rows, missing), _append_rows(gradient, missing)
+    precision = precision_of(rows.dtype, arithmetic.float32) or lax.Precision.DEFAULT
+    with jax.default_matmul_precision(precision.name.lower()):
+        return tgmm(rows.T, gradient, group_sizes, preferred_element_type=arithmetic.accumulate, tiling=tiles)
+
+
+def _by_platform(
+    cpu: Callable[..., Array], accelerator: Callable[..., Array], **others: Callable[..., Array]
+) -> Callable[..., Array]:
     """The function for the platform that a program is lowered for; a vmap calls it once for each element."""
-    return sequential_vmap(lambda *operands: lax.platform_dependent(*operands, cpu=cpu, default=accelerator))
+    return sequential_vmap(lambda *operands: lax.platform_dependent(*operands, cpu=cpu, default=accelerator, **others))
 
 
 def blocked(

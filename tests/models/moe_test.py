@@ -9,6 +9,7 @@ import pytest
 from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from dcjax.models import ModelConfig, moe
 from dcjax.models.layers import EXACT, Arithmetic
@@ -328,7 +329,7 @@ def test_rows_of_other_groups_do_not_leak():
 def test_the_accelerators_path_agrees(monkeypatch):
     params, x = parameters(6), normal(27, 2, 20, HIDDEN)
     blocks = run(architecture(), params, x, x)
-    monkeypatch.setattr(moe, "_by_platform", lambda cpu, accelerator: accelerator)
+    monkeypatch.setattr(moe, "_by_platform", lambda cpu, accelerator, **others: accelerator)
     ragged = program.__wrapped__(architecture())
     assert "ragged_dot" in str(ragged.trace(params, x, x).jaxpr)
     (_, (out, routing)), (grads, of_x) = ragged(params, x, x)
@@ -339,7 +340,25 @@ def test_the_accelerators_path_agrees(monkeypatch):
 def test_each_platform_is_lowered_to_its_own_products(platform):
     args = normal(28, 8, 4), normal(29, 3, 4, 2), np.array([3, 2, 3], np.int32), normal(30, 8, 2)
     text = grouped_with_gradients.trace(*args).lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in text, "while" in text) == (platform != "cpu", platform == "cpu")
+    assert ("ragged_dot" in text, "tpu_custom_call" in text) == (platform != "cpu", platform == "tpu")
+    # a CPU's blocks are a loop, and so is the search for the tiles of a TPU's kernel
+    assert ("while" in text) == (platform != "cuda")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", [(5, 0, 20, 3), (0, 0, 0, 7), (40, 0, 0, 0), (0, 0, 0, 0), (16, 16, 4, 4)])
+def test_a_tpus_kernel_gradients_are_those_of_a_loop(sizes, dtype):
+    """Rows behind the last group are not read: they hold NaN, as what a kernel leaves unwritten may."""
+    rows, gradient = (jnp.asarray(normal(number, 40, width), dtype) for number, width in ((32, 24), (33, 40)))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        out = moe.tiled_outer_products(
+            EXACT, rows.at[sum(sizes) :].set(jnp.nan), gradient, jnp.array(sizes, jnp.int32), tiles=(16, 16, 16)
+        )
+    ends = np.cumsum(sizes)
+    for group, end in enumerate(ends):
+        mine = slice(end - sizes[group], end)
+        expected = np.asarray(rows[mine], np.float64).T @ np.asarray(gradient[mine], np.float64)
+        np.testing.assert_allclose(out[group], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_grows_with_rows_and_not_with_rows_times_experts():

@@ -189,7 +189,7 @@ class Program:
         elif line.opcode in ("call", "call-start", "async-start"):
             total.add(self._cost(line.called("to_apply") or line.called("calls") or ""), 1)
         elif kind in COLLECTIVES:
-            total.collectives.append(_collective(kind, line))
+            total.collectives.append(_collective(kind, line, known))
             total.bytes += 2 * sum(shape.bytes for shape in line.shapes[-1:])
         elif line.opcode == "custom-call":
             self._count_kernel(line, known, total)
@@ -268,7 +268,8 @@ class Program:
             if line.opcode in ("convolution", "dot"):
                 total.add(Cost(flops=_product(line, known)), 1)
             elif (kind := line.opcode.removesuffix("-start")) in COLLECTIVES:
-                total.collectives.append(_scattered(_collective(kind, line)) if scatters else _collective(kind, line))
+                one = _collective(kind, line, known)
+                total.collectives.append(_scattered(one) if scatters else one)
             elif (inner := line.called("calls")) and line.opcode == "fusion":
                 total.add(self._within(inner), 1)
         return total
@@ -362,12 +363,15 @@ def _pairs(size: int, window: int, out: int, *, stride: int, lhs_dilate: int, rh
     return int(((at % lhs_dilate == 0) & (at >= 0) & (at // lhs_dilate < size)).sum())
 
 
-def _collective(kind: str, line: Instruction) -> Collective:
+def _collective(kind: str, line: Instruction, known: Mapping[str, Instruction]) -> Collective:
     # what begins one holds its operands too, and after them its results
     count, shapes = len(line.operands), line.shapes
     if line.opcode.endswith("-start") and len(shapes) > count:
         shapes = shapes[count : 2 * count]
     whole, members = sum(map(_full, shapes)), _members(line.rest)
+    if kind == "ragged-all-to-all" and (sent := known.get(line.operands[0])) is not None:
+        # one of the two has room for more than travels
+        whole = min(whole, _any_bytes(sent))
     group = max(len(members), 1)
     shares = {
         "all-reduce": 2 * (group - 1) / group,

@@ -23,6 +23,9 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.tools.plan.hlo import Cost, Program
 from dcjax.types import Batch, Rollout
 
+EXPERT_KERNELS = ("ragged-dot", "tgmm")
+"""Parts of the names of the kernels that multiply rows by their experts' matrices."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -103,19 +106,28 @@ def _programs(
     counting = {
         "unknown_trips": microbatches(config, mean_response),
         "attended": attended(config, mean_response),
+        "kernel_fill": _routed(config.mesh.expert),
     }
     yield "train_step", lambda: _planned("train_step", lambda: step.lower(state, batch), 1, **counting)
     for name, lower, runs in engine.lowered_sync(state.params):
         yield name, partial(_planned, name, lower, runs)
     params = engine.abstract_params()
-    yield "prefill", lambda: _planned("prefill", lambda: engine.lower_prefill(params, rollout.prompts), 1)
+    routed = _routed(serving.tensor)
+    prefill = partial(engine.lower_prefill, params, rollout.prompts)
+    yield "prefill", lambda: _planned("prefill", prefill, 1, kernel_fill=routed)
     turns = rollout.sequences * mean_response / (serving.slots * serving.steps_per_call)
     lengths = response_lengths(config, mean_response)
     # of a slot's steps, each with what it has sampled by then
     seen = rollout.max_prompt_length + np.square(lengths).sum() / lengths.sum() / 2
     filled = min(seen / engine.decoder.capacity, 1.0)
-    fill = {"ragged_attention": filled}
+    fill = {"ragged_attention": filled} | routed
     yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
+
+
+def _routed(devices: int) -> dict[str, float]:
+    """The share of their rows that experts' kernels multiply on each of so many devices that share the experts, where
+    tokens choose all as often: a device has room for the rows of all."""
+    return dict.fromkeys(EXPERT_KERNELS, 1 / devices)
 
 
 def response_lengths(config: Config, mean_response: float) -> np.ndarray:

@@ -221,6 +221,18 @@ ENTRY %main (x: f32[8]) -> f32[2] {
     assert (one.kind, one.bytes) == ("reduce-scatter", 3 * 2 * 4)
 
 
+def test_of_what_there_is_room_for_in_a_ragged_all_to_all_only_what_travels_counts():
+    text = """\
+ENTRY %main (x: f32[8], room: f32[32]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  %room = f32[32]{0} parameter(1)
+  ROOT %y = f32[32]{0} ragged-all-to-all(%x, %room), replica_groups=[1,4]<=[4]
+}
+"""
+    (one,) = Program(text).cost.collectives
+    assert one.bytes == 8 * 4 * 3 / 4
+
+
 def test_a_counter_that_cannot_be_followed_is_an_error_rather_than_a_guess():
     hidden = LOOP.replace("%next = u32[] add(%i, %two)", "%next = u32[] fusion(%i), kind=kLoop, calls=%hidden")
     with pytest.raises(ValueError, match="what the loop body adds to its counter is not seen"):

@@ -10,9 +10,10 @@ import tiny
 from dcjax.cli import main
 from dcjax.models.parameters import active_params, count_params
 from dcjax.sharding.mesh import MeshConfig
+from dcjax.sharding.rules import RULES
 from dcjax.tools.plan.chips import CHIPS, chip_of
 from dcjax.tools.plan.hlo import Collective
-from dcjax.tools.plan.plan import make_plan, seconds_of
+from dcjax.tools.plan.plan import Place, make_plan, seconds_of
 from dcjax.tools.plan.programs import attended, for_tpu, microbatches, response_lengths
 from dcjax.tools.plan.tables import to_json, to_text
 
@@ -165,6 +166,25 @@ def test_responses_are_spread_about_their_mean(mean, shortest, longest):
     lengths = response_lengths(CONFIG, mean)
     assert (len(lengths), lengths.min(), lengths.max()) == (CONFIG.rollout.sequences, shortest, longest)
     assert lengths.mean() == pytest.approx(mean, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_sharding_rule_that_is_missing_does_not_fit(monkeypatch):
+    """A billion parameters with Adam's moments and gradients are 16 GB, more than a chip's 95%; a quarter is little."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 16_384, "num_layers": 10, "num_heads": 4, "num_kv_heads": 4}
+    model = replace(CONFIG.model, remat="full", **sizes)
+    config = replace(CONFIG, model=model, mesh=MeshConfig(tensor=4))
+    assert 1.0e9 < count_params(model) < 1.2e9
+
+    def planned():
+        (step,) = Place.of(config, SLICE).plan(MEAN, lambda line: None, {"train_step"})
+        return step
+
+    split = planned()
+    monkeypatch.setitem(RULES, "mlp", None)
+    whole = planned()
+    assert split.fits and not whole.fits
+    assert whole.planned.peak_bytes > 2.5 * split.planned.peak_bytes
 
 
 def test_a_mean_response_needs_as_many_microbatches_as_packing_cuts():
