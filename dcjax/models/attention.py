@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from dcjax.models.branches import one_of
 from dcjax.models.config import AttentionKernel
 from dcjax.models.layers import attend_grouped, pad_columns, round_up
 from dcjax.types import Array, Bins
@@ -163,7 +164,7 @@ def causal_attention(
         return _attend_in_bins(attend, bins, segments, q, k, v)
     assert segments.halvings is not None
     by_halvings = [partial(_attend_in_bins, attend, bins.halved(times)) for times in range(bins.halvings + 1)]
-    return _one_of(by_halvings, segments.halvings[0, 0], segments, q, k, v)
+    return one_of(by_halvings, segments.halvings[0, 0], segments, q, k, v)
 
 
 def _attend_in_bins(attend: Callable[..., Array], bins: Bins, segments: Segments, *operands: Array) -> Array:
@@ -175,32 +176,6 @@ def _attend_in_bins(attend: Callable[..., Array], bins: Bins, segments: Segments
 def _cut(x: Array, width: int) -> Array:
     """[B, S, ...] -> [N, W, ...], padded behind."""
     return pad_columns(x.reshape(1, -1, *x.shape[2:]), width).reshape(-1, width, *x.shape[2:])
-
-
-def _one_of(functions: Sequence[Callable[..., Array]], number: Array, segments: Segments, *operands: Array) -> Array:
-    """One of some functions of segments and operands.
-
-    Its backward pass computes the function again. JAX would keep, for each of the functions, what its backward pass
-    needs, and zeros for all that were not called.
-    """
-
-    @jax.custom_vjp
-    def call(number, segments, *operands):
-        return lax.switch(number, functions, segments, *operands)
-
-    def forward(*args):
-        return call(*args), args
-
-    def pull(function, gradient, segments, *operands):
-        return jax.vjp(partial(function, segments), *operands)[1](gradient)
-
-    def backward(args, gradient):
-        number, segments, *operands = args
-        pulls = [partial(pull, function) for function in functions]
-        return None, None, *lax.switch(number, pulls, gradient, segments, *operands)
-
-    call.defvjp(forward, backward)
-    return call(number, segments, *operands)
 
 
 def _xla(

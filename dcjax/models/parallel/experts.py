@@ -1,7 +1,8 @@
 """Experts split over devices: every row travels to the device of its expert and back, however many choose the same one.
 
-Nothing is dropped: the buffer that a device receives into has room for all rows of all devices. Rows travel as slices,
-one for each (sender, expert), and land sorted by expert, so that nothing is sorted again on arrival.
+Nothing is dropped: where a device receives more than `ROOM` times its even share, all receive into buffers with room
+for all rows of all devices. Rows travel as slices, one for each (sender, expert), and land sorted by expert, so that
+nothing is sorted again on arrival.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, Shaped
 
-from dcjax.models.moe import GroupedDot, SwiGLU, mix_rows, swiglu
+from dcjax.models.branches import one_of
+from dcjax.models.moe import GroupedDot, mix_rows, swiglu
 from dcjax.types import Array
+
+ROOM = 2
+"""Times its even share of the rows that a device has room for, unless one needs more.
+
+Buffers are written and read whole, whatever arrives: with room for the worst, eight chips move four times as much.
+"""
 
 
 class Axes(NamedTuple):
@@ -61,6 +69,7 @@ def outward(counts: Int[Array, "P E"]) -> Slices:
 
 def mix_sharded(
     axes: Axes,
+    everyone: tuple[str, ...],
     num_experts: int,
     grouped_dot: GroupedDot,
     x: Float[Array, "b s D"],
@@ -72,6 +81,7 @@ def mix_sharded(
 
     Args:
       axes: how the kernels are split.
+      everyone: all axes of the mesh.
       num_experts: the number of experts on all devices.
       grouped_dot: the product with each of the three kernels.
       x: this device's tokens, the same ones along `axes.width`.
@@ -88,21 +98,36 @@ def mix_sharded(
     )
     through = partial(swiglu, whole, grouped_dot)
     if lax.axis_size(axes.expert) > 1:
-        through = partial(_through_owners, axes.expert, through)
+        through = partial(_through_owners, axes.expert, everyone, whole, grouped_dot)
     partial_sums = mix_rows(x, experts, weights, num_experts, through)
     return lax.psum_scatter(partial_sums, axes.width, scatter_dimension=2, tiled=True)
 
 
 def _through_owners(
-    axis: str, through: SwiGLU, rows: Float[Array, "N D"], counts: Int[Array, "E"]
+    axis: str,
+    everyone: tuple[str, ...],
+    kernels: tuple[Array, Array, Array],
+    grouped_dot: GroupedDot,
+    rows: Float[Array, "N D"],
+    counts: Int[Array, "E"],
 ) -> Float[Array, "N D"]:
     """The rows' outputs, computed where their experts are; `counts` is how many of these rows each expert has."""
     all_counts = lax.all_gather(counts, axis)
     devices, experts = all_counts.shape
-    slices = outward(all_counts)
     owned = jnp.sum(all_counts, axis=0).reshape(devices, experts // devices)[lax.axis_index(axis)]
-    received = exchange(rows, slices, devices * len(rows), axis)
-    return exchange(through(received, owned), slices.back(), len(rows), axis)
+
+    def compute(room, tables, rows, *kernels):
+        slices, owned = tables
+        received = exchange(rows, slices, room, axis)
+        return exchange(swiglu(kernels, grouped_dot, received, owned), slices.back(), len(rows), axis)
+
+    rooms = [len(rows) * times for times in sorted({min(ROOM, devices), devices})]
+    tables = outward(all_counts), owned
+    if len(rooms) == 1:
+        return compute(rooms[0], tables, rows, *kernels)
+    # the same on all devices of the mesh, which take part in each other's collectives
+    number = lax.pmax(jnp.sum(owned) > rooms[0], everyone).astype(jnp.int32)
+    return one_of([partial(compute, room) for room in rooms], number, tables, rows, *kernels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

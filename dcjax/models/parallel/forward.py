@@ -131,7 +131,7 @@ def _mixture(
     out = partition_spec(PartitionSpec("experts", "expert_mlp", "embed"))
     tokens = partition_spec(PartitionSpec("batch", "sequence", None))
     mix = jax.shard_map(
-        partial(mix_sharded, Axes(*into), routing.probabilities.shape[-1], grouped_dot),
+        partial(mix_sharded, Axes(*into), mesh.axis_names, routing.probabilities.shape[-1], grouped_dot),
         mesh=mesh,
         in_specs=(tokens, tokens, tokens, (into, into, out)),
         out_specs=partition_spec(PartitionSpec("batch", "sequence", "expert_mlp")),

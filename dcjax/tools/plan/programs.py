@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dcjax.errors import RunError
 from dcjax.models.attention import choose
 from dcjax.models.config import DTYPES
+from dcjax.models.parallel.experts import ROOM
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
@@ -106,7 +107,7 @@ def _programs(
     counting = {
         "unknown_trips": microbatches(config, mean_response),
         "attended": attended(config, mean_response),
-        "kernel_fill": _routed(config.mesh.expert),
+        "kernel_fill": _routed(min(config.mesh.expert, ROOM)),
     }
     yield "train_step", lambda: _planned("train_step", lambda: step.lower(state, batch), 1, **counting)
     for name, lower, runs in engine.lowered_sync(state.params):
@@ -124,10 +125,9 @@ def _programs(
     yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
 
 
-def _routed(devices: int) -> dict[str, float]:
-    """The share of their rows that experts' kernels multiply on each of so many devices that share the experts, where
-    tokens choose all as often: a device has room for the rows of all."""
-    return dict.fromkeys(EXPERT_KERNELS, 1 / devices)
+def _routed(room: int) -> dict[str, float]:
+    """The share of their rows that experts' kernels multiply where these have room for so many times what arrives."""
+    return dict.fromkeys(EXPERT_KERNELS, 1 / room)
 
 
 def response_lengths(config: Config, mean_response: float) -> np.ndarray:

@@ -85,6 +85,13 @@ def test_no_token_is_dropped_where_all_choose_the_same(name, favourites):
     assert_same(program(name)(PARAMS, X, crowded), program(None)(PARAMS, X, crowded))
 
 
+def test_the_favourites_need_more_room_than_the_choices_that_are_made():
+    """So that the two tests above go through both rooms, of four devices with two experts each."""
+    for chosen, exceeds in ((own_choices(), False), (np.broadcast_to([0, 1], (*X.shape[:2], K)), True)):
+        owned = np.bincount(chosen.reshape(-1) // 2, minlength=4)
+        assert (owned.max() > experts.ROOM * chosen.size / 4) == exceeds
+
+
 def test_experts_stay_where_they_are():
     """No device holds kernels of more than its own experts, and their widths are cut too."""
     text = program("expert 4 × tensor 2").lower(PARAMS, X, own_choices()).compile().as_text()
