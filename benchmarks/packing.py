@@ -9,6 +9,9 @@ The model and GRPO's step are those of peers/model.py, the responses ragged: log
 - limit: the same where the limit is 64, 128, 256 and 512 tokens, and the batch is the one of 8 times the rows: the same
   responses, with more columns behind them. A doubling costs 5% at most.
 - host: packing alone, as a share of the update that it is for; 2% at most.
+- shares: how much of what 64 devices with two rows each compute holds a token, and 16 with eight each, where responses
+  are uniform in [0, 8192]: with rows where the batch's order puts them, and dealt as packing does; on TPUs, whose bins
+  are not halved.
 - memory: what XLA plans for the compiled step at once, against a step that takes 16 rows as they are into a microbatch.
 
 How they are timed is said in timing.py.
@@ -18,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,17 @@ from dcjax.models import init_params, token_logps
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
+from dcjax.rl.packing import Packing
 from dcjax.rl.step import PolicyOutputs
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Params, Sequences
 
 RESULTS = Path(__file__).parent / "results"
 GROWTH = (1, 2, 4, 8)
+LIMIT, GROUP_SIZE, BATCHES = 8192, 8, 20
+"""Of shares: the longest response, responses to a prompt, and batches drawn."""
+SHARES = {64: 2, 16: 8}
+"""Devices, and rows of an update that each has."""
 UNPACKED_ROWS = 16
 """Rows of a microbatch that is not packed, with which recipes trained by default."""
 MEBIBYTE = 2**20
@@ -129,7 +137,7 @@ def compare_times(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         title: str, line: list[Work], name: Callable[[Work], str], goal: str, per: Callable[[Work], float]
     ) -> dict[str, Any]:
         rows = [row(name(line[0]), cpu[line[0]], np.min)]
-        for before, after in pairwise(line):
+        for before, after in itertools.pairwise(line):
             cost = {of: cpu[of] / per(of) for of in (before, after)}
             rows.append(row(name(after), cpu[after], np.min, ratio(cost[after], cost[before], name(before), goal)))
         return {"title": title, "unit": "CPU-ms", "rows": rows, "notes": [note(of) for of in line]}
@@ -148,6 +156,53 @@ def compare_times(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "limit": [[of.limit, float(np.median(cpu[of]))] for of in by_limit],
     }
     return tables, points
+
+
+# --- shares ---
+
+
+def compare_shares() -> dict[str, Any]:
+    """Filled columns in percent, of each batch, without and with balance."""
+    rows = []
+    for (shares, each), prompt in itertools.product(SHARES.items(), (1024, 150)):
+        for columns in (9216, 10_240, 13_312, 17_408):
+            packing = Packing.fitting(
+                prompt_length=prompt,
+                response_length=LIMIT,
+                rows=shares * each,
+                group_size=GROUP_SIZE,
+                tokens_per_microbatch=columns,
+                shares=shares,
+                platform="tpu",
+                masked=False,
+            )
+            filled = 100 * np.array([_filled(packing, prompt, shares * each, seed) for seed in range(BATCHES)])
+            in_order, balanced = filled.T
+            name = f"{shares} × {each}, prompt {prompt}, F {columns}"
+            rows.append(row(f"{name}, in order", in_order, np.max))
+            rows.append(row(f"{name}, balanced", balanced, np.max, ratio(balanced, in_order, "in order", ">= 1")))
+    return {"title": "shares: columns filled", "unit": "%", "rows": rows, "notes": []}
+
+
+def _filled(packing: Packing, prompt: int, rows: int, seed: int) -> tuple[float, float]:
+    """The filled share of the columns, where each share is packed alone in the batch's order, and as packing says."""
+    lengths = np.random.default_rng(seed).integers(0, LIMIT + 1, rows)
+    mask = np.concatenate([np.ones((rows, prompt), bool), np.arange(LIMIT) < lengths[:, None]], axis=1)
+    tokens = np.where(mask, (np.arange(rows) // GROUP_SIZE)[:, None], 0).astype(np.int32)
+    scalars = np.zeros(rows, np.float32)
+    sequences = Sequences(tokens, mask, mask[:, prompt:], np.zeros((rows, LIMIT), np.float32), scalars)
+    batch = Batch.of(sequences, rewards=scalars, group_size=GROUP_SIZE)
+    packed, alone = packing(batch), Packing(packing.bins)
+    parts = [jax.tree.map(lambda x, of=of: x[of], batch) for of in np.split(np.arange(rows), packing.shares)]
+    in_order = max(_count(alone(part)) for part in parts)
+    filled = packing.filled(packed)
+    return filled * _count(packed) / in_order, filled
+
+
+def _count(packed: Batch) -> int:
+    """Microbatches that all shares compute in the only update."""
+    assert packed.microbatches is not None
+    return int(np.asarray(packed.microbatches.count).max())
 
 
 # --- memory ---
@@ -236,7 +291,7 @@ def main() -> None:
     keep_freed_memory()
     pin(args.cores)
     tables, points = compare_times(args.rounds)
-    tables.append(compare_memory())
+    tables += [compare_shares(), compare_memory()]
     print(table(tables))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     figures = {"environment": environment(args), "comparisons": tables, "growth": points}

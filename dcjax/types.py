@@ -122,6 +122,8 @@ class Microbatches:
     # numbers within the share, -1 where there are fewer rows
     rows: Int[Array, "D updates M R"]
     places: Places
+    # of each row of a share, the number that it had in the batch before packing moved it; None where none may move
+    order: Int[Array, "D updates rows"] | None = None
 
 
 @flax.struct.dataclass

@@ -39,7 +39,7 @@ class HeadQuantity:
 
 @flax.struct.dataclass
 class Iteration:
-    """All responses of one training iteration, before any update."""
+    """All responses of one training iteration, before any update, those of a prompt side by side."""
 
     batch: Batch
     # log-probs of the training policy at the rollout's weights

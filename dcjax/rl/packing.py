@@ -4,11 +4,15 @@ Responses are of many lengths, and the G of a group have their prompt in common.
 padding: the tokens of several rows share a bin, each prompt stands once in a microbatch, and all its responses there
 attend to it. Bins are filled first-fit, longest response first. They are as wide as the longest row may be; where all
 rows of a microbatch are short, they are halved for attention, whose cost grows with their width, once or several times.
+
+Devices wait for the one that has most microbatches. So the rows of a minibatch are dealt to them anew, the longest
+first, where all need fewer then than by the order of the batch; the batch's rows are moved accordingly.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -53,6 +57,10 @@ class Place(NamedTuple):
     response: int
     prompt: int
     gathered: int
+
+
+Cuts = list[tuple[int, list[Place]]]
+"""The microbatches of a share: how often the bins of each are halved, and the rows in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +142,9 @@ class Packing:
     def __call__(self, batch: Batch) -> Batch:
         """The batch, which is on the host, with its microbatches; equal batches are cut alike.
 
+        Rows move to other shares of their minibatch where these then need fewer microbatches, as `Microbatches.order`
+        says; a single share's never do.
+
         Raises:
           ValueError: a row that has no prompt, padding between tokens, or tokens for which a microbatch has no room.
         """
@@ -141,16 +152,19 @@ class Packing:
         parts, shape = self._parts(len(rows)), self._shape(len(rows))
         counts, halvings = np.zeros(shape[:2], np.int32), np.zeros(shape[:3], np.int32)
         table = np.full((*shape, len(Place._fields)), -1, np.int32)
-        for update, share in np.ndindex(parts.shape[:2]):
-            numbers = {row: number for number, row in enumerate(parts[update, share].tolist())}
-            cuts = _cut([rows[at] for at in parts[update, share]], self.bins)
-            counts[share, update] = len(cuts)
-            for at, (times, placed) in enumerate(cuts):
-                places = [place._replace(row=numbers[place.row]) for place in placed]
-                table[share, update, at, : len(places)], halvings[share, update, at] = places, times
+        order = np.zeros(shape[:3], np.int32)
+        for update, minibatch in enumerate(parts):
+            dealt = [[rows[at] for at in share] for share in minibatch]
+            for share, (mine, cuts) in enumerate(_cut_shares(dealt, self.bins)):
+                numbers = {row.number: number for number, row in enumerate(mine)}
+                order[share, update], counts[share, update] = list(numbers), len(cuts)
+                for at, (times, placed) in enumerate(cuts):
+                    places = [place._replace(row=numbers[place.row]) for place in placed]
+                    table[share, update, at, : len(places)], halvings[share, update, at] = places, times
         numbers, responses, prompts, gathered = np.moveaxis(table, -1, 0)
         places = Places(responses, prompts, gathered, numbers >= 0, halvings)
-        return dataclasses.replace(batch, microbatches=Microbatches(counts, numbers, places))
+        microbatches = Microbatches(counts, numbers, places, order if self.shares > 1 else None)
+        return dataclasses.replace(_moved(batch, parts, order), microbatches=microbatches)
 
     def abstract(self, rows: int, sharding: jax.sharding.Sharding | None = None) -> Microbatches:
         """The shapes and dtypes of the microbatches of a batch with so many rows."""
@@ -158,19 +172,19 @@ class Packing:
         def table(axes: int, dtype: type = np.int32) -> Any:
             return jax.ShapeDtypeStruct(self._shape(rows)[:axes], dtype, sharding=sharding)
 
-        number = table(4)
-        return Microbatches(table(2), number, Places(number, number, number, table(4, np.bool_), table(3)))
+        number, order = table(4), table(3) if self.shares > 1 else None
+        return Microbatches(table(2), number, Places(number, number, number, table(4, np.bool_), table(3)), order)
 
     def filled(self, batch: Batch) -> float:
         """The share of a packed batch's computed columns that hold a token; a prompt counts once for its group."""
         assert batch.microbatches is not None
         computed = batch.microbatches.count.max(axis=0).sum() * self.shares * self.bins.columns
-        prompts = np.asarray(batch.prompt_mask).sum(axis=1)[:: self.group_size] - 1
+        prompts = (np.asarray(batch.prompt_mask).sum(axis=1) - 1).sum() / self.group_size
         responses = np.asarray(batch.attention_mask).sum() - np.asarray(batch.prompt_mask).sum()
-        return float((prompts.sum() + responses) / computed)
+        return float((prompts + responses) / computed)
 
     def _parts(self, rows: int) -> Int[np.ndarray, "updates D rows"]:
-        """The rows of each minibatch that each share computes."""
+        """Which rows of the batch are those of each minibatch that each share computes."""
         dealt = np.arange(rows).reshape(-1, self.updates, self.group_size).swapaxes(0, 1)
         return dealt.reshape(self.updates, self.shares, -1)
 
@@ -228,12 +242,65 @@ def _prompt_ids(batch: Batch, length: int) -> list[int]:
     return ids
 
 
-def _cut(rows: Sequence[Row], bins: Bins) -> list[tuple[int, list[Place]]]:
-    """The microbatches of one share, and how often their bins are halved: each takes from the next rows in order, until
-    all have a place."""
+def _moved(batch: Batch, parts: Int[np.ndarray, "updates D rows"], order: Int[np.ndarray, "D updates rows"]) -> Batch:
+    """The batch with row `order[d, u, n]` in the place of `parts[u, d, n]`; itself where they are the same."""
+    rows = np.empty(parts.size, np.int32)
+    rows[parts] = order.swapaxes(0, 1)
+    return batch if (rows == np.arange(len(rows))).all() else jax.tree.map(lambda leaf: np.asarray(leaf)[rows], batch)
+
+
+def _cut_shares(dealt: list[list[Row]], bins: Bins) -> list[tuple[list[Row], Cuts]]:
+    """The rows of each share of a minibatch, and its microbatches: of the rows that it was dealt, in their order; or of
+    others, in any order, where the share that has most microbatches then has fewer."""
+    kept = [(rows, _cut(rows, bins, in_order=True)) for rows in dealt]
+    if len(dealt) == 1 or _most(kept) == 1:
+        return kept
+    balanced = [(rows, _cut(rows, bins, in_order=False)) for rows in _balance(dealt)]
+    return min(kept, balanced, key=_most)
+
+
+def _most(shares: list[tuple[list[Row], Cuts]]) -> int:
+    """Microbatches of the share that has most, which is what all compute."""
+    return max(len(cuts) for _, cuts in shares)
+
+
+def _balance(dealt: list[list[Row]]) -> list[list[Row]]:
+    """The same rows, as many for each share, that need about as many columns: the longest response first, each goes to
+    the share that needs fewest with it, where a prompt that the share has already costs nothing."""
+    shares = [_Share(len(rows)) for rows in dealt]
+    for row in sorted(itertools.chain.from_iterable(dealt), key=lambda row: -row.response):
+        min((share for share in shares if share.room), key=lambda share: share.columns_with(row)).take(row)
+    return [sorted(share.rows) for share in shares]
+
+
+class _Share:
+    """The rows that a share is given, of which it takes a fixed number."""
+
+    def __init__(self, size: int):
+        self.rows: list[Row] = []
+        self._size, self._columns, self._prompts = size, 0, set()
+
+    @property
+    def room(self) -> bool:
+        """Whether it takes another one."""
+        return len(self.rows) < self._size
+
+    def columns_with(self, row: Row) -> int:
+        """Columns that it needs with another row."""
+        return self._columns + row.response + (0 if row.prompt_id in self._prompts else row.prompt)
+
+    def take(self, row: Row) -> None:
+        """Takes it."""
+        self._columns = self.columns_with(row)
+        self._prompts.add(row.prompt_id)
+        self.rows.append(row)
+
+
+def _cut(rows: Sequence[Row], bins: Bins, *, in_order: bool) -> Cuts:
+    """The microbatches of one share: each takes from the next rows in order, or from all, until all have a place."""
     left, microbatches = list(rows), []
     while left:
-        pool = _pool(left, bins.columns)
+        pool = _pool(left, bins.columns) if in_order else left
         times = next(n for n in range(bins.halvings, -1, -1) if all(_fits(row, bins.halved(n)) for row in pool))
         placed = _fill(pool, bins.halved(times))
         taken = {place.row for place in placed}

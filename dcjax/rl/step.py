@@ -216,6 +216,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     _check_requirements(spec.requires, state, batch)
     # the cut of each minibatch, first by updates
     cuts = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches)
+    numbers = _row_numbers(cuts, spec.group_size)
     batch = dataclasses.replace(batch, microbatches=None)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
@@ -227,7 +228,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
         sampling_params = state.history[0] if spec.ahead else state.params
         old_logps = _recompute_logps(spec, sampling_params, minibatches, cuts)
         whole = _merge_rows((old_logps, reference_logps), spec.group_size)
-        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole))
+        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole), numbers)
         shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
 
     def update(state: TrainState, inputs: tuple[Rows, Microbatches | None]) -> tuple[TrainState, UpdateOutputs]:
@@ -241,7 +242,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     outputs = outputs._replace(rows=_merge_rows(outputs.rows, spec.group_size))
     old_logps = outputs.rows.logps if old_logps is None else _merge_rows(old_logps, spec.group_size)
     trained = dataclasses.replace(trained, grad_norm_smoothed=_smoothed_grad_norm(state, outputs.grad_norm))
-    metrics = _metrics(spec, batch, old_logps, outputs, before=state, after=trained)
+    metrics = _metrics(spec, batch, old_logps, outputs, numbers, before=state, after=trained)
     history = (*state.history, state.params)[1:] if state.history else ()
     return dataclasses.replace(trained, step=state.step + 1, history=history), metrics
 
@@ -253,15 +254,31 @@ def _check_requirements(requires: Requirements, state: TrainState, batch: Batch)
         raise ValueError("the objective requires candidate_tokens; the batch has none, so sample with a top_k")
 
 
-def _iteration_quantities(requires: Requirements, iteration: Iteration) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The quantities that are computed before the first gradient: scalars, and those by row or token."""
+def _row_numbers(cuts: Microbatches | None, group_size: int) -> Array | None:
+    """int32 [B]: the number that each row had before packing moved it; None where it moves none."""
+    if cuts is None or cuts.order is None:
+        return None
+    return _merge_rows(cuts.order.reshape(len(cuts.order), -1), group_size)
+
+
+def _iteration_quantities(
+    requires: Requirements, iteration: Iteration, numbers: Array | None
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The quantities that are computed before the first gradient: scalars, and those by row or token.
+
+    They see rows in the order that these had before packing moved them, those of a prompt side by side.
+    """
     scalars, by_row = {}, {}
+    if numbers is not None:
+        iteration = jax.tree.map(lambda x: x[jnp.argsort(numbers)], iteration)
     shapes = ((), iteration.batch.rewards.shape, iteration.old_logps.shape)
     for name, compute in requires.of_iteration.items():
         computed = jax.lax.stop_gradient(compute(iteration))
         if computed.shape not in shapes:
             raise ValueError(f"the quantity {name!r} has the shape {computed.shape}; it must be [], [B] or [B, T]")
         (by_row if computed.shape else scalars)[name] = computed
+    if numbers is not None:
+        by_row = jax.tree.map(lambda x: x[numbers], by_row)
     return scalars, by_row
 
 
@@ -367,7 +384,14 @@ def _sum_present(aggregate: Aggregation, losses: Array, mask: Array, present: Ar
 
 
 def _metrics(
-    spec: StepSpec, batch: Batch, old_logps: Array, outputs: UpdateOutputs, *, before: TrainState, after: TrainState
+    spec: StepSpec,
+    batch: Batch,
+    old_logps: Array,
+    outputs: UpdateOutputs,
+    numbers: Array | None,
+    *,
+    before: TrainState,
+    after: TrainState,
 ) -> Metrics:
     """Metrics of an iteration; λ, budget, loss scale and learning rate are those that its updates used."""
     metrics = _row_metrics(spec, batch, old_logps, outputs.rows) | _optimizer_metrics(before)
@@ -378,7 +402,7 @@ def _metrics(
         # not finite where an update overflowed, which the loss shows only one step later
         "param_norm": optax.tree.norm(after.params),
         "dual/discrepancy": spec.batch_discrepancy(old_logps, batch),
-        "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask),
+        "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask, numbers),
     }
     if "dual/budget" in metrics:
         against_budget = budget_metrics(
@@ -438,10 +462,15 @@ def _mean_response_length(batch: Batch) -> Array:
     return jnp.mean(jnp.sum(batch.response_mask, axis=1).astype(jnp.float32))
 
 
-def _first_nonfinite(logps: Array, mask: Array) -> Array:
-    """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 if all are finite."""
-    bad = (mask & ~jnp.isfinite(logps)).reshape(-1)
-    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+def _first_nonfinite(logps: Array, mask: Array, numbers: Array | None) -> Array:
+    """int32 []: the first response token, counted row by row, whose log-prob is not finite; −1 if all are finite.
+
+    Rows have these numbers, [B], or are counted as they come.
+    """
+    bad, (rows, length) = mask & ~jnp.isfinite(logps), logps.shape
+    numbers = jnp.arange(rows) if numbers is None else numbers
+    first = jnp.min(jnp.where(bad, numbers[:, None] * length + jnp.arange(length), bad.size))
+    return jnp.where(first < bad.size, first, -1)
 
 
 def _split_rows(tree, parts: int, unit: int):

@@ -62,12 +62,13 @@ def in_bins(model, bins, layout, batch, places, weights, params):
 
 def check(model, batch, *, bins=BINS, mesh=None, shares=1):
     """Scores, router metrics and summed gradients of all microbatches are those of the whole batch by rows."""
+    batch = Packing(bins, shares, 1, G)(batch)
+    microbatches, batch = batch.microbatches, dataclasses.replace(batch, microbatches=None)
     params, rng = tiny.masters(model), np.random.default_rng(1)
     weights = np.where(batch.response_mask, rng.normal(size=(len(batch.rewards), T)), 0).astype(np.float32)
     differentiate = partial(jax.grad, has_aux=True)
     expected_grads, expected = compiled(differentiate(partial(by_rows, model, batch, weights)), params)
     layout = mesh_layout(make_mesh(mesh or MeshConfig()))
-    microbatches = Packing(bins, shares, 1, G)(batch).microbatches
     assert microbatches.count.max() > 1
     halvings = microbatches.places.halvings[:, 0][(microbatches.rows[:, 0] >= 0).any(axis=-1)]
     assert set(halvings.tolist()) == set(range(bins.halvings + 1))

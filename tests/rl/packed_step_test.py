@@ -1,6 +1,7 @@
 """The step on packed rows against the step on rows as they are: gradients, λ, δ̄ and every metric, of all objectives."""
 
 import dataclasses
+import itertools
 from functools import cache, partial
 
 import jax
@@ -17,7 +18,7 @@ from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
-from dcjax.rl import Packing, PolicyOutputs
+from dcjax.rl import IterationQuantity, Packing, PolicyOutputs, Requirements
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Bins, TrainState
 
@@ -88,7 +89,7 @@ def bigram(table, batch):
     return PolicyOutputs(logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {"seen": batch.rewards + 1})
 
 
-def bigram_step(objective, batch, updates):
+def bigram_step(objective, batch, updates, table=TABLE):
     """One step of gradient descent; with several updates, old log-probs are computed by microbatches too."""
     tx = optax.chain(
         optax.trace(decay=1.0), optax.scale(-1.0), *([objective.ascent] if objective.ascent is not None else [])
@@ -96,7 +97,7 @@ def bigram_step(objective, batch, updates):
     tx = optax.with_extra_args_support(tx)
     step = build.make_step(objective, bigram, tx, group_size=G, updates=updates)
     reference = jnp.asarray(TABLE + 0.1) if objective.requires.reference_logps else None
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(TABLE), tx.init(TABLE), jnp.zeros(()), reference)
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(table), tx.init(table), jnp.zeros(()), reference)
     return jax.jit(step).lower(state, batch).compile(UNOPTIMISED)(state, batch)
 
 
@@ -116,17 +117,86 @@ def test_every_objective_sees_rows_as_they_are(name, updates):
     same_gradients(expected, found, "trace")
 
 
-def test_shares_are_cut_each_by_itself():
-    """Two shares that need unequal numbers of microbatches, in one program without a mesh."""
-    objective, batch = build.objective_of(Config(objective=ObjectiveConfig(**COMMON))), make_batch()
+def unequal_batch():
+    """Short responses in the first half of the rows."""
+    batch = make_batch()
     mask = batch.attention_mask.copy()
     mask[: ROWS // 2, P + 2 :] = False
+    return dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
+
+
+def test_shares_are_cut_each_by_itself():
+    """Two shares that need unequal numbers of microbatches, in one program without a mesh: seven long responses, of
+    which no two share a microbatch."""
+    objective, batch = build.objective_of(Config(objective=ObjectiveConfig(**COMMON))), make_batch()
+    mask = batch.attention_mask.copy()
+    mask[:, P:] = np.where(np.arange(ROWS)[:, None] < 7, np.arange(T) < T - 1, np.arange(T) < 2)
     batch = dataclasses.replace(batch, attention_mask=mask, response_mask=mask[:, P:])
-    packed = Packing(Bins(2 * T, T, T, 4), shares=2, group_size=G)(batch)
-    assert packed.microbatches.count[0] < packed.microbatches.count[1]
+    packed = Packing(Bins(30, 30, T, 8), shares=2, group_size=G)(batch)
+    assert packed.microbatches.count.tolist() == [[4], [3]]
     expected, found = (bigram_step(objective, rows, 1) for rows in (batch, packed))
     check(expected, found)
     same_gradients(expected, found, "trace")
+
+
+def group_spread(iteration):
+    """By token: its log-prob's distance from the mean of its group, whose rows stand side by side."""
+    grouped = jnp.where(iteration.batch.response_mask, iteration.old_logps, 0).reshape(-1, G, T)
+    return (grouped - grouped.mean(axis=(1, 2), keepdims=True)).reshape(-1, T)
+
+
+def number(iteration):
+    """By row: its number."""
+    return jnp.arange(len(iteration.batch.rewards), dtype=jnp.float32)
+
+
+def with_quantities(objective):
+    """The objective with advantages that depend on the place of a row in its iteration."""
+    quantities = tuple(IterationQuantity(compute.__name__, compute) for compute in (group_spread, number))
+
+    def transform(terms, context):
+        terms = objective.transform(terms, context)
+        spread, numbers = (context.quantities[compute.__name__] for compute in (group_spread, number))
+        # a row's metric that is zero unless its number came with it
+        metrics = terms.metrics | {"weighted": numbers * context.batch.rewards}
+        return dataclasses.replace(
+            terms, advantages=terms.advantages + spread * (1 + numbers[:, None]), metrics=metrics
+        )
+
+    return dataclasses.replace(objective, transform=transform, requires=Requirements(quantities=quantities))
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_rows_that_moved_to_other_shares_are_seen_in_their_order(updates):
+    objective, batch = build.objective_of(Config(objective=ObjectiveConfig(**COMMON))), unequal_batch()
+    packed = Packing(Bins(2 * T, T, T, 4), shares=2, updates=updates, group_size=G)(batch)
+    assert (packed.tokens != batch.tokens).any(axis=1).sum() > ROWS / 4
+    expected, found = (bigram_step(with_quantities(objective), rows, updates) for rows in (batch, packed))
+    check(expected, found)
+    same_gradients(expected, found, "trace")
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_moved_row_whose_log_prob_is_not_finite_is_named_by_its_place_in_the_batch(updates):
+    objective = build.objective_of(Config(objective=ObjectiveConfig(**COMMON)))
+    packed = Packing(Bins(2 * T, T, T, 4), shares=2, updates=updates, group_size=G)(unequal_batch())
+    numbered = Packing(Bins(2 * T, T, T, 4), shares=2, updates=updates, group_size=G)(
+        dataclasses.replace(unequal_batch(), rewards=np.arange(ROWS, dtype=np.float32))
+    )
+    moved = numbered.rewards.astype(int)
+    # the first of these two as they were sampled is the second as they are packed, and neither is where it was
+    places = np.flatnonzero(moved != np.arange(ROWS))
+    pairs = ((a, b) for a, b in itertools.combinations(places, 2) if moved[b] < moved[a] and moved[b] != a)
+    broken = next(pairs)
+    lengths, tokens = packed.response_mask.sum(axis=1), packed.tokens.copy()
+    tokens[tokens == 5] = 4
+    for row in broken:
+        tokens[row, P - 1 + lengths[row] - 1] = 5
+    table = TABLE.copy()
+    table[5] = np.nan
+    batch = dataclasses.replace(packed, tokens=tokens)
+    _, metrics = bigram_step(objective, batch, updates, table=table)
+    assert divmod(int(metrics["nonfinite_at"]), T) == (moved[broken[1]], lengths[broken[1]] - 1)
 
 
 # --- the model, packed, as a run builds it ---
@@ -144,6 +214,7 @@ class Case:
     mesh: MeshConfig = ONE
     replay: bool = False
     top_k: int = 0
+    tokens: int = 60
 
 
 CASES = {
@@ -151,7 +222,7 @@ CASES = {
     "experts, updates, kl": Case({"kl_coefficient": 0.1}, model=tiny.EXPERTS, updates=2),
     "replayed experts and candidates": Case({"correction": "icepop"}, model=tiny.EXPERTS, replay=True, top_k=6),
     "asynchronous": Case({"penalty": "hinge"}, ahead=1),
-    "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+    "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2), tokens=32),
     "experts on four": Case({"surrogate": "gspo"}, model=tiny.EXPERTS, mesh=MeshConfig(expert=2, fsdp=2)),
 }
 
@@ -162,7 +233,9 @@ def config_of(case):
         model=case.model,
         objective=ObjectiveConfig(**(COMMON | case.objective)),
         # a step of Adam is a sign where gradients exceed epsilon; a large one keeps rounding from deciding it
-        optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1.0, updates=case.updates, tokens_per_microbatch=60),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-2, epsilon=1.0, updates=case.updates, tokens_per_microbatch=case.tokens
+        ),
         rollout=dataclasses.replace(
             tiny.CONFIG.rollout, async_level=case.ahead, replay_routing=case.replay, top_k=case.top_k
         ),
@@ -220,7 +293,8 @@ def test_a_runs_step_is_that_of_rows_as_they_are(name):
 
     expected = run(dataclasses.replace(config, mesh=ONE), row_step(config), batch)
     packed = config.packing()(batch)
-    assert packed.microbatches.count.max() > 1 or case.mesh != ONE
+    # on several devices rows have moved to others
+    assert packed.microbatches.count.max() > 1 if case.mesh == ONE else (packed.tokens != batch.tokens).any()
     found = run(config, build.compile_train_step(config, make_mesh(config.mesh)), packed)
     check(expected, found)
     same_gradients(expected, found, "mu")

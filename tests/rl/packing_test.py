@@ -48,9 +48,9 @@ def cases(draw):
 @given(cases())
 def test_every_row_has_its_columns_to_itself_and_its_prompt_at_hand(case):
     packing, batch = case
-    bins, rows, updates = packing.bins, len(batch.rewards), packing.updates
-    microbatches = packing(batch).microbatches
-    minibatches = np.arange(rows).reshape(-1, updates, packing.group_size).swapaxes(0, 1).reshape(updates, -1)
+    rows, updates = len(batch.rewards), packing.updates
+    packed = packing(batch)
+    microbatches, minibatches = packed.microbatches, minibatches_of(packing, rows)
     seen = []
     for share, update in np.ndindex(packing.shares, updates):
         mine = minibatches[update].reshape(packing.shares, -1)[share]
@@ -62,10 +62,101 @@ def test_every_row_has_its_columns_to_itself_and_its_prompt_at_hand(case):
             assert (cut.present == (numbers >= 0)).all() and cut.present.any()
             seen += mine[numbers[cut.present]].tolist()
             where = Places(*(x[cut.present] for x in tuple(vars(cut).values())[:-1]), cut.halvings)
-            check_microbatch(batch, bins, mine[numbers[cut.present]], where)
+            check_microbatch(packed, packing.bins, mine[numbers[cut.present]], where)
     assert sorted(seen) == list(range(rows))
-    again = packing(batch).microbatches
-    jax.tree.map(np.testing.assert_array_equal, again, microbatches)
+    jax.tree.map(np.testing.assert_array_equal, packing(batch), packed)
+
+
+def minibatches_of(packing, rows):
+    """Which rows each update takes, [updates, B / updates]."""
+    dealt = np.arange(rows).reshape(-1, packing.updates, packing.group_size).swapaxes(0, 1)
+    return dealt.reshape(packing.updates, -1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_rows_move_within_their_minibatch_all_fields_alike_and_none_on_one_device(case):
+    packing, batch = case
+    rows = len(batch.rewards)
+    batch = dataclasses.replace(
+        batch, rewards=np.arange(rows, dtype=np.float32), experts=batch.tokens[:, 1:, None, None]
+    )
+    packed = packing(batch)
+    moved, minibatches = packed.rewards.astype(int), minibatches_of(packing, rows)
+    # what is left in each minibatch's places are its own rows
+    assert (np.sort(moved[minibatches], axis=1) == minibatches).all()
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_array_equal(ours, theirs[moved]),
+        dataclasses.replace(packed, microbatches=None),
+        batch,
+    )
+    order = packed.microbatches.order
+    if packing.shares == 1:
+        assert order is None and packed.tokens is batch.tokens
+    else:
+        np.testing.assert_array_equal(order.swapaxes(0, 1).reshape(packing.updates, -1), moved[minibatches])
+    most = packed.microbatches.count.max(axis=0)
+    before = most_of_shares(packing, batch)
+    assert (most <= before).all()
+    # where nothing is gained, nothing moves
+    for update in np.flatnonzero(most == before):
+        assert (moved[minibatches[update]] == minibatches[update]).all()
+
+
+def most_of_shares(packing, batch):
+    """Microbatches of the fullest share of each update, where each share is packed alone in the batch's order."""
+    alone, most = Packing(packing.bins), []
+    for minibatch in minibatches_of(packing, len(batch.rewards)):
+        parts = [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in np.split(minibatch, packing.shares)]
+        most.append(max(int(alone(part).microbatches.count[0, 0]) for part in parts))
+    return np.array(most)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_balanced_shares_need_as_many_microbatches_as_columns_alone_say(seed):
+    """By a table of columns: the longest row goes to the share that then has fewest; a share fills one bin after the
+    other, each with the longest rows that fit. Where a prompt is already, it needs none."""
+    rng = np.random.default_rng(seed)
+    shares, each, width = int(rng.integers(2, 6)), int(rng.integers(1, 7)), P + T - 1
+    rows, group = shares * each, int(rng.integers(1, 4))
+    responses, groups = rng.integers(0, T + 1, rows), np.arange(rows) // group
+    contexts = rng.integers(0, P, rows)[groups]
+    batch = batch_of([[of + 1] * (context + 1) for of, context in zip(groups, contexts, strict=True)], responses)
+    packing = Packing(Bins(width, width, width, each, shared=True), shares)
+
+    def columns(rows):
+        one_of_each = np.array(rows)[np.unique(groups[rows], return_index=True)[1]]
+        return responses[rows].sum() + contexts[one_of_each].sum()
+
+    given = [[] for _ in range(shares)]
+    for row in np.argsort(-responses, kind="stable"):
+        given[np.argmin([columns([*rows, row]) if len(rows) < each else np.inf for rows in given])].append(row)
+    balanced = max(map(len, (fill(rows, columns, width) for rows in given)))
+    expected = min(balanced, most_of_shares(packing, batch)[0])
+    assert packing(batch).microbatches.count.max() == expected
+
+
+def fill(rows, columns, width):
+    """The rows of each bin, in turn."""
+    bins = []
+    while rows:
+        bins.append([])
+        for row in rows:
+            if columns([*bins[-1], row]) <= width:
+                bins[-1].append(row)
+        rows = [row for row in rows if row not in bins[-1]]
+    return bins
+
+
+def test_two_shares_by_hand():
+    """In order, share 0 has the two long rows, and needs two microbatches; with a long and a short one each, one."""
+    batch = batch_of([[1, 2, 3]] * 4, [9, 8, 1, 2])
+    packing = Packing(Bins(13, 13, 13, 2), shares=2, group_size=4)
+    packed = packing(batch)
+    assert packed.microbatches.count.tolist() == [[1], [1]]
+    assert packed.microbatches.order.tolist() == [[[0, 2]], [[1, 3]]]
+    assert packed.response_mask.sum(axis=1).tolist() == [9, 1, 8, 2]
+    assert packing.filled(packed) == (9 + 8 + 1 + 2 + 2) / (2 * 13)
 
 
 def check_microbatch(batch, bins, rows, places):
@@ -108,7 +199,7 @@ def test_a_small_batch_by_hand():
     microbatches = Packing(Bins(2 * T, T, T, 9), group_size=2)(batch).microbatches
     (count,), (rows, places) = (
         microbatches.count[0],
-        jax.tree.map(lambda x: x[0, 0, :3], tuple(vars(microbatches).values())[1:]),
+        jax.tree.map(lambda x: x[0, 0, :3], (microbatches.rows, microbatches.places)),
     )
     assert count == 3
     # row 1 fills a bin, and its prompt of two columns, which row 0 shares, starts the other
@@ -228,7 +319,36 @@ def test_ragged_rows_fill_most_columns(mean):
     assert packing.filled(packing(batch)) > 0.85
 
 
-def test_the_abstract_microbatches_are_those_of_a_batch():
-    packing, batch = Packing(Bins(2 * T, T, T, 4), shares=2, updates=2, group_size=2), batch_of([[1, 2]] * 16, [3] * 16)
+@pytest.mark.parametrize(("prompt", "columns"), [(150, 10_240), (1024, 13_312)])
+def test_two_rows_a_share_need_one_microbatch(prompt, columns):
+    """128 responses of up to 8192 tokens on 64 devices; in the order of the batch some devices need two."""
+    rows, shares, limit = 128, 64, 8192
+    packing = Packing.fitting(
+        prompt_length=prompt,
+        response_length=limit,
+        rows=rows,
+        group_size=8,
+        tokens_per_microbatch=columns,
+        shares=shares,
+        platform="tpu",
+        masked=False,
+    )
+    lengths = np.random.default_rng(0).integers(0, limit + 1, rows)
+    mask = np.concatenate([np.ones((rows, prompt), bool), np.arange(limit) < lengths[:, None]], axis=1)
+    tokens = np.where(mask, np.repeat(np.arange(rows // 8), 8)[:, None], 0).astype(np.int32)
+    scalars = np.zeros(rows, np.float32)
+    batch = Batch(
+        tokens, mask, mask[:, prompt:], np.zeros((rows, limit), np.float32), scalars, scalars, scalars[:, None]
+    )
+    assert most_of_shares(packing, batch) == 2
+    packed = packing(batch)
+    assert packed.microbatches.count.max() == 1
+    assert packing.filled(packed) == (lengths.sum() + (prompt - 1) * rows // 8) / (shares * columns)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_the_abstract_microbatches_are_those_of_a_batch(shares):
+    packing = Packing(Bins(2 * T, T, T, 4), shares=shares, updates=2, group_size=2)
+    batch = batch_of([[1, 2]] * 16, [3] * 16)
     abstract, real = packing.abstract(16), packing(batch).microbatches
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
