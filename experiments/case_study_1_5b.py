@@ -28,7 +28,12 @@ def config() -> Config:
         steps=300,
         pretrained=Path("models/DeepSeek-R1-Distill-Qwen-1.5B"),
         task=MathTask(dataset="dapo-math-17k", heldout="aime24", max_prompt_tokens=1024, template="boxed"),
-        model=replace(presets["deepseek-r1-distill-qwen-1.5b"], precision=Precision(compute="bf16", head="bf16")),
+        model=replace(
+            presets["deepseek-r1-distill-qwen-1.5b"],
+            precision=Precision(compute="bf16", head="bf16"),
+            remat="products",
+            head_chunk=2048,
+        ),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
             prompts=64, group_size=8, temperature=1.0, top_p=1.0, max_prompt_length=1024, max_response_length=8192

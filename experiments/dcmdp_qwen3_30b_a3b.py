@@ -31,7 +31,7 @@ def config() -> Config:
         steps=300,
         pretrained=Path("models/Qwen3-30B-A3B"),
         task=MathTask(dataset="dapo-math-17k", heldout="aime24", max_prompt_tokens=1024, template="boxed"),
-        model=replace(presets["qwen3-30b-a3b"], precision=Precision(compute="bf16", head="bf16")),
+        model=replace(presets["qwen3-30b-a3b"], precision=Precision(compute="bf16", head="bf16"), head_chunk=2048),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
             prompts=64, group_size=8, temperature=1.0, top_p=1.0, max_prompt_length=1024, max_response_length=8192
@@ -41,8 +41,8 @@ def config() -> Config:
         objective=ObjectiveConfig(
             algorithm="dc_grpo", initial_multiplier=0.05, dual_lr=1.0, budget=0.005, eps_low=0.24, eps_high=0.24
         ),
-        # 4 updates of 16 prompts; room for one of the longest responses and its prompt
-        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4, tokens_per_microbatch=9216),
+        # 4 updates of 16 prompts, four responses of two chips: room for two or three of them and a prompt or two
+        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4, tokens_per_microbatch=12_288),
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=0.7),
         checkpoint=CheckpointConfig(every=20),

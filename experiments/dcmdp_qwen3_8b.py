@@ -1,6 +1,6 @@
 """DC-GRPO of Qwen3-8B in bf16: the main result of paper A (arXiv 2606.08779).
 
-Slice: v5p:4x4x4, 64 chips, sharded by FSDP as in the paper.
+Slice: v5p:4x4x4, 64 chips, sharded by FSDP as in the paper, over 16 chips, of which there are four copies.
 Data: DAPO-Math-17K, and AIME24 to be measured by, in data/ (`dcjax data data --download`); the model's folder is
 models/Qwen3-8B (or `--pretrained FOLDER`).
 Published, avg@32 of AIME24, AIME25 and AMC23, avg@4 of MATH-500, Minerva and OlympiadBench, and their mean:
@@ -46,8 +46,8 @@ def config() -> Config:
         objective=ObjectiveConfig(
             algorithm="dc_grpo", initial_multiplier=0.1, dual_lr=1.0, budget=0.0037, eps_low=0.24, eps_high=0.24
         ),
-        # 4 updates of 16 prompts; room for two of the longest responses and a prompt
-        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4, tokens_per_microbatch=17_408),
+        # 4 updates of 16 prompts, two responses a chip: room for the longest, the shortest and two prompts
+        optimizer=OptimizerConfig(learning_rate=1e-6, beta1=0.9, beta2=0.95, updates=4, tokens_per_microbatch=11_776),
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=0.7),
         checkpoint=CheckpointConfig(every=20),

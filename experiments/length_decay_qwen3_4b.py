@@ -1,6 +1,6 @@
 """RLOO of Qwen3-4B-Base in bf16 with a learning rate that length decay halves: paper B (arXiv 2602.01826).
 
-Slice: v5p:2x2x4, 16 chips, sharded by FSDP as in the paper.
+Slice: v5p:2x2x4, 16 chips, sharded by FSDP as in the paper, over 8 chips, of which there are two copies.
 Data: DAPO-Math-17K's English questions with integer answers, which is our reading of the paper's filter ("about 13k"),
 and AIME24 to be measured by, in data/ (`dcjax data data --download`); the model's folder is models/Qwen3-4B-Base (or
 `--pretrained FOLDER`).
@@ -37,7 +37,12 @@ def config() -> Config:
             max_prompt_tokens=1024,
             template="boxed",
         ),
-        model=replace(presets["qwen3-4b"], precision=Precision(compute="bf16", head="bf16")),
+        model=replace(
+            presets["qwen3-4b"],
+            precision=Precision(compute="bf16", head="bf16"),
+            remat="products",
+            head_chunk=2048,
+        ),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
             prompts=64, group_size=16, temperature=1.0, max_prompt_length=1024, max_response_length=8192
@@ -58,5 +63,5 @@ def config() -> Config:
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=1.0),
         checkpoint=CheckpointConfig(every=20),
-        mesh=MeshConfig(fsdp=16),
+        mesh=MeshConfig(data=2, fsdp=8),
     )

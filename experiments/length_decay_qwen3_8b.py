@@ -1,6 +1,6 @@
 """RLOO of Qwen3-8B-Base in bf16 with a learning rate that length decay halves: paper B (arXiv 2602.01826).
 
-Slice: v5p:4x4x4, 64 chips, sharded by FSDP as in the paper.
+Slice: v5p:4x4x4, 64 chips, sharded by FSDP as in the paper, over 16 chips, of which there are four copies.
 Data: DAPO-Math-17K's English questions with integer answers, which is our reading of the paper's filter ("about 13k"),
 and AIME24 to be measured by, in data/ (`dcjax data data --download`); the model's folder is models/Qwen3-8B-Base (or
 `--pretrained FOLDER`).
@@ -36,7 +36,12 @@ def config() -> Config:
             max_prompt_tokens=1024,
             template="boxed",
         ),
-        model=replace(presets["qwen3-8b"], precision=Precision(compute="bf16", head="bf16")),
+        model=replace(
+            presets["qwen3-8b"],
+            precision=Precision(compute="bf16", head="bf16"),
+            remat="products",
+            head_chunk=2048,
+        ),
         warm_start=WarmStartConfig(steps=0),
         rollout=RolloutConfig(
             prompts=64, group_size=16, temperature=1.0, max_prompt_length=1024, max_response_length=8192
@@ -44,7 +49,7 @@ def config() -> Config:
         reward=RewardConfig(workers=8),
         serving=ServingConfig(format="bf16", slots=1024, tensor=4),
         objective=ObjectiveConfig(algorithm="grpo", estimator="rloo", zero_variance="drop", eps_low=0.2, eps_high=0.28),
-        # on-policy: one update of all prompts; room for two of the longest responses and a prompt
+        # on-policy: one update of all prompts; room for one of the longest responses, half another and their prompts
         optimizer=OptimizerConfig(
             learning_rate=1e-6,
             decay="period",
@@ -52,10 +57,10 @@ def config() -> Config:
             decay_floor=0.1,
             weight_decay=0.01,
             max_grad_norm=1.0,
-            tokens_per_microbatch=17_408,
+            tokens_per_microbatch=13_312,
         ),
         # AIME24's 30 problems, 32 samples each
         evaluation=EvaluationConfig(every=20, prompts=960, temperature=1.0),
         checkpoint=CheckpointConfig(every=20),
-        mesh=MeshConfig(fsdp=64),
+        mesh=MeshConfig(data=4, fsdp=16),
     )

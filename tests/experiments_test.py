@@ -6,7 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -132,7 +132,7 @@ def test_a_chip_has_room_for_what_trains_and_what_samples(recipe):
     model, serving, chips = config.model, config.serving, math.prod(asdict(config.mesh).values())
     size = sum(math.prod(parameter.stacked_shape) for parameter in parameters(model))
     assert size == pytest.approx(BILLIONS[recipe] * 1e9, rel=0.01)
-    state = 16 * size / chips  # float32 masters, two moments and gradients
+    state = 16 * size / chips * config.mesh.data  # float32 masters, two moments and gradients
     tokens = config.rollout.max_prompt_length + config.rollout.max_response_length
     cache = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * serving.slots / chips
     assert state + 2 * size / serving.tensor + cache < BYTES_PER_CHIP * 2 / 3
@@ -141,7 +141,9 @@ def test_a_chip_has_room_for_what_trains_and_what_samples(recipe):
 @pytest.mark.parametrize("preset", PAPER_A_TRAINING)
 def test_paper_a_is_laid_out_as_the_paper_does(preset):
     config = CONFIGS[{"qwen3-8b": "dcmdp_qwen3_8b", "qwen3-30b-a3b": "dcmdp_qwen3_30b_a3b"}[preset]]
-    assert config.mesh == over(PAPER_A_TRAINING[preset], 64)
+    asked, mesh = over(PAPER_A_TRAINING[preset], 64), config.mesh
+    # copies of what FSDP splits are ours
+    assert replace(mesh, data=1, fsdp=mesh.data * mesh.fsdp) == asked
     assert config.serving.tensor == PAPER_A_ROLLOUT.get(preset, config.serving.tensor)
 
 
