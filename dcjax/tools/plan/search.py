@@ -1,4 +1,4 @@
-"""The nearest change of a run that makes it fit, compiled to prove it."""
+"""The nearest change of a run that makes it fit, planned as the run itself to prove it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from dcjax.recipe.config import Config
-from dcjax.tools.plan.plan import Place, Plan
-from dcjax.tools.plan.programs import for_tpu
+from dcjax.tools.plan.plan import Plan, place_of
+from dcjax.tools.plan.programs import for_platform
 
 MOST = 6
-"""Changes of each kind that are tried, each of which is compiled."""
+"""Changes of each kind that are tried, each of which is planned."""
 
 
 def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[[str], None]) -> list[str]:
@@ -27,14 +27,14 @@ def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[
     too_big = {one.planned.name for one in plan.programs if not one.fits}
     made: list[str] = []
     for programs, changes in (
-        (too_big & {"train_step"}, _of_training(config)),
+        (too_big & {"train_step"}, _of_training(for_platform(config, plan.chip.platform))),
         (too_big - {"train_step"}, _of_serving(config)),
     ):
         if not programs:
             continue
         for changed, overrides in itertools.islice(changes, MOST):
             told(f"does it fit with {' '.join(overrides)}?")
-            if all(one.fits for one in Place.of(changed, topology).plan(plan.mean_response, told, programs)):
+            if all(one.fits for one in place_of(changed, topology).plan(plan.mean_response, told, programs)):
                 made += overrides
                 break
         else:
@@ -49,7 +49,7 @@ def _of_training(config: Config) -> Iterator[tuple[Config, list[str]]]:
         config, overrides = replace(config, model=replace(config.model, remat="full")), ["model.remat=full"]
         yield config, overrides
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-    optimizer: Any = for_tpu(config).optimizer
+    optimizer: Any = config.optimizer
     columns = optimizer.tokens_per_microbatch
     while (columns := columns // 2) >= longest:
         changed = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
