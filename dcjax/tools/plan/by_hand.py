@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +124,7 @@ def check(config: Config, devices: int) -> None:
     if slots_ % (copies := run.serving[COPIES]):
         raise ValueError(f"slots is {slots_}; it must be a multiple of the {copies} copies of the model")
     names, sizes = zip(*run.serving.items(), strict=True)
-    mesh: Any = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
     served_shardings(run.model, run.format, mesh, config.serving.keep)
 
 
@@ -171,6 +170,27 @@ def rows_of(parameter: Parameter, model: ModelConfig) -> int:
     return model.num_experts_per_tok if parameter.experts else 1
 
 
+def width(parameter: Parameter, tensor: int) -> float:
+    """K + N of a matrix for one token: E is whole on every device, and heads and MLP are divided by tensor."""
+    sizes = zip(parameter.shape, parameter.axes, strict=True)
+    return sum(size / (tensor if WITHIN in mesh_axes(axis) else 1) for size, axis in sizes)
+
+
+def widths(model: ModelConfig, tensor: int) -> float:
+    """Σ over all layers of K + N, an expert's for each choice."""
+    return sum(
+        rows_of(one, model) * width(one, tensor) for sparse in model.sparse_layers for one in kernels(model, sparse)
+    )
+
+
+def cast_bytes(run: Sizes) -> float:
+    """The device's parameters in the compute dtype, from which they are gathered; none where they are in it."""
+    precision = run.model.precision
+    if precision.parameters == precision.compute:
+        return 0.0
+    return params_bytes(run) * run.compute / DTYPES[precision.parameters].itemsize
+
+
 def saved_bytes(run: Sizes) -> float:
     """Kept for the backward pass, a device's columns in the compute dtype: layers × columns × (E / tensor, the input of
     a layer; with remat products also Σ N / tensor of its products; with none also all else, about as much again)."""
@@ -183,21 +203,17 @@ def saved_bytes(run: Sizes) -> float:
 
 
 def layer_bytes(run: Sizes) -> float:
-    """The largest layer's backward pass: columns × 2 Σ (K + N) / tensor of its products, in the compute dtype, once for
-    values and once for gradients of each; and its gathered weights, in the compute dtype and float32 for gradients.
+    """The largest layer's backward pass: columns × Σ (K + N) of its products in the compute dtype, results and for
+    each the gradient of what it was made from; and gathered matrices, in the compute dtype and float32 for gradients.
 
     Experts on several devices have room for the choices of all of these at one.
     """
 
     def of(sparse: bool) -> float:
-        own, room = kernels(run.model, sparse), run.training["expert"]
-        widths = sum(
-            rows_of(one, run.model) * (room if one.experts else 1) * sum(one.shape) / run.training["tensor"]
-            for one in own
-        )
+        own, room, tensor = kernels(run.model, sparse), run.training["expert"], run.training["tensor"]
+        values = sum(rows_of(one, run.model) * (room if one.experts else 1) * width(one, tensor) for one in own)
         weights = sum(math.prod(one.shape) * (one.experts or 1) / _kept_apart(one, run) for one in own)
-        # of a product's input and the output of the one before, only one exists
-        return run.columns * widths * run.compute + weights * (run.compute + FLOAT32)
+        return run.columns * values * run.compute + weights * (run.compute + FLOAT32)
 
     return max(map(of, set(run.model.sparse_layers)))
 
@@ -230,8 +246,9 @@ def head_bytes(run: Sizes) -> float:
 
 
 def activations_bytes(run: Sizes) -> float:
-    """All temporaries of the train step: gradients + what is saved + the larger of a layer's and the head's."""
-    return gradients_bytes(run) + saved_bytes(run) + max(layer_bytes(run), head_bytes(run))
+    """All temporaries of the train step: gradients + cast parameters + what is saved + the larger of a layer's and the
+    head's."""
+    return gradients_bytes(run) + cast_bytes(run) + saved_bytes(run) + max(layer_bytes(run), head_bytes(run))
 
 
 def serving_bytes(run: Sizes, *, tables: bool = True) -> float:
@@ -445,17 +462,15 @@ def _xla_name(dtype: jnp.dtype) -> str:
 def train_bytes(run: Sizes) -> float:
     """Read and written in an iteration.
 
-    Of a microbatch: columns × Σ (K + N) / tensor × products, in the compute dtype; gathered weights twice a pass, once
+    Of a microbatch: columns × Σ (K + N) × products, in the compute dtype; gathered weights twice a pass, once
     to write and once to read; logits twice a product of the head; float32 gradients, gathered twice and on the device
     thrice. Of an update: parameters and optimiser twice, and gradients.
     """
     model, tensor = run.model, run.training["tensor"]
-    own = [one for sparse in model.sparse_layers for one in kernels(model, sparse)]
-    widths = sum(rows_of(one, model) * sum(one.shape) / tensor for one in own)
     weights = sum(one.size / _kept_apart(one, run) for one in parameters(model) if one.layers or one == head(model))
     logits = run.columns * model.vocab_size / tensor * FLOAT32
     microbatch = (
-        run.columns * widths * run.compute * products(run)
+        run.columns * widths(model, tensor) * run.compute * products(run)
         + weights * run.compute * 2 * (2 + run.recomputes + run.passes_without_gradients)
         + logits * 2 * head_products(run)
         + weights * FLOAT32 * 2
@@ -511,9 +526,6 @@ def prefill(run: Sizes) -> Planned:
     tokens, at_once = rows * passes * longest, rows * min(longest, most)
     elements, routers = layers_elements(run, tensor)
     heads, wide = model.num_heads / tensor, run.format.activations.itemsize
-    widths = sum(
-        rows_of(one, model) * sum(one.shape) / tensor for s in model.sparse_layers for one in kernels(model, s)
-    )
     # scores are written and read twice, once as they are and once as weights
     scores = model.num_layers * tokens * heads * longest * FLOAT32 * 4
     weights = serving_bytes(run, tables=False) * passes * math.ceil(longest / most)
@@ -532,7 +544,7 @@ def prefill(run: Sizes) -> Planned:
         arguments=serving_bytes(run),
         output=prompts_bytes(run),
         temporaries=at_once * heads * longest * FLOAT32 * 2 + prompts_bytes(run) / copies,
-        cost=Cost(flops, weights + tokens * widths * wide + scores + 2 * prompts_bytes(run), sent),
+        cost=Cost(flops, weights + tokens * widths(model, tensor) * wide + scores + 2 * prompts_bytes(run), sent),
     )
 
 
