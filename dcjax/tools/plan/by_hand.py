@@ -358,15 +358,16 @@ def layer_passes(run: Sizes) -> float:
 
 
 def activations_sent(run: Sizes) -> Iterator[Collective]:
-    """Of each layer and pass, forward, again and backward: two all-reduces of columns × E over tensor; columns × (2 H +
-    2 K) × D / tensor of queries, keys, values and results in all-to-alls over context; and columns × choices × E in
-    all-to-alls to the experts and back."""
+    """Of each layer and pass, forward, again and backward: two all-reduces of columns × E over tensor, and an
+    all-gather of what is divided between layers; columns × (2 H + 2 K) × D / tensor of queries, keys, values and results in
+    all-to-alls over context; and columns × choices × E in all-to-alls to the experts and back."""
     model, sizes = run.model, run.training
     times = layer_passes(run) * model.num_layers
     stream = run.columns * model.hidden_size * run.compute
     heads = run.columns * 2 * (model.num_heads + model.num_kv_heads) * model.head_dim / sizes["tensor"] * run.compute
     sparse = layer_passes(run) * sum(model.sparse_layers)
     yield from collective("all-reduce", stream, sizes, ["tensor"], 2 * times, "activations")
+    yield from collective("all-gather", stream, sizes, ["tensor"], times, "activations")
     yield from collective("all-to-all", heads, sizes, ["context"], times, "heads")
     choices = stream * model.num_experts_per_tok
     yield from collective("all-to-all", choices, sizes, ["expert"], 2 * sparse, "choices of experts")
