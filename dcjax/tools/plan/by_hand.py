@@ -359,8 +359,8 @@ def layer_passes(run: Sizes) -> float:
 
 def activations_sent(run: Sizes) -> Iterator[Collective]:
     """Of each layer and pass, forward, again and backward: two all-reduces of columns × E over tensor, and an
-    all-gather of what is divided between layers; columns × (2 H + 2 K) × D / tensor of queries, keys, values and results in
-    all-to-alls over context; and columns × choices × E in all-to-alls to the experts and back."""
+    all-gather of what is divided between layers; columns × (2 H + 2 K) × D / tensor of queries, keys, values and
+    results in all-to-alls over context; and columns × choices × E in all-to-alls to the experts and back."""
     model, sizes = run.model, run.training
     times = layer_passes(run) * model.num_layers
     stream = run.columns * model.hidden_size * run.compute

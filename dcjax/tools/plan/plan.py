@@ -23,7 +23,7 @@ from dcjax.sharding.topology import slice_devices
 from dcjax.tools.plan import by_hand
 from dcjax.tools.plan.chips import Chip, chip_of, gpus_of
 from dcjax.tools.plan.hlo import Collective, Cost
-from dcjax.tools.plan.programs import Planned, compile_programs, engine_for, for_platform
+from dcjax.tools.plan.programs import Planned, compile_programs, engine_for, for_platform, for_tpu
 
 USABLE = 0.95
 """The share of a chip's memory that a plan may take."""
@@ -178,7 +178,7 @@ class Place:
             raise RunError(str(error)) from None
         _check_filled(config, topology, len(devices))
         mesh = make_mesh(config.mesh, set_aside(devices, config.serving.devices)[0])
-        config = for_platform(config, "tpu")
+        config = for_tpu(config)
         return cls(config, chip, len(devices), mesh, engine_for(config, mesh))
 
     def plan(

@@ -46,6 +46,11 @@ class Planned:
         return self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
+def for_tpu(config: Config) -> Config:
+    """`for_platform` of a TPU."""
+    return for_platform(config, "tpu")
+
+
 def for_platform(config: Config, platform: str) -> Config:
     """The config with what is chosen by platform chosen for one that this machine does not have, by JAX's name.
 
@@ -79,7 +84,7 @@ def compile_programs(
     """Compiles the programs of an iteration, one after the other.
 
     Args:
-      config: from `for_platform`.
+      config: from `for_tpu`.
       mesh: of training.
       engine: from `engine_for`.
       mean_response: tokens of a response.

@@ -1,4 +1,4 @@
-"""The nearest change of a run that makes it fit, planned as the run itself to prove it."""
+"""The nearest change of a run that makes it fit, compiled to prove it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 from dcjax.recipe.config import Config
 from dcjax.tools.plan.plan import Plan, place_of
-from dcjax.tools.plan.programs import for_platform
 
 MOST = 6
-"""Changes of each kind that are tried, each of which is planned."""
+"""Changes of each kind that are tried, each of which is compiled."""
 
 
 def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[[str], None]) -> list[str]:
@@ -27,7 +26,7 @@ def nearest_that_fits(config: Config, topology: str, plan: Plan, told: Callable[
     too_big = {one.planned.name for one in plan.programs if not one.fits}
     made: list[str] = []
     for programs, changes in (
-        (too_big & {"train_step"}, _of_training(for_platform(config, plan.chip.platform))),
+        (too_big & {"train_step"}, _of_training(config)),
         (too_big - {"train_step"}, _of_serving(config)),
     ):
         if not programs:
@@ -50,7 +49,8 @@ def _of_training(config: Config) -> Iterator[tuple[Config, list[str]]]:
         yield config, overrides
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     optimizer: Any = config.optimizer
-    columns = optimizer.tokens_per_microbatch
+    # the default of TPUs is that of GPUs
+    columns = optimizer.tokens_per_microbatch or config.packing("tpu").bins.columns
     while (columns := columns // 2) >= longest:
         changed = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
         yield changed, [*overrides, f"optimizer.tokens_per_microbatch={columns}"]

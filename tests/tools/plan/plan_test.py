@@ -13,7 +13,7 @@ from dcjax.sharding.mesh import MeshConfig
 from dcjax.tools.plan.chips import CHIPS, chip_of
 from dcjax.tools.plan.hlo import Collective
 from dcjax.tools.plan.plan import make_plan, seconds_of
-from dcjax.tools.plan.programs import attended, for_platform, microbatches
+from dcjax.tools.plan.programs import attended, for_tpu, microbatches
 from dcjax.tools.plan.tables import to_json, to_text
 
 pytestmark = [
@@ -63,7 +63,7 @@ def matrices(model):
 
 
 def test_the_update_does_what_a_hand_counts(plan):
-    config = for_platform(CONFIG, "tpu")
+    config = for_tpu(CONFIG)
     model, columns = config.model, config.packing().bins.columns
     assert microbatches(config, MEAN) == 1
     # forward, and twice as much backward; the products themselves are kept
@@ -151,7 +151,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(tmp_path, capfd):
 
 
 def test_a_mean_response_needs_as_many_microbatches_as_packing_cuts():
-    config = for_platform(replace(CONFIG, optimizer=replace(CONFIG.optimizer, tokens_per_microbatch=30)), "tpu")
+    config = for_tpu(replace(CONFIG, optimizer=replace(CONFIG.optimizer, tokens_per_microbatch=30)))
     # four responses on each chip: no more than two fit, however short, and of the longest one with its prompt
     assert [microbatches(config, mean) for mean in (1, 10, 20)] == [2, 2, 4]
     assert 0 < attended(config, 5) < CONFIG.rollout.max_prompt_length + CONFIG.rollout.max_response_length
