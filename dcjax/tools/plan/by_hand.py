@@ -173,7 +173,7 @@ def rows_of(parameter: Parameter, model: ModelConfig) -> int:
 def width(parameter: Parameter, tensor: int) -> float:
     """K + N of a matrix for one token: E is whole on every device, and heads and MLP are divided by tensor."""
     sizes = zip(parameter.shape, parameter.axes, strict=True)
-    return sum(size / (tensor if WITHIN in mesh_axes(axis) else 1) for size, axis in sizes)
+    return sum(size / (tensor if "tensor" in mesh_axes(axis) else 1) for size, axis in sizes)
 
 
 def widths(model: ModelConfig, tensor: int) -> float:
@@ -202,9 +202,18 @@ def saved_bytes(run: Sizes) -> float:
     return of_column * run.columns * run.compute
 
 
+def attention_bytes(run: Sizes) -> float:
+    """What attention stores of all columns × keys of the widest bins: cuDNN a mask of a byte and a bias in the compute
+    dtype; XLA float32 of heads / (tensor × context), scores, weights and the gradients of both; splash nothing."""
+    pairs = run.bins.columns * (run.bins.width + run.bins.gathered)
+    heads = run.model.num_heads / (run.training["tensor"] * run.training["context"])
+    return pairs * {"cudnn": 1 + run.compute, "xla": 4 * FLOAT32 * heads, "splash": 0}[run.model.attention]
+
+
 def layer_bytes(run: Sizes) -> float:
     """The largest layer's backward pass: columns × Σ (K + N) of its products in the compute dtype, results and for
-    each the gradient of what it was made from; and gathered matrices, in the compute dtype and float32 for gradients.
+    each the gradient of what it was made from; what attention stores; and gathered matrices, in the compute dtype and
+    float32 for gradients.
 
     Experts on several devices have room for the choices of all of these at one.
     """
@@ -213,7 +222,7 @@ def layer_bytes(run: Sizes) -> float:
         own, room, tensor = kernels(run.model, sparse), run.training["expert"], run.training["tensor"]
         values = sum(rows_of(one, run.model) * (room if one.experts else 1) * width(one, tensor) for one in own)
         weights = sum(math.prod(one.shape) * (one.experts or 1) / _kept_apart(one, run) for one in own)
-        return run.columns * values * run.compute + weights * (run.compute + FLOAT32)
+        return run.columns * values * run.compute + attention_bytes(run) + weights * (run.compute + FLOAT32)
 
     return max(map(of, set(run.model.sparse_layers)))
 
@@ -416,6 +425,7 @@ def layers_flops(run: Sizes) -> tuple[float, float]:
 def keys(run: Sizes) -> float:
     """That a column's attention multiplies: those it sees, or under a mask all of its bin and those gathered for it, in
     bins halved as often as a mean response and a prompt allow."""
+    # bins are shared where attention computes them whole, under a mask
     if not run.bins.shared:
         return attended(run.config, run.mean_response)
     needed = max(run.mean_response, run.config.rollout.max_prompt_length - 1)
@@ -496,17 +506,19 @@ def train_step(run: Sizes) -> Planned:
 
 
 def sync(run: Sizes) -> Planned:
-    """Masters to serving weights: each device reads its masters, stores their share, and gathers what it serves of it,
-    of which it has 1 / N of the copies' whole."""
-    served = serving_bytes(run)
-    gathered = collective("all-gather", served, {"all": run.devices}, ["all"], 1, "serving weights")
+    """Masters to serving weights: each device reads its masters, stores their share, and gathers what else it serves,
+    of which it has tensor of serving over the parts that training splits a matrix into; none where others serve."""
+    served, axes = serving_bytes(run), ("fsdp", "tensor", "expert")
+    group = members(run.training, axes)
+    own = 0.0 if run.config.serving.devices else min(run.serving[WITHIN] / len(group), 1.0)
+    gathered = Collective("all-gather", served * (1 - own), len(group), group, 1, "serving weights")
     return _planned(
         "sync",
         1,
         arguments=params_bytes(run),
         output=served,
         temporaries=served / run.model.num_layers,
-        cost=Cost({}, params_bytes(run) + 2 * served, list(gathered)),
+        cost=Cost({}, params_bytes(run) + 2 * served, [gathered] if own < 1 else []),
     )
 
 

@@ -241,8 +241,7 @@ class Gpus:
     def plan(
         self, mean_response: float, told: Callable[[str], None], only: Collection[str] | None = None
     ) -> list[ProgramPlan]:
-        """Counts the programs, or only some by their names."""
-        told("estimated by hand, not compiled")
+        """Counts the programs, or only some by their names, which takes no time to be told of."""
         run = self._run(mean_response)
         counted = [one for one in by_hand.programs(run) if only is None or one.name in only]
         return [_program_plan(one, self._beside(one), self.chip, self._places(one)) for one in counted]

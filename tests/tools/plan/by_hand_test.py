@@ -86,7 +86,8 @@ def test_the_train_step_of_a_dense_model_on_fsdp_2_and_tensor_2():
     # gradients twice, the cast parameters, the inputs of two layers, and a layer at work or the head
     saved = 2 * columns * 32 / 2 * BF16
     widths = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 32)
-    layer = columns * widths * BF16 + (QKV + OUT + MLP) / 2 * (BF16 + FLOAT32)
+    masks = columns * (20 + 10) * (1 + BF16)
+    layer = columns * widths * BF16 + masks + (QKV + OUT + MLP) / 2 * (BF16 + FLOAT32)
     scored = 3 * columns * 10 * FLOAT32 + TABLE / 2 * (BF16 + FLOAT32) + columns * 32 * (BF16 + FLOAT32)
     assert step.temp_bytes == round(held * (2 * FLOAT32 + BF16) + saved + max(layer, scored))
 
@@ -131,6 +132,14 @@ def test_decoding_reads_weights_and_all_that_a_cache_has_room_for():
     assert decode.cost.bytes == pytest.approx(steps * (weights + rows * capacity * a_token + 6 * logits))
     # after attention, after the MLP, and of the embedding: each once the stream
     assert sent(decode) == {("all-reduce", "activations"): steps * (2 * 2 + 1) * rows * 32 * BF16}
+
+
+def test_a_sync_gathers_what_a_device_does_not_have_of_what_it_serves():
+    # a quarter of each matrix on each device of four, and half of it, or all, served
+    for tensor, arriving in ((2, 1 / 2), (1, 3 / 4)):
+        run = run_of(tiny.DENSE, MeshConfig(fsdp=4), tensor=tensor)
+        assert sent(by_hand.sync(run)) == {("all-gather", "serving weights"): arriving * by_hand.serving_bytes(run)}
+    assert not sent(by_hand.sync(run_of(tiny.DENSE, MeshConfig(data=2, tensor=2), tensor=2)))
 
 
 def test_a_step_of_few_slots_reads_the_experts_that_it_takes():
