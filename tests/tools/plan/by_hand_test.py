@@ -262,7 +262,6 @@ def test_hand_counts_of_8b_are_those_of_its_compiled_step():
     held = place.kinds([SimpleNamespace(planned=SimpleNamespace(name="train_step", temp_bytes=living))])
     run = by_hand.Sizes(config, "tpu", 64, mean)
     counted = by_hand.kinds(run)
-    print({kind: (counted[kind] / 2**30, size / 2**30) for kind, size in held.items()}, memory)
     assert {kind: counted[kind] / size for kind, size in held.items()} == pytest.approx(
         dict.fromkeys(held, 1), rel=0.15
     )
