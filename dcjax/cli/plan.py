@@ -1,4 +1,4 @@
-"""`dcjax plan`: a run compiled for a slice that one does not have: whether it fits, what bounds it, what it costs."""
+"""`dcjax plan`: a run on chips that one does not have: whether it fits, what bounds it, what it costs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def add_parser(commands) -> None:
     """Adds the command's options; what it does not know are the recipe's fields."""
     parser = commands.add_parser(
         "plan",
-        help="compile a run for a TPU slice that is not there: does it fit, what bounds it, what does it cost",
+        help="compile a run for a TPU slice that is not there, or estimate it for GPUs: does it fit, what bounds it",
         usage="dcjax plan RECIPE --topology v5p:4x4x4 [options] [section.field=value ...]",
         description="Compiles the programs of a run for a slice, on any x86-64 Linux machine with libtpu, and reckons "
-        "from them what each holds, what bounds it, and what an iteration takes at least. docs/plan.md explains the "
-        "figures. The exit status is 3 if the run does not fit.",
+        "from them what each holds, what bounds it, and what an iteration takes at least. For GPUs all is "
+        "estimated by hand, and nothing compiled. docs/plan.md explains the figures. The exit status is 3 if the run "
+        "does not fit.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe or a run, as dcjax train takes it")
     parser.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="a slice: v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4"
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="a slice: v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4; or GPUs, in nodes of 8: a100:16, h100:16, h200:16, "
+        "b200:16",
     )
     parser.add_argument(
         "--mean-response-length", type=float, metavar="TOKENS", help="of a response (default: half of the longest)"

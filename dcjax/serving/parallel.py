@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dcjax.models.attention import CachedKernel
@@ -50,7 +50,7 @@ def serving_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
     return Mesh(mesh.devices.reshape(-1, tensor), (COPIES, WITHIN), axis_types=(AxisType.Auto,) * 2)
 
 
-def named(mesh: Mesh, axes: PartitionSpec) -> NamedSharding:
+def named(mesh: Mesh | AbstractMesh, axes: PartitionSpec) -> NamedSharding:
     """The sharding of an array with these logical axes on a serving mesh."""
     return NamedSharding(mesh, partition_spec(axes, SERVING_RULES))
 

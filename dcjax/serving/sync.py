@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dcjax.keys import make_key
@@ -231,7 +231,9 @@ def served_axes(config: ModelConfig, format: Format, keep: Sequence[str] = ()) -
     return dataclasses.replace(served, weights={**outer, "layers": layers}, version=PartitionSpec())
 
 
-def served_shardings(config: ModelConfig, format: Format, mesh: Mesh, keep: Sequence[str] = ()) -> ServingParams:
+def served_shardings(
+    config: ModelConfig, format: Format, mesh: Mesh | AbstractMesh, keep: Sequence[str] = ()
+) -> ServingParams:
     """The sharding of each array of `ServingParams` on a serving mesh.
 
     Raises:

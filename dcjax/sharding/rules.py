@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis -> mesh axes; None means not split."""
@@ -81,7 +81,7 @@ def split(sizes: Mapping[str, int], name: str) -> int:
     return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
-def shardings(mesh: Mesh, logical: Any, rules: Rules = RULES) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, logical: Any, rules: Rules = RULES) -> Any:
     """A NamedSharding for each PartitionSpec of logical axes in a tree.
 
     Raises:

@@ -51,13 +51,22 @@ class Planned:
 
 
 def for_tpu(config: Config) -> Config:
-    """The config with what is chosen by platform chosen for a TPU, as programs are traced on a machine without one."""
-    attention = choose(config.model.attention, "tpu", DTYPES[config.model.precision.compute])
+    """`for_platform` of a TPU."""
+    return for_platform(config, "tpu")
+
+
+def for_platform(config: Config, platform: str) -> Config:
+    """The config with what is chosen by platform chosen for one that this machine does not have, by JAX's name.
+
+    Raises:
+      ValueError: the attention kernel that it names does not run there.
+    """
+    attention = choose(config.model.attention, platform, DTYPES[config.model.precision.compute])
     config = replace(config, model=replace(config.model, attention=attention))
     optimizer: Any = config.optimizer
     if optimizer.tokens_per_microbatch is not None:
         return config
-    columns = config.packing("tpu").bins.columns
+    columns = config.packing(platform).bins.columns
     return replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from dcjax.errors import RunError
 from dcjax.recipe.config import Config
-from dcjax.tools.plan.plan import Place, Plan
-from dcjax.tools.plan.programs import for_tpu
+from dcjax.tools.plan.plan import Gpus, Place, Plan, place_of
 
 Changes = dict[str, Any]
 """The fields that are changed, by their names, and their values."""
@@ -48,11 +47,11 @@ def _overrides(changes: Changes) -> list[str]:
     return [f"{name}={value}" for name, value in changes.items()]
 
 
-def _possible(found: Iterable[tuple[Config, Changes]], topology: str) -> Iterator[tuple[Config, Changes, Place]]:
+def _possible(found: Iterable[tuple[Config, Changes]], topology: str) -> Iterator[tuple[Config, Changes, Place | Gpus]]:
     """Those by whose meshes the model's sizes divide, with where they would run."""
     for config, changes in found:
         with contextlib.suppress(RunError):
-            yield config, changes, Place.of(config, topology)
+            yield config, changes, place_of(config, topology)
 
 
 def _of_training(config: Config) -> Iterator[tuple[Config, Changes]]:
@@ -67,8 +66,9 @@ def _of_training(config: Config) -> Iterator[tuple[Config, Changes]]:
         made["model.remat"] = "full"
         yield config, made
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-    optimizer: Any = for_tpu(config).optimizer
-    columns = optimizer.tokens_per_microbatch
+    optimizer: Any = config.optimizer
+    # the default of TPUs is that of GPUs
+    columns = optimizer.tokens_per_microbatch or config.packing("tpu").bins.columns
     while (columns := columns // 2) >= longest:
         config = replace(config, optimizer=replace(optimizer, tokens_per_microbatch=columns))
         made["optimizer.tokens_per_microbatch"] = columns

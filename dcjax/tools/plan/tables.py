@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dcjax.tools.plan.chips import GIB
+from dcjax.tools.plan.chips import GIB, Chip
 from dcjax.tools.plan.hlo import Collective
 from dcjax.tools.plan.plan import USABLE, Plan, ProgramPlan
 
+BY_HAND = "estimated by hand, not compiled: docs/plan.md says how, and how far such estimates were off"
 PARTS = {"compute": "compute", "memory": "its memory", "links": "its links"}
 
 
@@ -18,12 +19,13 @@ def to_text(plan: Plan, price: float | None = None) -> str:
     devices = f", {chip.devices} devices each" if chip.devices > 1 else ""
     lines = [
         f"{plan.topology}: {plan.chips} chips{devices}; a chip has {chip.peak / 1e12:g} TFLOP/s in bf16, "
-        f"{chip.hbm / GIB:.1f} GiB at {chip.bandwidth / 1e9:g} GB/s, {chip.links} links of {chip.link / 1e9:g} GB/s",
+        f"{chip.hbm / GIB:.1f} GiB at {chip.bandwidth / 1e9:g} GB/s, {_links(chip)}",
+        *([] if plan.compiled else [BY_HAND]),
         "held on a chip: " + ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in plan.kinds.items()),
         "",
         f"{'program':<26}{'runs':>7}{'GiB':>8}{'fits':>6}{'TFLOP':>9}{'HBM GB':>10}{'sent GB':>10}{'at least':>13}"
-        f"  {'bound by':<20}compiled",
-        *[_line(program) for program in plan.programs],
+        f"  {'bound by':<20}" + ("compiled" if plan.compiled else ""),
+        *[_line(program, plan.compiled) for program in plan.programs],
     ]
     for program in plan.programs:
         if program.planned.refused:
@@ -48,7 +50,14 @@ def _reckoned(plan: Plan, price: float | None) -> list[str]:
     ]
 
 
-def _line(program: ProgramPlan) -> str:
+def _links(chip: Chip) -> str:
+    rate = f"{chip.link / 1e9:g} GB/s"
+    if not chip.node:
+        return f"{chip.links} links of {rate}"
+    return f"NVLink of {rate} in nodes of {chip.node}, {chip.network / 1e9:g} GB/s from other nodes"
+
+
+def _line(program: ProgramPlan, compiled: bool) -> str:
     planned, bound = program.planned, program.bound
     held = (planned.peak_bytes + program.resident) / GIB
     flops = sum(planned.cost.flops.values()) / 1e12
@@ -57,7 +66,7 @@ def _line(program: ProgramPlan) -> str:
     return (
         f"{planned.name:<26}{planned.runs:>7.3g}{held:>8.2f}{'yes' if program.fits else 'NO':>6}{flops:>9.3g}"
         f"{planned.cost.bytes / 1e9:>10.3g}{sent:>10.3g}{bound.seconds * 1e3:>10.3g} ms  {by:<20}"
-        f"{planned.compile_seconds:.0f} s"
+        + (f"{planned.compile_seconds:.0f} s" if compiled else "")
     )
 
 
@@ -85,6 +94,7 @@ def to_json(plan: Plan, price: float | None = None) -> str:
             "topology": plan.topology,
             "chips": plan.chips,
             "devices_per_chip": plan.chip.devices,
+            "compiled": plan.compiled,
             "fits": plan.fits,
             "usable_bytes": int(USABLE * plan.chip.hbm),
             "held_bytes": plan.kinds,

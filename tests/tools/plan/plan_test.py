@@ -208,7 +208,10 @@ def test_a_collectives_time_is_that_of_its_bytes_on_the_links_of_the_axes_that_i
     assert seconds("all-gather", ()) == 0
 
 
-def test_every_kind_of_chip_is_known_by_libtpus_name():
-    assert {chip_of(f"{name}:2x2").name for name in CHIPS} == {"v5e", "v5p", "v6e", "tpu7x"}
+def test_every_kind_of_chip_is_known_by_libtpus_name_or_nvidias():
+    kinds = {name: chip_of(f"{name}:2x2").platform for name in CHIPS}
+    assert kinds == dict.fromkeys(("v5e", "v5p", "v6e", "tpu7x"), "tpu") | dict.fromkeys(
+        ("a100", "h100", "h200", "b200"), "gpu"
+    )
     for chip in CHIPS.values():
         assert chip.peak_of("f32") < chip.peak_of("bf16") <= chip.peak_of("f8e4m3fn") <= chip.peak_of("s8")
