@@ -30,7 +30,7 @@ from dcjax.serving.parallel import COPIES, WITHIN
 from dcjax.serving.sync import served_shardings, stored_parameters
 from dcjax.sharding.rules import RULES, SERVING_RULES, Rules, mesh_axes, partition_spec
 from dcjax.tools.plan.hlo import Collective, Cost
-from dcjax.tools.plan.programs import Planned, attended, microbatches
+from dcjax.tools.plan.programs import Planned, attended, cached, microbatches
 from dcjax.types import Bins
 
 FLOAT32 = 4
@@ -575,8 +575,7 @@ def decode(run: Sizes) -> Planned:
     model, tensor, rows = run.model, run.serving[WITHIN], slots(run)
     serving, rollout = run.config.serving, run.config.rollout
     kernel = choose_cached(model.attention, run.platform, run.format.activations)
-    filled = rollout.max_prompt_length + run.mean_response / 2
-    seen = capacity(run) if kernel == "xla" else filled
+    seen = capacity(run) if kernel == "xla" else cached(run.config, run.mean_response)
     elements, routers = layers_elements(run, tensor)
     elements += head(model).size / tensor
     heads = model.num_heads * model.head_dim / tensor

@@ -5,7 +5,7 @@ Sources: Cloud TPU's pages of system architecture (cloud.google.com/tpu/docs/v5e
 Memory is in GiB, as the compiler takes it. The pages have no int8 of v5p and tpu7x, for which twice bf16 stands, and no
 fp8 of v5e, whose products are taken for bf16's, as those of v5p and v6e are.
 
-NVIDIA's datasheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (read in November 2026): peaks without sparsity;
+A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 as in published tables of NVIDIA's datasheets: peaks without sparsity;
 NVLink, given both ways, halved; memory, given in GB, which a card reports as about as many GiB. An A100 has no fp8,
 whose products are taken for bf16's. Between nodes each GPU has one InfiniBand adapter, as in NVIDIA's DGX: 200 Gb/s of
 an A100's, 400 Gb/s of the others'.

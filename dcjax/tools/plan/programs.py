@@ -126,10 +126,7 @@ def _programs(
     prefill = partial(engine.lower_prefill, params, rollout.prompts)
     yield "prefill", lambda: _planned("prefill", prefill, 1, kernel_fill=routed)
     turns = rollout.sequences * mean_response / (serving.slots * serving.steps_per_call)
-    lengths = response_lengths(config, mean_response)
-    # of a slot's steps, each with what it has sampled by then
-    seen = rollout.max_prompt_length + np.square(lengths).sum() / lengths.sum() / 2
-    filled = min(seen / engine.decoder.capacity, 1.0)
+    filled = min(cached(config, mean_response) / engine.decoder.capacity, 1.0)
     fill = {"ragged_attention": filled} | routed
     yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
 
@@ -146,6 +143,12 @@ def response_lengths(config: Config, mean_response: float) -> np.ndarray:
     spread = min(mean_response - 1, longest - mean_response)
     lengths = np.linspace(mean_response - spread, mean_response + spread, rows).round()
     return np.random.default_rng(0).permutation(lengths)
+
+
+def cached(config: Config, mean_response: float) -> float:
+    """Tokens that a slot's cache holds on average over all steps of decoding, with responses of `response_lengths`."""
+    lengths = response_lengths(config, mean_response)
+    return config.rollout.max_prompt_length + float(np.square(lengths).sum() / lengths.sum()) / 2
 
 
 def microbatches(config: Config, mean_response: float) -> float:
