@@ -1,5 +1,6 @@
 """The recipes of both papers: their numbers against the papers', their slices, and every row of their sweeps."""
 
+import json
 import math
 import os
 import re
@@ -233,6 +234,24 @@ def test_the_page_names_every_recipe_with_its_slice():
     assert rows == {
         recipe: re.search(r"^Slice: (\S+),", file["__doc__"], re.MULTILINE)[1] for recipe, file in FILES.items()
     }
+
+
+PLANS = runpy.run_path(str(EXPERIMENTS.parent / "benchmarks" / "plans.py"))
+PLANNED = json.loads(PLANS["RESULTS"].read_text())
+
+
+@pytest.mark.parametrize("recipe", SWEEPS)
+def test_a_recipe_says_what_was_planned_of_it_as_it_is(recipe):
+    fields, slice_name = PLANS["described"](recipe)
+    assert PLANNED[recipe]["config"] == fields  # or `python benchmarks/plans.py RECIPE` is due
+    plan = PLANNED[recipe]["plan"]
+    assert (plan["topology"], plan["fits"]) == (slice_name, True)
+    assert PLANS["sentence"](PLANNED[recipe]) in " ".join(FILES[recipe]["__doc__"].split())
+
+
+def test_the_page_has_the_plan_of_every_recipe():
+    page = (EXPERIMENTS.parent / "docs" / "papers.md").read_text()
+    assert all(PLANS["table_row"](recipe, PLANNED[recipe]) in page for recipe in SWEEPS)
 
 
 COMMAND = re.compile(r"(?:dcjax (?:train|plan)|sweeps\.py| --)\s+(?:\\\n\s+)?([a-z]\w*)(?=[\s`])")
