@@ -37,6 +37,7 @@ def bounds(chips: int, responses: int) -> dict[str, Any]:
     config = replace(
         config,
         rollout=replace(config.rollout, prompts=responses // 2, group_size=2),
+        warm_start=replace(config.warm_start, batch_size=responses),
         optimizer=replace(config.optimizer, updates=1, tokens_per_microbatch=COLUMNS),
         mesh=MeshConfig(data=shares // 16, fsdp=16, tensor=chips // shares),
     )
