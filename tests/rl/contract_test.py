@@ -79,7 +79,10 @@ def make_params(dtype: Any = jnp.float32):
 
 
 def make_inputs():
-    """Gradients and the extra arguments of each update, [24, ...]: δ̄ swings, the length triples at iteration 6, the ESS falls."""
+    """Gradients and the extra arguments of each update, [24, ...].
+
+    δ̄ swings, the length triples at iteration 6, the effective share falls.
+    """
     rng = np.random.default_rng(0)
     iterations = np.arange(UPDATES) // EVERY
     inputs = {
