@@ -3,7 +3,8 @@
     python benchmarks/objective.py [--json PATH]
 
 - arrays: on [512, 8192] log-probs, no model: value and gradient of the GRPO loss, of DC-GRPO's, and of the other
-  presets, 16 rows at a time as a training step takes them; the metrics alone. A goal is set for DC-GRPO.
+  presets and methods, 16 rows at a time as a training step takes them; the metrics alone, and what M2PO takes of the
+  whole minibatch before. A goal is set for DC-GRPO.
 - whole: GRPO and DC-GRPO on the whole arrays at once, where memory costs more than the arithmetic: DC-GRPO's
   temporaries are 48 MiB, GRPO's 16.
 - step: DC-GRPO's loss with gradient and the metrics, on the quickstart's shapes, as a share of its whole training step.
@@ -34,11 +35,11 @@ from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.rl.advantages import group_rewards
-from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.presets import dc_direct, dc_grpo, grpo, thresholded_dual_grpo
-from dcjax.rl.transforms import Context, LossTransform, initial_terms
+from dcjax.rl.objective import Objective
+from dcjax.rl.presets import METHODS, dc_direct, dc_grpo, grpo, thresholded_dual_grpo, with_method
+from dcjax.rl.transforms import Context, initial_terms
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Array, Batch
 
@@ -74,20 +75,19 @@ def drifted(logps: Array, scale: float) -> jax.Array:
     return jnp.asarray(np.minimum(np.asarray(logps) + noise, 0), jnp.float32)
 
 
-def loss_of(objective: LossTransform) -> Callable:
+def context_of(logps, old_logps, batch: Batch) -> Context:
+    """What a transform reads; the minibatch's quantities stand in for their cost, which is measured apart."""
+    kept = {"m2po_kept": batch.response_mask}
+    return Context(batch, logps, old_logps, jnp.float32(0.1), jnp.mean(batch.rewards), None, kept)
+
+
+def loss_of(objective: Objective) -> Callable:
     """(logps, old_logps, batch) -> the loss and its gradient to `logps`."""
 
     def loss(logps, old_logps, batch: Batch):
-        context = Context(batch, logps, old_logps, jnp.float32(0.1), jnp.mean(batch.rewards))
-        terms = objective(initial_terms(batch), context)
-        losses, _ = clipped_surrogate(
-            logps,
-            old_logps=old_logps,
-            advantages=terms.advantages,
-            weights=terms.weights,
-            mask=terms.mask,
-            eps_low=0.2,
-            eps_high=0.28,
+        terms = objective.transform(initial_terms(batch), context_of(logps, old_logps, batch))
+        losses, _ = objective.surrogate(
+            logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
         total, denominator = token_mean(losses + terms.loss, terms.mask)
         return total / denominator
@@ -119,9 +119,15 @@ def metrics_of(logps, old_logps, batch: Batch) -> dict:
     return mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
 
 
+def minibatch_quantity(logps, old_logps, batch: Batch) -> Array:
+    """What M2PO takes of the whole minibatch, without the pass for its log-probs."""
+    (compute,) = with_method(grpo(), "m2po").requires.of_minibatch.values()
+    return jnp.sum(compute(context_of(logps, old_logps, batch)))
+
+
 def both(logps, old_logps, batch: Batch) -> tuple:
     """DC-GRPO's loss with its gradient, and the metrics."""
-    return loss_of(dc_grpo(updates=1).transform)(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
+    return loss_of(dc_grpo(updates=1))(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
 
 
 def bind(program: Callable, batch: Batch) -> Callable[[int], Any]:
@@ -142,16 +148,18 @@ def compare_arrays(rounds: int) -> list[dict[str, Any]]:
     """CPU-milliseconds of each preset's loss with gradient, and of the metrics; then of two on whole arrays."""
     batch = random_batch(LARGEST[0], 1, LARGEST[1], GROUP_SIZE)
     objectives = {
-        "grpo": grpo().transform,
-        "dc_grpo": dc_grpo(updates=1).transform,
-        "thresholded_dual_grpo": thresholded_dual_grpo().transform,
-        "dc_direct": dc_direct(updates=1).transform,
+        "grpo": grpo(),
+        "dc_grpo": dc_grpo(updates=1),
+        "thresholded_dual_grpo": thresholded_dual_grpo(),
+        "dc_direct": dc_direct(updates=1),
+        **{name: with_method(grpo(), name) for name in METHODS},
     }
     cut = {name: bind(in_microbatches(loss_of(objective)), batch) for name, objective in objectives.items()}
     whole = {name: bind(loss_of(objectives[name]), batch) for name in ("grpo", "dc_grpo")}
+    apart = {"metrics": bind(metrics_of, batch), "m2po's quantity": bind(minibatch_quantity, batch)}
     size = list(LARGEST)
     return [
-        _over_grpo(f"arrays {size}, {MICROBATCH} rows at a time", cut | {"metrics": bind(metrics_of, batch)}, rounds),
+        _over_grpo(f"arrays {size}, {MICROBATCH} rows at a time", cut | apart, rounds),
         _over_grpo(f"whole {size}", whole, rounds),
     ]
 
@@ -174,7 +182,7 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
     batch = random_batch(sizes.sequences, sizes.max_prompt_length, sizes.max_response_length, sizes.group_size)
     programs = {
         "step": whole_step(config, batch),
-        "objective": bind(loss_of(dc_grpo(updates=1).transform), batch),
+        "objective": bind(loss_of(dc_grpo(updates=1)), batch),
         "objective + metrics": bind(both, batch),
     }
     timed = measure("step", programs, rounds)
