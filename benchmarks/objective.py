@@ -7,7 +7,8 @@
   whole minibatch before. A goal is set for DC-GRPO.
 - whole: GRPO and DC-GRPO on the whole arrays at once, where memory costs more than the arithmetic: DC-GRPO's
   temporaries are 48 MiB, GRPO's 16.
-- step: DC-GRPO's loss with gradient and the metrics, on the quickstart's shapes, as a share of its whole training step.
+- step: on the quickstart's shapes, as a share of its whole training step: DC-GRPO's loss with gradient and the metrics,
+  and each method's loss; and the whole step with M2PO, which takes the log-probs of the minibatch once more.
 
 How they are timed is said in timing.py.
 """
@@ -181,23 +182,29 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
     sizes = config.rollout
     batch = random_batch(sizes.sequences, sizes.max_prompt_length, sizes.max_response_length, sizes.group_size)
     programs = {
-        "step": whole_step(config, batch),
+        "step": whole_step(config, batch, "none"),
+        "step with m2po": whole_step(config, batch, "m2po"),
         "objective": bind(loss_of(dc_grpo(updates=1)), batch),
         "objective + metrics": bind(both, batch),
+        **{name: bind(loss_of(with_method(grpo(), name)), batch) for name in METHODS},
     }
     timed = measure("step", programs, rounds)
-    cpu = {name: of.cpu * 1e3 / (1 if name == "step" else CALLS) for name, of in timed.items()}
+    cpu = {name: of.cpu * 1e3 / (1 if name.startswith("step") else CALLS) for name, of in timed.items()}
     rows = [row("training step", cpu["step"], np.min)]
     rows.append(row("dc_grpo", cpu["objective"], np.min, ratio(cpu["objective"], cpu["step"], "step")))
     together = cpu["objective + metrics"]
     rows.append(row("dc_grpo and metrics", together, np.min, ratio(together, cpu["step"], "step", "<= 0.02")))
+    rows += [row(name, cpu[name], np.min, ratio(cpu[name], cpu["step"], "step")) for name in METHODS]
+    more = cpu["step with m2po"]
+    rows.append(row("training step with m2po", more, np.min, ratio(more, cpu["step"], "step")))
     shape = f"{sizes.sequences} x ({sizes.max_prompt_length} + {sizes.max_response_length})"
     return {"title": f"quickstart's step, {shape} tokens", "unit": "CPU-ms", "rows": rows, "notes": []}
 
 
-def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
+def whole_step(config: Config, batch: Batch, method: Any) -> Callable[[int], Any]:
     """The quickstart's training step, packing included, each call on from the last one's state."""
-    config = dataclasses.replace(config, objective=ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop"))
+    objective = ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop", method=method)
+    config = dataclasses.replace(config, objective=objective)
     mesh = make_mesh(config.mesh)
     step, tx, packing = build.compile_train_step(config, mesh), build_optimizer(config), config.packing()
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))

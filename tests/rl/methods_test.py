@@ -74,6 +74,8 @@ OBJECTIVES = {
     "drpo .15": with_method(BASE, "drpo", bound=0.15),
     "opsm .1": with_method(BASE, "opsm", bound=0.1),
     "vexact .05": with_method(BASE, "vexact", bound=0.05),
+    # so loose that a ratio of 2 is within it
+    "vexact 1": with_method(BASE, "vexact", bound=1.0),
     "seq_mask_tis 1.3": with_method(BASE, "seq_mask_tis", bound=1.3),
     "m2po .5": with_method(BASE, "m2po", bound=0.5),
     # what they reduce to
@@ -224,6 +226,7 @@ BOUNDS = {
     **{"dppo_tv": 0.15, "dppo_kl": 0.05, "ipo": 0.3, "ipo_squared": 0.1, "kpop": 2.0, "drpo": 12.5, "opsm": 1e-4},
     **{"vexact": 0.001, "seq_mask_tis": 1.002, "m2po": 0.04, "dppo_tv .02": 0.02, "dppo_kl .002": 0.002},
     **{"ipo .02": 0.02, "kpop .01": 0.01, "drpo .15": 0.15, "opsm .1": 0.1, "vexact .05": 0.05},
+    "vexact 1": 1.0,
     **{"seq_mask_tis 1.3": 1.3, "m2po .5": 0.5},
 }
 """As the sources have them, and others by which more is dropped, or less."""
@@ -375,6 +378,17 @@ def _doubled(terms):
 
 
 # --- by hand ---
+
+
+@pytest.mark.parametrize(("name", "cap"), [("dppo_tv", 20), ("ipo", 1e4), ("ipo_squared", 1e4)])
+def test_a_ratio_above_the_cap_keeps_the_gradient_of_the_cap(name, cap):
+    """p = .09 and q = 1e-6, which no bound on probabilities drops."""
+    case = draw(0)
+    logps, rollout_logps = np.full((ROWS, T), np.log(0.09)), np.full((ROWS, T), np.log(1e-6))
+    found = run(case.like(logps=logps, old_logps=logps, rollout_logps=rollout_logps))[name]
+    np.testing.assert_allclose(found[2].weights[case.mask], cap)
+    squared = 2e-3 * np.log(9e4) if name == "ipo_squared" else 0
+    np.testing.assert_allclose(found[1][case.mask], squared - cap * case.advantages[case.mask], rtol=1e-9)
 
 
 def test_m2po_by_hand():
