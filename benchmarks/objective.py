@@ -4,9 +4,11 @@
 
 - arrays: on [512, 8192] log-probs, no model: value and gradient of the GRPO loss, of DC-GRPO's, and of the other
   presets, 16 rows at a time as a training step takes them; the metrics alone. A goal is set for DC-GRPO.
+- methods: the same of others' answers to the mismatch, and what M2PO takes of the whole minibatch before.
 - whole: GRPO and DC-GRPO on the whole arrays at once, where memory costs more than the arithmetic: DC-GRPO's
   temporaries are 48 MiB, GRPO's 16.
-- step: DC-GRPO's loss with gradient and the metrics, on the quickstart's shapes, as a share of its whole training step.
+- step: on the quickstart's shapes, as a share of its whole training step: DC-GRPO's loss with gradient and the metrics,
+  and each method's loss; and the whole step with M2PO, which takes the log-probs of the minibatch once more.
 
 How they are timed is said in timing.py.
 """
@@ -34,11 +36,11 @@ from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.rl.advantages import group_rewards
-from dcjax.rl.losses import clipped_surrogate
 from dcjax.rl.masked import token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.presets import dc_direct, dc_grpo, grpo, thresholded_dual_grpo
-from dcjax.rl.transforms import Context, LossTransform, initial_terms
+from dcjax.rl.objective import Objective
+from dcjax.rl.presets import METHODS, dc_direct, dc_grpo, grpo, thresholded_dual_grpo, with_method
+from dcjax.rl.transforms import Context, initial_terms
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Array, Batch
 
@@ -74,20 +76,19 @@ def drifted(logps: Array, scale: float) -> jax.Array:
     return jnp.asarray(np.minimum(np.asarray(logps) + noise, 0), jnp.float32)
 
 
-def loss_of(objective: LossTransform) -> Callable:
+def context_of(logps, old_logps, batch: Batch) -> Context:
+    """What a transform reads; the minibatch's quantities stand in for their cost, which is measured apart."""
+    kept = {"m2po_kept": batch.response_mask}
+    return Context(batch, logps, old_logps, jnp.float32(0.1), jnp.mean(batch.rewards), None, kept)
+
+
+def loss_of(objective: Objective) -> Callable:
     """(logps, old_logps, batch) -> the loss and its gradient to `logps`."""
 
     def loss(logps, old_logps, batch: Batch):
-        context = Context(batch, logps, old_logps, jnp.float32(0.1), jnp.mean(batch.rewards))
-        terms = objective(initial_terms(batch), context)
-        losses, _ = clipped_surrogate(
-            logps,
-            old_logps=old_logps,
-            advantages=terms.advantages,
-            weights=terms.weights,
-            mask=terms.mask,
-            eps_low=0.2,
-            eps_high=0.28,
+        terms = objective.transform(initial_terms(batch), context_of(logps, old_logps, batch))
+        losses, _ = objective.surrogate(
+            logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
         )
         total, denominator = token_mean(losses + terms.loss, terms.mask)
         return total / denominator
@@ -119,9 +120,15 @@ def metrics_of(logps, old_logps, batch: Batch) -> dict:
     return mismatch_metrics(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
 
 
+def minibatch_quantity(logps, old_logps, batch: Batch) -> Array:
+    """What M2PO takes of the whole minibatch, without the pass for its log-probs."""
+    (compute,) = with_method(grpo(), "m2po").requires.of_minibatch.values()
+    return jnp.sum(compute(context_of(logps, old_logps, batch)))
+
+
 def both(logps, old_logps, batch: Batch) -> tuple:
     """DC-GRPO's loss with its gradient, and the metrics."""
-    return loss_of(dc_grpo(updates=1).transform)(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
+    return loss_of(dc_grpo(updates=1))(logps, old_logps, batch), metrics_of(logps, old_logps, batch)
 
 
 def bind(program: Callable, batch: Batch) -> Callable[[int], Any]:
@@ -142,16 +149,20 @@ def compare_arrays(rounds: int) -> list[dict[str, Any]]:
     """CPU-milliseconds of each preset's loss with gradient, and of the metrics; then of two on whole arrays."""
     batch = random_batch(LARGEST[0], 1, LARGEST[1], GROUP_SIZE)
     objectives = {
-        "grpo": grpo().transform,
-        "dc_grpo": dc_grpo(updates=1).transform,
-        "thresholded_dual_grpo": thresholded_dual_grpo().transform,
-        "dc_direct": dc_direct(updates=1).transform,
+        "grpo": grpo(),
+        "dc_grpo": dc_grpo(updates=1),
+        "thresholded_dual_grpo": thresholded_dual_grpo(),
+        "dc_direct": dc_direct(updates=1),
     }
+    methods = {name: with_method(grpo(), name) for name in METHODS}
     cut = {name: bind(in_microbatches(loss_of(objective)), batch) for name, objective in objectives.items()}
     whole = {name: bind(loss_of(objectives[name]), batch) for name in ("grpo", "dc_grpo")}
+    others = {name: bind(in_microbatches(loss_of(objective)), batch) for name, objective in methods.items()}
+    others = {"grpo": cut["grpo"], **others, "m2po's quantity": bind(minibatch_quantity, batch)}
     size = list(LARGEST)
     return [
         _over_grpo(f"arrays {size}, {MICROBATCH} rows at a time", cut | {"metrics": bind(metrics_of, batch)}, rounds),
+        _over_grpo(f"methods {size}, {MICROBATCH} rows at a time", others, rounds),
         _over_grpo(f"whole {size}", whole, rounds),
     ]
 
@@ -173,23 +184,29 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
     sizes = config.rollout
     batch = random_batch(sizes.sequences, sizes.max_prompt_length, sizes.max_response_length, sizes.group_size)
     programs = {
-        "step": whole_step(config, batch),
-        "objective": bind(loss_of(dc_grpo(updates=1).transform), batch),
+        "step": whole_step(config, batch, "none"),
+        "step with m2po": whole_step(config, batch, "m2po"),
+        "objective": bind(loss_of(dc_grpo(updates=1)), batch),
         "objective + metrics": bind(both, batch),
+        **{name: bind(loss_of(with_method(grpo(), name)), batch) for name in METHODS},
     }
     timed = measure("step", programs, rounds)
-    cpu = {name: of.cpu * 1e3 / (1 if name == "step" else CALLS) for name, of in timed.items()}
+    cpu = {name: of.cpu * 1e3 / (1 if name.startswith("step") else CALLS) for name, of in timed.items()}
     rows = [row("training step", cpu["step"], np.min)]
     rows.append(row("dc_grpo", cpu["objective"], np.min, ratio(cpu["objective"], cpu["step"], "step")))
     together = cpu["objective + metrics"]
     rows.append(row("dc_grpo and metrics", together, np.min, ratio(together, cpu["step"], "step", "<= 0.02")))
+    rows += [row(name, cpu[name], np.min, ratio(cpu[name], cpu["step"], "step")) for name in METHODS]
+    more = cpu["step with m2po"]
+    rows.append(row("training step with m2po", more, np.min, ratio(more, cpu["step"], "step")))
     shape = f"{sizes.sequences} x ({sizes.max_prompt_length} + {sizes.max_response_length})"
     return {"title": f"quickstart's step, {shape} tokens", "unit": "CPU-ms", "rows": rows, "notes": []}
 
 
-def whole_step(config: Config, batch: Batch) -> Callable[[int], Any]:
+def whole_step(config: Config, batch: Batch, method: Any) -> Callable[[int], Any]:
     """The quickstart's training step, packing included, each call on from the last one's state."""
-    config = dataclasses.replace(config, objective=ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop"))
+    objective = ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop", method=method)
+    config = dataclasses.replace(config, objective=objective)
     mesh = make_mesh(config.mesh)
     step, tx, packing = build.compile_train_step(config, mesh), build_optimizer(config), config.packing()
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dcjax.recipe.checks import require, require_choice
 from dcjax.rl import corrections, discrepancy, losses, masked, penalties, presets, verl
+from dcjax.rl.by_response import SEQ_MASK_LOW
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation
 from dcjax.rl.objective import Objective, Requirements
@@ -40,6 +41,21 @@ VerlPreset = Literal[
     "bypass_pg_geo_rs",
     "bypass_pg_geo_rs_seq_tis",
     "bypass_pg_geo_rs_token_tis",
+]
+
+
+MethodName = Literal[
+    "none",
+    "dppo_tv",
+    "dppo_kl",
+    "ipo",
+    "ipo_squared",
+    "kpop",
+    "drpo",
+    "opsm",
+    "vexact",
+    "seq_mask_tis",
+    "m2po",
 ]
 
 
@@ -109,6 +125,12 @@ class ObjectiveConfig:
     verl: VerlPreset = "disabled"
     """verl's rollout correction by the name of its preset, computed as verl does; excludes correction.
     Those that begin with bypass_pg need the surrogate policy_gradient and the aggregation seq_mean_token_sum."""
+    method: MethodName = "none"
+    """Trust region or rejection against the mismatch, as its source has it; excludes correction and verl. Those with
+    a loss per token of their own (dppo, ipo, drpo, m2po) take the place of the surrogate clip."""
+    method_bound: float | None = None
+    """The method's own bound, in its own unit: of a probability (dppo_tv, ipo, drpo), of nats (dppo_kl, kpop, opsm,
+    vexact), of squared nats (m2po), or of the geometric mean (seq_mask_tis, the upper one); None is its source's."""
     kl_coefficient: float = 0.0
     """Coefficient of the KL penalty to the policy that RL started from; 0, as in both papers, disables it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -147,6 +169,7 @@ class ObjectiveConfig:
                 "a threshold or a fixed multiplier needs a number"
             )
         self._check_verl()
+        self._check_method()
 
     def _check_verl(self) -> None:
         if self.verl == "disabled":
@@ -159,6 +182,29 @@ class ObjectiveConfig:
             for name, value in (("surrogate", "policy_gradient"), ("aggregation", "seq_mean_token_sum")):
                 if (given := getattr(self, name)) != value:
                     raise ValueError(f"objective.verl is {self.verl}, so objective.{name} must be {value}, not {given}")
+
+    def _check_method(self) -> None:
+        if self.method == "none":
+            if self.method_bound is not None:
+                raise ValueError(f"objective.method_bound is {self.method_bound}, but objective.method is none")
+            return
+        for name, without in (("correction", "none"), ("verl", "disabled")):
+            if (given := getattr(self, name)) != without:
+                raise ValueError(f"objective.method is {self.method} and objective.{name} {given}; set one of the two")
+        if presets.METHODS[self.method].surrogate is not None:
+            for name, unset in (("surrogate", "clip"), ("dual_clip", None)):
+                if (given := getattr(self, name)) != unset:
+                    raise ValueError(
+                        f"objective.method is {self.method}, which has a loss of its own, so objective.{name} must be "
+                        f"left at {unset}, not {given}"
+                    )
+        if (bound := self.method_bound) is not None:
+            if not 0 < bound < math.inf:
+                raise ValueError(f"objective.method_bound is {bound}; it must be a finite number above 0")
+            if self.method == "seq_mask_tis" and bound <= SEQ_MASK_LOW:
+                raise ValueError(
+                    f"objective.method_bound is {bound}; seq_mask_tis needs one above its lower bound, {SEQ_MASK_LOW}"
+                )
 
     @property
     def _has_ascent(self) -> bool:
@@ -173,7 +219,8 @@ class ObjectiveConfig:
     def build(self, *, updates: int, max_response_length: int) -> Objective:
         """The objective. A subclass may change what this returns, with `dataclasses.replace` for example.
 
-        The chain is: estimator, zero-variance groups left out, penalty, importance correction, KL to the reference.
+        The chain is: estimator, penalty, zero-variance groups left out, importance correction, KL to the reference,
+        method.
 
         Args:
           updates: optimiser updates per iteration.
@@ -186,7 +233,7 @@ class ObjectiveConfig:
         transforms += self._corrections()
         if self.kl_coefficient:
             transforms.append(kl_penalty(self.kl_coefficient, kind=self.kl_estimator))
-        return dataclasses.replace(
+        objective = dataclasses.replace(
             preset,
             transform=chain(*transforms),
             surrogate=self._surrogate(),
@@ -198,6 +245,9 @@ class ObjectiveConfig:
                 reference_logps=bool(self.kl_coefficient), mixed_groups=self.zero_variance == "resample"
             ),
         )
+        if self.method == "none":
+            return objective
+        return presets.with_method(objective, self.method, bound=self.method_bound)
 
     def _preset(self, updates: int) -> Objective:
         """The estimator and what `algorithm` puts behind it."""

@@ -12,7 +12,13 @@ import optax
 from dcjax.models.config import DtypeName
 from dcjax.recipe.checks import require, require_choice
 from dcjax.rl.averaging import params_ema
-from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
+from dcjax.rl.learning_rate import (
+    Surge,
+    discrepancy_decay,
+    dual_learning_rate,
+    length_decay,
+    scale_by_sequence_ess,
+)
 from dcjax.rl.loss_scale import dynamic_loss_scale
 from dcjax.rl.objective import Objective
 
@@ -34,7 +40,7 @@ class Optimizer:
     """The learning rate by optimiser update, as it is logged; a `learning_rate_scale` in the state multiplies it."""
     reaction: optax.GradientTransformationExtraArgs = NO_REACTION
     """Updates to updates by what training measures: `update` is given `discrepancy`, δ̄, and `response_length`, tokens,
-    of the iteration."""
+    of the iteration, and `sequence_ess`, a share, of the minibatch."""
     ema_decay: float = 0.0
     """Decay per update of the moving average of the weights; 0 keeps no average."""
 
@@ -61,6 +67,9 @@ class OptimizerConfig:
     decay_dual_lr: float = 100.0
     """With decay dual, the divisor of the learning rate grows by this value times (mean gap − budget)
     in each iteration."""
+    ess_base: float | None = None
+    """Scales each update by the square root of min(1, effective share of its whole responses / this), VCPO's rule; 1 is
+    the paper's, None leaves updates as they are."""
     ema_decay: float = 0.0
     """Decay per update of the moving average of the weights, which is evaluated and can be exported;
     0 keeps no average."""
@@ -93,6 +102,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
+        if self.ess_base is not None and not 0 < self.ess_base <= 1:
+            raise ValueError(f"optimizer.ess_base is {self.ess_base}; it must lie within (0, 1], or be none")
         if not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be above 0")
 
@@ -135,7 +146,11 @@ class OptimizerConfig:
             raise ValueError("optimizer.decay_floor is 0; it must be above 0 where optimizer.decay is dual")
 
     def reaction(self, budget: float | None) -> optax.GradientTransformationExtraArgs:
-        """What moves the learning rate by what training measures, as `decay` says."""
+        """What moves the learning rate by what training measures, as `decay` and `ess_base` say."""
+        decay = self._reacting_decay(budget)
+        return decay if self.ess_base is None else optax.chain(decay, scale_by_sequence_ess(self.ess_base))
+
+    def _reacting_decay(self, budget: float | None) -> optax.GradientTransformationExtraArgs:
         common = {"floor": self.decay_floor, "every": self.updates}
         if self.decay == "period":
             return length_decay(self.decay_period, **common)

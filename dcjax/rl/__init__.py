@@ -2,6 +2,7 @@
 
 from dcjax.rl.advantages import batch_baseline, group_relative, leave_one_out
 from dcjax.rl.averaging import averaged_params, params_ema
+from dcjax.rl.by_response import opsm, seq_mask_tis, vexact
 from dcjax.rl.corrections import (
     geometric_mis,
     geometric_tis,
@@ -15,15 +16,21 @@ from dcjax.rl.corrections import (
 )
 from dcjax.rl.discrepancy import log_probability_difference, measure, probability_difference, probability_ratio
 from dcjax.rl.dual import dual_ascent
-from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
+from dcjax.rl.learning_rate import (
+    Surge,
+    discrepancy_decay,
+    dual_learning_rate,
+    length_decay,
+    scale_by_sequence_ess,
+)
 from dcjax.rl.loss_scale import dynamic_loss_scale
-from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient
+from dcjax.rl.losses import cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient, unit_ratio
 from dcjax.rl.masked import seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_mean
 from dcjax.rl.metrics import mismatch_metrics
-from dcjax.rl.objective import HeadQuantity, Iteration, IterationQuantity, Objective, Requirements
+from dcjax.rl.objective import HeadQuantity, Iteration, IterationQuantity, MinibatchQuantity, Objective, Requirements
 from dcjax.rl.packing import Packing
 from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
-from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo, verl_correction
+from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo, verl_correction, with_method
 from dcjax.rl.step import PolicyOutputs, make_train_step
 from dcjax.rl.transforms import (
     Context,
@@ -37,12 +44,14 @@ from dcjax.rl.transforms import (
     kl_penalty,
     leave_one_out_advantages,
 )
+from dcjax.rl.trust_regions import dppo_kl, dppo_tv, drpo, ipo, kpop, m2po
 
 __all__ = [
     "Context",
     "HeadQuantity",
     "Iteration",
     "IterationQuantity",
+    "MinibatchQuantity",
     "Objective",
     "Packing",
     "PolicyOutputs",
@@ -62,7 +71,10 @@ __all__ = [
     "direct_penalty",
     "discrepancy_decay",
     "discrepancy_penalty",
+    "dppo_kl",
+    "dppo_tv",
     "drop_zero_variance",
+    "drpo",
     "dual_ascent",
     "dual_grpo",
     "dual_learning_rate",
@@ -76,22 +88,28 @@ __all__ = [
     "gspo",
     "hinge",
     "icepop_mask",
+    "ipo",
     "kl_estimate",
     "kl_penalty",
+    "kpop",
     "leave_one_out",
     "leave_one_out_advantages",
     "length_decay",
     "linear",
     "log_probability_difference",
+    "m2po",
     "make_train_step",
     "masked_importance_weights",
     "measure",
     "mismatch_metrics",
+    "opsm",
     "params_ema",
     "penalize",
     "policy_gradient",
     "probability_difference",
     "probability_ratio",
+    "scale_by_sequence_ess",
+    "seq_mask_tis",
     "seq_mean_token_mean",
     "seq_mean_token_sum",
     "seq_mean_token_sum_norm",
@@ -103,5 +121,8 @@ __all__ = [
     "token_mis",
     "token_tis",
     "truncated_importance_weights",
+    "unit_ratio",
     "verl_correction",
+    "vexact",
+    "with_method",
 ]

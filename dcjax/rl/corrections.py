@@ -201,6 +201,22 @@ def icepop_mask(low: float, high: float) -> LossTransform:
     return _reweight("icepop", "token", lambda ratios: _zero_unless_within(ratios, low, high))
 
 
+def reweight_kept(terms: Terms, mask: Array, name: str, *, kept: Array, weights: Array) -> Terms:
+    """Multiplies weights by `weights` where `kept`, and by 0 elsewhere. Per-row metric: the share of tokens dropped.
+
+    Args:
+      terms: as they stand.
+      mask: response tokens.
+      name: of the metric, `name/dropped_fraction`.
+      kept: bool, broadcast to [B, T].
+      weights: w, broadcast to [B, T]; nothing of it is differentiated.
+    """
+    kept = jnp.broadcast_to(kept, mask.shape)
+    weights = jnp.where(kept, jax.lax.stop_gradient(weights), 0)
+    metrics = {**terms.metrics, f"{name}/dropped_fraction": masked_mean((~kept).astype(jnp.float32), mask, axis=1)}
+    return dataclasses.replace(terms, weights=terms.weights * weights, metrics=metrics)
+
+
 def _truncate(level: str, clip_max: float) -> LossTransform:
     _check_clip(clip_max)
     return _reweight(f"{level}_tis", level, lambda ratios: jnp.minimum(ratios, clip_max))

@@ -252,6 +252,53 @@ def dual_learning_rate(
     return _scale_updates(start, advance, every=every, needs="discrepancy")
 
 
+class SequenceEssState(NamedTuple):
+    """The factor on the last update; `optax.tree.get` finds `ess_scale`."""
+
+    ess_scale: jax.Array  # float32 []; 1 before the first update
+
+
+def scale_by_sequence_ess(base: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each update by √min(1, ρ_ess / base), ρ_ess the effective share of the minibatch's whole responses.
+
+    Args:
+      base: ρ_ess of on-policy responses, in (0, 1]: 1 for the paper's single-turn tasks, .55 with tools.
+
+    Returns:
+      A transform that stands after Adam and its weight decay, as a factor on the learning rate. Its `update` takes
+      `sequence_ess`, the minibatch's `metrics.sequence_ess`; its state holds `ess_scale`, the factor that it last used.
+
+    Raises:
+      ValueError: a base outside (0, 1].
+
+    References:
+      VCPO (arXiv 2602.17616), eq. 5. The bound of 1 is the authors' code's, not the formula's. Their baseline OPOB,
+      and their sequence weights, are not part of this.
+
+    Examples:
+      >>> tx = scale_by_sequence_ess()
+      >>> scaled, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), sequence_ess=jnp.float32(0.25))
+      >>> scaled.tolist()
+      [0.5, 0.5]
+    """
+    if not 0 < base <= 1:
+        raise ValueError(f"base {base} must lie within (0, 1]")
+
+    def init(params):
+        del params
+        return SequenceEssState(jnp.ones((), jnp.float32))
+
+    def update(updates, state, params=None, **extra_args):
+        del state, params
+        if "sequence_ess" not in extra_args:
+            raise TypeError("update() needs the extra argument 'sequence_ess', a scalar of the minibatch")
+        share = jnp.asarray(extra_args["sequence_ess"], jnp.float32)
+        scale = jnp.sqrt(jnp.minimum(share / base, 1.0))
+        return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), updates), SequenceEssState(scale)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
 def learning_rate_scale(opt_state: optax.OptState) -> Float[Array, ""]:
     """The factor on the next iteration's updates: the product over the chain's transforms, 1 if there are none."""
     found = optax.tree.get_all_with_path(opt_state, "learning_rate_scale")

@@ -165,6 +165,24 @@ def policy_gradient(
 
 
 @masks("mask")
+def unit_ratio(
+    logps: Float[Array, "B T"],
+    *,
+    advantages: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    **unused: Array,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """−w · Ã · exp(logps − sg(logps)): the value −w · Ã with REINFORCE's gradient; nothing is clipped.
+
+    With w = sg(r), r = exp(logps − any reference), it is −Ã · r, value and gradient.
+    """
+    logps, advantages, weights = _zero_padding(mask, logps, advantages, weights)
+    ones = jnp.exp(logps - jax.lax.stop_gradient(logps))
+    return -weights * advantages * ones, jnp.zeros(mask.shape, bool)
+
+
+@masks("mask")
 def negative_log_likelihood(
     logps: Float[Array, "B T"], *, weights: Float[Array, "B T"], mask: Bool[Array, "B T"], **unused: Array
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:

@@ -8,7 +8,7 @@ all every metric is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
@@ -23,6 +23,8 @@ PERCENTILES = (50, 90, 99)
 """The percentiles of |p − q| over tokens that are reported."""
 SMALLEST_DIFFERENCE = 1e-8
 """Lower end of the histogram of |p − q|. Smaller differences are float32's rounding, and are reported as 0."""
+BAND = (0.999, 1.002)
+"""Bounds of ρ that NeMo-RL (ProRL v2.1) puts on a response's geometric mean."""
 BINS = 1024
 """Bins of the histogram from SMALLEST_DIFFERENCE to 1, equally wide in the logarithm: neighbours differ by 1.8%."""
 
@@ -96,6 +98,10 @@ def gap_metrics(
     - `chi2_token`: mean ρ² − 1 over tokens. `chi2_sequence`: the same over responses with ρ = Π_t ρ_t.
     - `ess`: effective sample size for p as a share of the n tokens, (Σρ)² / (n Σρ²), in (0, 1].
     - `tv`: total variation, ½ mean |ρ − 1| over tokens. `tv_pinsker`: its bound √(k3 / 2).
+    - `ratio_in_band`: share of tokens with .999 ≤ ρ ≤ 1.002. `response_ratio_in_band`: share of responses of whose
+      tokens' ρ the geometric mean is so. `ratio_within_1_percent`, `ratio_within_5_percent`: share of tokens with
+      |ρ − 1| ≤ .01 and .05.
+    - `ess_sequence`: `sequence_ess` of the responses.
 
     Args:
       logps: log p of the sampled tokens.
@@ -108,6 +114,8 @@ def gap_metrics(
     # ρ − 1, with the digits that are lost when ρ is rounded
     excess = jnp.expm1(clamp_log_ratio(log_ratio))
     k3, largest = masked_mean(excess - log_ratio, mask), masked_max(difference, mask)
+    rows, sums = jnp.any(mask, axis=1), jnp.sum(log_ratio, axis=1)
+    mean_excess = jnp.expm1(clamp_log_ratio(sums / jnp.maximum(jnp.sum(mask, axis=1), 1)))
     quantiles = jnp.minimum(log_quantiles(difference, mask), largest)
     return {
         "prob_diff_mean": masked_mean(difference, mask),
@@ -118,11 +126,16 @@ def gap_metrics(
         "k3": k3,
         # ρ² − 1 = (ρ − 1)² + 2 (ρ − 1)
         "chi2_token": masked_mean(jnp.square(excess) + 2 * excess, mask),
-        "chi2_sequence": masked_mean(jnp.expm1(2 * clamp_log_ratio(jnp.sum(log_ratio, axis=1))), jnp.any(mask, axis=1)),
+        "chi2_sequence": masked_mean(jnp.expm1(2 * clamp_log_ratio(sums)), rows),
         "ess": _effective_sample_share(bounded_exp(log_ratio), mask),
         "tv": masked_mean(jnp.abs(excess), mask) / 2,
         # rounding may take the mean below 0
         "tv_pinsker": jnp.sqrt(jnp.maximum(k3, 0) / 2),
+        "ratio_in_band": _share_within(excess, *BAND, mask),
+        "ratio_within_1_percent": _share_within(excess, 0.99, 1.01, mask),
+        "ratio_within_5_percent": _share_within(excess, 0.95, 1.05, mask),
+        "response_ratio_in_band": _share_within(mean_excess, *BAND, rows),
+        "ess_sequence": _sequence_ess(sums, rows),
     }
 
 
@@ -171,6 +184,65 @@ def log_quantiles(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Arr
     found = jnp.searchsorted(cumulative, jnp.stack(needed))
     middles = SMALLEST_DIFFERENCE * jnp.exp((jnp.arange(1, BINS + 1) - 0.5) / density)
     return jnp.concatenate([jnp.zeros(1), middles])[found].astype(x.dtype)
+
+
+@masks("mask")
+def sequence_ess(
+    *, logps: Float[Array, "B T"], reference_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Effective sample size of whole responses as a share of them: (Σw)² / (B Σw²), w_i = Π_t p/q, not clamped.
+
+    B counts the responses that have a token. From 1/B, where one response outweighs all others, to 1, where all weigh
+    the same, whatever they weigh; 0 without a token.
+
+    References:
+      VCPO (arXiv 2602.17616), §3.2, where it is ρ_ess = ESS / B.
+    """
+    log_ratio = zero_outside(logps, mask) - zero_outside(reference_logps, mask)
+    return _sequence_ess(jnp.sum(log_ratio, axis=1), jnp.any(mask, axis=1))
+
+
+@masks("mask")
+def sign_skew(
+    logps: Float[Array, "B T"],
+    references: Mapping[str, Float[Array, "B T"]],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> dict[str, Float[Array, "B"]]:
+    """What r ≠ 1 adds to the loss −rÃ, by the sign of Ã: sums of −(r − 1)Ã over each response's tokens.
+
+    Args:
+      logps: log p at the parameters of the update.
+      references: log q by name; r = p/q, log r clamped to ±20.
+      advantages: Ã.
+      mask: response tokens.
+
+    Returns:
+      `NAME_positive` and `NAME_negative` of each reference: of the tokens with Ã > 0, and with Ã < 0.
+
+    References:
+      VeXact (arXiv 2605.14220), eq. 5, whose C(r) it sums.
+    """
+    sums: dict[str, Array] = {}
+    for name, reference_logps in references.items():
+        log_ratio = zero_outside(logps, mask) - zero_outside(reference_logps, mask)
+        added = -jnp.expm1(clamp_log_ratio(log_ratio)) * advantages
+        sums[f"{name}_positive"] = jnp.sum(jnp.where(advantages > 0, added, 0), axis=1)
+        sums[f"{name}_negative"] = jnp.sum(jnp.where(advantages < 0, added, 0), axis=1)
+    return sums
+
+
+def _share_within(excess: Array, low: float, high: float, mask: Array) -> Array:
+    """The share with low ≤ ρ ≤ high, of ρ − 1."""
+    return masked_mean(((excess >= low - 1) & (excess <= high - 1)).astype(excess.dtype), mask)
+
+
+def _sequence_ess(log_weights: Array, rows: Array) -> Array:
+    largest = jnp.max(jnp.where(rows, log_weights, -jnp.inf), initial=-jnp.inf)
+    # the largest weight becomes 1, so that nothing overflows and the squares' sum is at least 1
+    weights = jnp.where(rows, jnp.exp(log_weights - jnp.where(jnp.any(rows), largest, 0)), 0)
+    squares = jnp.maximum(jnp.sum(jnp.square(weights)), 1)
+    return jnp.square(jnp.sum(weights)) / (squares * jnp.maximum(jnp.sum(rows), 1))
 
 
 def _effective_sample_share(weights: Array, mask: Array) -> Array:

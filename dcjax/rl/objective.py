@@ -13,7 +13,7 @@ from jaxtyping import Float
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.losses import Surrogate, clipped_surrogate
 from dcjax.rl.masked import Aggregation, response_mean, token_mean
-from dcjax.rl.transforms import LossTransform
+from dcjax.rl.transforms import Context, LossTransform
 from dcjax.types import Array, Batch, TokenDistributions
 
 PPO_CLIP: Surrogate = functools.partial(clipped_surrogate, eps_low=0.2, eps_high=0.28)
@@ -62,6 +62,21 @@ class IterationQuantity:
 
 
 @dataclass(frozen=True)
+class MinibatchQuantity:
+    """A scalar, or a value of each row or token, that depends on the whole minibatch at its current parameters.
+
+    It is computed once an update, before its gradient, and not differentiated: the same for every microbatch, however
+    the minibatch is cut. The log-probs take a pass of their own.
+    """
+
+    name: str
+    """The key in `Context.quantities`."""
+    compute: Callable[[Context], Array]
+    """(context of all the minibatch's rows, in any order) -> [], [B] or [B, T]; a loss transform sees the scalar, or
+    its own rows. Of the quantities, that context has the iteration's alone."""
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What an objective needs beside rewards and the log-probs of sampled tokens.
 
@@ -75,7 +90,7 @@ class Requirements:
     """`Batch.candidate_tokens`: rollouts record the tokens that could be drawn (`rollout.top_k`)."""
     mixed_groups: bool = False
     """Groups of equal rewards are replaced by others while sampling (DAPO's dynamic sampling, arXiv 2503.14476)."""
-    quantities: tuple[HeadQuantity | IterationQuantity, ...] = ()
+    quantities: tuple[HeadQuantity | IterationQuantity | MinibatchQuantity, ...] = ()
     """`Context.quantities`."""
 
     def __post_init__(self) -> None:
@@ -92,6 +107,11 @@ class Requirements:
     def of_iteration(self) -> Mapping[str, Callable[[Iteration], Array]]:
         """The functions of the quantities that are computed once an iteration, by name."""
         return {each.name: each.compute for each in self.quantities if isinstance(each, IterationQuantity)}
+
+    @property
+    def of_minibatch(self) -> Mapping[str, Callable[[Context], Array]]:
+        """The functions of the quantities that are computed once an update, by name."""
+        return {each.name: each.compute for each in self.quantities if isinstance(each, MinibatchQuantity)}
 
 
 NO_REQUIREMENTS = Requirements()

@@ -1,23 +1,24 @@
-"""The objectives of paper A, one of ours and verl's, ready-made.
+"""The objectives of paper A, one of ours, verl's, and others' answers to the mismatch, ready-made.
 
     objective = dc_grpo(updates=4)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.95), objective.ascent)
     step = make_train_step(apply_fn, tx, objective.surrogate, objective.transform, ...)
 
 What each is reported to do was seen in runs of a tiny model. All keep groups of equal rewards, as paper A does;
-`chain(objective.transform, drop_zero_variance())` drops them. `objective.algorithm` and `objective.verl` of a recipe
-choose among them.
+`chain(objective.transform, drop_zero_variance())` drops them. `objective.algorithm`, `objective.verl` and
+`objective.method` of a recipe choose among them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from dcjax.rl import verl
+from dcjax.rl import by_response, trust_regions, verl
 from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.dual import dual_ascent
-from dcjax.rl.losses import policy_gradient
+from dcjax.rl.losses import Surrogate, policy_gradient, unit_ratio
 from dcjax.rl.masked import seq_mean_token_sum
 from dcjax.rl.objective import Objective
 from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, hinge, linear
@@ -245,3 +246,57 @@ def verl_correction(
     if not correction.bypass_mode:
         return Objective(transform, discrepancy=discrepancy)
     return Objective(transform, surrogate=policy_gradient, aggregate=seq_mean_token_sum, discrepancy=discrepancy)
+
+
+class Method(NamedTuple):
+    """An answer to the mismatch that stands behind an objective."""
+
+    transform: Callable[..., Any]
+    """Of its bound, or of nothing, which is the source's. m2po's takes what stands before it too, and returns its
+    quantity too."""
+    surrogate: Surrogate | None = None
+    """The loss of each token that belongs to it; None where it goes with the objective's."""
+
+
+METHODS = {
+    "dppo_tv": Method(trust_regions.dppo_tv, policy_gradient),
+    "dppo_kl": Method(trust_regions.dppo_kl, policy_gradient),
+    "ipo": Method(trust_regions.ipo, unit_ratio),
+    "ipo_squared": Method(lambda bound=0.1: trust_regions.ipo(bound, coefficient=1e-3), unit_ratio),
+    "kpop": Method(trust_regions.kpop),
+    "drpo": Method(trust_regions.drpo, unit_ratio),
+    "opsm": Method(by_response.opsm),
+    "vexact": Method(by_response.vexact),
+    "seq_mask_tis": Method(by_response.seq_mask_tis),
+    "m2po": Method(trust_regions.m2po, unit_ratio),
+}
+
+
+def with_method(objective: Objective, name: str, *, bound: float | None = None) -> Objective:
+    """The objective with another's answer to the mismatch behind its transform; docs/objectives.md has the formulas.
+
+    Args:
+      objective: estimator, penalty and masks, whose surrogate stays unless the method has one of its own.
+      name: of `METHODS`.
+      bound: the method's own parameter, in its own unit; None is its source's.
+
+    Returns:
+      The objective; m2po's requires a quantity of the minibatch.
+
+    Raises:
+      ValueError: there is no such method, or it cannot take the bound.
+    """
+    if name not in METHODS:
+        raise ValueError(f"the method is {name!r}; it must be one of {', '.join(METHODS)}")
+    method, requires, given = METHODS[name], objective.requires, () if bound is None else (bound,)
+    if name == "m2po":
+        transform, quantity = method.transform(objective.transform, *given)
+        requires = dataclasses.replace(requires, quantities=(*requires.quantities, quantity))
+    else:
+        transform = method.transform(*given)
+    return dataclasses.replace(
+        objective,
+        transform=chain(objective.transform, transform),
+        surrogate=method.surrogate or objective.surrogate,
+        requires=requires,
+    )

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,7 +23,7 @@ from dcjax.rl.discrepancy import Discrepancy, probability_difference
 from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation, LossSum, masked_mean, response_mean, token_mean
-from dcjax.rl.metrics import budget_metrics, mismatch_metrics, staleness_metrics
+from dcjax.rl.metrics import budget_metrics, mismatch_metrics, sequence_ess, sign_skew, staleness_metrics
 from dcjax.rl.microbatches import Cut, Microbatch
 from dcjax.rl.objective import NO_REQUIREMENTS, Iteration, Requirements
 from dcjax.rl.transforms import Context, LossTransform, initial_terms
@@ -106,12 +106,12 @@ class Rows(NamedTuple):
     old_logps: Array | None
     # [B, T]; None where the state has no reference policy
     reference_logps: Array | None
-    # [B] or [B, T]: the quantities of the whole iteration that are no scalars
+    # [B] or [B, T]: the quantities of the whole iteration or minibatch that are no scalars
     quantities: dict[str, Array]
 
 
 class Shared(NamedTuple):
-    """What all updates of an iteration share: scalars over all its responses."""
+    """What all rows of an update share: scalars over all the iteration's responses, and over the minibatch's."""
 
     mean_reward: Array
     response_length: Array
@@ -133,6 +133,8 @@ class RowOutputs:
     loss_mask: Array
     # [B] each, of the model and of the objective's transforms
     metrics: dict[str, Array]
+    # [B] each, sums over the response
+    sums: dict[str, Array]
 
 
 class UpdateOutputs(NamedTuple):
@@ -163,7 +165,8 @@ def make_train_step(
     With one update an iteration, the pass that is differentiated also yields `old_logps`. With several, they are
     computed once, before the first update. Where rollouts are sampled ahead of the trainer, `old_logps` are those of
     the parameters that sampled, so that mismatch and staleness are measured separately. What the objective requires
-    of the whole iteration is computed from them, before the first update. Gradients are summed over
+    of the whole iteration is computed from them, before the first update; what it requires of a minibatch takes one
+    more pass before each. Gradients are summed over
     microbatches and divided once by the minibatch's denominator. Where `tx` holds a `loss_scale`
     (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
 
@@ -264,21 +267,25 @@ def _row_numbers(cuts: Microbatches | None, group_size: int) -> Array | None:
 def _iteration_quantities(
     requires: Requirements, iteration: Iteration, numbers: Array | None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The quantities that are computed before the first gradient: scalars, and those by row or token.
-
-    They see rows in the order that these had before packing moved them, those of a prompt side by side.
-    """
-    scalars, by_row = {}, {}
+    """The quantities of the whole iteration, which see rows in the order that these had before packing moved them."""
     if numbers is not None:
         iteration = jax.tree.map(lambda x: x[jnp.argsort(numbers)], iteration)
-    shapes = ((), iteration.batch.rewards.shape, iteration.old_logps.shape)
-    for name, compute in requires.of_iteration.items():
-        computed = jax.lax.stop_gradient(compute(iteration))
-        if computed.shape not in shapes:
-            raise ValueError(f"the quantity {name!r} has the shape {computed.shape}; it must be [], [B] or [B, T]")
-        (by_row if computed.shape else scalars)[name] = computed
+    scalars, by_row = _quantities(requires.of_iteration, iteration, iteration.old_logps.shape)
     if numbers is not None:
         by_row = jax.tree.map(lambda x: x[numbers], by_row)
+    return scalars, by_row
+
+
+def _quantities(
+    functions: Mapping[str, Callable[[Any], Array]], rows: Iteration | Context, shape: tuple[int, ...]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is computed of all rows [B, T] before a gradient: scalars, and what is by row or token."""
+    scalars, by_row = {}, {}
+    for name, compute in functions.items():
+        computed = jax.lax.stop_gradient(compute(rows))
+        if computed.shape not in ((), shape[:1], shape):
+            raise ValueError(f"the quantity {name!r} has the shape {computed.shape}; it must be [], [B] or [B, T]")
+        (by_row if computed.shape else scalars)[name] = computed
     return scalars, by_row
 
 
@@ -293,32 +300,65 @@ def _cut(spec: StepSpec, minibatch: Batch, cut: Microbatches | None) -> Cut:
 def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch, cuts: Microbatches | None) -> Array:
     """float32 [updates, B / updates, T]: log-probs of the response tokens under `params`, a microbatch at a time."""
 
-    def logps_of_minibatch(inputs: tuple[Batch, Microbatches | None]) -> Array:
+    def compute(inputs: tuple[Batch, Microbatches | None]) -> Array:
         minibatch, cut = inputs
+        return _logps_of_minibatch(spec, params, minibatch, _cut(spec, minibatch, cut))
 
-        def compute(microbatch: Microbatch, logps: Array) -> Array:
-            rows = dataclasses.replace(microbatch.take(minibatch), places=microbatch.places)
-            return microbatch.put(logps, spec.apply_fn(params, rows)[0])
+    return jax.lax.map(compute, (minibatches, cuts))
 
-        return _cut(spec, minibatch, cut).fold(compute, jnp.zeros(minibatch.response_mask.shape))
 
-    return jax.lax.map(logps_of_minibatch, (minibatches, cuts))
+def _logps_of_minibatch(spec: StepSpec, params: Params, minibatch: Batch, cut: Cut) -> Array:
+    def compute(microbatch: Microbatch, logps: Array) -> Array:
+        rows = dataclasses.replace(microbatch.take(minibatch), places=microbatch.places)
+        return microbatch.put(logps, spec.apply_fn(params, rows)[0])
+
+    return cut.fold(compute, jnp.zeros(minibatch.response_mask.shape))
 
 
 def _update(
     spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
 ) -> tuple[TrainState, UpdateOutputs]:
     """One optimiser update by the minibatch's gradients; the scalars that `tx` is given are of the whole batch."""
+    if spec.requires.of_minibatch:
+        minibatch, shared = _with_minibatch_quantities(spec, state, minibatch, cut, shared)
     grads, loss, rows = _accumulate_gradients(spec, state, minibatch, cut, shared)
     discrepancy = shared.discrepancy
     if discrepancy is None:
         # this is the only update, and its minibatch the whole batch
         discrepancy = spec.batch_discrepancy(rows.logps, minibatch.batch)
     changes, opt_state = spec.tx.update(
-        grads, state.opt_state, state.params, discrepancy=discrepancy, response_length=shared.response_length
+        grads,
+        state.opt_state,
+        state.params,
+        discrepancy=discrepancy,
+        response_length=shared.response_length,
+        sequence_ess=sequence_ess(
+            logps=rows.logps, reference_logps=minibatch.batch.rollout_logps, mask=minibatch.batch.response_mask
+        ),
     )
     state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
     return state, UpdateOutputs(loss, optax.tree.norm(grads), rows)
+
+
+def _with_minibatch_quantities(
+    spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
+) -> tuple[Rows, Shared]:
+    """The same with what the objective requires of the minibatch, at the parameters before its update."""
+    logps = jax.lax.stop_gradient(_logps_of_minibatch(spec, state.params, minibatch.batch, cut))
+    context = Context(
+        minibatch.batch,
+        logps,
+        logps if minibatch.old_logps is None else minibatch.old_logps,
+        optax.tree.get(state.opt_state, "multiplier"),
+        shared.mean_reward,
+        minibatch.reference_logps,
+        {**shared.quantities, **minibatch.quantities},
+    )
+    scalars, by_row = _quantities(spec.requires.of_minibatch, context, logps.shape)
+    return (
+        minibatch._replace(quantities={**minibatch.quantities, **by_row}),
+        shared._replace(quantities={**shared.quantities, **scalars}),
+    )
 
 
 def _accumulate_gradients(
@@ -373,7 +413,10 @@ def _microbatch_loss(
         logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
     )
     total, denominator = _sum_present(spec.aggregate, losses + terms.loss, terms.mask, microbatch.present)
-    rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, {**terms.metrics, **outputs.metrics})
+    references = {"engine": batch.rollout_logps} | ({"policy": old_logps} if spec.recomputes_old_logps else {})
+    skew = sign_skew(jax.lax.stop_gradient(logps), references, terms.advantages, batch.response_mask)
+    metrics = {**terms.metrics, **outputs.metrics}
+    rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, metrics, {f"skew/{k}": v for k, v in skew.items()})
     return total * loss_scale, (total, denominator, rows)
 
 
@@ -393,7 +436,10 @@ def _metrics(
     before: TrainState,
     after: TrainState,
 ) -> Metrics:
-    """Metrics of an iteration; λ, budget, loss scale and learning rate are those that its updates used."""
+    """Metrics of an iteration; λ, budget, loss scale and learning rate are those that its updates used.
+
+    `ess_scale` is that of the iteration's last update.
+    """
     metrics = _row_metrics(spec, batch, old_logps, outputs.rows) | _optimizer_metrics(before)
     metrics |= {
         "loss": jnp.mean(outputs.loss),
@@ -412,6 +458,8 @@ def _metrics(
             average=spec.mean_discrepancy,
         )
         metrics |= {f"dual/{name}": value for name, value in against_budget.items()}
+    if (ess_scale := optax.tree.get(after.opt_state, "ess_scale")) is not None:
+        metrics["ess_scale"] = ess_scale
     if "loss_scale" in metrics:
         metrics["overflow"] = jnp.mean(~jnp.isfinite(outputs.grad_norm))
     return metrics
@@ -430,6 +478,7 @@ def _row_metrics(spec: StepSpec, batch: Batch, old_logps: Array, rows: RowOutput
         "entropy": masked_mean(rows.entropy, mask),
         "clip_fraction": masked_mean(rows.clipped.astype(jnp.float32), rows.loss_mask),
         **{name: jnp.mean(values) for name, values in rows.metrics.items()},
+        **{name: jnp.sum(sums) / jnp.maximum(jnp.sum(mask), 1) for name, sums in rows.sums.items()},
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **{f"staleness/{name}": value for name, value in staleness.items()},
     }

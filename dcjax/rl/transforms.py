@@ -54,7 +54,8 @@ class Context:
     mean_reward: Float[Array, ""]
     # log-probs of a policy to stay close to; None where there is none
     reference_logps: Float[Array, "B T"] | None = None
-    # what the objective's `Requirements` name: [B, T] of the model's head; [], [B] or [B, T] of the whole iteration
+    # what the objective's `Requirements` name: [B, T] of the model's head; [], [B] or [B, T] of the whole iteration or
+    # minibatch
     quantities: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.reward import RewardConfig
 from dcjax.rewards.in_process import InProcessRewards
 from dcjax.rewards.pool import Counters, Pending
+from dcjax.rl.presets import METHODS
 from dcjax.serving import rollout
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import Preemption
@@ -73,6 +74,27 @@ def rounds_of(monkeypatch):
         return draw._without_equal_groups(first, None, 100, jax.random.key(0)), asked
 
     return build
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method):
+    """Two iterations of a run with int4 rollouts, whose responses are weighed as a whole too."""
+    config = replace(
+        CONFIG,
+        serving=replace(CONFIG.serving, format="int4"),
+        objective=ObjectiveConfig(method=method, zero_variance="resample"),
+        optimizer=replace(CONFIG.optimizer, ess_base=1.0),
+    )
+    stepper = Stepper(config, HERE)
+    state, cursor = stepper.begin()
+    for _ in range(2):
+        state, cursor, metrics, _ = stepper.iterate(state, cursor)
+        assert np.isfinite([metrics[name] for name in ("loss", "grad_norm", "param_norm")]).all()
+        assert 0 <= metrics[f"{method.removesuffix('_squared')}/dropped_fraction"] <= 1
+        assert 0 < metrics["ess_scale"] <= 1 and 0 < metrics["mismatch/ess_sequence"] <= 1
+        assert {"skew/engine_positive", "skew/engine_negative"} <= set(metrics)
+    assert metrics["grad_norm"] > 0
 
 
 def prompts_of(result):

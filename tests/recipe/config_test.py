@@ -202,7 +202,10 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
     "path",
     [
         "serving.kv_cache",
-        *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
+        *(
+            f"objective.{name}"
+            for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty", "method")
+        ),
         "optimizer.decay",
     ],
 )
@@ -254,6 +257,52 @@ def test_a_seed_that_no_key_can_hold_is_refused():
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b"])
 def test_a_name_that_is_no_folder_is_refused(name):
     assert repr(name) in refusal(lambda: Config(name=name))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method_bound": 0.2}, "objective.method_bound is 0.2, but objective.method is none"),
+        (
+            {"method": "kpop", "correction": "icepop"},
+            "objective.method is kpop and objective.correction icepop; set one of the two",
+        ),
+        (
+            {"method": "vexact", "verl": "decoupled_k3_rs"},
+            "objective.method is vexact and objective.verl decoupled_k3_rs; set one of the two",
+        ),
+        (
+            {"method": "ipo", "surrogate": "gspo"},
+            "objective.method is ipo, which has a loss of its own, so objective.surrogate must be left at clip, "
+            "not gspo",
+        ),
+        (
+            {"method": "m2po", "dual_clip": 3.0},
+            "objective.method is m2po, which has a loss of its own, so objective.dual_clip must be left at None, "
+            "not 3.0",
+        ),
+        *(
+            (
+                {"method": "dppo_tv", "method_bound": bad},
+                f"objective.method_bound is {bad}; it must be a finite number above 0",
+            )
+            for bad in (0.0, -1.0, math.inf, math.nan)
+        ),
+        (
+            {"method": "seq_mask_tis", "method_bound": 0.9},
+            "objective.method_bound is 0.9; seq_mask_tis needs one above its lower bound, 0.999",
+        ),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused(fields, message):
+    assert refusal(lambda: ObjectiveConfig(**fields)) == message
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, 1.5, math.nan])
+def test_an_effective_share_is_a_share(bad):
+    assert refusal(lambda: OptimizerConfig(ess_base=bad)) == (
+        f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be none"
+    )
 
 
 def test_a_multiplier_that_starts_above_its_upper_bound_is_refused():

@@ -19,6 +19,7 @@ from dcjax.rl import (
     chain,
     direct_penalty,
     discrepancy_penalty,
+    dppo_tv,
     drop_zero_variance,
     gate,
     group_relative_advantages,
@@ -28,11 +29,14 @@ from dcjax.rl import (
     leave_one_out_advantages,
     log_probability_difference,
     measure,
+    opsm,
     probability_difference,
     sequence_mis,
     token_tis,
 )
 from dcjax.rl.advantages import group_rewards
+from dcjax.rl.losses import clipped_surrogate, gspo
+from dcjax.rl.presets import METHODS
 from dcjax.rl.transforms import initial_terms
 from dcjax.types import Batch
 
@@ -109,6 +113,14 @@ BY_HAND = {
         {"algorithm": "grpo", "correction": "icepop", "correction_bound": 4.0},
         [group_relative_advantages(), icepop_mask(0.25, 4.0)],
     ),
+    "trust region": (
+        {"zero_variance": "drop", "method": "dppo_tv", "method_bound": 0.2, "kl_coefficient": 0.02},
+        [group_relative_advantages(), discrepancy_penalty(delta), drop_zero_variance(), kl_penalty(0.02), dppo_tv(0.2)],
+    ),
+    "by response": (
+        {"algorithm": "grpo", "estimator": "rloo", "method": "opsm"},
+        [leave_one_out_advantages(), opsm()],
+    ),
 }
 
 
@@ -132,6 +144,39 @@ def by_hand(context):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_config_names_the_chain_that_is_put_together_by_hand(by_hand, name):
     same(*by_hand[name])
+
+
+def test_m2po_looks_at_the_penalised_advantages_of_the_tokens_of_the_loss(context):
+    """In a group of equal rewards the penalty alone gives a token its sign, unless the group is left out."""
+    mask = context.batch.response_mask
+    log_ratio = np.where(mask, np.float64(context.logps) - context.batch.rollout_logps, 0)
+
+    def dropped(**fields):
+        objective = built(ObjectiveConfig(method="m2po", method_bound=1e-9, **fields))
+        (kept,) = objective.requires.of_minibatch.values()
+        return ~np.asarray(jit(kept)(context)) & mask
+
+    def penalised(**fields):
+        terms = jit(lambda context: built(ObjectiveConfig(**fields)).transform(initial_terms(context.batch), context))
+        return np.asarray(terms(context).advantages)
+
+    # a bound of nothing drops all that move away
+    np.testing.assert_array_equal(dropped(), mask & (penalised() * log_ratio > 0))
+    assert dropped()[3:].any()
+    np.testing.assert_array_equal(dropped(zero_variance="drop")[:3], dropped()[:3])
+    assert not dropped(zero_variance="drop")[3:].any()
+
+
+def test_the_recipe_has_every_method_and_each_with_its_own_loss():
+    assert set(choices("method")) == {"none", *METHODS}
+    ours = built(ObjectiveConfig(surrogate="gspo", method="kpop")).surrogate
+    assert ours.func is gspo
+    for name, method in METHODS.items():
+        surrogate = built(ObjectiveConfig(method=name)).surrogate
+        assert surrogate is method.surrogate if method.surrogate else surrogate.func is clipped_surrogate
+        assert [each.name for each in built(ObjectiveConfig(method=name)).requires.quantities] == (
+            ["m2po_kept"] if name == "m2po" else []
+        )
 
 
 def choices(name):
@@ -241,6 +286,11 @@ CHAINS = {
     f"{algorithm}-{decay}": optimizer(decay=decay, ema_decay=0.9, objective=ObjectiveConfig(algorithm=algorithm))
     for algorithm in ("grpo", "dc_grpo")
     for decay in ("constant", "period", "length", "discrepancy", "dual")
+} | {
+    f"grpo-{decay}-ess": optimizer(
+        decay=decay, ema_decay=0.9, ess_base=1.0, objective=ObjectiveConfig(algorithm="grpo")
+    )
+    for decay in ("constant", "discrepancy")
 }
 
 
@@ -252,7 +302,9 @@ def updated():
     def run(params):
         def update(tx):
             first = tx.init(params)
-            changes, after = tx.update(params, first, params, discrepancy=jnp.float32(0.5), response_length=10.0)
+            changes, after = tx.update(
+                params, first, params, discrepancy=jnp.float32(0.5), response_length=10.0, sequence_ess=jnp.float32(0.5)
+            )
             return first, optax.apply_updates(params, changes), after
 
         return {name: update(build_optimizer(config)) for name, config in CHAINS.items()}
@@ -263,9 +315,15 @@ def updated():
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_chain_holds_what_the_config_asks_for(updated, name):
     state, params, after = updated[name]
-    algorithm, decay = name.split("-")
-    held = {name: optax.tree.get(state, name) is not None for name in ("multiplier", "ema", "learning_rate_scale")}
-    assert held == {"multiplier": algorithm == "dc_grpo", "ema": True, "learning_rate_scale": decay != "constant"}
+    algorithm, decay, *rest = name.split("-")
+    fields = ("multiplier", "ema", "learning_rate_scale", "ess_scale")
+    held = {name: optax.tree.get(state, name) is not None for name in fields}
+    expected = {"multiplier": algorithm == "dc_grpo", "ema": True, "learning_rate_scale": decay != "constant"}
+    assert held == expected | {"ess_scale": rest == ["ess"]}
+    if rest:
+        # behind Adam, whose updates of the same chain without it are as long as the learning rate
+        plain = updated[f"{algorithm}-{decay}"]
+        np.testing.assert_allclose(params["w"] - 1, 0.5**0.5 * (plain[1]["w"] - 1), rtol=1e-5)
     np.testing.assert_allclose(optax.tree.get(after, "ema")["w"], params["w"], atol=1e-6)
 
 

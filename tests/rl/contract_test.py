@@ -15,7 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.rl.averaging import params_ema
 from dcjax.rl.dual import dual_ascent
-from dcjax.rl.learning_rate import Surge, discrepancy_decay, dual_learning_rate, length_decay
+from dcjax.rl.learning_rate import (
+    Surge,
+    discrepancy_decay,
+    dual_learning_rate,
+    length_decay,
+    scale_by_sequence_ess,
+)
 from dcjax.rl.loss_scale import dynamic_loss_scale
 from dcjax.types import TrainState
 
@@ -48,6 +54,7 @@ CASES = {
     ),
     "discrepancy_decay": Case(lambda: discrepancy_decay(window=2, every=EVERY), "learning_rate_scale"),
     "dual_learning_rate": Case(lambda: dual_learning_rate(5.0, budget=0.1, every=EVERY), "learning_rate_scale"),
+    "scale_by_sequence_ess": Case(lambda: scale_by_sequence_ess(0.5), "ess_scale", steps_with_iterations=False),
     "params_ema": Case(lambda: params_ema(0.9), "ema", steps_with_iterations=False),
     "dynamic_loss_scale": Case(
         lambda: dynamic_loss_scale(optax.identity(), growth_interval=3), "loss_scale", steps_with_iterations=False
@@ -72,13 +79,17 @@ def make_params(dtype: Any = jnp.float32):
 
 
 def make_inputs():
-    """Gradients and the extra arguments of each update, [24, ...]: δ̄ swings, the length triples at iteration 6."""
+    """Gradients and the extra arguments of each update, [24, ...].
+
+    δ̄ swings, the length triples at iteration 6, the effective share falls.
+    """
     rng = np.random.default_rng(0)
     iterations = np.arange(UPDATES) // EVERY
     inputs = {
         "grads": {"w": rng.standard_normal((UPDATES, 8, 4)), "b": rng.standard_normal(UPDATES)},
         "discrepancy": 0.2 + 0.15 * np.sin(iterations),
         "response_length": np.where(iterations < 5, 10.0, 30.0),
+        "sequence_ess": np.linspace(1, 0.1, UPDATES),
     }
     return jax.tree.map(np.float32, inputs)
 

@@ -166,10 +166,10 @@ def test_equal_policies_have_no_discrepancy_and_no_mismatch(case):
     np.testing.assert_array_equal(every_measure(gap), np.zeros((len(MEASURES), ROWS, T)))
     metrics = measured(**gap)
     levels = {"log_ppl_old", "log_ppl_rollout", "log_ppl_old_per_token", "log_ppl_rollout_per_token"}
-    assert {name: float(metrics[name]) for name in set(metrics) - levels - {"ess"}} == dict.fromkeys(
-        set(metrics) - levels - {"ess"}, 0.0
-    )
-    assert float(metrics["ess"]) == 1
+    shares = {name for name in metrics if name.startswith(("ess", "ratio_", "response_ratio_"))}
+    gaps = set(metrics) - levels - shares
+    assert {name: float(metrics[name]) for name in gaps} == dict.fromkeys(gaps, 0.0)
+    assert {name: float(metrics[name]) for name in shares} == dict.fromkeys(shares, 1.0)
 
 
 # --- rows ---
@@ -263,6 +263,10 @@ def test_metrics_keep_their_order(case):
     assert 0 <= float(metrics["prob_diff_mean"]) <= quantiles[-1] + 1e-6 <= 1 + 1e-6
     assert 0 < float(metrics["ess"]) <= 1 + 1e-6
     assert float(metrics["k3"]) >= 0
+    shares = [float(metrics[f"ratio_{name}"]) for name in ("in_band", "within_1_percent", "within_5_percent")]
+    assert 0 <= shares[0] <= shares[1] <= shares[2] <= 1
+    responses = case.mask.any(axis=1).sum()
+    assert 1 / responses - 1e-6 <= float(metrics["ess_sequence"]) <= 1 + 1e-6
     assert float(metrics["log_ppl_abs_diff"]) <= float(metrics["log_diff_mean"]) * case.mask.sum() + 1e-4
 
 

@@ -17,6 +17,7 @@ from dcjax.rl.learning_rate import (
     dual_learning_rate,
     learning_rate_scale,
     length_decay,
+    scale_by_sequence_ess,
 )
 
 
@@ -323,6 +324,7 @@ def test_the_scales_of_a_chain_are_multiplied():
         (length_decay(Surge()), "response_length"),
         (discrepancy_decay(), "discrepancy"),
         (dual_learning_rate(1.0, budget=0.1), "discrepancy"),
+        (scale_by_sequence_ess(), "sequence_ess"),
     ],
 )
 def test_without_what_it_follows_it_cannot_update(tx, name):
@@ -348,6 +350,8 @@ def test_without_what_it_follows_it_cannot_update(tx, name):
         (lambda: dual_learning_rate(1.0, budget=-0.1), "budget -0.1"),
         (lambda: dual_learning_rate(1.0, budget=0.1, max_slowdown=-1.0), "max_slowdown -1.0"),
         (lambda: dual_learning_rate(1.0, budget=0.1, every=0), "every 0"),
+        (lambda: scale_by_sequence_ess(0.0), r"base 0.0 must lie within \(0, 1\]"),
+        (lambda: scale_by_sequence_ess(1.5), "base 1.5"),
     ],
 )
 def test_values_out_of_range_are_quoted(make, message):
@@ -358,3 +362,17 @@ def test_values_out_of_range_are_quoted(make, message):
 def test_a_surge_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Surge().ratio = 3.0
+
+
+@pytest.mark.parametrize(("base", "shares"), [(1.0, [1.0, 0.25, 0.01]), (0.55, [0.8, 0.55, 0.1])])
+def test_an_update_is_scaled_by_the_root_of_its_own_effective_share(base, shares):
+    adam = optax.chain(optax.adamw(0.1, weight_decay=0.1), scale_by_sequence_ess(base))
+    plain = optax.adamw(0.1, weight_decay=0.1)
+    params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
+    state, other = adam.init(params), plain.init(params)
+    for share in shares:
+        ours, state = adam.update(grads, state, params, sequence_ess=jnp.float32(share))
+        theirs, other = plain.update(grads, other, params)
+        # the learning rate of this update alone: moments are those of the plain chain, and weight decay is scaled too
+        np.testing.assert_allclose(ours, min(1, share / base) ** 0.5 * theirs, rtol=1e-6)
+        np.testing.assert_allclose(optax.tree.get(state, "ess_scale"), min(1, share / base) ** 0.5, rtol=1e-6)

@@ -3,10 +3,12 @@ from functools import partial
 import numpy as np
 import pytest
 from compiling import jit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dcjax.rl import metrics as rl_metrics
 from dcjax.rl.masked import masked_mean
-from dcjax.rl.metrics import PERCENTILES, budget_metrics
+from dcjax.rl.metrics import PERCENTILES, budget_metrics, sequence_ess, sign_skew
 
 mismatch_metrics = jit(rl_metrics.mismatch_metrics)
 staleness_metrics = jit(rl_metrics.staleness_metrics)
@@ -28,8 +30,15 @@ GAP = {
     "ess",
     "tv",
     "tv_pinsker",
+    "ratio_in_band",
+    "ratio_within_1_percent",
+    "ratio_within_5_percent",
+    "response_ratio_in_band",
+    "ess_sequence",
 }
 PPL = {"log_ppl_old", "log_ppl_rollout", "log_ppl_abs_diff"}
+SHARES = {name for name in GAP if name.startswith(("ratio_", "response_ratio_", "ess"))}
+"""Which are 1 where the policies are one."""
 NAMES = GAP | PPL | {f"{name}_per_token" for name in PPL}
 # of neighbouring bins' middles to a value between them
 RESOLUTION = 1.0091
@@ -69,7 +78,13 @@ def test_every_metric_against_a_loop_with_padding_that_is_not_a_number(case):
         old_sums.append(-sum(p for p, _ in pairs))
         rollout_sums.append(-sum(q for _, q in pairs))
     rho, signed = np.exp(logs), np.array(rollout_sums) - np.array(old_sums)
+    whole, means = np.exp(signed), np.exp(signed / lengths)
     expected = {
+        "ratio_in_band": np.mean([0.999 <= x <= 1.002 for x in rho]),
+        "ratio_within_1_percent": np.mean([abs(x - 1) <= 0.01 for x in rho]),
+        "ratio_within_5_percent": np.mean([abs(x - 1) <= 0.05 for x in rho]),
+        "response_ratio_in_band": np.mean([0.999 <= x <= 1.002 for x in means]),
+        "ess_sequence": whole.sum() ** 2 / (len(whole) * (whole**2).sum()),
         "chi2_token": np.mean(rho**2) - 1,
         "chi2_sequence": np.mean(np.exp(2 * signed)) - 1,
         "ess": rho.sum() ** 2 / (len(rho) * (rho**2).sum()),
@@ -110,6 +125,9 @@ def test_one_response_by_hand():
     by_hand |= {"log_ppl_old_per_token": 1.5 * log2, "log_ppl_rollout_per_token": 2 * log2}
     # the smaller of two is the median, 0; the others are the larger, from a bin of 1.8%, and not above the largest
     by_hand |= {"prob_diff_p50": 0}
+    # one token of two is at 1, the response is at √2, and alone
+    by_hand |= {"ratio_in_band": 0.5, "ratio_within_1_percent": 0.5, "ratio_within_5_percent": 0.5}
+    by_hand |= {"response_ratio_in_band": 0, "ess_sequence": 1}
     assert set(by_hand) == NAMES - {"prob_diff_p90", "prob_diff_p99"}
     for name in ("prob_diff_p90", "prob_diff_p99"):
         assert 0.25 / RESOLUTION <= float(metrics[name]) <= 0.25
@@ -133,7 +151,9 @@ def test_without_a_token_everything_is_zero(case):
 def test_one_policy_has_no_mismatch_with_itself(case):
     metrics = mismatch_metrics(**(case | {"rollout_logps": case["old_logps"]}))
     levels = {name for name in NAMES if name.startswith("log_ppl_") and "diff" not in name}
-    assert {name: float(metrics[name]) for name in NAMES - levels} == dict.fromkeys(NAMES - levels, 0.0) | {"ess": 1.0}
+    assert {name: float(metrics[name]) for name in NAMES - levels} == dict.fromkeys(
+        NAMES - levels, 0.0
+    ) | dict.fromkeys(SHARES, 1.0)
     assert float(metrics["log_ppl_old"]) == float(metrics["log_ppl_rollout"]) > 0
 
 
@@ -200,3 +220,56 @@ def test_the_budget_by_hand():
     np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), atol=1e-7)
     of_tokens = jit(partial(budget_metrics, average=masked_mean))(discrepancy=delta, mask=mask, budget=np.float32(0.25))
     np.testing.assert_allclose(of_tokens["excess"], 1.1 / 4 - 0.25, atol=1e-7)
+
+
+def test_shares_of_ratios_by_hand():
+    """ρ of 1.0015, 1.005, .96 and 1.0, of which the bounds are on both sides; geometric means of responses beside."""
+    ratios = np.array([[1.0015, 1.005, 0.96, 1.0], [1.001, 1.001, 1.0, 1.0], [0.998, 1.0, 1.0, 1.0]])
+    metrics = corner(np.log(ratios), np.zeros((3, 4)))
+    shares = {"ratio_in_band": 9 / 12, "ratio_within_1_percent": 11 / 12, "ratio_within_5_percent": 1}
+    # .9914, 1.0005 and .9995
+    shares["response_ratio_in_band"] = 2 / 3
+    for name, share in shares.items():
+        np.testing.assert_allclose(metrics[name], share, rtol=1e-6, err_msg=name)
+    # a token is within 1% on either side, and no further
+    for ratio, share in ((0.9905, 1), (0.9895, 0), (1.0095, 1), (1.0105, 0)):
+        assert float(corner(np.log([[ratio]]), np.zeros((1, 1)))["ratio_within_1_percent"]) == share
+
+
+def test_the_effective_share_of_responses_by_hand():
+    mask = np.array([[True, True], [True, False], [False, False]])
+    ess = jit(lambda logps: sequence_ess(logps=logps, reference_logps=np.zeros((3, 2), "f"), mask=mask))
+    # w = (2 · 3, 2): 8² / (2 · 40)
+    assert float(ess(np.log(np.array([[2, 3], [2, 9], [9, 9]], "f")))) == pytest.approx(0.8, rel=1e-6)
+    # sums of thousands of nats neither overflow nor vanish
+    for level in (-9e3, 9e3):
+        equal = np.array([[level, -1], [level - 1, np.nan], [np.nan, np.nan]], "f")
+        assert float(ess(equal)) == pytest.approx(1, rel=1e-6)
+        assert float(ess(equal + np.array([[50], [0], [0]], "f"))) == pytest.approx(0.5, rel=1e-6)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([0.01, 1.0, 30.0]))
+def test_the_effective_share_is_from_one_response_to_all(seed, scale):
+    rng = np.random.default_rng(seed)
+    logps, mask = (scale * rng.normal(size=SHAPE)).astype("f"), rng.random(SHAPE) < 0.6
+    mask[0, 0] = True
+    share = float(ESS(logps=logps, reference_logps=np.zeros(SHAPE, "f"), mask=mask))
+    assert 1 / mask.any(1).sum() <= share * (1 + 1e-5) and share <= 1 + 1e-5
+
+
+ESS = jit(sequence_ess)
+
+
+def test_the_skew_by_hand_adds_up_to_what_ratios_add_to_the_loss(case):
+    rng = np.random.default_rng(3)
+    mask, logps, engine = case["mask"], case["old_logps"], case["rollout_logps"]
+    advantages = rng.normal(size=SHAPE).astype("f")
+    found = jit(sign_skew)(logps, {"engine": engine, "self": logps}, advantages, mask)
+    assert set(found) == {"engine_positive", "engine_negative", "self_positive", "self_negative"}
+    for name, sign in (("positive", 1), ("negative", -1)):
+        for i in range(len(mask)):
+            seen = [t for t in np.flatnonzero(mask[i]) if sign * advantages[i, t] > 0]
+            expected = sum(-(np.exp(float(logps[i, t]) - float(engine[i, t])) - 1) * advantages[i, t] for t in seen)
+            np.testing.assert_allclose(found[f"engine_{name}"][i], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(found[f"self_{name}"], np.zeros(len(mask)))

@@ -13,14 +13,18 @@ from compiling import jit
 from dcjax.rl import (
     HeadQuantity,
     IterationQuantity,
+    MinibatchQuantity,
     Objective,
     PolicyOutputs,
     Requirements,
     chain,
     group_relative_advantages,
+    m2po,
     make_train_step,
     policy_gradient,
+    scale_by_sequence_ess,
 )
+from dcjax.rl.transforms import Context
 from dcjax.types import Batch, TokenDistributions, TrainState
 
 GROUPS, G, P, T, V = 4, 2, 2, 3, 5
@@ -59,11 +63,14 @@ def add_to_loss(name):
     return lambda terms, context: dataclasses.replace(terms, loss=terms.loss + context.quantities[name])
 
 
-def run(transform, requires, *, provided=None, batch=BATCH, microbatch_size=ROWS, updates=1):
+SGD = optax.with_extra_args_support(optax.sgd(1.0))
+
+
+def run(transform, requires, *, provided=None, batch=BATCH, microbatch_size=ROWS, updates=1, tx=SGD):
     """The table after one step of plain gradient descent, and the metrics."""
     step = make_train_step(
         partial(policy, requires=requires if provided is None else provided),
-        optax.with_extra_args_support(optax.sgd(1.0)),
+        tx,
         policy_gradient,
         chain(group_relative_advantages(), transform),
         requires=requires,
@@ -71,7 +78,7 @@ def run(transform, requires, *, provided=None, batch=BATCH, microbatch_size=ROWS
         microbatch_size=microbatch_size,
         updates=updates,
     )
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(TABLE), optax.sgd(1.0).init(TABLE), jnp.zeros(()))
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(TABLE), tx.init(TABLE), jnp.zeros(()))
     state, metrics = jit(step)(state, batch)
     return np.asarray(state.params), metrics
 
@@ -149,6 +156,149 @@ def test_quantities_of_the_iteration_are_of_all_its_rows_in_every_minibatch(micr
     np.testing.assert_allclose(metrics["token"], np.mean((order * old).sum(1)), rtol=1e-5)
 
 
+# --- of a minibatch, at its current parameters ---
+
+
+BOUND = 1.0
+"""By which M2PO drops some tokens of this batch's trust regions."""
+M2PO, KEPT = m2po(group_relative_advantages(), BOUND)
+
+
+def m2po_loop(logps, batch, minibatch):
+    """Tokens of these rows that the paper's algorithm drops, one after another."""
+    relative = batch.rewards - batch.group_rewards.mean(1)
+    moments = {}
+    for i in np.flatnonzero(minibatch):
+        for t in np.flatnonzero(batch.response_mask[i]):
+            gap = float(logps[i, t]) - float(batch.rollout_logps[i, t])
+            if relative[i] * gap > 0:
+                moments[i, t] = gap**2
+    dropped = np.zeros(batch.response_mask.shape, bool)
+    while moments and np.mean(list(moments.values())) > BOUND:
+        largest = max(moments, key=lambda at: moments[at])
+        dropped[largest] = True
+        del moments[largest]
+    return dropped
+
+
+def log_dropped(terms, context):
+    """By row, the dropped tokens as the digits of one number."""
+    dropped = context.batch.response_mask & ~context.quantities["m2po_kept"]
+    shown = jnp.sum(dropped * 2.0 ** jnp.arange(T), axis=1) * 8.0 ** context.batch.tokens[:, 0]
+    return dataclasses.replace(terms, metrics=terms.metrics | {"dropped": shown})
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("microbatch_size", [1, 2, ROWS])
+def test_m2po_drops_the_same_tokens_of_the_whole_minibatch_however_it_is_cut(microbatch_size, updates):
+    # a row's first token is its number, for the base of its digits
+    batch = dataclasses.replace(BATCH, tokens=np.concatenate([np.arange(ROWS)[:, None], BATCH.tokens[:, 1:]], axis=1))
+    _, metrics = run(
+        chain(M2PO, log_dropped),
+        Requirements(quantities=(KEPT,)),
+        batch=batch,
+        microbatch_size=min(microbatch_size, ROWS // updates),
+        updates=updates,
+        # so that the second update's parameters are the first's
+        tx=optax.with_extra_args_support(optax.sgd(0.0)),
+    )
+    logps, expected = np.asarray(policy(TABLE, batch).logps), np.zeros((ROWS, T), bool)
+    for update in range(updates):
+        expected |= m2po_loop(logps, batch, np.arange(ROWS) // G % updates == update)
+    assert 0 < expected.sum() < MASK.sum()
+    digits = (expected * 2.0 ** np.arange(T)).sum(1) * 8.0 ** np.arange(ROWS)
+    assert float(metrics["dropped"]) * ROWS == digits.sum()
+
+
+def test_a_batch_cut_by_row_would_drop_others():
+    """That the test above can fail: each row, or each pair, by itself is another mask."""
+    logps = np.asarray(policy(TABLE, BATCH).logps)
+    whole = m2po_loop(logps, BATCH, np.ones(ROWS, bool))
+    for size in (1, 2):
+        parts = sum(m2po_loop(logps, BATCH, np.arange(ROWS) // size == part) for part in range(ROWS // size))
+        assert (parts != whole).any()
+
+
+def test_a_quantity_of_the_minibatch_is_of_its_current_parameters():
+    """With two updates: of the first, nothing has been learnt; of the second, as much as staleness measures."""
+    mask = BATCH.response_mask
+
+    def learnt(context):
+        return jnp.sum(jnp.where(context.batch.response_mask, context.logps - context.old_logps, 0))
+
+    def log_it(terms, context):
+        shown = {"learnt": jnp.broadcast_to(context.quantities["learnt"], terms.mask.shape[:1])}
+        return dataclasses.replace(terms, metrics=terms.metrics | shown)
+
+    _, metrics = run(
+        log_it, Requirements(quantities=(MinibatchQuantity("learnt", learnt),)), updates=2, microbatch_size=2
+    )
+    # the mean over rows of 0 for one half and the sum for the other
+    assert abs(float(metrics["learnt"])) > 1e-3
+    np.testing.assert_allclose(2 * metrics["learnt"], -metrics["staleness/k1"] * mask.sum(), rtol=1e-4)
+
+
+def test_a_quantity_of_the_minibatch_reads_those_of_the_iteration():
+    def doubled(context):
+        return 2 * context.quantities["median_gap"]
+
+    def log_it(terms, context):
+        shown = {"doubled": jnp.broadcast_to(context.quantities["doubled"], terms.mask.shape[:1])}
+        return log_them(dataclasses.replace(terms, metrics=terms.metrics | shown), context)
+
+    both = Requirements(quantities=(*OF_ITERATION.quantities, MinibatchQuantity("doubled", doubled)))
+    _, metrics = run(log_it, both, microbatch_size=2)
+    np.testing.assert_allclose(metrics["doubled"], 2 * metrics["median"], rtol=1e-6)
+
+
+def test_the_mask_is_the_same_where_the_rows_are_on_several_devices():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("rows",))
+    apart = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    context = Context(BATCH, policy(TABLE, BATCH).logps, BATCH.rollout_logps, None, jnp.float32(0.5))
+    placed = jax.device_put(context, jax.tree.map(lambda x: apart if x.ndim else None, context))
+    kept, ours = (np.asarray(jit(KEPT.compute)(given)) for given in (context, placed))
+    np.testing.assert_array_equal(ours, kept)
+    assert not kept[MASK].all()
+
+
+def test_the_optimiser_is_given_the_effective_share_of_the_minibatchs_responses():
+    logps = np.asarray(policy(TABLE, BATCH).logps)
+    log_weights = np.where(MASK, np.float64(logps) - BATCH.rollout_logps, 0).sum(1)
+    weights = np.exp(log_weights - log_weights.max())
+    share = weights.sum() ** 2 / (ROWS * (weights**2).sum())
+    plain, without = run(untouched, NOTHING)
+    scaled, metrics = run(untouched, NOTHING, tx=optax.chain(optax.sgd(1.0), scale_by_sequence_ess()))
+    assert 1 / ROWS < share < 0.9 and "ess_scale" not in without
+    np.testing.assert_allclose(TABLE - scaled, share**0.5 * (TABLE - plain), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(metrics["ess_scale"], share**0.5, rtol=1e-5)
+    np.testing.assert_allclose(metrics["mismatch/ess_sequence"], share, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("updates", "microbatch_size"), [(1, 2), (2, 1)])
+def test_the_skew_is_of_the_parameters_of_each_update(updates, microbatch_size):
+    _, metrics = run(untouched, NOTHING, updates=updates, microbatch_size=microbatch_size)
+    found = {name: float(value) for name, value in metrics.items() if name.startswith("skew/")}
+    relative = (REWARDS - BATCH.group_rewards.mean(1)) / (BATCH.group_rewards.std(1, ddof=1) + 1e-6)
+    first = MASK & (np.arange(ROWS) // G % updates == 0)[:, None]
+
+    def loss(table):
+        return -jnp.sum(jnp.where(first, relative[:, None] * policy(table, BATCH).logps, 0)) / first.sum()
+
+    old = np.asarray(policy(TABLE, BATCH).logps)
+    now = np.where(first, old, policy(TABLE - jit(jax.grad(loss))(TABLE), BATCH).logps)
+    references = {"engine": BATCH.rollout_logps}
+    if updates > 1:
+        # where π_old is of the very pass that is differentiated there is no such ratio
+        references["policy"] = old
+    assert set(found) == {f"skew/{name}_{sign}" for name in references for sign in ("positive", "negative")}
+    for name, reference in references.items():
+        added = np.where(MASK, -(np.exp(now - reference) - 1) * relative[:, None], 0)
+        for word, sign in (("positive", 1), ("negative", -1)):
+            expected = added[sign * relative > 0].sum() / MASK.sum()
+            assert expected
+            np.testing.assert_allclose(found[f"skew/{name}_{word}"], expected, rtol=1e-3, atol=1e-7)
+
+
 def untouched(terms, context):
     return terms
 
@@ -164,6 +314,9 @@ def test_what_is_required_and_not_there_is_refused_by_name():
             run(untouched, requires, provided=NOTHING)
     wrong = Requirements(quantities=(IterationQuantity("pairs", lambda iteration: jnp.zeros((ROWS, ROWS))),))
     with pytest.raises(ValueError, match=r"the quantity 'pairs' has the shape \(8, 8\); it must be \[\], \[B\] or"):
+        run(untouched, wrong)
+    wrong = Requirements(quantities=(MinibatchQuantity("column", lambda context: jnp.zeros(T)),))
+    with pytest.raises(ValueError, match=r"the quantity 'column' has the shape \(3,\); it must be \[\], \[B\] or"):
         run(untouched, wrong)
 
 

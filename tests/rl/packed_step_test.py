@@ -19,6 +19,7 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.rl import IterationQuantity, Packing, PolicyOutputs, Requirements
+from dcjax.rl.presets import METHODS
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.types import Bins, TrainState
 
@@ -78,8 +79,10 @@ OBJECTIVES = {
     "verl": {"algorithm": "grpo", "verl": "decoupled_geo_rs_seq_tis"},
     "bypass": {"algorithm": "grpo", "verl": "bypass_pg_geo_rs_token_tis", **SEQUENCES},
     "kl": {"kl_coefficient": 0.1, "kl_estimator": "k2"},
+    **{name: {"algorithm": "grpo", "method": name} for name in METHODS},
+    "m2po": {"method": "m2po", "zero_variance": "drop", "kl_coefficient": 0.1},
 }
-EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass")
+EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass", "m2po")
 TABLE = np.random.default_rng(2).normal(size=(V, V)).astype(np.float32)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compiling import jit
 
-from dcjax.rl import discrepancy, group_relative, penalties, presets, probability_difference, transforms
+from dcjax.rl import by_response, discrepancy, group_relative, penalties, presets, probability_difference, transforms
 from dcjax.rl.advantages import group_rewards
 from dcjax.rl.penalties import centred_on_response, penalize
 from dcjax.rl.transforms import (
@@ -269,7 +269,7 @@ def test_the_page_names_every_transform():
     page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
     factories = [
         name
-        for module in (transforms, presets, penalties, discrepancy)
+        for module in (transforms, presets, penalties, discrepancy, by_response)
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
