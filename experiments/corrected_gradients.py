@@ -1,9 +1,9 @@
 """Prints the table of corrections in docs/theory.md: how wrong each leaves the policy gradient. Not a recipe.
 
 Every policy is a table of free logits for responses of three tokens from a vocabulary of four: 64 responses and 84
-parameters, all enumerated. Of each of 200 pairs the logits are c · normal, c log-uniform in [.5, 5], a response is right
-with a probability that is uniform in [.1, .9] for the pair, and μ ∝ π · exp(s · Student's t with 2 degrees of freedom),
-since gaps have heavy tails. The pairs of all gaps are the same but for s.
+parameters, all enumerated. Of each of 200 pairs the logits are c · normal, c log-uniform in [.5, 5]; a response is
+right, R = 1, with a probability that is uniform in [.1, .9] for the pair; and μ ∝ π · exp(s · t), t of Student's
+distribution with 2 degrees of freedom, since gaps have heavy tails. The pairs of all gaps are the same but for s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcjax.rl.theory import log_linear_policy, state_distributions
-from dcjax.rl.theory.corrections import CORRECTIONS, gradient_estimator, uncorrected
+from dcjax.rl.theory.corrections import CORRECTIONS, gradient_estimators, uncorrected
 
 KINDS, STEPS, PAIRS = 4, 3, 200
 NOISES = {"int8": 0.0015, "int4": 0.055, "large": 0.5}
@@ -65,13 +65,12 @@ def outcomes(pair: Pair) -> dict[str, Outcome]:
     """By the correction's name."""
     policy, behaviour, scores, rewards = pair
     known = {"policy": policy, "scores": scores, "rewards": rewards}
-    gradient, on_policy_variance = gradient_estimator(behaviour=policy, correction=uncorrected, **known)
-    length, found = np.linalg.norm(gradient), {}
-    for name, correction in CORRECTIONS.items():
-        mean, variance = gradient_estimator(behaviour=behaviour, correction=correction, **known)
+    on_policy = gradient_estimators(behaviour=policy, corrections={"": uncorrected}, **known)[""]
+    gradient, length, found = on_policy.mean, np.linalg.norm(on_policy.mean), {}
+    for name, (mean, variance) in gradient_estimators(behaviour=behaviour, corrections=CORRECTIONS, **known).items():
         cosine = mean @ gradient / (np.linalg.norm(mean) * length) if np.any(mean) else np.nan
         bias = np.linalg.norm(mean - gradient) / length
-        found[name] = Outcome(float(bias), variance / on_policy_variance, float(cosine))
+        found[name] = Outcome(float(bias), variance / on_policy.variance, float(cosine))
     return found
 
 
@@ -99,8 +98,12 @@ def _cells(found: list[Outcome]) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Two significant digits without a leading zero; rounding errors are 0."""
-    return re.sub(r"\b0\.", ".", f"{value:.2g}") if abs(value) > 1e-9 else "0"
+    """Three significant digits without a leading zero; rounding errors are 0."""
+    if abs(value) < 1e-9:
+        return "0"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return re.sub(r"\b0\.", ".", f"{value:.3g}") if abs(value) >= 1e-4 else "< .0001"
 
 
 if __name__ == "__main__":

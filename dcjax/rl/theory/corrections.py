@@ -11,7 +11,7 @@ The sources are those of docs/objectives.md; nothing here is shared with the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -53,43 +53,59 @@ class Estimator(NamedTuple):
 Correction = Callable[[Responses], Coefficients]
 
 
-def gradient_estimator(
+def gradient_estimators(
     *,
     policy: Tables,
     behaviour: Tables,
     scores: Vectors,
     rewards: Real[np.ndarray, "R"],
-    correction: Correction,
-) -> Estimator:
-    """E_{y~μ}[g] and E_{y~μ}‖g − E g‖², by enumeration; with μ = π and without correction, E g = ∇J of π.
+    corrections: Mapping[str, Correction],
+) -> dict[str, Estimator]:
+    """E_{y~μ}[g] and E_{y~μ}‖g − E g‖² under each correction, by enumeration.
+
+    With μ = π and without a correction, E g = ∇J = E_{y~π}[R ∇ log π(y)], the gradient of the trained policy's reward;
+    the reward of μ, which is what is deployed, is not looked at.
 
     Args:
       policy: π, which is trained.
-      behaviour: μ, which samples; positive.
+      behaviour: μ, which samples; above 0 everywhere.
       scores: ∇_θ log π(a|s), as `log_linear_policy` returns them.
       rewards: R(y) of each of the V**T responses, the first token most significant.
-      correction: one of `CORRECTIONS`, or any function like them.
+      corrections: by any names, as in `CORRECTIONS`.
+
+    Returns:
+      The moments, by the same names.
 
     Raises:
-      ValueError: tables that do not fit together, rows that are not distributions, or a behaviour with a probability
-        of 0.
+      ValueError: tables that do not fit together, rows that are not distributions, rewards of another number than
+        responses, or a response that is never sampled.
     """
     probabilities = state_distributions(behaviour)[-1]
+    rewards = np.asarray(rewards, np.float64)
+    if state_distributions(policy)[-1].shape != probabilities.shape or rewards.shape != probabilities.shape:
+        raise ValueError(
+            f"policy, behaviour and rewards are of {len(policy)} steps, {len(behaviour)} steps and {rewards.size} "
+            f"responses; behaviour has {probabilities.size} responses, and all must be of the same"
+        )
     if not np.all(probabilities > 0):
-        raise ValueError("behaviour gives a response the probability 0; ratios to it need all of them above 0")
-    state_distributions(policy)  # checks it
-    advantages = np.asarray(rewards, np.float64) - probabilities @ rewards
-    coefficients = correction(Responses(_of_responses(policy), _of_responses(behaviour), advantages[:, None]))
-    estimates = np.einsum("rt,rtp->rp", coefficients, _of_responses(scores))
-    mean = probabilities @ estimates
-    return Estimator(mean, float(probabilities @ np.sum((estimates - mean) ** 2, axis=1)))
+        raise ValueError(
+            f"behaviour samples response {int(np.argmin(probabilities))} with probability 0; ratios to it take more"
+        )
+    advantages = (rewards - probabilities @ rewards)[:, None]
+    responses = Responses(_by_response(policy), _by_response(behaviour), advantages)
+    token_scores, found = _by_response(scores), {}
+    for name, correction in corrections.items():
+        estimates = np.einsum("rt,rtp->rp", correction(responses), token_scores)
+        mean = probabilities @ estimates
+        found[name] = Estimator(mean, float(probabilities @ np.sum((estimates - mean) ** 2, axis=1)))
+    return found
 
 
-def _of_responses(tables: Tables | Vectors) -> np.ndarray:
-    """[R, T, …]: the entry of each response's token at each step; prefixes are numbered so that y // V**k are states."""
-    kinds, steps = tables[0].shape[1], len(tables)
-    flat = [table.reshape(-1, *table.shape[2:]) for table in tables]
-    return np.stack([np.repeat(table, kinds ** (steps - 1 - t), axis=0) for t, table in enumerate(flat)], axis=1)
+def _by_response(tables: Tables | Vectors) -> np.ndarray:
+    """[R, T, …]: the entries of each response's tokens; those who share a prefix are next to each other."""
+    steps, kinds = len(tables), tables[0].shape[1]
+    entries = [table.reshape(-1, *table.shape[2:]) for table in tables]
+    return np.stack([np.repeat(entry, kinds ** (steps - 1 - t), axis=0) for t, entry in enumerate(entries)], axis=1)
 
 
 def uncorrected(responses: Responses) -> Coefficients:
