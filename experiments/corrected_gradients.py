@@ -4,6 +4,7 @@ Every policy is a table of free logits for responses of three tokens from a voca
 parameters, all enumerated. Of each of 200 pairs the logits are c · normal, c log-uniform in [.5, 5]; a response is
 right, R = 1, with a probability that is uniform in [.1, .9] for the pair; and μ ∝ π · exp(s · t), t of Student's
 distribution with 2 degrees of freedom, since gaps have heavy tails. The pairs of all gaps are the same but for s.
+The last column is of one pair made by hand: a single token, of three.
 """
 
 from __future__ import annotations
@@ -58,7 +59,15 @@ def pairs(noise: float) -> Iterator[Pair]:
         policy, scores = log_linear_policy(features, scale * rng.normal(size=sum(sizes)))
         moved = [table * np.exp(noise * rng.standard_t(2, size=table.shape)) for table in policy]
         behaviour = [table / table.sum(axis=1, keepdims=True) for table in moved]
-        yield Pair(policy, behaviour, scores, rng.random(KINDS**STEPS) < rng.uniform(0.1, 0.9))
+        rewards = np.where(rng.random(KINDS**STEPS) < rng.uniform(0.1, 0.9), 1.0, 0.0)
+        yield Pair(policy, behaviour, scores, rewards)
+
+
+def three_tokens() -> Pair:
+    """Rewards 0, ½ and 1; each policy is nearly sure of the middle, and μ takes for bad what π takes for good."""
+    behaviour = np.array([[0.02, 0.9798, 0.0002]])
+    policy, scores = log_linear_policy([np.eye(3)[None]], np.log(behaviour[0, ::-1]))
+    return Pair(policy, [behaviour], scores, np.array([0.0, 0.5, 1.0]))
 
 
 def outcomes(pair: Pair) -> dict[str, Outcome]:
@@ -75,16 +84,19 @@ def outcomes(pair: Pair) -> dict[str, Outcome]:
 
 
 def table() -> str:
-    """In Markdown: one row a correction, four columns a gap."""
+    """In Markdown: one row a correction, four columns a gap, and the mean gaps in a line."""
     families = {gap: list(pairs(noise)) for gap, noise in NOISES.items()}
     results = {gap: [outcomes(pair) for pair in family] for gap, family in families.items()}
+    by_hand = outcomes(three_tokens())
     columns = [f"{gap}: {head}" for gap in NOISES for head in ("bias", "variance", "descends", "worst cosine")]
+    columns.append("by hand: cosine")
     lines = ["| correction | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name in CORRECTIONS:
         cells = [cell for gap in NOISES for cell in _cells([result[name] for result in results[gap]])]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    gaps = {gap: _short(np.mean([pair.mean_gap for pair in family])) for gap, family in families.items()}
-    return "\n".join([*lines, "", "Mean gaps: " + ", ".join(f"{gap} {value}" for gap, value in gaps.items()) + "."])
+        lines.append(f"| {name} | " + " | ".join([*cells, _short(by_hand[name].cosine)]) + " |")
+    families["by hand"] = [three_tokens()]
+    gaps = [f"{gap} {_short(np.mean([pair.mean_gap for pair in family]))}" for gap, family in families.items()]
+    return "\n".join([*lines, "", f"Mean gaps: {', '.join(gaps)}."])
 
 
 def _cells(found: list[Outcome]) -> list[str]:

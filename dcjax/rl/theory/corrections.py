@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float64, Real
 from scipy.special import rel_entr
 
 from dcjax.rl.theory.bounds import Tables, Vectors, state_distributions
-from dcjax.rl.theory.first_order import truncated_weights
 
 Coefficients = Float64[np.ndarray, "R T"]
 
@@ -115,8 +114,7 @@ def uncorrected(responses: Responses) -> Coefficients:
 
 def token_tis(responses: Responses, *, clip_max: float) -> Coefficients:
     """c = A · min(r, C)."""
-    p, q, advantages = responses
-    return advantages * truncated_weights(policy=p, behaviour=q, clip_max=clip_max)
+    return responses.advantages * np.minimum(responses.ratios, clip_max)
 
 
 def token_mis(responses: Responses, *, clip_max: float) -> Coefficients:
