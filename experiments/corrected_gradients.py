@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
 
-from dcjax.rl.theory import log_linear_policy, state_distributions
-from dcjax.rl.theory.corrections import CORRECTIONS, gradient_estimators, uncorrected
+from dcjax.rl.theory import CORRECTIONS, gradient_estimators, log_linear_policy, state_distributions
+from dcjax.rl.theory.corrections import uncorrected
 
 KINDS, STEPS, PAIRS = 4, 3, 200
 NOISES = {"int8": 0.0015, "int4": 0.055, "large": 0.5}
@@ -76,9 +77,11 @@ def outcomes(pair: Pair) -> dict[str, Outcome]:
     known = {"policy": policy, "scores": scores, "rewards": rewards}
     on_policy = gradient_estimators(behaviour=policy, corrections={"": uncorrected}, **known)[""]
     gradient, length, found = on_policy.mean, np.linalg.norm(on_policy.mean), {}
-    for name, (mean, variance) in gradient_estimators(behaviour=behaviour, corrections=CORRECTIONS, **known).items():
-        cosine = mean @ gradient / (np.linalg.norm(mean) * length) if np.any(mean) else np.nan
-        bias = np.linalg.norm(mean - gradient) / length
+    for name, (expected, variance) in gradient_estimators(
+        behaviour=behaviour, corrections=CORRECTIONS, **known
+    ).items():
+        cosine = expected @ gradient / (np.linalg.norm(expected) * length) if np.any(expected) else np.nan
+        bias = np.linalg.norm(expected - gradient) / length
         found[name] = Outcome(float(bias), variance / on_policy.variance, float(cosine))
     return found
 
@@ -95,7 +98,7 @@ def table() -> str:
         cells = [cell for gap in NOISES for cell in _cells([result[name] for result in results[gap]])]
         lines.append(f"| {name} | " + " | ".join([*cells, _short(by_hand[name].cosine)]) + " |")
     families["by hand"] = [three_tokens()]
-    gaps = [f"{gap} {_short(np.mean([pair.mean_gap for pair in family]))}" for gap, family in families.items()]
+    gaps = [f"{gap} {_short(mean(pair.mean_gap for pair in family))}" for gap, family in families.items()]
     return "\n".join([*lines, "", f"Mean gaps: {', '.join(gaps)}."])
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcjax.rl.theory import corrections, gradient_bias, log_linear_policy
-from dcjax.rl.theory.corrections import CORRECTIONS, Responses, gradient_estimators, uncorrected
+from dcjax.rl.theory import CORRECTIONS, Responses, corrections, gradient_bias, gradient_estimators, log_linear_policy
+from dcjax.rl.theory.corrections import uncorrected
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "experiments/corrected_gradients.py"
@@ -331,6 +331,23 @@ def test_the_table_of_the_documentation_is_what_the_script_prints(monkeypatch, c
     assert worst.pop("sequence weights") == 1 and max(worst.values()) < 0
 
 
+def test_the_shares_of_the_text_are_dropped():
+    """Of all responses under μ; of OPSM, which drops bad ones only, of the bad ones."""
+    known = {("int8", "OPSM"): 0.47, ("int8", "seq-mask-tis"): 0.23, ("int4", "VeXact"): 0.52}
+    known[("int4", "seq-mask-tis")] = 0.95
+    found = {case: [] for case in known}
+    for gap in ("int8", "int4"):
+        for pair in MODULE["pairs"](MODULE["NOISES"][gap]):
+            policy, behaviour = (np.array(probabilities_by_loop(tables)) for tables in pair[:2])
+            chances = behaviour.prod(axis=1)
+            responses = Responses(policy, behaviour, (pair.rewards - chances @ pair.rewards)[:, None])
+            for name in (name for case, name in known if case == gap):
+                among = np.where(pair.rewards == 1, 0, chances) if name == "OPSM" else chances
+                dropped = np.all(CORRECTIONS[name](responses) == 0, axis=1)
+                found[gap, name].append(among @ dropped / among.sum())
+    assert {case: round(np.mean(shares), 2) for case, shares in found.items()} == known
+
+
 def test_the_pair_by_hand():
     """E g and ∇J of three tokens, from μ_a (R_a − E_μ R) and π_a (R_a − E_π R)."""
     pair = MODULE["three_tokens"]()
@@ -341,6 +358,11 @@ def test_the_pair_by_hand():
     np.testing.assert_allclose(found.mean, mean, rtol=1e-9)
     np.testing.assert_allclose(moments(pair[:4], uncorrected, on_policy=True).mean, gradient, rtol=1e-9)
     assert mean @ gradient / np.linalg.norm(mean) / np.linalg.norm(gradient) == pytest.approx(-0.4842, abs=1e-4)
+    variances = [
+        MODULE["outcomes"](pair)[name].variance
+        for name in ("DPPO-TV", "DPPO-KL", "IPO", "IPO, squared", "KPop", "DRPO", "token weights")
+    ]
+    assert (round(min(variances)), round(max(variances))) == (4, 109)
 
 
 def test_help_says_how_the_pairs_are_made(monkeypatch, capsys):
