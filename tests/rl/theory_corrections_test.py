@@ -148,9 +148,9 @@ def advantages_by_loop(behaviour, rewards):
 
 
 @functools.cache
-def seen(noise):
+def seen(noise, seed=3):
     """What the corrections are given for one pair, by the enumeration itself and by a loop."""
-    pair = pair_of_policies(3, kinds=4, steps=3, noise=noise)
+    pair = pair_of_policies(seed, kinds=4, steps=3, noise=noise)
     kept = []
 
     def look(responses):
@@ -162,6 +162,10 @@ def seen(noise):
     return kept[0], policy, behaviour, advantages_by_loop(behaviour, pair[3])
 
 
+SEEN = [(noise, seed) for noise in (0.003, 0.1, 0.3, 1.5, 3.0) for seed in range(8)]
+"""Gaps at which every threshold acts on some tokens."""
+
+
 def test_responses_are_those_of_a_loop():
     responses, policy, behaviour, advantages = seen(0.3)
     np.testing.assert_allclose(responses.policy, policy, rtol=1e-14)
@@ -169,23 +173,36 @@ def test_responses_are_those_of_a_loop():
     np.testing.assert_allclose(responses.advantages[:, 0], advantages, atol=1e-14)
 
 
-@pytest.mark.parametrize("noise", [0.003, 0.3, 1.5])
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_coefficients_are_those_of_a_loop(name, noise):
-    responses, policy, behaviour, advantages = seen(noise)
-    expected = coefficients_by_loop(name, policy, behaviour, advantages)
-    np.testing.assert_allclose(CORRECTIONS[name](responses), expected, rtol=1e-11, atol=1e-14)
+def test_coefficients_are_those_of_a_loop(name):
+    for case in SEEN:
+        responses, *given = seen(*case)
+        expected = coefficients_by_loop(name, *given)
+        np.testing.assert_allclose(CORRECTIONS[name](responses), expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", sorted(set(CORRECTIONS) - {"none", "token weights", "sequence weights"}))
 def test_every_threshold_acts_on_some_tokens_and_not_on_all(name):
     """So that the loops above tell the thresholds apart."""
     base = {"sequence": "sequence weights", "OPSM": "none"}.get(name.split()[0], "token weights")
-    different = [CORRECTIONS[name](seen(noise)[0]) != CORRECTIONS[base](seen(noise)[0]) for noise in (0.003, 0.3, 1.5)]
-    if name not in ("DRPO", "IPO, squared", "geometric TIS"):  # which change all
-        assert 0 < np.mean(different) < 1
-    else:
+    different = [CORRECTIONS[name](seen(*case)[0]) != CORRECTIONS[base](seen(*case)[0]) for case in SEEN]
+    if name in ("DRPO", "IPO, squared", "geometric TIS"):  # which change all
         assert np.mean(different) > 0.9
+    else:
+        assert 0 < np.mean(different) < 1
+
+
+def test_vexact_truncates_what_it_keeps():
+    """At its own τ no response of fewer than 307 tokens has a ratio above 2: 2 − 1 − log 2 = .307 is 307 τ."""
+    responses, policy, behaviour, advantages = seen(0.3)
+    found = corrections.vexact(responses, bound=0.2)
+    cut = 0
+    for row, p, q, a in zip(found, policy, behaviour, advantages, strict=True):
+        ratios = [x / y for x, y in zip(p, q, strict=True)]
+        kept = sum(r - 1 - math.log(r) for r in ratios) / 3 <= 0.2
+        assert row.tolist() == pytest.approx([a * min(r, 2) if kept else 0 for r in ratios], rel=1e-12)
+        cut += kept and max(ratios) > 2
+    assert 0 < cut < len(found)
 
 
 # ---- What is known of the moments
