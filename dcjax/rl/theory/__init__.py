@@ -10,18 +10,24 @@ from dcjax.rl.theory.bounds import (
     state_gaps,
 )
 from dcjax.rl.theory.constrained import Optimum, difference_optimum, log_ratio_optimum, ratio_optimum
+from dcjax.rl.theory.corrections import CORRECTIONS, Correction, Estimator, Responses, gradient_estimators
 from dcjax.rl.theory.first_order import kl_rate, penalty_update, probability_gap, truncated_weights
 from dcjax.rl.theory.improvement import Improvement, best_lr, expected_improvement, quadratic_improvement
 
 __all__ = [
+    "CORRECTIONS",
+    "Correction",
+    "Estimator",
     "GradientBias",
     "Improvement",
     "Optimum",
+    "Responses",
     "StateGaps",
     "best_lr",
     "difference_optimum",
     "expected_improvement",
     "gradient_bias",
+    "gradient_estimators",
     "kl_rate",
     "largest_gap",
     "log_linear_policy",
