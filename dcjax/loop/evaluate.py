@@ -88,15 +88,19 @@ def evaluate_state(setup: Setup, state: TrainState) -> dict[str, float]:
     rows = evaluate(setup, setup.engines, state.params, int(state.step))
     measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
     if optimizer_of(setup.config).ema_decay:
-        (row,) = evaluate_average(setup, state)
-        measured["eval/deployed_accuracy_ema"] = row.accuracy
+        averaged = evaluate_average(setup, state)
+        measured |= {f"eval/{row.policy.removesuffix('_ema')}_accuracy_ema": row.accuracy for row in averaged}
     return measured | {"eval/prompts": setup.config.evaluation.prompts}
 
 
 def evaluate_average(setup: Setup, state: TrainState) -> list[Accuracy]:
-    """The accuracy of the deployed engine with the moving average of the parameters."""
+    """The accuracies of both engines with the moving average of the parameters."""
     average = averaged_params(state.opt_state, state.params)
-    return evaluate(setup, {"deployed_ema": setup.engines["deployed"]}, average, int(state.step))
+    engines: dict[PolicyName, Qwen3Engine] = {
+        "deployed_ema": setup.engines["deployed"],
+        "training_ema": setup.engines["training"],
+    }
+    return evaluate(setup, engines, average, int(state.step))
 
 
 def _require_finite(policy: PolicyName, rollout: Rollout, engine: Qwen3Engine) -> None:

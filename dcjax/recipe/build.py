@@ -33,7 +33,7 @@ from dcjax.types import Batch, Bins, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
 
 Transform = optax.GradientTransformationExtraArgs
-PolicyName = Literal["deployed", "training", "deployed_ema"]
+PolicyName = Literal["deployed", "training", "deployed_ema", "training_ema"]
 
 
 def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objective | None = None) -> ApplyFn:

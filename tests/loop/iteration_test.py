@@ -144,11 +144,12 @@ def test_the_average_of_the_weights_is_evaluated_beside_the_last_ones(monkeypatc
     monkeypatch.setattr(evaluate, "averaged_params", lambda opt_state, params: {"norm": np.array([7.0])})
     state = type("State", (), {"params": {"norm": np.array([1.0])}, "opt_state": None, "step": 0})()
     measured = stepper.evaluate(state)
-    assert seen == [(("deployed", "training"), 1.0), (("deployed_ema",), 7.0)]
+    assert seen == [(("deployed", "training"), 1.0), (("deployed_ema", "training_ema"), 7.0)]
     assert set(measured) == {
         "eval/deployed_accuracy",
         "eval/training_accuracy",
         "eval/deployed_accuracy_ema",
+        "eval/training_accuracy_ema",
         "eval/prompts",
     }
 
