@@ -202,10 +202,7 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
     "path",
     [
         "serving.kv_cache",
-        *(
-            f"objective.{name}"
-            for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty", "method")
-        ),
+        *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
         "optimizer.decay",
     ],
 )
@@ -262,7 +259,8 @@ def test_a_name_that_is_no_folder_is_refused(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method_bound": 0.2}, "objective.method_bound is 0.2, but objective.method is none"),
+        ({"method": "none"}, f"objective.method is 'none'; it must be None or one of {', '.join(METHODS)}"),
+        ({"method_bound": 0.2}, "objective.method_bound is 0.2, but objective.method is None"),
         (
             {"method": "kpop", "correction": "icepop"},
             "objective.method is kpop and objective.correction icepop; set one of the two",
@@ -301,7 +299,7 @@ def test_a_method_that_does_not_fit_is_refused(fields, message):
 @pytest.mark.parametrize("bad", [0.0, -1.0, 1.5, math.nan])
 def test_an_effective_share_is_a_share(bad):
     assert refusal(lambda: OptimizerConfig(ess_base=bad)) == (
-        f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be none"
+        f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be None"
     )
 
 
