@@ -17,6 +17,7 @@ from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
 from dcjax.recipe.reward import RewardConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
+from dcjax.rl.presets import METHODS
 from dcjax.serving.formats import FormatName, formats
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
@@ -301,6 +302,12 @@ def test_an_effective_share_is_a_share(bad):
     assert refusal(lambda: OptimizerConfig(ess_base=bad)) == (
         f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be None"
     )
+
+
+def test_a_run_from_before_there_were_methods_is_the_same_run():
+    ours, theirs = to_dict(Config()), to_dict(Config())
+    del theirs["objective"]["method"], theirs["objective"]["method_bound"], theirs["optimizer"]["ess_base"]
+    assert differences(ours, theirs) == {}
 
 
 def test_a_multiplier_that_starts_above_its_upper_bound_is_refused():
