@@ -147,6 +147,7 @@ class Case:
     mesh: MeshConfig = ONE
     replay: bool = False
     top_k: int = 0
+    ess_base: float | None = None
 
 
 CASES = {
@@ -155,6 +156,13 @@ CASES = {
     "replayed experts and candidates": Case({"correction": "icepop"}, model=tiny.EXPERTS, replay=True, top_k=6),
     "asynchronous": Case({"penalty": "hinge"}, ahead=1),
     "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+    # bounds on whole minibatches, which are on several devices
+    "m2po on eight devices": Case(
+        {"method": "m2po", "method_bound": 1.0},
+        updates=2,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        ess_base=0.9,
+    ),
     "experts on four": Case({"surrogate": "gspo"}, model=tiny.EXPERTS, mesh=MeshConfig(expert=2, fsdp=2)),
 }
 
@@ -165,7 +173,13 @@ def config_of(case):
         model=case.model,
         objective=ObjectiveConfig(**(COMMON | case.objective)),
         # a step of Adam is a sign where gradients exceed epsilon; a large one keeps rounding from deciding it
-        optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1.0, updates=case.updates, tokens_per_microbatch=60),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-2,
+            epsilon=1.0,
+            updates=case.updates,
+            tokens_per_microbatch=60,
+            ess_base=case.ess_base,
+        ),
         rollout=dataclasses.replace(
             tiny.CONFIG.rollout, async_level=case.ahead, replay_routing=case.replay, top_k=case.top_k
         ),
