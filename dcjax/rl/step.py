@@ -166,9 +166,8 @@ def make_train_step(
     computed once, before the first update. Where rollouts are sampled ahead of the trainer, `old_logps` are those of
     the parameters that sampled, so that mismatch and staleness are measured separately. What the objective requires
     of the whole iteration is computed from them, before the first update; what it requires of a minibatch takes one
-    more pass before each. Gradients are summed over
-    microbatches and divided once by the minibatch's denominator. Where `tx` holds a `loss_scale`
-    (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
+    more pass before each. Gradients are summed over microbatches and divided once by the minibatch's denominator. Where
+    `tx` holds a `loss_scale` (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
 
     Args:
       apply_fn: the training policy.
@@ -230,7 +229,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
         sampling_params = state.history[0] if spec.ahead else state.params
         old_logps = _recompute_logps(spec, sampling_params, minibatches, cuts)
         whole = _merge_rows((old_logps, reference_logps), spec.group_size)
-        scalars, by_row = _quantities(spec.requires.of_iteration, Iteration(batch, *whole), whole[0].shape)
+        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole))
         shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
 
     def update(state: TrainState, inputs: tuple[Rows, Microbatches | None]) -> tuple[TrainState, UpdateOutputs]:
@@ -256,10 +255,15 @@ def _check_requirements(requires: Requirements, state: TrainState, batch: Batch)
         raise ValueError("the objective requires candidate_tokens; the batch has none, so sample with a top_k")
 
 
+def _iteration_quantities(requires: Requirements, iteration: Iteration) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The quantities that are computed before the first gradient: scalars, and those by row or token."""
+    return _quantities(requires.of_iteration, iteration, iteration.old_logps.shape)
+
+
 def _quantities(
     functions: Mapping[str, Callable[[Any], Array]], rows: Iteration | Context, shape: tuple[int, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is computed of all rows [B, T] before a gradient: scalars, and what is by row or token."""
+    """What these functions compute of all rows [B, T] before a gradient: scalars, and what is by row or token."""
     scalars, by_row = {}, {}
     for name, compute in functions.items():
         computed = jax.lax.stop_gradient(compute(rows))
