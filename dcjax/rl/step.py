@@ -229,7 +229,7 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
         sampling_params = state.history[0] if spec.ahead else state.params
         old_logps = _recompute_logps(spec, sampling_params, minibatches, cuts)
         whole = _merge_rows((old_logps, reference_logps), spec.group_size)
-        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole))
+        scalars, by_row = _quantities(spec.requires.of_iteration, Iteration(batch, *whole), whole[0].shape)
         shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
 
     def update(state: TrainState, inputs: tuple[Rows, Microbatches | None]) -> tuple[TrainState, UpdateOutputs]:
@@ -253,11 +253,6 @@ def _check_requirements(requires: Requirements, state: TrainState, batch: Batch)
         raise ValueError("the objective requires reference_logps; the TrainState has no reference policy")
     if requires.candidate_tokens and batch.candidate_tokens is None:
         raise ValueError("the objective requires candidate_tokens; the batch has none, so sample with a top_k")
-
-
-def _iteration_quantities(requires: Requirements, iteration: Iteration) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The quantities that are computed before the first gradient: scalars, and those by row or token."""
-    return _quantities(requires.of_iteration, iteration, iteration.old_logps.shape)
 
 
 def _quantities(
