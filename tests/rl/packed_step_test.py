@@ -158,11 +158,8 @@ CASES = {
     "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
     "experts on four": Case({"surrogate": "gspo"}, model=tiny.EXPERTS, mesh=MeshConfig(expert=2, fsdp=2)),
     # what is of whole minibatches, which are on several devices
-    "m2po on eight devices": Case(
-        {"method": "m2po", "method_bound": 1.0},
-        updates=2,
-        ess_base=0.9,
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    "m2po on four devices": Case(
+        {"method": "m2po", "method_bound": 1.0}, updates=2, ess_base=0.9, mesh=MeshConfig(fsdp=2, tensor=2)
     ),
 }
 
