@@ -184,7 +184,7 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
     sizes = config.rollout
     batch = random_batch(sizes.sequences, sizes.max_prompt_length, sizes.max_response_length, sizes.group_size)
     programs = {
-        "step": whole_step(config, batch, "none"),
+        "step": whole_step(config, batch, None),
         "step with m2po": whole_step(config, batch, "m2po"),
         "objective": bind(loss_of(dc_grpo(updates=1)), batch),
         "objective + metrics": bind(both, batch),

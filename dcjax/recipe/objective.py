@@ -45,7 +45,6 @@ VerlPreset = Literal[
 
 
 MethodName = Literal[
-    "none",
     "dppo_tv",
     "dppo_kl",
     "ipo",
@@ -125,9 +124,9 @@ class ObjectiveConfig:
     verl: VerlPreset = "disabled"
     """verl's rollout correction by the name of its preset, computed as verl does; excludes correction.
     Those that begin with bypass_pg need the surrogate policy_gradient and the aggregation seq_mean_token_sum."""
-    method: MethodName = "none"
+    method: MethodName | None = None
     """Trust region or rejection against the mismatch, as its source has it; excludes correction and verl. Those with
-    a loss per token of their own (dppo, ipo, drpo, m2po) take the place of the surrogate clip."""
+    a loss per token of their own (dppo, ipo, drpo, m2po) take the place of the surrogate clip. None is none."""
     method_bound: float | None = None
     """The method's own bound, in its own unit: of a probability (dppo_tv, ipo, drpo), of nats (dppo_kl, kpop, opsm,
     vexact), of squared nats (m2po), or of the geometric mean (seq_mask_tis, the upper one); None is its source's."""
@@ -184,10 +183,13 @@ class ObjectiveConfig:
                     raise ValueError(f"objective.verl is {self.verl}, so objective.{name} must be {value}, not {given}")
 
     def _check_method(self) -> None:
-        if self.method == "none":
+        if self.method is None:
             if self.method_bound is not None:
-                raise ValueError(f"objective.method_bound is {self.method_bound}, but objective.method is none")
+                raise ValueError(f"objective.method_bound is {self.method_bound}, but objective.method is None")
             return
+        if self.method not in presets.METHODS:
+            choices = ", ".join(presets.METHODS)
+            raise ValueError(f"objective.method is {self.method!r}; it must be None or one of {choices}")
         for name, without in (("correction", "none"), ("verl", "disabled")):
             if (given := getattr(self, name)) != without:
                 raise ValueError(f"objective.method is {self.method} and objective.{name} {given}; set one of the two")
@@ -245,7 +247,7 @@ class ObjectiveConfig:
                 reference_logps=bool(self.kl_coefficient), mixed_groups=self.zero_variance == "resample"
             ),
         )
-        if self.method == "none":
+        if self.method is None:
             return objective
         return presets.with_method(objective, self.method, bound=self.method_bound)
 

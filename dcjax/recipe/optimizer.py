@@ -103,7 +103,7 @@ class OptimizerConfig:
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
         if self.ess_base is not None and not 0 < self.ess_base <= 1:
-            raise ValueError(f"optimizer.ess_base is {self.ess_base}; it must lie within (0, 1], or be none")
+            raise ValueError(f"optimizer.ess_base is {self.ess_base}; it must lie within (0, 1], or be None")
         if not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be above 0")
 

@@ -66,7 +66,8 @@ class MinibatchQuantity:
     """A scalar, or a value of each row or token, that depends on the whole minibatch at its current parameters.
 
     It is computed once an update, before its gradient, and not differentiated: the same for every microbatch, however
-    the minibatch is cut. The log-probs take a pass of their own.
+    the minibatch is cut. The log-probs take a pass of their own. Rows stand in any order; each carries its group's
+    rewards.
     """
 
     name: str

@@ -166,9 +166,8 @@ def make_train_step(
     computed once, before the first update. Where rollouts are sampled ahead of the trainer, `old_logps` are those of
     the parameters that sampled, so that mismatch and staleness are measured separately. What the objective requires
     of the whole iteration is computed from them, before the first update; what it requires of a minibatch takes one
-    more pass before each. Gradients are summed over
-    microbatches and divided once by the minibatch's denominator. Where `tx` holds a `loss_scale`
-    (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
+    more pass before each. Gradients are summed over microbatches and divided once by the minibatch's denominator. Where
+    `tx` holds a `loss_scale` (`dynamic_loss_scale`), the loss is multiplied by it and the gradients are divided by it.
 
     Args:
       apply_fn: the training policy.
@@ -279,7 +278,7 @@ def _iteration_quantities(
 def _quantities(
     functions: Mapping[str, Callable[[Any], Array]], rows: Iteration | Context, shape: tuple[int, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is computed of all rows [B, T] before a gradient: scalars, and what is by row or token."""
+    """What these functions compute of all rows [B, T] before a gradient: scalars, and what is by row or token."""
     scalars, by_row = {}, {}
     for name, compute in functions.items():
         computed = jax.lax.stop_gradient(compute(rows))

@@ -17,6 +17,7 @@ from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
 from dcjax.recipe.reward import RewardConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
+from dcjax.rl.presets import METHODS
 from dcjax.serving.formats import FormatName, formats
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
@@ -202,10 +203,7 @@ def test_a_model_constant_that_gives_nan_is_refused(path):
     "path",
     [
         "serving.kv_cache",
-        *(
-            f"objective.{name}"
-            for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty", "method")
-        ),
+        *(f"objective.{name}" for name in ("algorithm", "zero_variance", "estimator", "correction", "penalty")),
         "optimizer.decay",
     ],
 )
@@ -262,7 +260,8 @@ def test_a_name_that_is_no_folder_is_refused(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method_bound": 0.2}, "objective.method_bound is 0.2, but objective.method is none"),
+        ({"method": "none"}, f"objective.method is 'none'; it must be None or one of {', '.join(METHODS)}"),
+        ({"method_bound": 0.2}, "objective.method_bound is 0.2, but objective.method is None"),
         (
             {"method": "kpop", "correction": "icepop"},
             "objective.method is kpop and objective.correction icepop; set one of the two",
@@ -301,8 +300,14 @@ def test_a_method_that_does_not_fit_is_refused(fields, message):
 @pytest.mark.parametrize("bad", [0.0, -1.0, 1.5, math.nan])
 def test_an_effective_share_is_a_share(bad):
     assert refusal(lambda: OptimizerConfig(ess_base=bad)) == (
-        f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be none"
+        f"optimizer.ess_base is {bad}; it must lie within (0, 1], or be None"
     )
+
+
+def test_a_run_from_before_there_were_methods_is_the_same_run():
+    ours, theirs = to_dict(Config()), to_dict(Config())
+    del theirs["objective"]["method"], theirs["objective"]["method_bound"], theirs["optimizer"]["ess_base"]
+    assert differences(ours, theirs) == {}
 
 
 def test_a_multiplier_that_starts_above_its_upper_bound_is_refused():

@@ -213,6 +213,7 @@ class Case:
     objective: dict
     model: object = tiny.DENSE
     updates: int = 1
+    ess_base: float | None = None
     ahead: int = 0
     mesh: MeshConfig = ONE
     replay: bool = False
@@ -227,6 +228,10 @@ CASES = {
     "asynchronous": Case({"penalty": "hinge"}, ahead=1),
     "eight devices": Case({}, updates=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2), tokens=32),
     "experts on four": Case({"surrogate": "gspo"}, model=tiny.EXPERTS, mesh=MeshConfig(expert=2, fsdp=2)),
+    # what is of whole minibatches, which are on several devices
+    "m2po on four devices": Case(
+        {"method": "m2po", "method_bound": 1.0}, updates=2, ess_base=0.9, mesh=MeshConfig(fsdp=2, tensor=2)
+    ),
 }
 
 
@@ -283,6 +288,7 @@ def recorded(replay, top_k):
 def test_a_runs_step_is_that_of_rows_as_they_are(name):
     case = CASES[name]
     config, batch = config_of(case), recorded(case.replay, case.top_k)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ess_base=case.ess_base))
     masters, kept = tiny.masters(case.model), build.PastParams.needed_by(config)
 
     def run(config, step, batch):
