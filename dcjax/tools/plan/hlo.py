@@ -276,6 +276,8 @@ class Program:
 
     def _traffic(self, line: Instruction, known: Mapping[str, Instruction], inner: str | None) -> float:
         """Bytes that an instruction reads and writes in HBM; of what is sliced or updated in place, only that part."""
+        if line.opcode in ("copy-start", "slice-start"):
+            return _begun(line, known)
         results, sizes = sum(shape.bytes for shape in line.shapes), []
         for name in line.operands:
             sizes.append(sum(shape.bytes for shape in known[name].shapes) if name in known else 0.0)
@@ -299,6 +301,17 @@ class Program:
                 results += min(updates - sizes[number], 0.0)
                 sizes[number] = 0.0
         return max(results, 0.0) + sum(sizes)
+
+
+def _begun(line: Instruction, known: Mapping[str, Instruction]) -> float:
+    """Bytes of an asynchronous copy, or of the slices of one array, whose result holds what is read beside what is
+    written: each part is read where the operand lies, and written where it goes."""
+    operands = [shape for name in line.operands if name in known for shape in known[name].shapes if shape.dims]
+    written = [shape for shape in line.shapes if shape.dims]
+    for shape in operands:
+        written.remove(next(one for one in written if one.dims == shape.dims and one.in_memory == shape.in_memory))
+    from_memory = any(shape.in_memory for shape in operands)
+    return sum(shape.bytes + (_full(shape) if from_memory else 0.0) for shape in written)
 
 
 def _any_bytes(line: Instruction) -> float:

@@ -203,6 +203,30 @@ ENTRY %main (x: f32[2]) -> f32[8] {
     assert [one.bytes for one in Program(text).cost.collectives] == [24, 24]
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # 64 numbers of 4 bytes from memory into a core's own, the other way, and within memory
+        ("(f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%x)", 256),
+        ("(f32[64]{0}, f32[64]{0:S(1)}, u32[]) copy-start(%own)", 256),
+        ("(f32[64]{0}, f32[64]{0}, u32[]) copy-start(%x)", 512),
+        # an eighth of them
+        ("((f32[64]{0}), f32[8]{0:S(1)}, s32[]) slice-start(%x), slice={[0:8]}", 32),
+        ("(s32[], s32[], u32[]) copy-start(%one)", 0),
+    ],
+)
+def test_what_an_asynchronous_copy_moves(line, moved):
+    text = f"""\
+ENTRY %main (x: f32[64], own: f32[64], one: s32[]) -> f32[8] {{
+  %x = f32[64]{{0}} parameter(0)
+  %own = f32[64]{{0:S(1)}} parameter(1)
+  %one = s32[] parameter(2)
+  ROOT %y = {line}
+}}
+"""
+    assert Program(text).cost.bytes == moved
+
+
 def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
     text = """\
 %all-reduce-scatter.1.clone (a: f32[8]) -> f32[2] {
