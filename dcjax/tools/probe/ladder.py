@@ -65,9 +65,13 @@ def ladder(
             add("activations", deployed.weights, format=deployed)
     if last.kv_cache != wide.kv_cache:
         add("kv_cache", last.kv_cache, kv_cache=last.kv_cache)
-    for name in ("weight_noise", "logit_noise", "routing_flips"):
+    for name in ("rounded_masters", "weight_noise", "logit_noise", "routing_flips"):
         if size := getattr(mismatch, name):
-            add(name, f"{size:g}", mismatch=replace(rungs[-1].served.mismatch, **{name: size}))
+            detail = "bf16" if size is True else f"{size:g}"
+            add(name, detail, mismatch=replace(rungs[-1].served.mismatch, **{name: size}))
     if stale_step is not None:
         add("stale_weights", f"step {stale_step}", stale=True)
+    if mismatch.raw_logps:
+        # last: before it, all policies apply the sampler's temperature, and after it the engine alone does not
+        add("raw_logps", "temperature 1", mismatch=replace(rungs[-1].served.mismatch, raw_logps=True))
     return rungs
