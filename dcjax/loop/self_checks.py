@@ -25,7 +25,8 @@ SERVED_TOLERANCE = 1e-3
 """How far what is served may be from what its masters give, ‖ΔW‖ / ‖W‖: programs may differ in the last bit of a scale,
 and a value on the edge between two then rounds to the other."""
 FORMAT_TOLERANCE = 0.9
-"""How far what a format gives may be from the masters. One bit a weight costs .6; of zeros, or twice the scale, it is 1."""
+"""How far what a format gives may be from the masters. One bit a weight costs .6; of zeros, or of twice the scale,
+it is 1."""
 UNRELATED, JUMP = 0.25, 10.0
 """Mean |p − q| that only unrelated policies have, and the factor by which it has grown within one iteration."""
 NEVER = 30.0
@@ -89,7 +90,10 @@ class SampleCheck:
     """
 
     def __init__(self):
-        self._step, self._key, self._last = -1, None, None
+        self._step = -1
+        # of the round and of the iteration before
+        self._key: list[int] | None = None
+        self._last: np.ndarray | None = None
 
     def begins(self, step: int) -> None:
         """An iteration is begun; one that was made before, or an earlier one, is compared with nothing."""
@@ -181,7 +185,7 @@ class StepCheck:
             right = ratio == 0
         else:
             expected = "more than 0, as the parameters have moved since; the clip cannot act"
-            right = ratio > 0 or not (self._moved and self._updates > 1 or before and self._ahead)
+            right = ratio > 0 or not ((self._moved and self._updates > 1) or (before and self._ahead))
         if not right:
             fail(
                 "the clip",

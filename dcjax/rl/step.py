@@ -326,7 +326,7 @@ def _update(
 def _accumulate_gradients(
     spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
 ) -> tuple[Params, Array, Array, RowOutputs]:
-    """Gradients, loss and denominator of a minibatch: sums over its microbatches, divided once by the minibatch's denominator."""
+    """Gradients, loss and denominator of a minibatch: sums over its microbatches, divided once by the last."""
     loss_scale = optax.tree.get(state.opt_state, "loss_scale", 1.0)
     loss_fn = partial(
         _microbatch_loss,

@@ -1,9 +1,9 @@
 """Compares weights as they are served with what their masters give, by a few numbers of each matrix.
 
-A fingerprint of a matrix W [K, N] is x W zᵀ for rows x and z of random signs, the same in every layer and on both sides:
-each is a sum over all of W's elements, with the variance ‖W‖², and that of a difference has the variance ‖ΔW‖². So the
-mean square of the differences of two fingerprints is an estimate of ‖ΔW‖², whatever W is stored in, and however devices
-share it; only these numbers leave them. Products are the format's own, so that it sees what decoding does.
+A fingerprint of a matrix W [K, N] is x W zᵀ for rows x and z of random signs, the same in every layer and on both
+sides: each is a sum over all of W's elements, with the variance ‖W‖², and that of a difference has the variance ‖ΔW‖².
+So the mean square of the differences of two fingerprints is an estimate of ‖ΔW‖², whatever W is stored in, and however
+devices share it; only these numbers leave them. Products are the format's own, so that it sees what decoding does.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class _Given(NamedTuple):
     """Of one parameter's masters, with leading axes for its layers and experts."""
 
     # the fingerprint of what a sync makes of them
-    converted: Array
+    converted: Any
     # and their own
-    own: Array
+    own: Any
     # ‖W‖
-    norm: Array
+    norm: Any
 
 
 # --- programs ---

@@ -134,9 +134,9 @@ def make_sync(
 
     Equal arguments give the same `Sync`, so that engines that are alike share its programs.
 
-    Everything is quantised from the float32 masters, unless a rounded copy is asked for. It is quantised on the masters'
-    devices, and only the result is transferred. Nothing is donated and no output shares a buffer with the masters, so
-    the train step may donate them afterwards.
+    Everything is quantised from the float32 masters, unless a rounded copy is asked for: on the masters' devices, and
+    only the result is transferred. Nothing is donated and no output shares a buffer with the masters, so the train step
+    may donate them afterwards.
 
     Args:
       config: the architecture.

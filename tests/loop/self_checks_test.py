@@ -99,7 +99,7 @@ def test_a_layer_that_stayed_stale_is_named():
     with pytest.raises(RunError, match="_proj of layer 1"):
         check(masters, with_layer(after, 1, **old), 1)
     # one matrix is enough
-    with pytest.raises(RunError, match="at version 1 o_proj of layer 1 is 0.00"):
+    with pytest.raises(RunError, match=r"at version 1 o_proj of layer 1 is 0\.00"):
         check(masters, with_layer(after, 1, o_proj=old["o_proj"]), 1)
 
 
@@ -345,7 +345,7 @@ def with_updates(updates, **rollout):
 def test_a_ratio_is_one_where_it_must_be_and_leaves_it_where_parameters_have_moved():
     recomputed = METRICS | {"staleness/prob_diff_max": 0.1}
     StepCheck(with_updates(1))(1, METRICS)
-    with pytest.raises(RunError, match="the clip: at step 1 the log-ratio that it sees is up to 0.01.* expected 0, "):
+    with pytest.raises(RunError, match=r"the clip: at step 1 the log-ratio that it sees is up to 0\.01.* expected 0, "):
         StepCheck(with_updates(1))(1, METRICS | {"check/log_ratio": 0.01})
     with pytest.raises(RunError, match="expected more than 0, as the parameters have moved since"):
         StepCheck(with_updates(2))(1, recomputed)

@@ -9,6 +9,9 @@ from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.formats import Format, KVCacheName, serving_format, wide_format
 from dcjax.serving.mismatch import MismatchConfig
 
+RAW_LOGPS = "raw_logps"
+"""The rung of log-probs that leave the sampler's transform out."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -73,5 +76,5 @@ def ladder(
         add("stale_weights", f"step {stale_step}", stale=True)
     if mismatch.raw_logps:
         # last: before it, all policies apply the sampler's temperature, and after it the engine alone does not
-        add("raw_logps", "temperature 1", mismatch=replace(rungs[-1].served.mismatch, raw_logps=True))
+        add(RAW_LOGPS, "temperature 1, whole softmax", mismatch=replace(rungs[-1].served.mismatch, **{RAW_LOGPS: True}))
     return rungs
