@@ -18,6 +18,7 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.fingerprint import Comparison
+from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Params, Rollout
 
@@ -144,6 +145,8 @@ class StepCheck:
         # the gap is of numerics alone where the weights that sampled are those that are compared, under one transform
         mismatch = config.mismatch
         self._compares = config.rollout.engine == IN_PROCESS and not mismatch.staleness and not mismatch.raw_logps
+        # what is added on purpose may be of any size
+        self._adds = mismatch != NO_MISMATCH
         self._updates, self._ahead = config.optimizer.updates, config.rollout.async_level > 0
         # of the iteration before, None where this process did not make it
         self._gap: float | None = None
@@ -166,7 +169,8 @@ class StepCheck:
 
     def _check_gap(self, number: int, gap: float) -> None:
         """Policies that were related an iteration before are not unrelated now; what grows takes longer."""
-        before, self._gap = 0.0 if number == 1 else self._gap, gap
+        before = 0.0 if number == 1 and not self._adds else self._gap
+        self._gap = gap
         if self._compares and before is not None and gap > max(UNRELATED, JUMP * before):
             fail(
                 "sampled tokens",

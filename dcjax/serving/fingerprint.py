@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dcjax.models import ModelConfig
-from dcjax.models.parameters import Parameter, parameter_named, parameters
+from dcjax.models.parameters import Parameter, parameters
 from dcjax.serving.decoder import NO_EXCESS_PRECISION
 from dcjax.serving.formats.served import arithmetic
 from dcjax.serving.sync import Conversion, ServingParams
@@ -30,7 +30,9 @@ from dcjax.sharding.rules import replicated
 from dcjax.types import Array, Params
 
 ROWS = 4
-"""Random rows on each side of a matrix, whose fingerprint has the square of so many numbers."""
+"""Random rows on each side of a matrix."""
+NUMBERS = ROWS * ROWS
+"""Of a fingerprint; a vector has so many random rows on its one side."""
 
 
 class Deviation(NamedTuple):
@@ -74,42 +76,32 @@ class Comparison:
 
     def __call__(self, masters: Params, served: ServingParams, version: int) -> Deviations:
         """Compares all parameters; the version decides on what noise is added on purpose."""
+        config, layers = self.conversion.config, served.weights["layers"]
         given = _of_masters(self.conversion, self.training)(masters, version)
-        outer, layers = _of_outer(self.conversion.config, self.serving), served.weights["layers"]
-        found = outer({name: leaf for name, leaf in served.weights.items() if name != "layers"})
+        outer = {name: leaf for name, leaf in served.weights.items() if name != "layers"}
+        parts = [_of_weights(config, self.serving)(outer)]
         if isinstance(layers, tuple):
-            of_layer = _of_layer(self.conversion.config, self.serving)
-            by_layer = [of_layer(layer) for layer in layers]
+            parts += [_of_weights(config, self.serving)(layer) for layer in layers]
         else:
-            by_layer = _of_stacked(self.conversion.config, self.serving)(layers)
-        given, found, by_layer = jax.device_get((given, found, by_layer))
-        return _largest(self.conversion.config, given, found, by_layer)
+            parts.append(_of_stacked(config, self.serving)(layers))
+        given, *parts = jax.device_get([given, *parts])
+        found = np.concatenate([part.reshape(-1, NUMBERS) for part in parts])
+        return _largest(config, found[_slices(config).served], *np.split(given, [NUMBERS, 2 * NUMBERS], axis=1))
 
     def compile(self, masters: Params, served: ServingParams) -> None:
         """Compiles its programs for abstract masters and what is served of them."""
         config, layers = self.conversion.config, served.weights["layers"]
         _of_masters(self.conversion, self.training).lower(masters, 0).compile()
         outer = {name: leaf for name, leaf in served.weights.items() if name != "layers"}
-        _of_outer(config, self.serving).lower(outer).compile()
+        _of_weights(config, self.serving).lower(outer).compile()
         if not isinstance(layers, tuple):
             _of_stacked(config, self.serving).lower(layers).compile()
             return
         for kind in set(config.sparse_layers):
-            _of_layer(config, self.serving).lower(layers[config.sparse_layers.index(kind)]).compile()
+            _of_weights(config, self.serving).lower(layers[config.sparse_layers.index(kind)]).compile()
 
 
-class _Given(NamedTuple):
-    """Of one parameter's masters, with leading axes for its layers and experts."""
-
-    # the fingerprint of what a sync makes of them
-    converted: Any
-    # and their own
-    own: Any
-    # ‖W‖
-    norm: Any
-
-
-# --- programs ---
+# --- programs: each returns a row for each slice, a parameter in one layer and of one expert ---
 
 
 def _program(function: Any, mesh: Mesh) -> Any:
@@ -118,86 +110,90 @@ def _program(function: Any, mesh: Mesh) -> Any:
 
 @cache
 def _of_masters(conversion: Conversion, mesh: Mesh) -> Any:
-    """(masters, version) -> a `_Given` by name."""
+    """(masters, version) -> rows of what a sync makes of them, of themselves and of ‖W‖, a parameter after another."""
     config = conversion.config
 
-    def of_leaf(parameter: Parameter, leaf: Array, layer: Any, version: Any) -> _Given:
-        converted = conversion(parameter.name, layer, leaf, version)
+    def of_leaf(parameter: Parameter, leaf: Array, layer: Any, version: Any) -> Float[Array, "slices columns"]:
+        converted = _fingerprint(config, parameter, conversion(parameter.name, layer, leaf, version))
+        own = _own_fingerprint(parameter, leaf)
         axes = tuple(range(leaf.ndim - len(parameter.shape), leaf.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
-        return _Given(_fingerprint(config, parameter, converted), _own_fingerprint(parameter, leaf), norm)
+        norm = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)).reshape(-1, 1)
+        return jnp.concatenate([converted, own, norm], axis=1)
 
-    def of_all(masters: Params, version: Array) -> dict[str, _Given]:
-        given = {}
+    def of_all(masters: Params, version: Array) -> Float[Array, "slices columns"]:
+        rows = []
         for parameter in parameters(config):
             if parameter.layers is None:
-                given[parameter.name] = of_leaf(parameter, masters[parameter.name], 0, version)
+                rows.append(of_leaf(parameter, masters[parameter.name], 0, version))
                 continue
             # one layer after another, so that only one is converted at a time
             stacked = jnp.array(parameter.layers), masters["layers"][parameter.name]
-            given[parameter.name] = lax.map(lambda of, p=parameter: of_leaf(p, of[1], of[0], version), stacked)
-        return given
+            of_layers = lax.map(lambda of, p=parameter: of_leaf(p, of[1], of[0], version), stacked)
+            rows.append(of_layers.reshape(-1, of_layers.shape[-1]))
+        return jnp.concatenate(rows)
 
     return _program(of_all, mesh)
 
 
-def _of_weights(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: _fingerprint(config, parameter_named(config, name), leaf) for name, leaf in weights.items()}
+def _fingerprints(config: ModelConfig, weights: Mapping[str, Any]) -> Float[Array, "slices numbers"]:
+    """Of what is served outside of layers, or in one layer, in the order of the model's parameters."""
+    held = [parameter for parameter in parameters(config) if parameter.name in weights]
+    return jnp.concatenate([_fingerprint(config, parameter, weights[parameter.name]) for parameter in held])
 
 
 @cache
-def _of_outer(config: ModelConfig, mesh: Mesh) -> Any:
-    return _program(partial(_of_weights, config), mesh)
-
-
-# of layers of one kind, one program
-_of_layer = _of_outer
+def _of_weights(config: ModelConfig, mesh: Mesh) -> Any:
+    return _program(partial(_fingerprints, config), mesh)
 
 
 @cache
 def _of_stacked(config: ModelConfig, mesh: Mesh) -> Any:
-    return _program(lambda layers: lax.map(partial(_of_weights, config), layers), mesh)
+    return _program(lambda layers: lax.map(partial(_fingerprints, config), layers), mesh)
 
 
 # --- fingerprints ---
 
 
-def _signs(name: str, side: int, width: int) -> Float[Array, "rows width"]:
+def _signs(name: str, side: int, width: int, count: int) -> Float[Array, "count width"]:
     """Random signs, the same in every program: bits of a hash of each place (MurmurHash3's last step)."""
     bits = jnp.arange(width, dtype=jnp.uint32) + jnp.uint32(zlib.crc32(f"{name} {side}".encode()))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits = (bits ^ (bits >> 16)) >> jnp.arange(ROWS, dtype=jnp.uint32)[:, None]
+    bits = (bits ^ (bits >> 16)) >> jnp.arange(count, dtype=jnp.uint32)[:, None]
     return 1 - 2 * (bits & 1).astype(jnp.float32)
 
 
-def _fingerprint(config: ModelConfig, parameter: Parameter, stored: Any) -> Float[Array, "*E numbers"]:
+def _fingerprint(config: ModelConfig, parameter: Parameter, stored: Any) -> Float[Array, "slices numbers"]:
     """Of a parameter as it is served."""
-    how, rows = arithmetic(config), _signs(parameter.name, 0, parameter.shape[0])
     if parameter.role in ("wide", "router"):
         return _own_fingerprint(parameter, stored)
+    how, (rows, columns) = arithmetic(config), _sides(parameter)
     if parameter.role == "table":
-        products = stored.logits(_signs(parameter.name, 1, parameter.shape[1]), how)
-        return _against(products, rows)
-
-    def of_kernel(kernel: Any) -> Array:
-        return _against(kernel.dot(rows, how), _signs(parameter.name, 1, parameter.shape[1]))
-
-    return of_kernel(stored) if parameter.experts is None else jax.vmap(of_kernel)(stored)
+        return _against(stored.logits(columns, how), rows)
+    if parameter.experts is None:
+        return _against(stored.dot(rows, how), columns)
+    return _against(jax.vmap(lambda kernel: kernel.dot(rows, how))(stored), columns)
 
 
-def _own_fingerprint(parameter: Parameter, leaf: Array) -> Float[Array, "*E numbers"]:
+def _own_fingerprint(parameter: Parameter, leaf: Array) -> Float[Array, "slices numbers"]:
     """Of an array as it is, [*E, K, N] or [N]."""
-    leaf, signs = leaf.astype(jnp.float32), _signs(parameter.name, 0, parameter.shape[0])
+    leaf = leaf.astype(jnp.float32)
     if len(parameter.shape) == 1:
-        return _exact(signs, leaf)
+        return _exact(_signs(parameter.name, 0, parameter.shape[0], NUMBERS), leaf)[None]
+    rows, columns = _sides(parameter)
     if parameter.role == "table":
-        return _against(_exact(leaf, _signs(parameter.name, 1, parameter.shape[1]).T).T, signs)
-    return _against(_exact(signs, leaf), _signs(parameter.name, 1, parameter.shape[1]))
+        return _against(_exact(leaf, columns.T).T, rows)
+    return _against(_exact(rows, leaf), columns)
 
 
-def _against(products: Float[Array, "*E rows N"], signs: Float[Array, "rows N"]) -> Float[Array, "*E numbers"]:
-    return _exact(products.astype(jnp.float32), signs.T).reshape(*products.shape[:-2], ROWS * ROWS)
+def _sides(parameter: Parameter) -> tuple[Float[Array, "rows K"], Float[Array, "rows N"]]:
+    """The random signs on both sides of a matrix [K, N]."""
+    first, last = (_signs(parameter.name, side, width, ROWS) for side, width in enumerate(parameter.shape))
+    return first, last
+
+
+def _against(products: Float[Array, "*E rows N"], signs: Float[Array, "rows N"]) -> Float[Array, "slices numbers"]:
+    return _exact(products.astype(jnp.float32), signs.T).reshape(-1, NUMBERS)
 
 
 def _exact(x: Array, y: Array) -> Array:
@@ -207,30 +203,49 @@ def _exact(x: Array, y: Array) -> Array:
 # --- comparison, on the host ---
 
 
-def _largest(config: ModelConfig, given: dict[str, _Given], found: dict[str, Any], by_layer: Any) -> Deviations:
-    served, format = [], []
+class _Slices(NamedTuple):
+    """The slices of a model's parameters, one parameter after another."""
+
+    # name, layer and expert of each
+    places: list[tuple[str, int | None, int | None]]
+    # which row each has among those that are served, one layer after another
+    served: np.ndarray
+    # where each parameter's begin
+    starts: list[int]
+
+
+@cache
+def _slices(config: ModelConfig) -> _Slices:
+    places, starts = [], []
     for parameter in parameters(config):
-        name, layers = parameter.name, parameter.layers
-        if layers is None:
-            own = found[name]
-        elif isinstance(by_layer, list):
-            own = np.stack([by_layer[layer][name] for layer in layers])
-        else:
-            own = by_layer[name]
-        converted, masters, norm = given[name]
-        sizes = _relative(own - converted, norm)
-        # what is no number in the format, where there are masters, deviates without bound
-        sizes = np.where(np.isfinite(converted).all(-1) & ~np.isfinite(own).all(-1), np.inf, sizes)
-        place = tuple(int(axis) for axis in np.unravel_index(np.nanargmax(np.nan_to_num(sizes, nan=-1)), sizes.shape))
-        expert = None if parameter.experts is None else place[-1]
-        layer = None if layers is None else layers[place[0]]
-        served.append(Deviation(name, layer, expert, float(sizes[place])))
-        format.append(Deviation(name, None, None, float(np.sqrt(np.mean(_relative(converted - masters, norm) ** 2)))))
-    return Deviations(*(max(found, key=lambda deviation: deviation.size) for found in (served, format)))
+        starts.append(len(places))
+        layers = (None,) if parameter.layers is None else parameter.layers
+        experts = (None,) if parameter.experts is None else range(parameter.experts)
+        places += [(parameter.name, layer, expert) for layer in layers for expert in experts]
+    # stable, so that a layer's keep their order
+    order = sorted(range(len(places)), key=lambda row: -1 if places[row][1] is None else places[row][1])
+    return _Slices(places, np.argsort(order), starts)
 
 
-def _relative(difference: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """The root mean square of the last axis against the norm; 0 where both are 0."""
-    size = np.sqrt(np.mean(np.square(difference, dtype=np.float64), axis=-1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(size == 0, 0.0, size / norm)
+def _largest(
+    config: ModelConfig, found: np.ndarray, converted: np.ndarray, masters: np.ndarray, norms: np.ndarray
+) -> Deviations:
+    """The largest deviations of rows of all slices."""
+    slices = _slices(config)
+    # what is no number, where in the same format it should be, deviates without bound
+    garbled = ~np.isfinite(found).all(axis=1) & np.isfinite(converted).all(axis=1)
+    served, counts = _squares(found, converted, norms), np.diff([*slices.starts, len(norms)])
+    served[garbled] = np.inf
+    format = np.add.reduceat(_squares(converted, masters, norms), slices.starts) / counts
+    worst, widest = int(served.argmax()), int(format.argmax())
+    return Deviations(
+        Deviation(*slices.places[worst], float(np.sqrt(served[worst]))),
+        Deviation(slices.places[slices.starts[widest]][0], None, None, float(np.sqrt(format[widest]))),
+    )
+
+
+def _squares(ours: np.ndarray, theirs: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Each row's mean square difference, of the square of its norm; 0 where either is no number."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        relative = np.where(ours == theirs, 0.0, (ours - theirs) / norms).astype(np.float64)
+        return np.nan_to_num(np.mean(np.square(relative), axis=1), posinf=np.inf)

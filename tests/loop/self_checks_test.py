@@ -218,6 +218,19 @@ def test_a_deep_model_whose_layers_are_looped_over_is_compared_too():
         check(masters, dataclasses.replace(serving, weights=serving.weights | {"layers": turned}), 0)
 
 
+def test_what_should_be_zero_and_is_not_is_found():
+    """Qwen2's biases are, before anything is learned."""
+    config = served.OTHER
+    masters = tiny.masters(config)
+    zeros = masters | {"layers": masters["layers"] | {"q_bias": jnp.zeros_like(masters["layers"]["q_bias"])}}
+    engine = served.engine_of("int8", config)
+    check, after = check_of(engine), engine.sync(zeros, 0)
+    check(zeros, after, 0)
+    bias = after.weights["layers"][1]["q_bias"]
+    with pytest.raises(RunError, match="q_bias of layer 1 is inf"):
+        check(zeros, with_layer(after, 1, q_bias=bias + 1), 0)
+
+
 # --- samples ---
 
 G = 2
@@ -324,6 +337,12 @@ def test_a_gap_may_grow_but_not_at_once_to_that_of_unrelated_policies():
         check(2, METRICS | {"mismatch/prob_diff_mean": 0.3})
     with pytest.raises(RunError, match="self-check of sampled tokens: at step 1 "):
         StepCheck(SMALL)(1, METRICS | {"mismatch/prob_diff_mean": UNRELATED + 0.01})
+    # nor is one judged that is added on purpose, until it jumps
+    check = StepCheck(dataclasses.replace(SMALL, mismatch=MismatchConfig(logit_noise=1.0)))
+    check(1, METRICS | {"mismatch/prob_diff_mean": 0.3})
+    check(2, METRICS)
+    with pytest.raises(RunError, match="at step 3"):
+        check(3, METRICS | {"mismatch/prob_diff_mean": 0.3})
     # the one before is not known behind a checkpoint
     StepCheck(SMALL)(7, METRICS | {"mismatch/prob_diff_mean": 0.3})
 
