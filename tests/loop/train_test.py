@@ -642,6 +642,8 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
         "objective.kl_coefficient": "0.01",
         "optimizer.decay": "length",
         "optimizer.ema_decay": "0.5",
+        # what samples is no policy of the trainer's
+        "self_checks": "false",
     }
     pretend.install_samples(monkeypatch)
     status, told = train(
