@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dcjax.loop.self_checks import WeightCheck
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
@@ -48,12 +49,18 @@ def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) ->
         yield partial(compile_sampling, engine, params, prompts=config.evaluation.prompts, samples_per_prompt=1)
     sizes = {"prompts": config.rollout.prompts, "samples_per_prompt": config.rollout.group_size}
     yield partial(compile_sampling, engines["deployed"], params, **sizes)
+    if config.self_checks:
+        yield partial(_compile_check, engines["deployed"], mesh, params)
     yield partial(_compile_update, config, mesh)
 
 
 def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
     initializer = build.state_initializer(config, mesh, build_optimizer(config), build.PastParams.needed_by(config))
     initializer.lower(params).compile()
+
+
+def _compile_check(engine: Qwen3Engine, mesh: Mesh, params: Params) -> None:
+    WeightCheck(engine, mesh).compile(params, engine.compile_sync(params))
 
 
 def _compile_update(config: Config, mesh: Mesh) -> None:

@@ -16,6 +16,7 @@ from dcjax.keys import as_key
 from dcjax.loop.checkpoint import Cursor
 from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.rollouts import Rollouts
+from dcjax.loop.self_checks import SampleCheck
 from dcjax.loop.setup import Setup
 from dcjax.recipe.build import objective_of
 from dcjax.sharding.hosts import Preemption, gather
@@ -77,18 +78,22 @@ class Draw:
 
     def __init__(self, setup: Setup, preemption: Preemption, rollouts: Rollouts):
         self._setup, self._preemption, self._rollouts = setup, preemption, rollouts
+        self._check = SampleCheck()
 
     def __call__(self, serving: Any, cursor: Cursor) -> tuple[Sampled, Cursor]:
         """Draws one iteration.
 
         Raises:
-          RunError: a reward function that fails, or no server that could sample.
+          RunError: a reward function that fails, no server that could sample, or samples that are not drawn anew.
           Stopped: a process was told to stop; nothing of the iteration is kept.
         """
         key, rollout_key = jax.random.split(as_key(jnp.array(cursor.rollout_key, jnp.uint32)))
+        self._check.begins(cursor.step)
         sampled = self._once(serving, cursor.data_cursor, rollout_key)
         if objective_of(self._setup.config).requires.mixed_groups:
             sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)
+        if self._setup.config.self_checks and not self._setup.config.mismatch.raw_logps:
+            self._check.sampled(sampled.rollout, sampled.group_size)
         following = Cursor(
             step=cursor.step + 1,
             data_cursor=cursor.data_cursor + sampled.prompts_taken,
@@ -115,6 +120,8 @@ class Draw:
         """One round: the responses to the next prompts, rewarded while others are still decoded."""
         setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
         began = time.perf_counter()
+        if setup.config.self_checks:
+            self._check.key(key)
         with span("data"):
             with refusals_of(setup.config.task, setup.problems):
                 problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)

@@ -10,6 +10,7 @@ import jax
 
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
+from dcjax.loop.self_checks import WeightCheck
 from dcjax.loop.setup import Setup
 from dcjax.recipe.engine import contract_of
 from dcjax.recipe.rollout import IN_PROCESS
@@ -50,9 +51,18 @@ class InProcess:
 
     def __init__(self, setup: Setup):
         self._settings, self._engine = setup.config.rollout, setup.engines["deployed"]
+        self._check = WeightCheck(self._engine, setup.mesh) if setup.config.self_checks else None
 
     def sync(self, params: Params, version: int) -> ServingParams:
-        return self._engine.sync(params, version)
+        """As `Rollouts`.
+
+        Raises:
+          RunError: what serves are not these weights.
+        """
+        serving = self._engine.sync(params, version)
+        if self._check is not None:
+            self._check(params, serving, version)
+        return serving
 
     def begin(self, serving: ServingParams, prompts: Sequence[Sequence[int]], key: jax.Array) -> Sampling:
         settings = self._settings

@@ -9,6 +9,7 @@ import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.loop.draw import Sampled
+from dcjax.loop.self_checks import StepCheck
 from dcjax.loop.setup import Setup
 from dcjax.recipe import build
 from dcjax.serving.rollout import require_finite
@@ -32,12 +33,14 @@ class Updater:
         self._packing = setup.config.packing()
         self._learning_rate = build.optimizer_of(setup.config).learning_rate
         self._budget = build.objective_of(setup.config).budget
+        self._check = StepCheck(setup.config) if setup.config.self_checks else None
 
     def __call__(self, state: TrainState, sampled: Sampled) -> tuple[TrainState, dict[str, float]]:
         """One iteration; `state` is donated.
 
         Raises:
-          RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz.
+          RunError: a log-prob, the loss or another metric is not finite; the batch is left in bad_batch.npz. Or what
+            the step says of itself cannot be right.
         """
         number = int(state.step) + 1
         batch = Batch.of(sampled.rollout, rewards=sampled.rewards, group_size=sampled.group_size)
@@ -58,6 +61,9 @@ class Updater:
             self._stop(number, batch, f"the trainer's log-prob at response, token {where} is not finite", LOWER)
         if broken := [name for name, value in values.items() if not math.isfinite(value)]:
             self._stop(number, batch, f"{', '.join(broken)} not finite", LOWER)
+        if self._check is not None:
+            self._check(number, values | settings)
+        values = {name: value for name, value in values.items() if not name.startswith("check/")}
         if values.get("dual/saturated") == ALARM:
             self._warn_of_saturation(number, values["dual/multiplier"])
         return state, values | settings | {"prompts_taken": sampled.prompts_taken}

@@ -119,6 +119,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    self_checks: bool = True
+    """End the run where it finds served weights, samples, ratios or normalisers that cannot be right."""
 
     def __post_init__(self):
         localize(self)

@@ -20,6 +20,7 @@ FREE_TO_CHANGE_ON_RESUME = (
     "mesh",
     "rollout.engine",
     "rollout.patience",
+    "self_checks",
     "serving.tensor",
     "serving.devices",
     "distributed",

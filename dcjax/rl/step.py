@@ -141,6 +141,8 @@ class UpdateOutputs(NamedTuple):
     """What one update leaves for the metrics."""
 
     loss: Array
+    # what the minibatch's losses were divided by; 0 where none counts
+    denominator: Array
     grad_norm: Array
     rows: RowOutputs
 
@@ -320,7 +322,7 @@ def _update(
     """One optimiser update by the minibatch's gradients; the scalars that `tx` is given are of the whole batch."""
     if spec.requires.of_minibatch:
         minibatch, shared = _with_minibatch_quantities(spec, state, minibatch, cut, shared)
-    grads, loss, rows = _accumulate_gradients(spec, state, minibatch, cut, shared)
+    grads, loss, denominator, rows = _accumulate_gradients(spec, state, minibatch, cut, shared)
     discrepancy = shared.discrepancy
     if discrepancy is None:
         # this is the only update, and its minibatch the whole batch
@@ -336,7 +338,7 @@ def _update(
         ),
     )
     state = dataclasses.replace(state, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-    return state, UpdateOutputs(loss, optax.tree.norm(grads), rows)
+    return state, UpdateOutputs(loss, denominator, optax.tree.norm(grads), rows)
 
 
 def _with_minibatch_quantities(
@@ -362,8 +364,8 @@ def _with_minibatch_quantities(
 
 def _accumulate_gradients(
     spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
-) -> tuple[Params, Array, RowOutputs]:
-    """Gradients and loss of a minibatch: sums over its microbatches, divided once by the minibatch's denominator."""
+) -> tuple[Params, Array, Array, RowOutputs]:
+    """Gradients, loss and denominator of a minibatch: sums over its microbatches, divided once by the last."""
     loss_scale = optax.tree.get(state.opt_state, "loss_scale", 1.0)
     loss_fn = partial(
         _microbatch_loss,
@@ -383,9 +385,9 @@ def _accumulate_gradients(
     _, (_, _, shapes) = jax.eval_shape(loss_fn, state.params, minibatch, cut.at(0))
     outputs = cut.empty(len(minibatch.batch.rewards), shapes)
     (grads, total, denominator), rows = cut.fold(add_microbatch, ((zeros, jnp.zeros(()), jnp.zeros(())), outputs))
-    denominator = jnp.maximum(denominator, 1.0)
-    grads = jax.tree.map(lambda grad: grad / (denominator * loss_scale), grads)
-    return grads, total / denominator, rows
+    divisor = jnp.maximum(denominator, 1.0)
+    grads = jax.tree.map(lambda grad: grad / (divisor * loss_scale), grads)
+    return grads, total / divisor, denominator, rows
 
 
 def _microbatch_loss(
@@ -414,7 +416,8 @@ def _microbatch_loss(
     total, denominator = _sum_present(spec.aggregate, losses + terms.loss, terms.mask, microbatch.present)
     references = {"engine": batch.rollout_logps} | ({"policy": old_logps} if spec.recomputes_old_logps else {})
     skew = sign_skew(jax.lax.stop_gradient(logps), references, terms.advantages, batch.response_mask)
-    metrics = {**terms.metrics, **outputs.metrics}
+    log_ratio = jnp.max(jnp.abs(jnp.where(batch.response_mask, logps - old_logps, 0.0)), axis=1)
+    metrics = {**terms.metrics, **outputs.metrics, "check/log_ratio": log_ratio}
     rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, metrics, {f"skew/{k}": v for k, v in skew.items()})
     return total * loss_scale, (total, denominator, rows)
 
@@ -442,6 +445,7 @@ def _metrics(
     metrics = _row_metrics(spec, batch, old_logps, outputs.rows) | _optimizer_metrics(before)
     metrics |= {
         "loss": jnp.mean(outputs.loss),
+        "check/denominator_share": _denominator_share(spec, outputs),
         "grad_norm": jnp.mean(outputs.grad_norm),
         "grad_norm_smoothed": after.grad_norm_smoothed,
         # not finite where an update overflowed, which the loss shows only one step later
@@ -481,6 +485,13 @@ def _row_metrics(spec: StepSpec, batch: Batch, old_logps: Array, rows: RowOutput
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **{f"staleness/{name}": value for name, value in staleness.items()},
     }
+
+
+def _denominator_share(spec: StepSpec, outputs: UpdateOutputs) -> Array:
+    """What losses were divided by, as a share of the denominator of all rows as one: 1 if it is whole minibatches'."""
+    mask = outputs.rows.loss_mask
+    whole = spec.aggregate(jnp.zeros(mask.shape), mask).denominator
+    return jnp.where(whole > 0, jnp.sum(outputs.denominator) / jnp.where(whole > 0, whole, 1.0), 1.0)
 
 
 def _optimizer_metrics(state: TrainState) -> Metrics:

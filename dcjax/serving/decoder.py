@@ -82,10 +82,10 @@ class Emitted:
     """One token from every slot, with what training needs to know about it; meaningless where not `valid`."""
 
     tokens: Int[Array, "slots"]
-    # natural logs, under the distribution that was sampled from
+    # natural logs, under the distribution that was sampled from; the plain softmax's where `mismatch.raw_logps` is on
     logps: Float[Array, "slots"]
     valid: Bool[Array, "slots"]
-    # both as in `sampling.Distribution`
+    # both as in `sampling.Distribution`, the mass of what `logps` are of
     log_mass: Float[Array, "slots"]
     candidate_tokens: Int[Array, "slots K"]
     # those of the token that was fed; None unless recorded
@@ -275,15 +275,17 @@ class Decoder:
         requests = state.requests
         choose = self._flips(state) if self.mismatch.routing_flips else self._most_probable
         decoded = self._run(params, state.tokens[:, None], state.positions[:, None], state.caches, choose)
-        drawn_from = self._distribution(params, decoded, state)
+        logits = self._logits(params, decoded, state)
+        drawn_from = parallel.distribution(self.mesh, logits, requests.sampling, self.max_candidates)
+        reported = sampling.plain(logits) if self.mismatch.raw_logps else drawn_from
         tokens = jnp.where(state.active, pick(drawn_from), state.tokens)
         generated = state.generated + state.active
         stopped = jnp.any(tokens[:, None] == requests.stop_tokens, axis=1)
         emitted = Emitted(
             tokens=tokens,
-            logps=sampling.log_probs(drawn_from, tokens),
+            logps=sampling.log_probs(reported, tokens),
             valid=state.active,
-            log_mass=drawn_from.log_mass,
+            log_mass=reported.log_mass,
             candidate_tokens=drawn_from.candidate_tokens,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
@@ -344,13 +346,13 @@ class Decoder:
         shared = serving_layout(self.mesh, self.attention)
         return forward_cached(self.config, params.weights, x, positions, caches, products(self.config), choose, *shared)
 
-    def _distribution(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> sampling.Distribution:
+    def _logits(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> Float[Array, "slots V"]:
         head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
         logits = pinned(self.mesh, head.logits(decoded.hidden[:, 0], arithmetic(self.config)), SCORES)
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise
-        return parallel.distribution(self.mesh, logits, state.requests.sampling, self.max_candidates)
+        return logits
 
     def _recorded(self, decoded: Decoded) -> Array | None:
         """Experts [B, S, M, k] if they are recorded, else None; int16 holds the number of any expert."""

@@ -26,7 +26,7 @@ from dcjax.serving.formats.served import check_served
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams
-from dcjax.serving.sync import ServingParams, abstract_serving, make_sync, served_shardings
+from dcjax.serving.sync import Conversion, ServingParams, abstract_serving, make_sync, served_shardings
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import with_shardings
 from dcjax.types import Array, Params
@@ -219,8 +219,8 @@ class Qwen3Engine(engine_api.Engine):
             max_stop_tokens=max(max_stop_tokens, 1 << (len(end_tokens) - 1).bit_length()),
             records_experts=records_experts,
             prefill_tokens=prefill_tokens,
-            # decoding does not depend on the other fields
-            mismatch=MismatchConfig(logit_noise=mismatch.logit_noise, routing_flips=mismatch.routing_flips),
+            # decoding does not depend on what is done to weights
+            mismatch=dataclasses.replace(mismatch, weight_noise=0.0, rounded_masters=False, staleness=0),
             mesh=self._mesh,
             loops=_loops(config, self.format, self._mesh),
         )
@@ -229,7 +229,13 @@ class Qwen3Engine(engine_api.Engine):
         # how many samples were started without a key; that number becomes the next one's key
         self._unkeyed = 0
         self._sync = make_sync(
-            config, self.format, self._mesh, training_mesh, keep=keep, weight_noise=mismatch.weight_noise
+            config,
+            self.format,
+            self._mesh,
+            training_mesh,
+            keep=keep,
+            weight_noise=mismatch.weight_noise,
+            rounded_masters=mismatch.rounded_masters,
         )
         self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, prompts, keep)
 
@@ -304,6 +310,11 @@ class Qwen3Engine(engine_api.Engine):
         """Serving params from the trainer's float32 masters, by `make_sync`, for this engine's programs."""
         served = self._sync(params, version)
         return _stacked(served) if self.decoder.loops else served
+
+    @property
+    def conversion(self) -> Conversion:
+        """What `sync` makes of each parameter."""
+        return self._sync.conversion
 
     @property
     def max_prompt_length(self) -> int:

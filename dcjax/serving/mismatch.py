@@ -21,6 +21,11 @@ class MismatchConfig:
     """Standard deviation of normal noise added to each logit before the temperature, for each token."""
     routing_flips: float = 0.0
     """Share of decoded tokens for which a sparse layer replaces the last expert it chose by the next."""
+    rounded_masters: bool = False
+    """Quantise kernels and tables from a copy of the weights that is rounded to bfloat16, in place of the float32
+    masters."""
+    raw_logps: bool = False
+    """Report log-probs of the whole softmax at temperature 1, whatever temperature, top-k and top-p sample with."""
     staleness: int = 0
     """RL iterations by which the serving weights lag behind; the gap then includes those updates."""
 

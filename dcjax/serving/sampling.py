@@ -79,6 +79,13 @@ def distribution(
     return jax.lax.cond(jnp.any(truncated), cut, whole, scaled)
 
 
+def plain(logits: Float[Array, "B V"]) -> Distribution:
+    """The whole softmax at temperature 1: what a sampler reports that leaves its own transform out."""
+    rows = len(logits)
+    nothing = jnp.full((rows, 0), -1, jnp.int32)
+    return Distribution(logits, jnp.zeros(rows, logits.dtype), nothing, jnp.zeros(rows, bool))
+
+
 def _kept(values: Float[Array, "B K"], top_ks: Int[Array, "B"], top_ps: Float[Array, "B"]) -> Array:
     """Which of the tokens, in order of falling logits, are kept: at least the first."""
     width = values.shape[1]

@@ -41,12 +41,56 @@ class ServingParams:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What a sync makes of each parameter of the trainer's.
+
+    Raises:
+      ValueError: a pattern of `keep` matches nothing, or the noise is negative or not finite.
+    """
+
+    config: ModelConfig
+    format: Format
+    # as of `make_sync`
+    keep: tuple[str, ...] = ()
+    weight_noise: float = 0.0
+    rounded_masters: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.weight_noise < math.inf:
+            raise ValueError(f"weight_noise is {self.weight_noise}; it must be a finite number of at least 0")
+        kept_wide(self.config, self.keep)
+
+    def __call__(self, name: str, layer: int | Array, leaf: Array, version: int | Array) -> Any:
+        """A parameter as it is served, from its float32 master in one layer; `layer` is 0 outside of layers.
+
+        Raises:
+          ValueError: the model has no parameter of this name.
+        """
+        role, format = parameter_named(self.config, name).role, self.format
+        if role == "router":
+            # routers are float32 in every format
+            return jnp.array(leaf, jnp.float32, copy=True)
+        if role == "wide":
+            # `copy`, because casting float32 to float32 returns the master's own buffer, which the train step donates
+            return jnp.array(leaf, format.activations, copy=True)
+        if self.rounded_masters:
+            # to the bits of a bfloat16; XLA may leave out a cast there and back
+            leaf = lax.reduce_precision(leaf, exponent_bits=8, mantissa_bits=7)
+        if self.weight_noise:
+            leaf = leaf + self.weight_noise * _unit_noise(leaf, version, name, layer)
+        stores = wide_format(format.activations) if name in kept_wide(self.config, self.keep) else format
+        return (stores.store_table if role == "table" else stores.store_kernel)(leaf)
+
+
+@dataclass(frozen=True)
 class Sync:
     """(masters, version) -> ServingParams: one compiled program for a layer of each kind, and one for the rest.
 
     Layers are converted one after another, so that only one layer's intermediate arrays exist at a time.
     """
 
+    # what is made of each parameter
+    conversion: Conversion
     # whether each layer has experts
     kinds: tuple[bool, ...]
     # (masters without layers, version) -> ServingParams without layers
@@ -84,14 +128,15 @@ def make_sync(
     *,
     keep: Sequence[str] = (),
     weight_noise: float = 0.0,
+    rounded_masters: bool = False,
 ) -> Sync:
     """Makes the function that casts and quantises the trainer's masters, and moves them to where they are served.
 
     Equal arguments give the same `Sync`, so that engines that are alike share its programs.
 
-    Everything is quantised from the float32 masters, never from a rounded copy. It is quantised on the masters'
-    devices, and only the result is transferred. Nothing is donated and no output shares a buffer with the masters, so
-    the train step may donate them afterwards.
+    Everything is quantised from the float32 masters, unless a rounded copy is asked for: on the masters' devices, and
+    only the result is transferred. Nothing is donated and no output shares a buffer with the masters, so the train step
+    may donate them afterwards.
 
     Args:
       config: the architecture.
@@ -102,39 +147,19 @@ def make_sync(
       keep: patterns (`fnmatch`) of names of kernels and tables that stay in the activations' dtype.
       weight_noise: a controlled mismatch: normal noise added to kernels and tables before anything else, its standard
         deviation in units of each one's root mean square; other noise in each version.
+      rounded_masters: a controlled mismatch: kernels and tables are taken from a copy that is rounded to bfloat16.
 
     Raises:
       ValueError: a pattern matches nothing, the noise is negative or not finite, or the serving mesh does not divide
         the model. The function returned raises it for a parameter that the model does not have.
     """
-    return _make_sync(config, format, serving, training, tuple(keep), weight_noise)
+    return _make_sync(Conversion(config, format, tuple(keep), weight_noise, rounded_masters), serving, training)
 
 
 @cache
-def _make_sync(
-    config: ModelConfig,
-    format: Format,
-    serving: Mesh | None,
-    training: Mesh | None,
-    keep: tuple[str, ...],
-    weight_noise: float,
-) -> Sync:
-    if not 0 <= weight_noise < math.inf:
-        raise ValueError(f"weight_noise is {weight_noise}; it must be a finite number of at least 0")
-    kept, kinds = kept_wide(config, keep), config.sparse_layers
-
-    def convert(name: str, layer: Any, leaf: Array, version: Array) -> Any:
-        role = parameter_named(config, name).role
-        if role == "router":
-            # routers are float32 in every format
-            return jnp.array(leaf, jnp.float32, copy=True)
-        if role != "wide" and weight_noise:
-            leaf = leaf + weight_noise * _unit_noise(leaf, version, name, layer)
-        if role == "wide":
-            # `copy`, because casting float32 to float32 returns the master's own buffer, which the train step donates
-            return jnp.array(leaf, format.activations, copy=True)
-        stores = wide_format(format.activations) if name in kept else format
-        return (stores.store_table if role == "table" else stores.store_kernel)(leaf)
+def _make_sync(convert: Conversion, serving: Mesh | None, training: Mesh | None) -> Sync:
+    config, format, keep = convert.config, convert.format, convert.keep
+    kinds = config.sparse_layers
 
     def sync_outer(params: Params, version: Array) -> ServingParams:
         weights = {name: convert(name, 0, leaf, version) for name, leaf in params.items()}
@@ -152,6 +177,7 @@ def _make_sync(
 
     compiled = _compiler(config, format, serving, training, keep)
     return Sync(
+        conversion=convert,
         kinds=kinds,
         outer=compiled(sync_outer, outside),
         layer={kind: compiled(partial(sync_layer, kind), of_kind(kind)) for kind in set(kinds)},

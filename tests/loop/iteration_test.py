@@ -163,6 +163,7 @@ def test_a_multiplier_at_its_bound_while_the_gap_rises_is_told_once(monkeypatch,
     config = replace(CONFIG, objective=ObjectiveConfig(max_multiplier=0.75, budget=0.25))
     updater = Stepper(config, HERE).updater
     metrics = {"learning_rate_scale": 0.5, "dual/saturated": saturated, "dual/multiplier": 0.75, "nonfinite_at": -1}
+    metrics |= {"mismatch/prob_diff_mean": 0.1, "check/denominator_share": 1.0, "check/log_ratio": 0.0}
     monkeypatch.setattr(updater, "_step", lambda state, batch: (state, metrics))
     _, logged = updater(type("State", (), {"step": 4})(), sampled(0, MIXED * 4))
     told = capsys.readouterr().err

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 import dcjax.loop.rollouts
 import dcjax.loop.train
+import dcjax.recipe.build
 from dcjax.cli import main
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.draw import Draw
@@ -649,6 +650,8 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
         "steps=2",
         "model.num_layers=1",
         "warm_start.steps=0",
+        # what samples is no policy of the trainer's
+        "self_checks=false",
         *(f"{name}={value}" for name, value in choices.items()),
     )
     assert (status, told) == (0, [])
@@ -662,6 +665,20 @@ def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(tr
     # λ is held while its budget is being measured
     assert (last["dual/budget"], last["dual/multiplier"]) == (0.0, pytest.approx(0.1))
     assert last["prompts_taken"] >= PROMPTS
+
+
+def test_a_self_check_that_fails_is_one_line_and_without_it_the_run_goes_on(pretending, monkeypatch, tmp_path):
+    def wrong(state, batch):
+        following, metrics = pretend.step(state, batch)
+        return following, metrics | {"check/denominator_share": np.float32(0.25 if int(state.step) == 4 else 1)}
+
+    monkeypatch.setattr(dcjax.recipe.build, "compile_train_step", lambda config, mesh: wrong)
+    status, told = pretending(tmp_path / "run")
+    assert (status, len(told)) == (2, 1)
+    assert "self-check of the loss's normaliser: at step 5 it is 0.25 of the whole minibatch's, expected 1" in told[0]
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == 4
+    assert pretending(tmp_path / "run", "self_checks=false") == (0, [])
 
 
 def test_a_tokenizer_that_cannot_be_written_is_one_line(pretending, tmp_path):

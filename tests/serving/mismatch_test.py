@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import jit
@@ -86,6 +87,41 @@ def test_noise_on_weights_is_of_the_version():
     np.testing.assert_allclose(scored(rollout, weight_noise=0.02, version=1), rollout.rollout_logps, atol=1e-5)
     for other in (scored(rollout, version=1), scored(rollout, weight_noise=0.02, version=2)):
         assert 1e-3 < np.median(np.abs(other - rollout.rollout_logps)) < 0.2
+
+
+def test_masters_are_rounded_as_numpy_rounds_them_before_they_are_quantised():
+    """Bit for bit what an engine without the knob makes of masters that were rounded on the host."""
+
+    def rounded(path, leaf):
+        name = path[-1].key
+        return leaf if "norm" in name or name == "router" else np.asarray(leaf).astype(jnp.bfloat16).astype(np.float32)
+
+    for config in (DENSE, EXPERTS):
+        on_host = jax.tree_util.tree_map_with_path(rounded, masters(config))
+        expected = engine_of("int8", config).sync(on_host, 7)
+        found = params_of(engine_of("int8", config, mismatch=(("rounded_masters", True),)), config)
+        jax.tree.map(np.testing.assert_array_equal, found.weights, expected.weights)
+        plain = params_of(engine_of("int8", config), config)
+        moved = jax.tree.map(lambda x, y: float(np.mean(np.asarray(x) != np.asarray(y))), plain, found)
+        assert max(jax.tree.leaves(moved.weights)) > 0.1
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_raw_log_probs_are_of_the_whole_softmax_at_temperature_one_and_samples_are_the_same(top_k):
+    raw, plain = (
+        sample(engine_of("float32", DENSE, mismatch=mismatch), temperature=0.5, top_k=top_k)
+        for mismatch in ((("raw_logps", True),), ())
+    )
+    np.testing.assert_array_equal(raw.tokens, plain.tokens)
+    np.testing.assert_array_equal(raw.candidate_tokens, plain.candidate_tokens)
+    logits = np.asarray(logits_of(DENSE, masters(DENSE), raw.tokens, raw.attention_mask), np.float64)[:, P - 1 : -1]
+    logits -= logits.max(axis=-1, keepdims=True)
+    logps = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    own = np.take_along_axis(logps, raw.tokens[:, P:, None], axis=-1)[..., 0]
+    mask = raw.response_mask
+    np.testing.assert_allclose(raw.rollout_logps[mask], own[mask], atol=1e-4)
+    assert not raw.log_mass.any()
+    assert np.abs(plain.rollout_logps - raw.rollout_logps)[mask].mean() > 0.1
 
 
 # --- flips ---

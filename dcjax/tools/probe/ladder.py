@@ -9,6 +9,9 @@ from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.formats import Format, KVCacheName, serving_format, wide_format
 from dcjax.serving.mismatch import MismatchConfig
 
+RAW_LOGPS = "raw_logps"
+"""The rung of log-probs that leave the sampler's transform out."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -65,9 +68,13 @@ def ladder(
             add("activations", deployed.weights, format=deployed)
     if last.kv_cache != wide.kv_cache:
         add("kv_cache", last.kv_cache, kv_cache=last.kv_cache)
-    for name in ("weight_noise", "logit_noise", "routing_flips"):
+    for name in ("rounded_masters", "weight_noise", "logit_noise", "routing_flips"):
         if size := getattr(mismatch, name):
-            add(name, f"{size:g}", mismatch=replace(rungs[-1].served.mismatch, **{name: size}))
+            detail = "bf16" if size is True else f"{size:g}"
+            add(name, detail, mismatch=replace(rungs[-1].served.mismatch, **{name: size}))
     if stale_step is not None:
         add("stale_weights", f"step {stale_step}", stale=True)
+    if mismatch.raw_logps:
+        # last: before it, all policies apply the sampler's temperature, and after it the engine alone does not
+        add(RAW_LOGPS, "temperature 1, whole softmax", mismatch=replace(rungs[-1].served.mismatch, **{RAW_LOGPS: True}))
     return rungs

@@ -48,6 +48,15 @@ class Scored(NamedTuple):
     """The experts that its tokens went to, laid out as `Rollout.experts`; None if the model has none."""
 
 
+class Chunks(NamedTuple):
+    """What one pass of the training forward computes at a time."""
+
+    sequences: int
+    """On each share of the devices."""
+    head: int
+    """Columns of a response whose logits exist at one time: `model.head_chunk`."""
+
+
 class Policies:
     """One model's training policy and engines for its served ones, each made once.
 
@@ -76,25 +85,44 @@ class Policies:
             raise RunError(str(error)) from None
 
     def score(
-        self, served: Served, weights: Weights, rollout: Rollout, key: jax.Array, *, keeps_residuals: bool = False
+        self,
+        served: Served,
+        weights: Weights,
+        rollout: Rollout,
+        key: jax.Array,
+        *,
+        keeps_residuals: bool = False,
+        truncates: bool = False,
     ) -> DecodeScores:
-        """Log-probs over the whole softmax at the rollout's temperatures, and the residual stream if it is kept.
+        """Log-probs at the rollout's temperatures, and the residual stream if it is kept.
+
+        They are over the whole softmax, or if it `truncates` over what the sampler's top-k and top-p leave of it.
 
         Raises:
           RunError: the model, the hardware or its memory cannot serve the policy, or a log-prob is not finite.
         """
         engine = self._engine(served)
-        params = _synced(engine, served, weights)
-        scores = score_responses(engine, params, rollout, key=key, keeps_residuals=keeps_residuals)
+        params, settings = _synced(engine, served, weights), self.config.rollout
+        top_k, top_p = (settings.top_k, settings.top_p) if truncates else (0, 1.0)
+        scores = score_responses(
+            engine, params, rollout, key=key, top_k=top_k, top_p=top_p, keeps_residuals=keeps_residuals
+        )
         _require_finite(f"format {served.format.name}", scores.logps)
         return scores
 
     def train(
-        self, params: Params, rollout: Rollout, *, temperature: Array, replays: Rollout | None = None, mesh=None
+        self,
+        params: Params,
+        rollout: Rollout,
+        *,
+        temperature: Array,
+        replays: Rollout | None = None,
+        mesh: Mesh | None = None,
+        chunks: Chunks | None = None,
     ) -> Scored:
         """The training forward's log-probs and experts, over the whole softmax or the candidates of `replays`.
 
-        If `replays` has experts, the forward uses them in place of its own choice.
+        If `replays` has experts, the forward uses them in place of its own choice. `chunks` are the run's own if None.
 
         Raises:
           RunError: a log-prob is not finite.
@@ -103,20 +131,24 @@ class Policies:
         mesh = self._mesh if mesh is None else mesh
         mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
-        # as many rows on each share of the devices as a microbatch of whole ones has room for
-        shares, bins = split(mesh.shape, "batch"), config.packing().bins
-        room = max(1, bins.columns // mask.shape[1])
-        parts, size = [], min(shares * room, round_up(len(mask), shares))
+        chunks = self.chunks(mask.shape[1]) if chunks is None else chunks
+        model = replace(config.model, head_chunk=chunks.head)
+        shares = split(mesh.shape, "batch")
+        parts, size = [], min(shares * chunks.sequences, round_up(len(mask), shares))
         for start in range(0, len(mask), size):
             # The last batch is filled up, so that one program serves all.
             rows = np.resize(np.arange(start, len(mask))[:size], size)
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
             batch = jax.device_put(batch, batch_sharding(mesh))
-            parts.append(jax.device_get(_training_forward(config.model, width, mesh, params, *batch)))
+            parts.append(jax.device_get(_training_forward(model, width, mesh, params, *batch)))
         logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
         logps = np.where(rollout.response_mask, logps, 0.0)
         _require_finite("the trainer", logps)
         return Scored(logps, experts)
+
+    def chunks(self, width: int) -> Chunks:
+        """The run's own for sequences of so many tokens: as many as a microbatch of whole rows has room for."""
+        return Chunks(max(1, self.config.packing().bins.columns // width), self.config.model.head_chunk)
 
     def _engine(self, served: Served) -> Qwen3Engine:
         served = replace(served, stale=False)

@@ -31,7 +31,7 @@ from dcjax.tools.probe.gaps import (
     position_edges,
     worst_tokens,
 )
-from dcjax.tools.probe.ladder import Rung, Served, ladder
+from dcjax.tools.probe.ladder import RAW_LOGPS, Rung, Served, ladder
 from dcjax.tools.probe.policies import Policies, Scored
 from dcjax.tools.probe.source import Source
 from dcjax.types import Rollout
@@ -62,6 +62,8 @@ class Probe:
     worst_tokens: list[dict[str, Any]]
     sharding: dict[str, Any]
     sampling: dict[str, Any]
+    chunks: dict[str, dict[str, Any]]
+    """The training forward in other chunks than the run's, by what is cut otherwise: sequences a pass, head."""
     routing: dict[str, Any] | None
     """The experts of trainer and sampler compared; None if the model has none."""
 
@@ -166,7 +168,6 @@ def _measure(measured: _Measurement) -> Probe:
     """The gaps between all that was scored."""
     source, mask, rollout = measured.source, measured.mask, measured.rollout
     old, sampled = measured.replayed, rollout.rollout_logps
-    policies = [(rung.name, rung.detail, measured.logps[rung.served]) for rung in measured.rungs]
     difference = np.abs(np.exp(old) - np.exp(sampled))
     positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
 
@@ -180,7 +181,7 @@ def _measure(measured: _Measurement) -> Probe:
         kv_cache=measured.rungs[-1].served.kv_cache,
         responses=len(mask),
         tokens=int(mask.sum()),
-        stages=decompose(measured.trained.logps, [*policies, ("as_sampled", "", measured.sampled)], mask),
+        stages=_stages(measured),
         total=gap(old_logps=old, rollout_logps=sampled, mask=mask),
         recommended_budget=_budget(source.model.config, old, sampled, mask),
         formats={name: _format(measured, format) for name, format in _compared(source.model.config).items()},
@@ -190,8 +191,27 @@ def _measure(measured: _Measurement) -> Probe:
         worst_tokens=worst_tokens(rollout, old_logps=old, rollout_logps=sampled, decode=decode),
         sharding=_sharding(measured),
         sampling=_sampling(measured),
+        chunks=_chunks(measured),
         routing=_routing(measured),
     )
+
+
+def _stages(measured: _Measurement) -> list[Stage]:
+    """The ladder's, of the whole softmax; of log-probs without the sampler's transform, the whole transform's gap."""
+    policies = [(rung.name, rung.detail, measured.logps[rung.served]) for rung in measured.rungs]
+    policies.append(("as_sampled", "", measured.sampled))
+    stages = decompose(measured.trained.logps, policies, measured.mask)
+    rung = measured.rungs[-1]
+    if rung.name != RAW_LOGPS or not measured.source.model.config.rollout.top_k:
+        return stages
+    # top-k and top-p are no part of the ladder: what the engine would have said, and does not
+    served = replace(rung.served, mismatch=replace(rung.served.mismatch, raw_logps=False))
+    scored = measured.policies.score(
+        served, measured.source.weights, measured.rollout, measured.key, truncates=True
+    ).logps
+    own = gap(old_logps=scored, rollout_logps=measured.sampled, mask=measured.mask)
+    whole = gap(old_logps=measured.replayed, rollout_logps=measured.sampled, mask=measured.mask)
+    return [*stages[:-2], replace(stages[-2], own=own, cumulative=whole), replace(stages[-1], cumulative=whole)]
 
 
 def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float:
@@ -254,6 +274,27 @@ def _sampling(measured: _Measurement) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")} | gap(
         old_logps=plain.logps, rollout_logps=measured.replayed, mask=measured.mask
     )
+
+
+def _chunks(measured: _Measurement) -> dict[str, dict[str, Any]]:
+    """The training forward with one sequence a pass (eight where the run has one), and in eighths of its head's chunks.
+
+    The mathematics is the same; what differs is how products of other shapes round, and sum.
+    """
+    params, rollout = measured.source.weights.params, measured.rollout
+    own = measured.policies.chunks(rollout.tokens.shape[1])
+    whole_head = min(own.head, measured.mask.shape[1])
+    own = own._replace(sequences=min(own.sequences, len(measured.mask)), head=whole_head)
+    others = {
+        "sequences": own._replace(sequences=8 if own.sequences == 1 else 1),
+        "head": own._replace(head=max(1, whole_head // 8)),
+    }
+    found = {}
+    for name, chunks in others.items():
+        scored = measured.policies.train(params, rollout, temperature=rollout.temperature, chunks=chunks)
+        sizes = {"own": getattr(own, name), "other": getattr(chunks, name)}
+        found[name] = sizes | gap(old_logps=measured.trained.logps, rollout_logps=scored.logps, mask=measured.mask)
+    return found
 
 
 def _routing(measured: _Measurement) -> dict[str, Any] | None:

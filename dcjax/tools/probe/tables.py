@@ -101,6 +101,8 @@ def _beside_rows(probe: Probe) -> Iterator[Row]:
         yield f"sharding ({sizes})", probe.sharding, ""
     transform = ", ".join(f"{name} {probe.sampling[name]:g}" for name in ("temperature", "top_k", "top_p"))
     yield "sampling transform", probe.sampling, transform
+    for name, row in probe.chunks.items():
+        yield f"{name} a pass" if name == "sequences" else "head's columns", row, f"{row['other']}, not {row['own']}"
     if probe.routing is not None:
         yield "without routing replay", probe.routing["without_replay"], ""
         yield "with routing replay", probe.routing["with_replay"], ""

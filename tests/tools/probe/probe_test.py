@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import complaints
 
+import dcjax.tools.probe.policies
 import dcjax.tools.probe.probe
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
@@ -145,16 +146,20 @@ def test_each_rung_adds_one_thing_and_what_a_format_lacks_is_no_rung(format, exp
 @pytest.mark.parametrize("format", formats)
 @pytest.mark.parametrize("kv_cache", ["auto", "float32", "bf16", "fp16", "int8", "fp8"])
 def test_the_last_rung_is_the_deployed_policy(format, kv_cache):
-    added = MismatchConfig(weight_noise=0.1, logit_noise=0.2, routing_flips=0.3, staleness=2)
+    added = MismatchConfig(
+        weight_noise=0.1, logit_noise=0.2, routing_flips=0.3, rounded_masters=True, raw_logps=True, staleness=2
+    )
     rungs = ladder(ServingConfig(format=format, kv_cache=kv_cache), added, trained_in="float32", stale_step=5)
     last = rungs[-1].served
     assert (last.format.name, last.kv_cache) == (format, Served.of(format, kv_cache).kv_cache)
     assert last.mismatch == dataclasses.replace(added, staleness=0) and last.stale
-    assert [rung[:2] for rung in rungs[-4:]] == [
+    assert [rung[:2] for rung in rungs[-6:]] == [
+        ("rounded_masters", "bf16"),
         ("weight_noise", "0.1"),
         ("logit_noise", "0.2"),
         ("routing_flips", "0.3"),
         ("stale_weights", "step 5"),
+        ("raw_logps", "temperature 1, whole softmax"),
     ]
     assert len({rung.served for rung in rungs}) == len(rungs)
 
@@ -348,6 +353,82 @@ def test_the_ladder_explains_all_of_what_was_sampled(format):
     scores = own.score(Served.of(format), weights, rollout, key).logps
     explained = gap(old_logps=scores, rollout_logps=rollout.rollout_logps, mask=rollout.response_mask)
     assert explained["prob_diff_max"] <= 1e-6
+
+
+# --- knobs that users meet ---
+
+FLOAT32 = dataclasses.replace(CONFIG.serving, format="float32")
+
+
+def names_and_largest(found):
+    own = {stage.name: stage.own["prob_diff_mean"] for stage in found.stages}
+    return list(own), max(own, key=lambda name: own[name])
+
+
+def test_masters_that_were_rounded_are_the_cause_with_the_gap_that_rounding_them_makes(only_float32):
+    config = dataclasses.replace(CONFIG, serving=FLOAT32, mismatch=MismatchConfig(rounded_masters=True))
+    found = probe(source_of(config))
+    assert names_and_largest(found) == (["decode_path", "rounded_masters", "as_sampled"], "rounded_masters")
+    own = policies(mismatch=config.mismatch, serving=FLOAT32)
+    served = dataclasses.replace(Served.of("float32"), mismatch=config.mismatch)
+    rollout = own.sample(served, source_of(config).weights, prompts(), jax.random.key(0))
+    # by the training forward, of masters that NumPy rounded
+    rounded = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if "norm" in path[-1].key else np.asarray(x).astype(jnp.bfloat16).astype(np.float32),
+        params_of(CONFIG.model),
+    )
+    of_each = [own.train(p, rollout, temperature=rollout.temperature).logps for p in (params_of(CONFIG.model), rounded)]
+    difference = np.abs(np.diff(np.exp(of_each), axis=0))[0][rollout.response_mask]
+    assert found.stages[1].own["prob_diff_mean"] == pytest.approx(difference.mean(), rel=1e-2)
+    assert difference.mean() > 1e-4
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_log_probs_without_the_samplers_transform_are_the_cause_with_the_transforms_gap(only_float32, truncated):
+    rollout = TRUNCATED if truncated else CONFIG.rollout
+    mismatch = MismatchConfig(raw_logps=True)
+    config = dataclasses.replace(CONFIG, serving=FLOAT32, mismatch=mismatch, rollout=rollout)
+    found = probe(source_of(config))
+    assert names_and_largest(found) == (["decode_path", "raw_logps", "as_sampled"], "raw_logps")
+    assert found.stages[0].own["prob_diff_max"] <= 5e-5 and found.stages[2].own["prob_diff_max"] <= 1e-6
+    # by hand, from whole logits
+    served = dataclasses.replace(Served.of("float32"), mismatch=mismatch)
+    sampled = policies(mismatch=mismatch, serving=FLOAT32, rollout=rollout).sample(
+        served, source_of(config).weights, prompts(), jax.random.key(0)
+    )
+    logits = np.asarray(
+        forward(config.model, params_of(config.model), sampled.tokens, sampled.attention_mask), np.float64
+    )
+    differences = []
+    for row, column in np.argwhere(sampled.response_mask):
+        at, token = logits[row, P - 1 + column], sampled.tokens[row, P + column]
+        left = [t for t in sampled.candidate_tokens[row, column] if t >= 0] if truncated else np.arange(len(at))
+        drawn_from = np.exp(at[token] / 0.8) / np.exp(at[left] / 0.8).sum()
+        differences.append(abs(drawn_from - np.exp(at[token]) / np.exp(at).sum()))
+    assert found.stages[1].own["prob_diff_mean"] == pytest.approx(np.mean(differences), rel=1e-3)
+    assert found.total["prob_diff_mean"] == pytest.approx(np.mean(differences), rel=1e-3)
+    assert found.stages[-1].cumulative == found.total
+
+
+def test_a_forward_that_depends_on_its_chunks_is_found_by_what_is_cut_otherwise(only_float32, monkeypatch):
+    """Planted: a thousandth of log-prob where one sequence is alone, a hundredth where the head's chunks are short."""
+    forward_pass = dcjax.tools.probe.policies._training_forward
+
+    def depending(model, width, mesh, params, tokens, *inputs):
+        logps, experts = forward_pass(model, width, mesh, params, tokens, *inputs)
+        return logps + 0.001 * (len(tokens) == 1) + 0.01 * (model.head_chunk < width), experts
+
+    monkeypatch.setattr(dcjax.tools.probe.policies, "_training_forward", depending)
+    found = probe(source_of(dataclasses.replace(CONFIG, serving=FLOAT32)))
+    for name, sizes, shift in (("sequences", (3, 1), 0.001), ("head", (20, 2), 0.01)):
+        row = found.chunks[name]
+        assert (row["own"], row["other"]) == sizes
+        assert row["log_ppl_abs_diff_per_token"] == pytest.approx(shift, rel=1e-2)
+
+
+def test_in_float32_chunks_change_next_to_nothing(only_float32):
+    found = probe(source_of(dataclasses.replace(CONFIG, serving=FLOAT32)))
+    assert max(row["prob_diff_max"] for row in found.chunks.values()) <= 5e-6
 
 
 # --- the whole probe ---

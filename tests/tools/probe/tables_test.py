@@ -52,6 +52,10 @@ RESULT = Probe(
     ],
     sharding={"not_measured": "one device"},
     sampling={"temperature": 0.7, "top_k": 0, "top_p": 1.0} | gap(0.31),
+    chunks={
+        "sequences": {"own": 3, "other": 1} | gap(3e-6),
+        "head": {"own": 20, "other": 2} | gap(4e-6),
+    },
     routing=None,
 )
 ROUTED = dataclasses.replace(
