@@ -6,6 +6,8 @@ and AIME24 to be measured by, in data/ (`dcjax data data --download`); the model
 `--pretrained FOLDER`).
 Published: stable with a period of 204 iterations (one epoch) or 125, measured on AIME24; the collapse, near step 300 at
 a constant rate, is only delayed by one of 250.
+Plan, with responses of 4096 tokens on average: at most 63.8 GiB of a chip; an iteration takes at least 100.9 s, of
+which decoding 77.8 and the update 23.0; 600 steps are at least 269 chip-hours.
 `python experiments/sweeps.py length_decay_qwen3_4b` has every baseline of the paper as overrides.
 """
 

@@ -16,6 +16,7 @@ from dcjax.models import forward, token_logps
 from dcjax.models.transformer import checked_inputs
 from dcjax.reporting import statistics
 from dcjax.rl import corrections, discrepancy, losses, masked, metrics, penalties, verl
+from dcjax.rl.transforms import Terms
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.scoring import score_responses
 from dcjax.tools.probe import gaps
@@ -100,6 +101,10 @@ GIVEN = {
     "reference": RESIDUALS + 1,
     "trained": LOGPS,
     "policies": [("int8", "weights", OTHER)],
+    "terms": Terms(OTHER, np.exp(OTHER), MASK, np.zeros_like(OTHER), {}),
+    "name": "method",
+    "kept": OTHER > LOGPS,
+    "references": {"engine": OTHER},
 }
 
 

@@ -255,7 +255,9 @@ def _outer_products(
         shape, sums = (len(group_sizes), rows.shape[1], gradient.shape[1]), arithmetic.accumulate
         return _over_blocks(group_sizes, size, add, jnp.zeros(shape, _carry_dtype(sums))).astype(sums)
 
-    return _by_platform(in_blocks, ragged, tpu=partial(tiled_outer_products, arithmetic))(rows, gradient, group_sizes)
+    # TPUs have no arithmetic in float16, and the kernel refuses it
+    tpu = ragged if rows.dtype == jnp.float16 else partial(tiled_outer_products, arithmetic)
+    return _by_platform(in_blocks, ragged, tpu=tpu)(rows, gradient, group_sizes)
 
 
 def tiled_outer_products(

@@ -201,6 +201,7 @@ def icepop_mask(low: float, high: float) -> LossTransform:
     return _reweight("icepop", "token", lambda ratios: _zero_unless_within(ratios, low, high))
 
 
+@masks("mask")
 def reweight_kept(terms: Terms, mask: Array, name: str, *, kept: Array, weights: Array) -> Terms:
     """Multiplies weights by `weights` where `kept`, and by 0 elsewhere. Per-row metric: the share of tokens dropped.
 
