@@ -193,7 +193,6 @@ def test_the_30b_step_of_paper_a_on_64_chips():
     text, found = step.as_text(), collectives(step.as_text())
     memory = step.memory_analysis()
     assert memory.argument_size_in_bytes < 7.3 * GIB
-    # of which room for every choice of eight chips, 2 GiB a copy, is most: it is planned for, but seldom used
     assert memory.temp_size_in_bytes < 22.5 * GIB
     # tokens travel to the embedding's parts, not the table
     assert not any(151_936 in shape or 4 * 151_936 in shape for _, _, shapes in found for shape in shapes)
@@ -201,11 +200,11 @@ def test_the_30b_step_of_paper_a_on_64_chips():
     gathered = {shape for kind, _, shapes in found if kind == "all-gather" for shape in shapes}
     assert not any(128 in shape and shape[-1] in (768, 384, 2048) and len(shape) > 2 for shape in gathered)
     assert any(shape[-3:] == (16, 2048, 384) for shape in gathered)
-    # each chip's choices travel, and there is room for twice as many at one, or for all of eight chips
+    # each chip's choices travel, and there is room for twice as many at one in each round
     choices = tokens * k
     journeys = [shapes for kind, _, shapes in found if kind == "ragged-all-to-all"]
     assert len(journeys) >= 4
-    assert {math.prod(shape) // 2048 for shapes in journeys for shape in shapes} == {choices, 2 * choices, 8 * choices}
+    assert {math.prod(shape) // 2048 for shapes in journeys for shape in shapes} == {choices, 2 * choices}
     assert f"[{layers},{rows}," not in text
 
 

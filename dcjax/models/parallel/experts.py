@@ -1,8 +1,7 @@
 """Experts split over devices: every row travels to the device of its expert and back, however many choose the same one.
 
-Nothing is dropped: where a device receives more than `ROOM` times its even share, all receive into buffers with room
-for all rows of all devices. Rows travel as slices, one for each (sender, expert), and land sorted by expert, so that
-nothing is sorted again on arrival.
+Nothing is dropped: where a device receives more than `ROOM` times its even share, rows travel in several rounds. They
+travel as slices, one for each (sender, expert), and land sorted by expert, so that nothing is sorted again on arrival.
 """
 
 from __future__ import annotations
@@ -15,15 +14,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, Shaped
 
-from dcjax.models.branches import one_of
+from dcjax.models.branches import sum_of
 from dcjax.models.moe import GroupedDot, mix_rows, swiglu
 from dcjax.types import Array
 
 ROOM = 2
-"""Times its even share of the rows that a device has room for, unless one needs more.
+"""Times its even share of the rows that a device has room for in one round.
 
 Buffers are written and read whole, whatever arrives: with room for the worst, eight chips move four times as much.
 """
+
+ROUNDS = "rounds_of_experts"
+"""The name of the rounds' loop in a program."""
 
 
 class Axes(NamedTuple):
@@ -46,6 +48,12 @@ class Slices(NamedTuple):
     def back(self) -> Slices:
         """The same rows on their way back."""
         return Slices(_swap_ends(self.places), _swap_ends(self.sizes), _swap_ends(self.starts))
+
+    def window(self, first: Array, room: int) -> Slices:
+        """What of the slices lies in `room` rows of the receivers from a first one on, which is there row 0."""
+        begin = jnp.clip(self.places - first, 0, room)
+        end = jnp.clip(self.places + self.sizes - first, 0, room)
+        return Slices(self.starts + jnp.clip(first - self.places, 0, self.sizes), end - begin, begin)
 
 
 def _swap_ends(table: Int[Array, "P slices"]) -> Int[Array, "P slices"]:
@@ -115,19 +123,21 @@ def _through_owners(
     all_counts = lax.all_gather(counts, axis)
     devices, experts = all_counts.shape
     owned = jnp.sum(all_counts, axis=0).reshape(devices, experts // devices)[lax.axis_index(axis)]
-
-    def compute(room, tables, rows, *kernels):
-        slices, owned = tables
-        received = exchange(rows, slices, room, axis)
-        return exchange(swiglu(kernels, grouped_dot, received, owned), slices.back(), len(rows), axis)
-
-    rooms = [len(rows) * times for times in sorted({min(ROOM, devices), devices})]
-    tables = outward(all_counts), owned
-    if len(rooms) == 1:
-        return compute(rooms[0], tables, rows, *kernels)
+    room = min(ROOM, devices) * len(rows)
     # the same on all devices of the mesh, which take part in each other's collectives
-    number = lax.pmax(jnp.sum(owned) > rooms[0], everyone).astype(jnp.int32)
-    return one_of([partial(compute, room) for room in rooms], number, tables, rows, *kernels)
+    rounds = lax.pmax(-(-jnp.sum(owned) // room), everyone)
+
+    def compute(tables, number, rows, *kernels):
+        slices, owned = tables
+        first = number * room
+        within = slices.window(first, room)
+        ends = jnp.clip(jnp.cumsum(owned) - first, 0, room)
+        received = exchange(rows, within, room, axis)
+        outputs = swiglu(kernels, grouped_dot, received, jnp.diff(ends, prepend=0))
+        return exchange(outputs, within.back(), len(rows), axis)
+
+    with jax.named_scope(ROUNDS):
+        return sum_of(compute, rounds, (outward(all_counts), owned), rows, *kernels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -131,6 +131,7 @@ class Program:
     Args:
       text: `compiled.as_text()`.
       unknown_trips: how often a loop runs whose trip count is not in the text.
+      named_trips: the same of loops in whose operation's name a part stands, by the part.
       kernel_fill: the share of a Pallas kernel's estimated bytes and operations that it takes; by the kernel's name.
       attended: keys that a query of splash attention sees, on average over all columns.
     """
@@ -140,10 +141,12 @@ class Program:
         text: str,
         *,
         unknown_trips: float = 1.0,
+        named_trips: Mapping[str, float] | None = None,
         kernel_fill: Mapping[str, float] | None = None,
         attended: float = 0.0,
     ):
-        self._unknown, self._fill, self._attended = unknown_trips, dict(kernel_fill or {}), attended
+        self._unknown, self._named = unknown_trips, dict(named_trips or {})
+        self._fill, self._attended = dict(kernel_fill or {}), attended
         self._computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         self._parse(text)
@@ -183,7 +186,9 @@ class Program:
         kind = line.opcode.removesuffix("-start")
         if line.opcode == "while":
             trips = self._trips(line)
-            total.add(self._cost(line.called("body") or ""), self._unknown if trips is None else trips)
+            if trips is None:
+                trips = next((count for part, count in self._named.items() if part in line.op), self._unknown)
+            total.add(self._cost(line.called("body") or ""), trips)
         elif line.opcode == "conditional":
             total.add(self._cheapest(line), 1)
         elif line.opcode in ("call", "call-start", "async-start"):

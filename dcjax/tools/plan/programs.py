@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dcjax.errors import RunError
 from dcjax.models.attention import choose
 from dcjax.models.config import DTYPES
-from dcjax.models.parallel.experts import ROOM
+from dcjax.models.parallel.experts import ROOM, ROUNDS
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
@@ -117,6 +117,8 @@ def _programs(
         "unknown_trips": microbatches(config, mean_response),
         "attended": attended(config, mean_response),
         "kernel_fill": _routed(min(config.mesh.expert, ROOM)),
+        # as all experts are chosen as often
+        "named_trips": {ROUNDS: 1.0},
     }
     yield "train_step", lambda: _planned("train_step", lambda: step.lower(state, batch), 1, **counting)
     for name, lower, runs in engine.lowered_sync(state.params):

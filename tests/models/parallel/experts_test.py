@@ -86,7 +86,7 @@ def test_no_token_is_dropped_where_all_choose_the_same(name, favourites):
 
 
 def test_the_favourites_need_more_room_than_the_choices_that_are_made():
-    """So that the two tests above go through both rooms, of four devices with two experts each."""
+    """So that the two tests above take one round and two, on four devices with two experts each."""
     for chosen, exceeds in ((own_choices(), False), (np.broadcast_to([0, 1], (*X.shape[:2], K)), True)):
         owned = np.bincount(chosen.reshape(-1) // 2, minlength=4)
         assert (owned.max() > experts.ROOM * chosen.size / 4) == exceeds
@@ -139,6 +139,26 @@ def journeys():
         there_and_back, mesh=mesh, in_specs=(split, whole), out_specs=(split, split), check_vma=False
     )
     return jax.jit(mapped)
+
+
+@settings(max_examples=20)
+@given(COUNTS, st.integers(1, 200))
+def test_windows_have_every_row_once_and_where_it_lies(counts, room):
+    """What device 3 receives in rounds, against all that it receives at once."""
+    slices, receiver = experts.outward(jnp.asarray(counts)), 3
+    whole = owned_rows(counts)[receiver][: counts[:, [6, 7]].sum()]
+    found = []
+    for first in range(0, len(whole), room):
+        window = jax.tree.map(np.asarray, slices.window(jnp.int32(first), room))
+        part = np.full((room, 3), -1)
+        for sender in range(DEVICES):
+            rows = sorted_rows(counts)[sender]
+            for expert in (6, 7):
+                start, size, place = (table[sender, expert] for table in window)
+                part[place : place + size] = rows[start : start + size]
+        assert (part[: len(whole) - first] >= 0).all()
+        found.append(part[: len(whole) - first])
+    np.testing.assert_array_equal(np.concatenate([np.zeros((0, 3), int), *found]), whole)
 
 
 @settings(max_examples=20)

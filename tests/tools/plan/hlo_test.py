@@ -69,6 +69,9 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     unknown = LOOP.replace("%bound = u32[] constant(36)", "%bound = u32[] get-tuple-element(%arg.1), index=0")
     cost = Program(unknown, unknown_trips=5.0).cost
     assert cost.flops == {"bf16": 5 * 2 * 8 * 64 * 32}
+    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(step)/turns/while"}')
+    cost = Program(named, unknown_trips=5.0, named_trips={"turns": 3.0}).cost
+    assert cost.flops == {"bf16": 3 * 2 * 8 * 64 * 32}
 
 
 @pytest.mark.parametrize(
