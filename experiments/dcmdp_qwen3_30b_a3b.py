@@ -5,8 +5,8 @@ Data: DAPO-Math-17K, and AIME24 to be measured by, in data/ (`dcjax data data --
 models/Qwen3-30B-A3B (or `--pretrained FOLDER`).
 Published, avg@32 of AIME24, AIME25 and AMC23, avg@4 of MATH-500, Minerva and OlympiadBench, and their mean:
 66.8 49.1 91.9 95.8 52.9 74.5 | 71.8, against GRPO's 60.2 43.6 91.4 95.5 52.0 71.3 | 69.0.
-Plan, with responses of 4096 tokens on average: at most 44.7 GiB of a chip; an iteration takes at least 24.3 s, of
-which decoding 11.6 and the update 12.6; 300 steps are at least 130 chip-hours.
+Plan, with responses of 4096 tokens on average: at most 30.4 GiB of a chip; an iteration takes at least 25.1 s, of
+which decoding 11.6 and the update 13.3; 300 steps are at least 134 chip-hours.
 `python experiments/sweeps.py dcmdp_qwen3_30b_a3b` has GRPO, and fp8 and int8 rollouts, as overrides.
 """
 

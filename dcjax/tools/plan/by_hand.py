@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from dcjax.models.attention import choose_cached
 from dcjax.models.cache import LARGEST
 from dcjax.models.config import DTYPES, ModelConfig
+from dcjax.models.parallel.experts import ROOM
 from dcjax.models.parallel.forward import check_model
 from dcjax.models.parameters import Parameter, abstract_params, parameter_named, parameters
 from dcjax.recipe import build
@@ -215,11 +216,11 @@ def layer_bytes(run: Sizes) -> float:
     each the gradient of what it was made from; what attention stores; and gathered matrices, in the compute dtype and
     float32 for gradients.
 
-    Experts on several devices have room for the choices of all of these at one.
+    Experts on several devices have room for twice the choices of one in each round.
     """
 
     def of(sparse: bool) -> float:
-        own, room, tensor = kernels(run.model, sparse), run.training["expert"], run.training["tensor"]
+        own, room, tensor = kernels(run.model, sparse), min(run.training["expert"], ROOM), run.training["tensor"]
         values = sum(rows_of(one, run.model) * (room if one.experts else 1) * width(one, tensor) for one in own)
         weights = sum(math.prod(one.shape) * (one.experts or 1) / _kept_apart(one, run) for one in own)
         return run.columns * values * run.compute + attention_bytes(run) + weights * (run.compute + FLOAT32)
