@@ -177,9 +177,9 @@ def unit_ratio(
 
     With w = sg(r), r = exp(logps − any reference), it is −Ã · r, value and gradient.
     """
-    logps, advantages, weights = _zero_padding(mask, logps, advantages, weights)
+    logps = zero_outside(logps, mask)
     ones = jnp.exp(logps - jax.lax.stop_gradient(logps))
-    return -weights * advantages * ones, jnp.zeros(mask.shape, bool)
+    return policy_gradient(ones, advantages=advantages, weights=weights, mask=mask)
 
 
 @masks("mask")
