@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcjax.rl.corrections import importance_ratios, log_importance, reweight_kept
+from dcjax.rl.corrections import check_bounds, importance_ratios, log_importance, reweight_kept
 from dcjax.rl.losses import kl_estimate
 from dcjax.rl.masked import masked_mean
 from dcjax.rl.transforms import Context, LossTransform, Terms
@@ -83,8 +83,7 @@ def seq_mask_tis(high: float = 1.002, *, low: float = SEQ_MASK_LOW) -> LossTrans
     References:
       NeMo-RL's `seq-mask-tis` (ProRL v2.1).
     """
-    if not 0 <= low < high:
-        raise ValueError(f"the bounds are {low} and {high}; the lower must be at least 0 and below the upper")
+    check_bounds(low, high)
 
     def apply(terms: Terms, context: Context) -> Terms:
         mask = context.batch.response_mask

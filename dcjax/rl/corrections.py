@@ -160,7 +160,7 @@ def icepop_weights(
     References:
       IcePop (Ring-1T, arXiv 2510.18855); its bounds are 0.5 and 5.
     """
-    _check_bounds(low, high)
+    check_bounds(low, high)
     ratios = importance_ratios(old_logps=old_logps, rollout_logps=rollout_logps, mask=mask, level="token")
     return _zero_unless_within(ratios, low, high)
 
@@ -197,7 +197,7 @@ def geometric_mis(clip_max: float) -> LossTransform:
 
 def icepop_mask(low: float, high: float) -> LossTransform:
     """Multiplies each token's weight by ρ_t · 1[low ≤ ρ_t ≤ high]. Per-row metric: the share of tokens outside."""
-    _check_bounds(low, high)
+    check_bounds(low, high)
     return _reweight("icepop", "token", lambda ratios: _zero_unless_within(ratios, low, high))
 
 
@@ -254,6 +254,7 @@ def _check_clip(clip_max: float) -> None:
         raise ValueError(f"clip_max is {clip_max}; it must be above 0")
 
 
-def _check_bounds(low: float, high: float) -> None:
+def check_bounds(low: float, high: float) -> None:
+    """Raises ValueError unless the bounds of a ratio are at least 0 and in order."""
     if not 0 <= low < high:
         raise ValueError(f"the bounds are {low} and {high}; the lower must be at least 0 and below the upper")
