@@ -106,7 +106,7 @@ BF16, ROUTER = ("bf16", "bf16"), (FLOAT32, "HIGHEST")
 MULTIPLIED = {
     "float32": {(FLOAT32, "HIGHEST")},
     "bf16": {(BF16, "DEFAULT"), ROUTER},
-    "int8": {(("i8", "i8"), "DEFAULT"), (BF16, "DEFAULT"), ROUTER},
+    "w8a8": {(("i8", "i8"), "DEFAULT"), (BF16, "DEFAULT"), ROUTER},
 }
 
 

@@ -18,6 +18,7 @@ from dcjax.models.attention import CachedKernel
 from dcjax.models.block import Products, block
 from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
+from dcjax.models.rotation import rotate
 from dcjax.types import Array
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
@@ -28,7 +29,9 @@ LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 class LayerCache:
     """Keys and values of one layer for B sequences of up to C tokens.
 
-    In int8 and fp8, each token's head vector has its own scale: value ≈ narrow · scale.
+    In int8 and fp8, each token's head vector has its own scale: value ≈ narrow · scale. In int8 keys are rotated first,
+    and queries with them, since a few channels of keys are far larger than the others. Values have no such channels,
+    and fp8 keeps small numbers beside large ones.
     """
 
     # [B, K, C, D]; `stack_layers` adds a leading axis of layers
@@ -123,7 +126,12 @@ def attend_cached(
     kernel: CachedKernel = "xla",
     float32: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[Float[Array, "B S H D"], LayerCache]:
-    """`write` followed by `attend`; returns the attention's result and the new cache."""
+    """`write` followed by `attend`; returns the attention's result and the new cache.
+
+    For a cache in int8 queries and keys are rotated alike, which leaves their products as they are.
+    """
+    if cache.k.dtype == jnp.int8:
+        q, k = rotate(q).astype(q.dtype), rotate(k)
     written = write(cache, k, v, positions, layer)
     own = written if layer is None else jax.tree.map(lambda leaf: leaf[layer], written)
     return attend(own, q, positions, kernel=kernel, float32=float32), written

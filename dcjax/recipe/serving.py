@@ -13,8 +13,9 @@ class ServingConfig:
     """The engine that samples."""
 
     format: FormatName | Format = "int8"
-    """Numerics of the deployed policy: float32, bf16 or fp16; int8 or fp8 (e4m3) weights, activations and KV cache;
-    int8_weight_only, fp8_weight_only or int4 (in groups of 32), which quantise only the weights.
+    """Numerics of the deployed policy: float32, bf16 or fp16; int8 or int4 weights in groups of 32, with bf16
+    activations; int8_channel or fp8_weight_only, with a scale per output channel; w8a8, w8a8_rotated or fp8 (e4m3),
+    which quantise each token's activations too. int8, w8a8 and fp8 have a KV cache in 8 bits.
     In a recipe also a format of one's own: docs/formats.md."""
     kv_cache: KVCacheName = "auto"
     """Storage format of keys and values; auto is the default of the serving format."""

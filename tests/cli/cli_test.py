@@ -741,7 +741,7 @@ def test_evaluating_a_missing_step_lists_those_there_are(refusal, directory):
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--format", "int7", "float32, bf16, fp16, int8_weight_only, int8, fp8_weight_only, fp8, int4"),
+        ("--format", "int7", "float32, bf16, fp16, int8, int8_channel, w8a8_rotated, w8a8, fp8_weight_only, fp8, int4"),
         ("--prompts", "0", "evaluation.prompts is 0; it must be at least 1"),
         ("--prompts", "few", "few"),
         ("--temperature", "-1", "evaluation.temperature is -1.0; it must be at least 0"),

@@ -22,7 +22,7 @@ from dcjax.rewards.pool import Pending
 from dcjax.serving import Qwen3Engine
 from dcjax.serving.fingerprint import Comparison
 from dcjax.serving.formats import formats
-from dcjax.serving.formats.int4 import Int4
+from dcjax.serving.formats.grouped import Grouped
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.sync import make_sync
@@ -146,7 +146,7 @@ def test_layers_in_another_order_are_found():
 
 
 @dataclasses.dataclass(frozen=True)
-class Doubled(Int4):
+class Doubled(Grouped):
     """A format whose decode does not fit its encode."""
 
     @property

@@ -341,7 +341,7 @@ def test_first_tokens_follow_the_softmax_of_their_setting_within_one_batch(maste
 
 
 def test_the_compiled_int8_program_multiplies_integers_and_keeps_an_integer_cache(masters):
-    engine = make_engine("int8")
+    engine = make_engine("w8a8")
     params, state = engine.sync(masters, 0), engine.init_decode_state()
     cache = state.caches[0]
     assert {cache.k.dtype, cache.v.dtype} == {jnp.dtype(jnp.int8)}
@@ -350,9 +350,10 @@ def test_the_compiled_int8_program_multiplies_integers_and_keeps_an_integer_cach
     types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", compiled))
     dots = re.findall(r"= (\w+)\[[^=]*? dot\((?:[^%]*)%([\w.\-]+), (?:[^%]*)%([\w.\-]+)\)", compiled)
     kinds = [(types[left], types[right], out) for out, left, right in dots]
-    # seven kernels a layer and the head; scores and contexts of attention are the only other products
+    # seven kernels a layer and the head; scores and contexts of attention, and the rotations of queries and keys, are
+    # the only other products
     assert kinds.count(("s8", "s8", "s32")) == 7 * CONFIG.num_layers + 1
-    assert len(kinds) <= 9 * CONFIG.num_layers + 1
+    assert len(kinds) <= 11 * CONFIG.num_layers + 1
     # both arrays of each layer's cache come in as they are
     shape = ",".join(map(str, cache.k.shape))
     entry = compiled[compiled.index("ENTRY") :]

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import jax
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.linalg
 from compiling import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +58,11 @@ unpack = jit(lambda matrix, dtype, axis: matrix.format.decode(matrix.codes, dtyp
 
 def arrays_of(matrix):
     """The values and scales that a matrix stores."""
-    return matrix.codes if matrix.format.name == "int4" else matrix
+    return matrix.codes if in_groups(matrix.format) else matrix
+
+
+def in_groups(format):
+    return format.name in ("int8", "int4")
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +75,34 @@ def case():
 
 def stands_for(matrix, axis):
     """The float64 numbers that a quantised matrix stores; `axis` is the contracted one."""
-    if matrix.format.name != "int4":
-        return np.asarray(matrix.values).astype(np.float64) * np.expand_dims(np.asarray(matrix.scale, np.float64), axis)
-    packed, scale = (np.moveaxis(np.asarray(a), axis, -1) for a in matrix.codes)
-    wide = np.zeros((*packed.shape[:-1], 2 * packed.shape[-1]))
+    if not in_groups(matrix.format):
+        wide = np.asarray(matrix.values).astype(np.float64) * np.expand_dims(np.asarray(matrix.scale, np.float64), axis)
+        return rotated(wide, axis) if matrix.format.name == "w8a8_rotated" else wide
+    stored, scale = (np.moveaxis(np.asarray(a), axis, -1) for a in matrix.codes)
+    a_byte = 2 if matrix.format.name == "int4" else 1
+    wide = np.zeros((*stored.shape[:-1], a_byte * stored.shape[-1]))
     for place in np.ndindex(wide.shape):
         *row, k = place
-        nibble = (int(packed[(*row, k // 2)]) >> (4 * (k % 2))) & 15
-        wide[place] = (nibble - 16 if nibble > 7 else nibble) * float(scale[(*row, k // 32)])
+        value = int(stored[(*row, k // a_byte)])
+        if a_byte == 2:
+            value = (value >> (4 * (k % 2))) & 15
+            value = value - 16 if value > 7 else value
+        wide[place] = value * float(scale[(*row, k // 32)])
     return np.moveaxis(wide, -1, axis)
+
+
+def rotated(x, axis=-1):
+    """Blocks of a power of two times a Hadamard matrix, as SciPy makes it, in float64."""
+    x = np.moveaxis(np.asarray(x, np.float64), axis, -1)
+    block = math.gcd(x.shape[-1], 512)
+    turned = x.reshape(*x.shape[:-1], -1, block) @ (scipy.linalg.hadamard(block) / np.sqrt(block))
+    return np.moveaxis(turned.reshape(x.shape), -1, axis)
 
 
 def activations_of(x, format):
     """The float64 numbers that meet the weights: as quantised per token where the format does so."""
+    if format.name == "w8a8_rotated":
+        return rotated(activations_of(rotated(x), formats["w8a8"]))
     x = np.asarray(x, np.float64)
     if not format.quantizes_activations:
         return x
@@ -95,14 +116,19 @@ def activations_of(x, format):
 def largest_error(format, master, axis):
     """Half a step of the format around each weight of the master."""
     peak = np.abs(master).max(axis, keepdims=True).astype(np.float64)
-    if format.weights == "int8":
+    if format.name == "w8a8_rotated":
+        # the errors of a block's rotated numbers add up to at most √block of one's
+        block = math.gcd(master.shape[axis], 512)
+        return np.abs(rotated(master, axis)).max(axis, keepdims=True) / 127 / 2 * np.sqrt(block)
+    if format.name in ("w8a8", "int8_channel"):
         return peak / 127 / 2
     if format.weights == "fp8":
         # three bits behind the leading one; below 2^-6 of 448 the steps no longer shrink
         return np.maximum(np.abs(master) / 16, peak / 448 * 2.0**-10)
-    groups = np.moveaxis(master, axis, -1)
+    groups, largest = np.moveaxis(master, axis, -1), {"int8": 127, "int4": 7}[format.name]
     peaks = np.abs(groups.reshape(*groups.shape[:-1], -1, 32)).max(-1)
-    return np.moveaxis(np.repeat(peaks, 32, -1), -1, axis) / 7 / 2 * (1 + 2**-8) + peak * 2**-8
+    # the largest number of a group is held as 127 or 7 times a scale that is rounded to 8 bits
+    return np.moveaxis(np.repeat(peaks, 32, -1), -1, axis) / largest / 2 * (1 + 2**-8) + peak * 2**-8
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -123,18 +149,17 @@ def test_every_weight_is_within_half_a_step_of_its_channel_or_group(name, rows):
 @pytest.mark.parametrize("name", NARROW)
 def test_weights_are_stored_in_their_dtype_with_scales_of_theirs(name, case):
     format, kernel = formats[name], case[1]
-    expected = {
-        "int8": ((64, 7), "int8", (7,), "float32"),
-        "fp8": ((64, 7), "float8_e4m3fn", (7,), "float32"),
-        "int4": ((32, 7), "uint8", (2, 7), "bfloat16"),
-    }[format.weights]
+    by_name = {"int8": ((64, 7), "int8", (2, 7), "bfloat16"), "int4": ((32, 7), "uint8", (2, 7), "bfloat16")}
+    values = "float8_e4m3fn" if format.weights == "fp8" else "int8"
+    expected = by_name.get(name, ((64, 7), values, (7,), "float32"))
     matrix = quantize_kernel(kernel, format)
     stored = arrays_of(matrix)
     assert (stored.values.shape, stored.values.dtype, stored.scale.shape, stored.scale.dtype) == expected
-    if format.weights != "int4":
+    if not in_groups(format):
         largest = 127 if format.weights == "int8" else 448
-        np.testing.assert_allclose(matrix.scale, np.abs(kernel).max(0) / largest, rtol=1e-6)
-        assert matrix.format.quantizes_activations == (name in ("int8", "fp8"))
+        turned = rotated(kernel, 0) if name == "w8a8_rotated" else kernel
+        np.testing.assert_allclose(matrix.scale, np.abs(turned).max(0) / largest, rtol=1e-6)
+        assert matrix.format.quantizes_activations == (name in ("w8a8_rotated", "w8a8", "fp8"))
 
 
 def test_e4m3_rounds_to_the_nearest_of_its_numbers():
@@ -198,7 +223,7 @@ def test_the_products_of_bfloat16_activations_round_only_their_result(name, case
     x, kernel = case[0].astype(jnp.bfloat16), case[1]
     matrix, table = quantize_kernel(kernel, format), quantize_table(kernel.T.copy(), format)
     weights = stands_for(matrix, 0)
-    if format.weights == "int4":
+    if in_groups(format):
         weights = weights.astype(ml_dtypes.bfloat16).astype(np.float64)
     exact, size = (f(activations_of(x, format)) @ f(weights) for f in (np.asarray, np.abs))
     out, scores = dot(x, matrix), logits(x, table)
@@ -213,7 +238,8 @@ def test_experts_are_as_many_kernels(name):
     rows, kernels = rng.normal(size=(9, 64)).astype(np.float32), rng.normal(size=(3, 64, 4)).astype(np.float32)
     matrix = quantize_kernel(kernels, format)
     for leaf, one in zip(jax.tree.leaves(matrix), jax.tree.leaves(quantize_kernel(kernels[1], format)), strict=True):
-        np.testing.assert_array_equal(np.asarray(leaf)[1], one)
+        # a sum over a rotated block may be taken in another order
+        np.testing.assert_allclose(np.asarray(leaf)[1], one, rtol=2e-7 if name == "w8a8_rotated" else 0)
     # the second expert has no rows
     out = grouped_dot(rows, matrix, GROUP_SIZES)
     weights, wide = stands_for(matrix, 1), activations_of(rows, format)
@@ -253,7 +279,7 @@ def test_a_channel_of_zeros_stays_zero(name):
 
 def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
     x, kernel = case
-    quantized = store_kernel(kernel, formats["int8"])
+    quantized = store_kernel(kernel, formats["w8a8"])
     weights, weight_scale = np.asarray(quantized.values).astype(np.int64), np.asarray(quantized.scale)
     tokens, token_scale = (np.asarray(a) for a in quantize_rows(x, INT8))
     total = np.zeros((9, 7), np.int64)
@@ -262,19 +288,19 @@ def test_an_int8_product_is_integer_arithmetic_times_two_scales(case):
     assert np.abs(total).max() < 2**24
     expected = total.astype(np.float32) * (token_scale[:, None] * weight_scale)
     np.testing.assert_array_equal(multiply(x, quantized), expected)
-    table = store_table(np.ascontiguousarray(kernel.T), formats["int8"])
+    table = store_table(np.ascontiguousarray(kernel.T), formats["w8a8"])
     np.testing.assert_array_equal(score(x, table), expected)
 
 
 def test_the_sum_of_a_long_product_does_not_saturate():
     # 4096 · 127² is beyond int16 and float32's integers alike
     ones = np.ones((1, 4096), np.float32)
-    for name in ("int8", "fp8"):
+    for name in ("w8a8", "fp8"):
         out = dot(ones, quantize_kernel(ones.T.copy(), formats[name]))
         np.testing.assert_allclose(out, [[4096.0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
 def test_programs_multiply_narrow_numbers(name, case):
     """int8 as int8 with int32 sums wherever it is compiled; float8 as float8 where accelerators take it."""
     format, (x, kernel) = formats[name], case
@@ -286,14 +312,14 @@ def test_programs_multiply_narrow_numbers(name, case):
     }
     for product, arguments in calls.items():
         traced = jax.jit(product).trace(*arguments)
-        if name == "int8":
+        if name == "w8a8":
             compiled = traced.lower().compile().as_text()
             types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", compiled))
             dots = re.findall(r"= (\w+)\[[^\n]* dot\((%[\w.-]+), (%[\w.-]+)\)", compiled)
             assert [(types[a], types[b], out) for out, a, b in dots] == [("s8", "s8", "s32")], product
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
         dots = re.findall(r"(?:dot_general|ragged_dot).*: \((.*)\) -> (.*)", lowered)
-        operand, total = {"int8": ("xi8>", "xi32>"), "fp8": ("xf8E4M3FN>", "xf32>")}[name]
+        operand, total = {"w8a8": ("xi8>", "xi32>"), "fp8": ("xf8E4M3FN>", "xf32>")}[name]
         assert dots, product
         assert all(sides.count(operand) == 2 and out.count(total) == 1 for sides, out in dots), product
 
@@ -323,7 +349,9 @@ def test_looking_up_a_row_undoes_its_scale(name, case):
     tokens = np.array([[0, 6], [3, 3]])
     matrix = quantize_table(table, formats[name])
     rows = lookup(matrix, tokens, jnp.dtype(jnp.float32))
-    np.testing.assert_array_equal(rows, stands_for(matrix, 1)[tokens].astype(np.float32))
+    expected = stands_for(matrix, 1)[tokens].astype(np.float32)
+    # a rotation is float32's, and sums
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-6 * np.abs(expected).max() * name.endswith("_rotated"))
     narrow = jax.eval_shape(lambda: matrix.lookup(tokens, jnp.dtype(jnp.bfloat16)))
     assert narrow.dtype == jnp.bfloat16
     wide = quantize_table(table, formats["float32"])
@@ -339,8 +367,10 @@ def test_the_formats_store_what_they_are_called():
         "float32": ("float32", None, False, "float32"),
         "bf16": ("bfloat16", None, False, "bfloat16"),
         "fp16": ("float16", None, False, "float16"),
-        "int8_weight_only": ("bfloat16", "int8", False, "bfloat16"),
-        "int8": ("bfloat16", "int8", True, "int8"),
+        "int8": ("bfloat16", "int8", False, "int8"),
+        "int8_channel": ("bfloat16", "int8", False, "bfloat16"),
+        "w8a8_rotated": ("bfloat16", "int8", True, "int8"),
+        "w8a8": ("bfloat16", "int8", True, "int8"),
         "fp8_weight_only": ("bfloat16", "fp8", False, "bfloat16"),
         "fp8": ("bfloat16", "fp8", True, "float8_e4m3fn"),
         "int4": ("bfloat16", "int4", False, "bfloat16"),
@@ -351,7 +381,12 @@ def test_the_formats_store_what_they_are_called():
 def test_below_each_format_is_one_that_quantises_less():
     below = {name: (f.weight_only.name, wide_format(f.activations).name) for name, f in formats.items()}
     narrow = {
-        f"{dtype}{rest}": (f"{dtype}_weight_only", "bf16") for dtype in ("int8", "fp8") for rest in ("", "_weight_only")
+        "int8": ("int8", "bf16"),
+        "int8_channel": ("int8_channel", "bf16"),
+        "w8a8_rotated": ("int8_channel_rotated", "bf16"),
+        "w8a8": ("int8_channel", "bf16"),
+        "fp8_weight_only": ("fp8_weight_only", "bf16"),
+        "fp8": ("fp8_weight_only", "bf16"),
     }
     wide = {name: (name, name) for name in ("float32", "bf16", "fp16")}
     assert below == wide | narrow | {"int4": ("int4", "bf16")}
@@ -405,19 +440,20 @@ def test_a_float16_cache_is_not_served_on_a_tpu():
 
 def test_groups_that_a_width_does_not_fill_are_named():
     config = dataclasses.replace(presets["tiny"], intermediate_size=200)
-    check(config, formats["int8"], "cpu")
-    with pytest.raises(ValueError, match="down_proj is contracted over 200; that must be a multiple of 32"):
-        check(config, formats["int4"], "cpu")
-    check(config, formats["int4"], "cpu", keep=["down_*"])
+    check(config, formats["w8a8"], "cpu")
+    for name in ("int8", "int4"):
+        with pytest.raises(ValueError, match="down_proj is contracted over 200; that must be a multiple of 32"):
+            check(config, formats[name], "cpu")
+        check(config, formats[name], "cpu", keep=["down_*"])
 
 
 def test_a_sum_that_int32_could_not_hold_is_refused():
     longest = (2**31 - 1) // 127**2
     for width, fits in ((longest, True), (longest + 1, False)):
         config = dataclasses.replace(presets["tiny"], intermediate_size=width)
-        check(config, formats["int8_weight_only"], "cpu")
+        check(config, formats["int8_channel"], "cpu")
         if fits:
-            check(config, formats["int8"], "cpu")
+            check(config, formats["w8a8"], "cpu")
         else:
             with pytest.raises(ValueError, match=f"down_proj is contracted over {width}"):
                 check(config, formats["int8"], "cpu")

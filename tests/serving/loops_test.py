@@ -24,7 +24,7 @@ def served(deep):
         patch.setattr(engine, "DEEP", tiny.DENSE.num_layers + (0 if deep else 1))
         patch.setattr(rollout, "REFILLS_PER_CALL", 2)
         sizes = tiny.SIZES | {"prefill_tokens": 2 * tiny.PROMPT_LENGTH}
-        made = Qwen3Engine(tiny.DENSE, format="int8", end_tokens=[3], **sizes)
+        made = Qwen3Engine(tiny.DENSE, format="w8a8", end_tokens=[3], **sizes)
         params = made.sync(tiny.masters(tiny.DENSE), 5)
         samples = sample_responses(made, params, PROMPTS, samples_per_prompt=4, temperature=1.0, key=KEY)
         return made, params, samples
@@ -49,12 +49,12 @@ def test_it_scores_the_same_with_the_same_residual_stream():
 
 @pytest.mark.parametrize(
     ("changes", "format"),
-    [({"num_layers": 7}, "int8"), ({}, "float32"), ({}, "int8_weight_only"), ({"num_experts": 4}, "int8")],
+    [({"num_layers": 7}, "w8a8"), ({}, "float32"), ({}, "int8"), ({"num_experts": 4}, "w8a8")],
 )
 def test_what_is_faster_unrolled_is_unrolled(changes, format):
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32} if "num_experts" in changes else {}
     config = tiny.replace(tiny.DENSE, **{"num_layers": 8} | changes | experts)
     assert not Qwen3Engine(config, format=format, end_tokens=[3], **tiny.SIZES).decoder.loops
     assert Qwen3Engine(
-        tiny.replace(tiny.DENSE, num_layers=8), format="int8", end_tokens=[3], **tiny.SIZES
+        tiny.replace(tiny.DENSE, num_layers=8), format="w8a8", end_tokens=[3], **tiny.SIZES
     ).decoder.loops

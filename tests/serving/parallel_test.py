@@ -72,11 +72,11 @@ def alone(config, format, top_k=0):
     ("config", "format", "tensor", "training", "top_k"),
     [
         pytest.param(DENSE, "float32", 2, MeshConfig(fsdp=2, tensor=4), 5, marks=pytest.mark.slow),
-        (MIXED, "int8", 2, EIGHT, 4),
-        pytest.param(MIXED, "int8", 4, MeshConfig(tensor=2, expert=4), 0, marks=pytest.mark.slow),
-        pytest.param(DENSE, "int8", 8, MeshConfig(tensor=8), 0, marks=pytest.mark.slow),
+        (MIXED, "w8a8", 2, EIGHT, 4),
+        pytest.param(MIXED, "w8a8", 4, MeshConfig(tensor=2, expert=4), 0, marks=pytest.mark.slow),
+        pytest.param(DENSE, "w8a8", 8, MeshConfig(tensor=8), 0, marks=pytest.mark.slow),
         pytest.param(MIXED, "float32", 2, MeshConfig(fsdp=8), 0, marks=pytest.mark.slow),
-        pytest.param(MIXED, "int8", 8, MeshConfig(data=2, fsdp=2, expert=2), 0, marks=pytest.mark.slow),
+        pytest.param(MIXED, "w8a8", 8, MeshConfig(data=2, fsdp=2, expert=2), 0, marks=pytest.mark.slow),
         pytest.param(DENSE, "int4", 2, MeshConfig(fsdp=8), 0, marks=pytest.mark.slow),
         pytest.param(DENSE, "bf16", 1, MeshConfig(context=8), 0, marks=pytest.mark.slow),
     ],
@@ -122,7 +122,7 @@ def groups(line):
 
 def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait_for_each_other():
     # as the one before, whose programs it shares
-    engine = make_engine(MIXED, "int8", 2, EIGHT, max_candidates=4)
+    engine = make_engine(MIXED, "w8a8", 2, EIGHT, max_candidates=4)
     params = served(engine, MIXED)
     settings = {"samples_per_prompt": G, "key": KEY, "temperature": 1.0, "top_k": 4}
     sampling = Sampling(engine, params, PROMPTS, **settings)
@@ -181,4 +181,4 @@ def test_slots_that_copies_cannot_share_and_devices_that_copies_cannot_are_refus
         serving_mesh(mesh, 3)
     sizes = {"slots": 6, "max_prompt_length": P, "max_response_length": T, "end_tokens": [1]}
     with pytest.raises(ValueError, match="slots is 6; it must be a multiple of the 4 copies of the model"):
-        Qwen3Engine(DENSE, format="int8", mesh=serving_mesh(mesh, 2), **sizes)
+        Qwen3Engine(DENSE, format="w8a8", mesh=serving_mesh(mesh, 2), **sizes)

@@ -13,7 +13,7 @@ from dcjax.models import abstract_params, logical_axes, presets
 from dcjax.models.cache import forward_cached, init_cache
 from dcjax.models.layers import EXACT
 from dcjax.serving.formats import CodedMatrix, cache_dtype, formats
-from dcjax.serving.formats.int4 import Packed
+from dcjax.serving.formats.grouped import Groups
 from dcjax.serving.formats.scaled import ScaledMatrix
 from dcjax.serving.formats.served import products
 from dcjax.serving.parallel import serving_mesh
@@ -36,8 +36,10 @@ EXPERTS = {"experts_gate_proj", "experts_up_proj", "experts_down_proj"}
 NORMS = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"}
 NARROW = [name for name, format in formats.items() if format.weights is not None]
 SLOW = pytest.mark.slow
-# what is served has its arithmetic in quantize_test, in every format
-EVERY_DAY = ("float32", "bf16", "int8", "int4")
+# what is served has its arithmetic in formats_test, in every format
+EVERY_DAY = ("float32", "bf16", "int8", "w8a8", "int4")
+GROUPED = ("int8", "int4")
+"""Formats of weights that share a scale in groups of 32."""
 
 
 def of(names):
@@ -137,7 +139,7 @@ def test_weights_are_quantised_from_the_masters_and_not_from_a_rounded_copy(serv
         expected, rounded = quantised(master, format), quantised(master.astype(jnp.bfloat16).astype(np.float32), format)
         # within another jit the last bit of a division may differ: a value at a rounding boundary moves by one
         scales = [np.asarray(matrix.scale, np.float64) for matrix in (leaf, expected, rounded)]
-        np.testing.assert_allclose(scales[0], scales[1], rtol=2**-8 if format.weights == "int4" else 1e-6)
+        np.testing.assert_allclose(scales[0], scales[1], rtol=2**-8 if format.name in GROUPED else 1e-6)
         values = [np.asarray(matrix.values).view(np.uint8) for matrix in (leaf, expected, rounded)]
         assert np.count_nonzero(values[0] != values[1]) <= 0.01 * master.size
         apart += [np.count_nonzero(values[0] != other) for other in values[1:]]
@@ -154,11 +156,11 @@ def test_every_kernel_and_table_is_in_the_format_and_nothing_else(model, name):
     for weight, leaf, master in leaf_pairs(weights, masters, config.sparse_layers):
         if weight in KERNELS | EXPERTS | {"embed_tokens", "lm_head"} and format.weights is not None:
             shape, axis = list(master.shape), -1 if weight in ("embed_tokens", "lm_head") else -2
-            assert isinstance(leaf, Packed if name == "int4" else ScaledMatrix), weight
+            assert isinstance(leaf, Groups if name in GROUPED else ScaledMatrix), weight
             shape[axis] //= 2 if name == "int4" else 1
             assert leaf.values.shape == tuple(shape)
             del shape[axis]
-            assert name == "int4" or leaf.scale.shape == tuple(shape)
+            assert name in GROUPED or leaf.scale.shape == tuple(shape)
         else:
             assert leaf.shape == master.shape
             assert leaf.dtype == (jnp.float32 if weight == "router" else format.activations), weight
@@ -177,7 +179,8 @@ def test_experts_are_those_of_their_layer_and_routers_the_masters(name):
     if name == "float32":
         np.testing.assert_array_equal(experts, master)
     else:
-        expected = np.abs(master).max(1, keepdims=name == "int4") / (7 if name == "int4" else 127)
+        # the width is that of one group
+        expected = np.abs(master).max(1, keepdims=True) / {"int8": 127, "int4": 7}[name]
         np.testing.assert_allclose(np.asarray(experts.scale, np.float32), expected, rtol=2**-8)
 
 
@@ -199,7 +202,10 @@ def hidden_of(config, format, masters):
 @pytest.mark.parametrize(
     "names",
     # what is left out differs from these in what is stored, not in its products
-    [("bf16", "int8", "int4"), pytest.param(("bf16", "int8", "fp8", "fp8_weight_only", "int4"), marks=SLOW)],
+    [
+        ("bf16", "int8", "w8a8", "int4"),
+        pytest.param(("bf16", "int8", "w8a8", "fp8", "fp8_weight_only", "int4"), marks=SLOW),
+    ],
 )
 def test_every_format_computes_about_what_float32_does(names):
     config = dataclasses.replace(MODELS["mixed"], tie_embeddings=False)
@@ -211,7 +217,7 @@ def test_every_format_computes_about_what_float32_does(names):
         assert (hidden.dtype, logits.dtype) == (formats[name].activations, jnp.float32)
         error[name] = float(np.abs(np.asarray(logits) - exact).mean() / np.abs(exact).mean())
     assert max(error.values()) == error["int4"] < 0.5
-    rising = [error[name] for name in ("bf16", "int8", "fp8") if name in names]
+    rising = [error[name] for name in ("bf16", "int8", "w8a8", "fp8") if name in names]
     assert rising[0] > 0 and rising == sorted(set(rising)) and rising[-1] < 0.25
 
 
@@ -233,7 +239,7 @@ def test_what_is_kept_stays_in_the_activations_dtype():
         if name == "lm_head" or name in EXPERTS:
             np.testing.assert_array_equal(leaf, master.astype(jnp.bfloat16))
         else:
-            assert isinstance(leaf, Packed) == (name in KERNELS | {"embed_tokens"})
+            assert isinstance(leaf, Groups) == (name in KERNELS | {"embed_tokens"})
 
 
 @pytest.mark.parametrize("pattern", ["lm_head", "experts_*", "head", "norm", "router"])
@@ -302,7 +308,7 @@ def test_noise_comes_before_quantisation(noisy, name):
     expected = quantised_table(table, formats[name])
     np.testing.assert_allclose(
         *(np.asarray(matrix.scale, np.float32) for matrix in (stored, expected)),
-        rtol=2**-8 if name == "int4" else 1e-6,
+        rtol=2**-8,
     )
 
 
@@ -338,12 +344,13 @@ def test_the_report_says_what_is_stored(model, name):
     )
 
 
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.27), ("int8_weight_only", 0.27), ("fp8", 0.27), ("int4", 0.16)])
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.27), ("w8a8_rotated", 0.27), ("fp8", 0.27), ("int4", 0.16)])
 def test_quantised_tensors_of_a_published_model_are_as_small_as_they_should_be(name, most):
     rows = [row for row in stored_parameters(presets["qwen3-0.6b"], formats[name]) if row.quantized]
     share = sum(row.bytes for row in rows) / sum(row.float32_bytes for row in rows)
     # bits of a weight over 32, and of the scales: one in 1024 to 3072 weights, or bfloat16 for 32
-    assert {"int4": 4 / 32 + 16 / 32 / 32}.get(name, 8 / 32) <= share < most
+    exact = {"int8": 8 / 32 + 16 / 32 / 32, "int4": 4 / 32 + 16 / 32 / 32}
+    assert exact.get(name, 8 / 32) <= share < most
 
 
 def test_the_report_shows_what_is_kept():

@@ -242,7 +242,7 @@ def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     sizes = {"max_prompt_length": P, "max_response_length": capacity - P, "end_tokens": [1], "steps_per_call": 8}
     # 16 GB a chip
     engine = Qwen3Engine(
-        model, format="int8", slots=slots, mesh=serving_mesh(training, devices), memory=16 * 10**9, **sizes
+        model, format="w8a8", slots=slots, mesh=serving_mesh(training, devices), memory=16 * 10**9, **sizes
     )
     params = with_shardings(
         jax.eval_shape(make_sync(model, engine.format), abstract_params(model), 0),
@@ -275,7 +275,7 @@ def test_int8_decode_of_8b_on_16_chips_has_one_kv_cache():
     [("qwen3-8b", 8, 1.6), ("qwen3-30b-a3b", PAPER_A_ROLLOUT["qwen3-30b-a3b"], 2.5)],
 )
 def test_sync_between_two_meshes_moves_int8_a_layer_at_a_time(preset, devices, times):
-    chips, model, format = slice_devices(V5E), presets[preset], serving_format("int8")
+    chips, model, format = slice_devices(V5E), presets[preset], serving_format("w8a8")
     asked = over(PAPER_A_TRAINING[preset], len(chips))
     training = make_mesh(asked, chips)
     serving = serving_mesh(training, devices)

@@ -6,11 +6,22 @@ import jax.numpy as jnp
 
 from dcjax.serving.formats.base import CodedMatrix, Format, cache_dtype
 from dcjax.serving.formats.face import KVCacheName, Matrix, stored_axes
-from dcjax.serving.formats.int4 import Int4
+from dcjax.serving.formats.grouped import Grouped
 from dcjax.serving.formats.scaled import Scaled
 from dcjax.serving.formats.wide import Wide
 
-FormatName = Literal["float32", "bf16", "fp16", "int8_weight_only", "int8", "fp8_weight_only", "fp8", "int4"]
+FormatName = Literal[
+    "float32",
+    "bf16",
+    "fp16",
+    "int8",
+    "int8_channel",
+    "w8a8_rotated",
+    "w8a8",
+    "fp8_weight_only",
+    "fp8",
+    "int4",
+]
 
 formats: dict[str, Format] = {
     format.name: format
@@ -18,11 +29,13 @@ formats: dict[str, Format] = {
         Wide("float32"),
         Wide("bf16"),
         Wide("fp16"),
+        Grouped(8),
         Scaled("int8", quantizes_activations=False),
+        Scaled("int8", rotates=True),
         Scaled("int8"),
         Scaled("fp8", quantizes_activations=False),
         Scaled("fp8"),
-        Int4(),
+        Grouped(4),
     )
 }
 """The formats that have a name on the command line."""

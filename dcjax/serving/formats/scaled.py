@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from dcjax.models import moe
 from dcjax.models.cache import quantize_rows
 from dcjax.models.layers import Arithmetic
+from dcjax.models.rotation import rotate
 from dcjax.serving.formats.base import Format
 from dcjax.serving.formats.face import DTYPES, KVCacheName, with_kernel_axes
 from dcjax.types import Array
@@ -32,7 +33,8 @@ Multiply = Callable[[Array, Array, Arithmetic], Array]
 class ScaledMatrix:
     """Narrow weights with a float32 scale per output channel: columns of a kernel [K, N], rows of a table [V, K].
 
-    Kernels of E experts are stacked in front: [E, K, N], with scales [E, N].
+    Kernels of E experts are stacked in front: [E, K, N], with scales [E, N]. Where the format rotates, what is stored
+    is rotated along the contracted axis.
     """
 
     values: Shaped[Array, "*E rows columns"]
@@ -59,7 +61,8 @@ class ScaledMatrix:
 
     def lookup(self, tokens: Int[Array, "*N"], dtype: jnp.dtype) -> Float[Array, "*N K"]:
         """Rows of a table."""
-        return (self.values[tokens].astype(jnp.float32) * self.scale[tokens][..., None]).astype(dtype)
+        rows = self.values[tokens].astype(jnp.float32) * self.scale[tokens][..., None]
+        return (rotate(rows) if self.format.rotates else rows).astype(dtype)
 
     def logits(self, x: Float[Array, "B K"], arithmetic: Arithmetic) -> Float[Array, "B V"]:
         """x @ tableᵀ in float32."""
@@ -69,9 +72,10 @@ class ScaledMatrix:
         self, x: Float[Array, "N K"], scale: Float[Array, "#N M"], multiply: Multiply, arithmetic: Arithmetic
     ) -> Float[Array, "N M"]:
         """The float32 product of x and weights with this scale; every product of two quantised numbers is exact."""
+        turned = rotate(x) if self.format.rotates else x
         if not self.format.quantizes_activations:
-            return multiply(x, self.values, arithmetic) * scale
-        rows, row_scale = quantize_rows(x, self.values.dtype)
+            return multiply(turned.astype(x.dtype), self.values, arithmetic) * scale
+        rows, row_scale = quantize_rows(turned, self.values.dtype)
         total = _narrow_product(rows, self.values, multiply, arithmetic)
         return total.astype(jnp.float32) * (row_scale[:, None] * scale)
 
@@ -86,10 +90,13 @@ class Scaled(Format):
     dtype: Literal["int8", "fp8"]
     quantizes_activations: bool = True
     """Whether each token is quantised like the weights before it meets them (w8a8)."""
+    rotates: bool = False
+    """Whether weights, and activations that meet them, are rotated before they are quantised (QuaRot)."""
 
     @property
     def name(self) -> str:
-        return self.dtype if self.quantizes_activations else f"{self.dtype}_weight_only"
+        names = {"int8": ("int8_channel", "w8a8"), "fp8": ("fp8_weight_only", "fp8")}[self.dtype]
+        return names[self.quantizes_activations] + ("_rotated" if self.rotates else "")
 
     @property
     def own_kv_cache(self) -> KVCacheName:
@@ -109,19 +116,19 @@ class Scaled(Format):
 
     @property
     def fast_when_looped(self) -> bool:
-        return self.name == "int8"
+        return self.dtype == "int8" and self.quantizes_activations
 
     def check_width(self, name: str, width: int) -> None:
         """Raises ValueError for a contracted width over which an int32 sum could overflow."""
         if self.dtype == "int8" and self.quantizes_activations and width > LONGEST_INT32_SUM:
             raise ValueError(
                 f"format {self.name!r} sums in int32, but {name} is contracted over {width}; "
-                f"that must be at most {LONGEST_INT32_SUM}, or the format int8_weight_only"
+                f"that must be at most {LONGEST_INT32_SUM}, or the format int8"
             )
 
     def store_table(self, table: Float[Array, "*E V K"]) -> ScaledMatrix:
         """Quantises symmetrically per row: a head's output channels, an embedding's tokens."""
-        values, scale = quantize_rows(table, DTYPES[self.dtype])
+        values, scale = quantize_rows(rotate(table) if self.rotates else table, DTYPES[self.dtype])
         return ScaledMatrix(values, scale, self)
 
     def store_kernel(self, kernel: Float[Array, "*E K N"]) -> ScaledMatrix:

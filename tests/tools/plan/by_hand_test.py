@@ -116,7 +116,7 @@ def test_the_train_step_of_experts_on_fsdp_2_and_expert_2_with_a_pass_for_log_pr
 
 
 def test_decoding_reads_weights_and_all_that_a_cache_has_room_for():
-    run = run_of(tiny.DENSE, MeshConfig(fsdp=4), tensor=2, format="int8")
+    run = run_of(tiny.DENSE, MeshConfig(fsdp=4), tensor=2, format="w8a8")
     decode, rows, capacity, steps = by_hand.decode(run), 8 / 2, 6 + 20, 4
     matrices = 2 * (QKV + OUT + MLP) / 2 + TABLE / 2
     assert decode.cost.flops["s8"] == steps * 2 * rows * matrices

@@ -108,21 +108,26 @@ def source_of(config, *, stale=None, prompts=prompts):
             ["decode_path float32 float32/float32", "dtype bf16 bf16/bf16", "weights int4 int4/bf16"],
         ),
         (
-            "int8_weight_only",
-            ["decode_path float32 float32/float32", "dtype bf16 bf16/bf16", "weights int8 int8_weight_only/bf16"],
+            "int8",
+            [
+                "decode_path float32 float32/float32",
+                "dtype bf16 bf16/bf16",
+                "weights int8 int8/bf16",
+                "kv_cache int8 int8/int8",
+            ],
         ),
         (
             "fp8_weight_only",
             ["decode_path float32 float32/float32", "dtype bf16 bf16/bf16", "weights fp8 fp8_weight_only/bf16"],
         ),
         (
-            "int8",
+            "w8a8",
             [
                 "decode_path float32 float32/float32",
                 "dtype bf16 bf16/bf16",
-                "weights int8 int8_weight_only/bf16",
-                "activations int8 int8/bf16",
-                "kv_cache int8 int8/int8",
+                "weights int8 int8_channel/bf16",
+                "activations int8 w8a8/bf16",
+                "kv_cache int8 w8a8/int8",
             ],
         ),
         (
@@ -165,7 +170,7 @@ def test_the_last_rung_is_the_deployed_policy(format, kv_cache):
 
 
 def test_a_trainer_in_bf16_is_compared_with_an_engine_in_bf16_first():
-    names = [rung.name for rung in ladder(ServingConfig(format="int8"), MismatchConfig(), trained_in="bf16")]
+    names = [rung.name for rung in ladder(ServingConfig(format="w8a8"), MismatchConfig(), trained_in="bf16")]
     assert names == ["decode_path", "weights", "activations", "kv_cache"]
     rungs = ladder(ServingConfig(format="float32"), MismatchConfig(), trained_in="bf16")
     assert [rung[:2] for rung in rungs] == [("decode_path", "bf16"), ("dtype", "float32")]
