@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
         "convert",
         help="import, export or inspect Hugging Face checkpoints",
         description="Converts weights between Hugging Face folders (config.json and safetensors) and runs. Supports "
-        "unquantised Qwen3, Qwen3-MoE and Qwen2 models, DeepSeek-R1-Distill-Qwen included.",
+        "unquantised Qwen3, Qwen3-MoE, Qwen2 and Llama models, DeepSeek-R1-Distill-Qwen and SmolLM2 included.",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=Parser)
     _add_import(actions)

@@ -27,7 +27,7 @@ PRECISIONS: dict[Float32Products, lax.Precision] = {
 }
 """JAX's precisions by the names that configurations use."""
 
-Family = Literal["qwen3", "qwen2"]
+Family = Literal["qwen3", "qwen2", "llama"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash", "ragged"]
 Remat = Literal["none", "products", "full"]
 
@@ -66,7 +66,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Qwen family: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
+    """A decoder-only transformer, Qwen or Llama: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
 
     Raises:
       ValueError: a size is not positive, the key-value heads do not divide the heads, or the experts' fields do not
@@ -74,7 +74,8 @@ class ModelConfig:
     """
 
     family: Family = "qwen3"
-    """qwen3 normalises queries and keys; qwen2 has biases on queries, keys and values instead, and no experts."""
+    """qwen3 normalises queries and keys, and may have experts; qwen2 has biases on queries, keys and values instead;
+    llama has neither."""
     vocab_size: int = 32
     """Rows of the embedding table (tokens)."""
     hidden_size: int = 64
@@ -160,8 +161,8 @@ class ModelConfig:
     def _check_experts(self):
         if not self.num_experts:
             return
-        if self.family == "qwen2":
-            raise ValueError(f"model.num_experts is {self.num_experts}; family qwen2 has none, so it must be 0")
+        if self.family != "qwen3":
+            raise ValueError(f"model.num_experts is {self.num_experts}; family {self.family} has none, so it must be 0")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"model.num_experts_per_tok is {self.num_experts_per_tok}; "
@@ -212,6 +213,14 @@ def _published(layers: int, hidden: int, intermediate: int, heads: int, kv_heads
     )
 
 
+def _llama(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, **others
+) -> ModelConfig:
+    """The same of the Llama family."""
+    shared = {"family": "llama", "head_dim": head_dim, "rms_norm_eps": 1e-5, "tie_embeddings": True}
+    return _published(layers, hidden, intermediate, heads, kv_heads, **(shared | others))
+
+
 presets: dict[str, ModelConfig] = {
     "tiny": _TINY,
     "tiny-moe": replace(_TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96),
@@ -226,5 +235,6 @@ presets: dict[str, ModelConfig] = {
     "deepseek-r1-distill-qwen-1.5b": _published(
         28, 1536, 8960, 12, 2, family="qwen2", rope_theta=1e4, max_position_embeddings=131_072
     ),
+    "smollm2-135m": _llama(30, 576, 1536, 9, 3, 64, vocab_size=49_152, rope_theta=1e5, max_position_embeddings=8192),
 }
 """Configurations by name; those of released models have the published sizes."""

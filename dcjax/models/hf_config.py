@@ -23,8 +23,13 @@ MAX_EXPERTS = 2**18
 MAX_END_TOKENS = 256
 """Largest number of end tokens in one file."""
 
-SUPPORTED = "qwen3, qwen3_moe and qwen2"
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SUPPORTED = "qwen3, qwen3_moe, qwen2 and llama"
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 # fields that are not carried over from another config.json: they describe that model, or how its weights were stored
 _NOT_CARRIED = (
@@ -73,8 +78,8 @@ class _Fields:
             raise self.refuse(name, f"an integer from 1 to {most}")
         return value
 
-    def number(self, name: str) -> float:
-        value = self.get(name, _ABSENT)
+    def number(self, name: str, default: Any = _ABSENT) -> float:
+        value = self.get(name, default)
         if type(value) not in (int, float) or not 0 < value < 1e30:
             raise self.refuse(name, "a finite number above 0")
         return float(value)
@@ -106,16 +111,17 @@ def read_config(path: Path | str) -> ModelConfig:
 
     Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. Fields of
     `ModelConfig` that config.json does not have (remat, attention, head_chunk, precision) keep their defaults. Only
-    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and then have
-    the defaults of `transformers`.
+    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and of a Llama
+    num_key_value_heads, rms_norm_eps and rope_theta, which its first files lack; they then have the defaults of
+    `transformers`.
 
     Args:
       path: the folder.
 
     Raises:
-      ValueError: the architecture is not Qwen3, Qwen3-MoE or Qwen2 with plain RoPE and full attention, the weights are
-        quantised, or a field is missing, of the wrong type or out of range; the message is one line, which quotes the
-        value.
+      ValueError: the architecture is not Qwen3, Qwen3-MoE, Qwen2 or Llama with plain RoPE and full attention, the
+        weights are quantised, or a field is missing, of the wrong type or out of range; the message is one line, which
+        quotes the value.
       FileNotFoundError: the folder has no config.json.
     """
     values, where = read_fields(local_path(path))
@@ -181,19 +187,20 @@ def _to_config(fields: _Fields) -> ModelConfig:
         raise fields.refuse("model_type", f"one of those supported, {SUPPORTED}")
     _check_supported(fields, kind)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    # the defaults of transformers: a fixed number for Qwen3, hidden_size over heads for the others
+    # the defaults of transformers: for head_dim, a fixed number for Qwen3, and hidden_size over heads for the others
     head_dim = 128 if kind == "qwen3" else max(hidden // heads, 1)
+    kv_heads, eps, theta = (heads, 1e-6, 1e4) if kind == "llama" else (_ABSENT,) * 3
     sizes: dict[str, Any] = {
-        "family": "qwen2" if kind == "qwen2" else "qwen3",
+        "family": "qwen3" if kind == "qwen3_moe" else kind,
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("intermediate_size"),
         "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": fields.integer("num_key_value_heads"),
+        "num_kv_heads": fields.integer("num_key_value_heads", kv_heads),
         "head_dim": fields.integer("head_dim", head_dim),
-        "rope_theta": _rope_theta(fields),
-        "rms_norm_eps": fields.number("rms_norm_eps"),
+        "rope_theta": _rope_theta(fields, theta),
+        "rms_norm_eps": fields.number("rms_norm_eps", eps),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
         "max_position_embeddings": fields.integer("max_position_embeddings"),
     }
@@ -215,18 +222,21 @@ def _check_supported(fields: _Fields, kind: str) -> None:
     fields.require("use_mrope", False)
     if kind != "qwen2":
         fields.require("attention_bias", False)
+    if kind == "llama":
+        fields.require("mlp_bias", False)
+        fields.require("pretraining_tp", 1)
     kinds = fields.get("layer_types", [])
     if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
         raise fields.refuse("layer_types", "full_attention in every layer, the only one supported")
 
 
-def _rope_theta(fields: _Fields) -> float:
+def _rope_theta(fields: _Fields, default: Any) -> float:
     """The base of RoPE, from either style; if a file has both, they must agree."""
     _check_rope_scaling(fields, "rope_scaling", {"rope_type", "type", "rope_theta"})
     _check_rope_scaling(fields, "rope_parameters", {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     parameters = fields.get("rope_parameters", {})
     if "rope_theta" not in parameters:
-        return fields.number("rope_theta")
+        return fields.number("rope_theta", default)
     theta = _Fields(parameters, f"{fields.where}: rope_parameters").number("rope_theta")
     if fields.get("rope_theta", theta) != theta:
         raise fields.refuse("rope_theta", f"{theta:g}, as rope_parameters has it")
@@ -294,6 +304,8 @@ def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any])
         "use_cache": True,
         "use_sliding_window": False,
     }
+    if kind == "llama":
+        fields |= {"mlp_bias": False, "pretraining_tp": 1}
     if config.num_experts:
         fields |= {
             "num_experts": config.num_experts,

@@ -24,6 +24,12 @@ def test_an_odd_head_cannot_be_rotated_in_pairs():
         ModelConfig(head_dim=15)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_only_qwen3_has_experts(family):
+    with pytest.raises(ValueError, match=rf"model\.num_experts is 4; family {family} has none, so it must be 0"):
+        ModelConfig(family=family, num_experts=4, num_experts_per_tok=2)
+
+
 def test_the_smallest_model_is_allowed():
     smallest = ModelConfig(**(dict.fromkeys(SIZES, 1) | {"head_dim": 2}))
     assert (smallest.num_heads, smallest.head_dim) == (1, 2)

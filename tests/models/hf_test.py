@@ -122,6 +122,40 @@ def test_both_styles_of_config_are_the_same_architecture(tmp_path, kind, style):
     assert read_config(tmp_path) == CONFIGS[kind]
 
 
+@functools.cache
+def old_llama():
+    """A Llama's config.json without the fields that the first ones lack."""
+    left_out = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters")
+    return {"model_type": "llama"} | {
+        name: value
+        for name, value in json.loads((FOLDERS["qwen2"] / "config_classic.json").read_text()).items()
+        if name not in (*left_out, "model_type", "architectures", "layer_types")
+    }
+
+
+def test_absent_fields_of_a_llama_are_what_transformers_takes_them_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(old_llama()))
+    ours, theirs = read_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert ours.family == "llama"
+    assert (ours.num_kv_heads, ours.head_dim) == (4, 16) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"attention_bias": True}, "attention_bias is True; it must be false"),
+        ({"mlp_bias": True}, "mlp_bias is True; it must be false"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2; it must be 1"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ],
+)
+def test_a_llama_of_another_kind_is_refused(tmp_path, fields, expected):
+    (tmp_path / "config.json").write_text(json.dumps(old_llama() | fields))
+    assert expected in refusal(tmp_path)
+
+
 def test_an_absent_head_dim_is_what_transformers_takes_it_for(copy):
     assert read_config(copy("qwen2")).head_dim == 64 // 4
     assert read_config(copy("qwen3_moe", config={"head_dim": ...})).head_dim == 64 // 4
@@ -131,7 +165,7 @@ def test_an_absent_head_dim_is_what_transformers_takes_it_for(copy):
 @pytest.mark.parametrize(
     ("kind", "fields", "expected"),
     [
-        ("qwen3", {"model_type": "llama"}, "model_type is 'llama'; it must be one of those supported, qwen3"),
+        ("qwen3", {"model_type": "mistral"}, "model_type is 'mistral'; it must be one of those supported, qwen3"),
         ("qwen3", {"model_type": ...}, "has no model_type"),
         ("qwen3", {"model_type": ["qwen3"]}, "model_type is ['qwen3']"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "'yarn'"),
@@ -221,6 +255,13 @@ PUBLISHED = {
         "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 10000, "sliding_window": 4096,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "use_mrope": false,
         "use_sliding_window": false, "vocab_size": 151936}""",
+    "smollm2-135m": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576,
+        "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+        "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 49152}""",
 }
 
 
