@@ -71,7 +71,7 @@ class ModelConfig:
     """A decoder-only transformer, Qwen or Llama: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
 
     Raises:
-      ValueError: a size is not positive, the key-value heads do not divide the heads, or the experts' fields do not
+      ValueError: a size is not positive, the key-value heads do not divide the heads, the experts' fields do not
         agree, or rope_scaling is of another kind or does not fit rope_theta.
     """
 
@@ -190,8 +190,8 @@ class ModelConfig:
     def longest_sequence(self) -> int:
         """Longest sequence that the model is made for, in tokens.
 
-        It is not always `max_position_embeddings`: who turns on YaRN as the cards of the Qwen models say leaves that at
-        the length without it.
+        With YaRN it may be more than `max_position_embeddings`: the cards of the Qwen models turn YaRN on and leave
+        that field as it was.
         """
         if isinstance(self.rope_scaling, YarnScaling):
             scaled = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)

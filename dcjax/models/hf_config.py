@@ -123,8 +123,8 @@ def read_config(path: Path | str) -> ModelConfig:
 
     Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. Fields of
     `ModelConfig` that config.json does not have (remat, attention, head_chunk, precision) keep their defaults. Only
-    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and of a Llama
-    num_key_value_heads, rms_norm_eps and rope_theta, which its first files lack; they then have the defaults of
+    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and of a
+    Llama, whose early files lack some, num_key_value_heads, rms_norm_eps and rope_theta; they then have the defaults of
     `transformers`.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """The scaling of Llama 3.1 and later (Grattafiori et al., 2024; Hugging Face's rope_type llama3).
+    """The scaling of Llama 3.1 and later, as Hugging Face's rope_type llama3 computes it.
 
     Raises:
       ValueError: a number is out of range.

@@ -62,8 +62,8 @@ def test_sequences_longer_than_the_folders_model_is_made_for_are_refused():
 
 
 def test_a_folder_without_a_supported_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(RunError, match="model_type is 'llama'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(RunError, match="model_type is 'mistral'"):
         with_pretrained_model(Config(pretrained=tmp_path))
 
 
