@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
         "convert",
         help="import, export or inspect Hugging Face checkpoints",
         description="Converts weights between Hugging Face folders (config.json and safetensors) and runs. Supports "
-        "unquantised Qwen3, Qwen3-MoE and Qwen2 models, DeepSeek-R1-Distill-Qwen included.",
+        "unquantised Qwen3, Qwen3-MoE, Qwen2 and Llama models, DeepSeek-R1-Distill-Qwen and SmolLM2 included.",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=Parser)
     _add_import(actions)
@@ -112,6 +112,7 @@ def _run_inspect(options: argparse.Namespace) -> None:
         "architecture": config.family + (experts if config.num_experts else ""),
         "layers": f"{config.num_layers} of width {config.hidden_size}",
         "heads": f"{config.num_heads} of width {config.head_dim}, {config.num_kv_heads} for keys and values",
+        "positions": f"{config.longest_sequence}, {config.described_rope}",
         "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_embeddings else 'untied'} head",
         "parameters": f"{inspection.parameters:,}, active {inspection.active_parameters:,}",
         "dtypes": ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()),

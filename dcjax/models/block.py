@@ -88,7 +88,10 @@ def block(
 
 
 def _heads(config: ModelConfig, params: Mapping[str, Any], normed: Array, rope: Rope, dot: Dot):
-    """Queries [B, S, H, D], keys and values [B, S, K, D]; Qwen3 normalises queries and keys, Qwen2 adds biases."""
+    """Queries [B, S, H, D], keys and values [B, S, K, D].
+
+    Qwen3 normalises queries and keys, Qwen2 adds biases, and Llama does neither.
+    """
 
     def project(name: str) -> Array:
         projected = dot(normed, params[f"{name}_proj"])

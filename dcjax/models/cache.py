@@ -178,7 +178,7 @@ def forward_cached(
     """
     stacked = isinstance(caches, LayerCache)
     capacity = (caches if isinstance(caches, LayerCache) else caches[0]).k.shape[-2]
-    rope = layers.rope_table(positions, capacity, config.head_dim, config.rope_theta)
+    rope = layers.rope_table(positions, capacity, config.head_dim, config.rope_theta, config.rope_scaling)
 
     def layer(x: Array, weights: Mapping[str, Any], cache: LayerCache, number: Any):
         def attend_here(q, k, v):

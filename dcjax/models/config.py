@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jax import lax
 
+from dcjax.models.rope import Llama3Scaling, RopeScaling, YarnScaling
+
 DtypeName = Literal["float32", "bf16", "fp16"]
 
 DTYPES: dict[DtypeName, jnp.dtype] = {
@@ -27,7 +29,7 @@ PRECISIONS: dict[Float32Products, lax.Precision] = {
 }
 """JAX's precisions by the names that configurations use."""
 
-Family = Literal["qwen3", "qwen2"]
+Family = Literal["qwen3", "qwen2", "llama"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash", "ragged"]
 Remat = Literal["none", "products", "full"]
 
@@ -66,15 +68,16 @@ class Precision:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Qwen family: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
+    """A decoder-only transformer, Qwen or Llama: grouped-query attention, RoPE, SwiGLU or experts, RMSNorm.
 
     Raises:
-      ValueError: a size is not positive, the key-value heads do not divide the heads, or the experts' fields do not
-        agree.
+      ValueError: a size is not positive, the key-value heads do not divide the heads, the experts' fields do not
+        agree, or rope_scaling is of another kind or does not fit rope_theta.
     """
 
     family: Family = "qwen3"
-    """qwen3 normalises queries and keys; qwen2 has biases on queries, keys and values instead, and no experts."""
+    """qwen3 normalises queries and keys, and may have experts; qwen2 has biases on queries, keys and values instead;
+    llama has neither."""
     vocab_size: int = 32
     """Rows of the embedding table (tokens)."""
     hidden_size: int = 64
@@ -91,12 +94,16 @@ class ModelConfig:
     """Width of one head; even, as RoPE rotates pairs."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are changed for sequences longer than those of the first training; None leaves them as
+    they are. A recipe gives a Llama3Scaling or a YarnScaling of dcjax.models.rope, whose fields may be overridden."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding table."""
     max_position_embeddings: int = 40_960
-    """Longest sequence that the model is made for, in tokens; exported, but not enforced here."""
+    """Longest sequence that the model is made for, in tokens; exported, but not enforced here. With YaRN it is made for
+    rope_scaling.factor times rope_scaling.original_max_position_embeddings tokens, if that is more."""
     num_experts: int = 0
     """Number of experts in each sparse layer; 0 for a dense model."""
     num_experts_per_tok: int = 8
@@ -145,8 +152,16 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"model.{name} is {value}; it must be a finite number above 0")
+        self._check_rope_scaling()
         self._check_heads()
         self._check_experts()
+
+    def _check_rope_scaling(self):
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            kinds = " or ".join(kind.__name__ for kind in get_args(RopeScaling))
+            raise ValueError(f"model.rope_scaling is {self.rope_scaling!r}; it must be None, or a {kinds}")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta is {self.rope_theta}; with YaRN it must be above 1")
 
     def _check_heads(self):
         if self.num_heads % self.num_kv_heads:
@@ -160,8 +175,8 @@ class ModelConfig:
     def _check_experts(self):
         if not self.num_experts:
             return
-        if self.family == "qwen2":
-            raise ValueError(f"model.num_experts is {self.num_experts}; family qwen2 has none, so it must be 0")
+        if self.family != "qwen3":
+            raise ValueError(f"model.num_experts is {self.num_experts}; family {self.family} has none, so it must be 0")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"model.num_experts_per_tok is {self.num_experts_per_tok}; "
@@ -170,6 +185,29 @@ class ModelConfig:
         for layer in self.mlp_only_layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"model.mlp_only_layers names layer {layer}; layers are 0 to {self.num_layers - 1}")
+
+    @property
+    def longest_sequence(self) -> int:
+        """Longest sequence that the model is made for, in tokens.
+
+        With YaRN it may be more than `max_position_embeddings`: the cards of the Qwen models turn YaRN on and leave
+        that field as it was.
+        """
+        if isinstance(self.rope_scaling, YarnScaling):
+            scaled = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+            return max(self.max_position_embeddings, scaled)
+        return self.max_position_embeddings
+
+    @property
+    def described_rope(self) -> str:
+        """RoPE in words, for messages."""
+        scaling = self.rope_scaling
+        if scaling is None:
+            return f"RoPE of theta {self.rope_theta:g}, without scaling"
+        return (
+            f"RoPE of theta {self.rope_theta:g}, scaled by {scaling.factor:g} ({scaling.rope_type}) from "
+            f"{scaling.original_max_position_embeddings} tokens"
+        )
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
@@ -212,6 +250,25 @@ def _published(layers: int, hidden: int, intermediate: int, heads: int, kv_heads
     )
 
 
+def _llama(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, **others
+) -> ModelConfig:
+    """The same of the Llama family."""
+    shared = {"family": "llama", "head_dim": head_dim, "rms_norm_eps": 1e-5, "tie_embeddings": True}
+    return _published(layers, hidden, intermediate, heads, kv_heads, **(shared | others))
+
+
+def _llama3(layers: int, hidden: int, intermediate: int, head_dim: int, *, factor: float, **others) -> ModelConfig:
+    """The same of Llama 3.1 and 3.2, whose RoPE is scaled by `factor`."""
+    shared = {
+        "vocab_size": 128_256,
+        "rope_theta": 5e5,
+        "rope_scaling": Llama3Scaling(factor, 1.0, 4.0, original_max_position_embeddings=8192),
+        "max_position_embeddings": 131_072,
+    }
+    return _llama(layers, hidden, intermediate, 32, 8, head_dim, **(shared | others))
+
+
 presets: dict[str, ModelConfig] = {
     "tiny": _TINY,
     "tiny-moe": replace(_TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96),
@@ -226,5 +283,8 @@ presets: dict[str, ModelConfig] = {
     "deepseek-r1-distill-qwen-1.5b": _published(
         28, 1536, 8960, 12, 2, family="qwen2", rope_theta=1e4, max_position_embeddings=131_072
     ),
+    "smollm2-135m": _llama(30, 576, 1536, 9, 3, 64, vocab_size=49_152, rope_theta=1e5, max_position_embeddings=8192),
+    "llama-3.2-1b": _llama3(16, 2048, 8192, 64, factor=32.0),
+    "llama-3.1-8b": _llama3(32, 4096, 14_336, 128, factor=8.0, tie_embeddings=False),
 }
 """Configurations by name; those of released models have the published sizes."""

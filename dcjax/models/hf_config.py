@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
 from dcjax.models.hf_files import quote, read_json_object
+from dcjax.models.rope import RopeScaling
 from dcjax.paths import local_path
 
 GENERATION_CONFIG = "generation_config.json"
@@ -23,14 +25,22 @@ MAX_EXPERTS = 2**18
 MAX_END_TOKENS = 256
 """Largest number of end tokens in one file."""
 
-SUPPORTED = "qwen3, qwen3_moe and qwen2"
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SUPPORTED = "qwen3, qwen3_moe, qwen2 and llama"
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+_SCALINGS = {kind.rope_type: kind for kind in get_args(RopeScaling)}
 
 # fields that are not carried over from another config.json: they describe that model, or how its weights were stored
 _NOT_CARRIED = (
     "quantization_config",
     "layer_types",
     "max_window_layers",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
     "transformers_version",
     "num_experts",
     "num_local_experts",
@@ -73,17 +83,24 @@ class _Fields:
             raise self.refuse(name, f"an integer from 1 to {most}")
         return value
 
-    def number(self, name: str) -> float:
-        value = self.get(name, _ABSENT)
+    def number(self, name: str, default: Any = _ABSENT) -> float:
+        value = self.get(name, default)
         if type(value) not in (int, float) or not 0 < value < 1e30:
             raise self.refuse(name, "a finite number above 0")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: Any = _ABSENT) -> bool:
         value = self.get(name, default)
         if type(value) is not bool:
             raise self.refuse(name, "true or false")
         return value
+
+    def below(self, name: str) -> _Fields:
+        """The fields of an object; none if it is absent or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.refuse(name, "an object or null")
+        return _Fields(value, f"{self.where}: {name}")
 
     def token_ids(self, name: str, vocab_size: int) -> list[int]:
         """The ids that a field holds, one or a list of them; no ids if it is absent or null."""
@@ -106,16 +123,17 @@ def read_config(path: Path | str) -> ModelConfig:
 
     Both styles are read: num_experts, rope_theta and rope_scaling, and num_local_experts and rope_parameters. Fields of
     `ModelConfig` that config.json does not have (remat, attention, head_chunk, precision) keep their defaults. Only
-    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and then have
-    the defaults of `transformers`.
+    head_dim, tie_word_embeddings, norm_topk_prob, decoder_sparse_step and mlp_only_layers may be absent, and of a
+    Llama, whose early files lack some, num_key_value_heads, rms_norm_eps and rope_theta; they then have the defaults of
+    `transformers`.
 
     Args:
       path: the folder.
 
     Raises:
-      ValueError: the architecture is not Qwen3, Qwen3-MoE or Qwen2 with plain RoPE and full attention, the weights are
-        quantised, or a field is missing, of the wrong type or out of range; the message is one line, which quotes the
-        value.
+      ValueError: the architecture is not Qwen3, Qwen3-MoE, Qwen2 or Llama with full attention, RoPE is scaled in
+        another way than llama3's and YaRN's, the weights are quantised, or a field is missing, of the wrong type or out
+        of range; the message is one line, which quotes the value.
       FileNotFoundError: the folder has no config.json.
     """
     values, where = read_fields(local_path(path))
@@ -181,19 +199,21 @@ def _to_config(fields: _Fields) -> ModelConfig:
         raise fields.refuse("model_type", f"one of those supported, {SUPPORTED}")
     _check_supported(fields, kind)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    # the defaults of transformers: a fixed number for Qwen3, hidden_size over heads for the others
+    # the defaults of transformers: for head_dim, a fixed number for Qwen3, and hidden_size over heads for the others
     head_dim = 128 if kind == "qwen3" else max(hidden // heads, 1)
+    kv_heads, eps, theta = (heads, 1e-6, 1e4) if kind == "llama" else (_ABSENT,) * 3
     sizes: dict[str, Any] = {
-        "family": "qwen2" if kind == "qwen2" else "qwen3",
+        "family": "qwen3" if kind == "qwen3_moe" else kind,
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("intermediate_size"),
         "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": fields.integer("num_key_value_heads"),
+        "num_kv_heads": fields.integer("num_key_value_heads", kv_heads),
         "head_dim": fields.integer("head_dim", head_dim),
-        "rope_theta": _rope_theta(fields),
-        "rms_norm_eps": fields.number("rms_norm_eps"),
+        "rope_scaling": _rope_scaling(fields),
+        "rope_theta": _rope_theta(fields, theta),
+        "rms_norm_eps": fields.number("rms_norm_eps", eps),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
         "max_position_embeddings": fields.integer("max_position_embeddings"),
     }
@@ -215,30 +235,70 @@ def _check_supported(fields: _Fields, kind: str) -> None:
     fields.require("use_mrope", False)
     if kind != "qwen2":
         fields.require("attention_bias", False)
+    if kind == "llama":
+        fields.require("mlp_bias", False)
+        fields.require("pretraining_tp", 1)
+    if _turns_partly(fields):
+        raise fields.refuse("partial_rotary_factor", "1, the only one supported")
     kinds = fields.get("layer_types", [])
     if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
         raise fields.refuse("layer_types", "full_attention in every layer, the only one supported")
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """The base of RoPE, from either style; if a file has both, they must agree."""
-    _check_rope_scaling(fields, "rope_scaling", {"rope_type", "type", "rope_theta"})
-    _check_rope_scaling(fields, "rope_parameters", {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-    parameters = fields.get("rope_parameters", {})
-    if "rope_theta" not in parameters:
-        return fields.number("rope_theta")
-    theta = _Fields(parameters, f"{fields.where}: rope_parameters").number("rope_theta")
-    if fields.get("rope_theta", theta) != theta:
-        raise fields.refuse("rope_theta", f"{theta:g}, as rope_parameters has it")
+def _rope_theta(fields: _Fields, default: Any) -> float:
+    """The base of RoPE, from either style; where a file has it more than once, all must agree."""
+    places = {f"{style}.": fields.below(style) for style in ("rope_parameters", "rope_scaling")} | {"": fields}
+    thetas = {
+        f"{place}rope_theta": given.number("rope_theta")
+        for place, given in places.items()
+        if given.get("rope_theta", None) is not None
+    }
+    theta = next(iter(thetas.values())) if thetas else fields.number("rope_theta", default)
+    for name, other in thetas.items():
+        if other != theta:
+            raise ValueError(f"{fields.where}: {name} is {other}; it must be {theta:g}, as {next(iter(thetas))} is")
     return theta
 
 
-def _check_rope_scaling(fields: _Fields, name: str, known: set[str]) -> None:
-    value = fields.get(name, {})
-    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
-    unknown = set(value) - known if isinstance(value, dict) else set()
-    if kind != "default" or unknown or value.get("partial_rotary_factor", 1) != 1:
-        raise fields.refuse(name, "null or of rope_type default, as RoPE without scaling is the only one supported")
+def _rope_scaling(fields: _Fields) -> RopeScaling | None:
+    """How RoPE is scaled, from either style; if a file has both, they must agree."""
+    scalings = [_scaling(fields, style) for style in ("rope_parameters", "rope_scaling") if fields.get(style, {})]
+    if len(set(scalings)) > 1:
+        raise fields.refuse("rope_scaling", "as rope_parameters is, or absent")
+    if not scalings or scalings[0] is None:
+        return None
+    # outside the scaling's own fields, transformers takes it for the scaling's all the same
+    length = scalings[0].original_max_position_embeddings
+    if fields.get("original_max_position_embeddings", length) != length:
+        raise fields.refuse("original_max_position_embeddings", f"{length}, as the scaling of RoPE has it")
+    return scalings[0]
+
+
+def _scaling(fields: _Fields, style: str) -> RopeScaling | None:
+    given = fields.below(style)
+    kind = given.get("rope_type", given.get("type", "default"))
+    scaling = _SCALINGS.get(kind) if isinstance(kind, str) else None
+    described = () if scaling is None else dataclasses.fields(scaling)
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {each.name for each in described}
+    if (scaling is None and kind != "default") or set(given.values) - known or _turns_partly(given):
+        raise fields.refuse(style, f"null, or of rope_type default, {' or '.join(_SCALINGS)} with their fields only")
+    if scaling is None:
+        return None
+    readers = {"original_max_position_embeddings": given.integer, "truncate": given.flag}
+    values = {
+        each.name: readers.get(each.name, given.number)(each.name)
+        for each in described
+        if each.default is dataclasses.MISSING or given.get(each.name, None) is not None
+    }
+    try:
+        return scaling(**values)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}") from None
+
+
+def _turns_partly(fields: _Fields) -> bool:
+    """Whether RoPE turns a part of each head only."""
+    return fields.get("partial_rotary_factor", 1) != 1
 
 
 def _experts(fields: _Fields, num_layers: int) -> dict[str, Any]:
@@ -287,13 +347,15 @@ def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any])
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_scaling": None if config.rope_scaling is None else _scaling_fields(config.rope_scaling),
+        "rope_parameters": {"rope_theta": config.rope_theta} | _scaling_fields(config.rope_scaling),
         "sliding_window": None,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
         "use_sliding_window": False,
     }
+    if kind == "llama":
+        fields |= {"mlp_bias": False, "pretraining_tp": 1}
     if config.num_experts:
         fields |= {
             "num_experts": config.num_experts,
@@ -305,3 +367,15 @@ def to_fields(config: ModelConfig, dtype: DtypeName, carried: Mapping[str, Any])
             "mlp_only_layers": list(config.mlp_only_layers),
         }
     return fields
+
+
+def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any]:
+    """The fields of a scaling, but for those that have their defaults, some of which older readers do not know."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    values = {
+        each.name: getattr(scaling, each.name)
+        for each in dataclasses.fields(scaling)
+        if getattr(scaling, each.name) != each.default
+    }
+    return {"rope_type": scaling.rope_type} | values

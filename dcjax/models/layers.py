@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
+from dcjax.models.rope import RopeScaling
 from dcjax.types import Array
 
 Rope = tuple[Array, Array]
-"""cos and sin, float32 [B or 1, S, 1, D / 2]."""
+"""cos and sin, float32 [B or 1, S, 1, D / 2]; YaRN multiplies both by a number."""
 
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -89,18 +91,24 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_table(positions: Int[Array, "B S"], length: int, head_dim: int, theta: float) -> Rope:
-    """Rotary angles of each position below `length`: position · theta^(-2i / head_dim) for pair i.
+def rope_table(
+    positions: Int[Array, "B S"], length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Rope:
+    """Rotary angles of each position below `length`: position · theta^(-2i / head_dim) for pair i, unless scaled.
 
     Sines and cosines are computed once for `length` positions and then looked up, rather than computed at each use.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies, amplitude = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim), 1.0
+    if scaling is not None:
+        frequencies *= scaling.multipliers(theta, head_dim).astype(np.float32)
+        amplitude = scaling.amplitude
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
-    return jnp.cos(angles)[positions][:, :, None], jnp.sin(angles)[positions][:, :, None]
+    cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+    return cos[positions][:, :, None], sin[positions][:, :, None]
 
 
 def apply_rope(x: Float[Array, "B S H D"], rope: Rope) -> Float[Array, "B S H D"]:
-    """Rotates pairs (x_i, x_{i + D/2}), Qwen's half-split layout; float32 inside, result in x's dtype."""
+    """Rotates pairs (x_i, x_{i + D/2}), Hugging Face's half-split layout; float32 inside, result in x's dtype."""
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

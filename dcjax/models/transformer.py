@@ -216,7 +216,7 @@ def run_columns(
     """
     kinds, products = config.sparse_layers, training_products(config.precision)
     period = _period(kinds)
-    rope = layers.rope_table(columns.positions, positions, config.head_dim, config.rope_theta)
+    rope = layers.rope_table(columns.positions, positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
     def attend(q, k, v):
         how = {"kernel": config.attention, "float32": config.precision.float32}

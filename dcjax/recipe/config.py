@@ -240,10 +240,10 @@ def check_positions(model: ModelConfig, rollout: RolloutConfig) -> None:
       ValueError: the longest prompt and response together have more tokens than the model has positions.
     """
     prompt, response = rollout.max_prompt_length, rollout.max_response_length
-    if (needed := prompt + response) > (positions := model.max_position_embeddings):
+    if (needed := prompt + response) > (positions := model.longest_sequence):
         raise ValueError(
             f"rollout.max_prompt_length is {prompt} and rollout.max_response_length {response}, {needed} tokens; "
-            f"the model is made for {positions} (RoPE of theta {model.rope_theta:g}, without scaling), so shorten them"
+            f"the model is made for {positions} ({model.described_rope}), so shorten them"
         )
 
 

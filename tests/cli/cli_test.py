@@ -17,6 +17,7 @@ import dcjax.rewards.pool
 from dcjax.cli import build_parser, main
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.store import load_examples
+from dcjax.models.rope import YarnScaling
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.plain import to_dict
@@ -418,6 +419,26 @@ def config():
 """
     assert main(["train", recipe(body)]) == 0
     assert started[0].steps == 9
+
+
+SCALED = """
+from dcjax.models import ModelConfig
+from dcjax.models.rope import YarnScaling
+from dcjax.recipe.config import Config
+
+def config():
+    return Config(model=ModelConfig(rope_scaling=YarnScaling(4.0, 64)))
+"""
+
+
+def test_fields_of_scaled_rope_are_set_where_a_recipe_scales_it(started):
+    assert main(["train", recipe(SCALED), "model.rope_scaling.factor=8", "--model.rope_scaling.truncate", "false"]) == 0
+    assert started[0].model.rope_scaling == YarnScaling(8.0, 64, truncate=False)
+
+
+def test_a_factor_of_scaled_rope_that_cannot_be_is_refused(refusal):
+    told = refusal("train", recipe(SCALED), "model.rope_scaling.factor=0.5")
+    assert "model.rope_scaling.factor is 0.5; it must be a finite number of at least 1" in told
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["evaluate"], ["report"], ["report", "a", "b"]])

@@ -24,6 +24,7 @@ from dcjax.models.cache import (
     write,
 )
 from dcjax.models.parameters import layer_params
+from dcjax.models.rope import Llama3Scaling, YarnScaling
 
 pytestmark = pytest.mark.heavy
 
@@ -67,16 +68,16 @@ FRONT = np.broadcast_to(np.arange(WIDTH), (ROWS, WIDTH))
 
 
 @functools.cache
-def full():
+def full(config=DENSE):
     """Logits of all tokens at once, without a cache."""
-    return np.asarray(jit(forward, static_argnums=0)(DENSE, masters(DENSE), TOKENS))
+    return np.asarray(jit(forward, static_argnums=0)(config, masters(config), TOKENS))
 
 
-def prefill_and_decode(dtype):
+def prefill_and_decode(dtype, config=DENSE):
     """Logits of ragged prompts, prefilled at once with padding on the right, then token by token to the capacity."""
-    params = model(DENSE)
+    params = model(config)
     padded = np.where(PROMPTS[:, None] > FRONT, TOKENS[:, :WIDTH], 0)
-    decoded, prefilled = run(DENSE, params, padded, FRONT, empty(dtype=dtype))
+    decoded, prefilled = run(config, params, padded, FRONT, empty(dtype=dtype))
     logits = np.full((*TOKENS.shape, DENSE.vocab_size), np.nan, np.float32)
     for row, length in enumerate(PROMPTS):
         logits[row, :length] = prefilled[row, :length]
@@ -84,14 +85,22 @@ def prefill_and_decode(dtype):
     while (at < CAPACITY).any():
         # rows that are through feed their last token again, as ended slots do
         position = np.minimum(at, CAPACITY - 1)[:, None]
-        decoded, step = run(DENSE, params, np.take_along_axis(TOKENS, position, 1), position, decoded.caches)
+        decoded, step = run(config, params, np.take_along_axis(TOKENS, position, 1), position, decoded.caches)
         logits[np.arange(ROWS), position[:, 0]] = step[:, 0]
         at = at + 1
     return logits
 
 
-def test_prefill_and_decode_equal_the_full_forward():
-    np.testing.assert_allclose(prefill_and_decode("float32"), full(), atol=1e-5)
+# prompts end before the length that is scaled, and the capacity is beyond it
+LLAMA = dataclasses.replace(DENSE, family="llama", rope_theta=50.0, rope_scaling=Llama3Scaling(4.0, 0.5, 1.5, 8))
+YARN = dataclasses.replace(DENSE, rope_theta=50.0, rope_scaling=YarnScaling(4.0, 8, beta_fast=2.0, beta_slow=0.25))
+
+
+@pytest.mark.parametrize("config", [DENSE, LLAMA, YARN], ids=["plain", "llama3", "yarn"])
+def test_prefill_and_decode_equal_the_full_forward(config):
+    np.testing.assert_allclose(prefill_and_decode("float32", config), full(config), atol=1e-5)
+    if config.rope_scaling is not None:
+        assert np.abs(full(config) - full(dataclasses.replace(config, rope_scaling=None)))[:, -1].max() > 1e-2
 
 
 @pytest.mark.parametrize(

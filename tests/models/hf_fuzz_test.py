@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dcjax.models import ModelConfig, abstract_params, load_hf, save_hf
+from dcjax.models import ModelConfig, abstract_params, load_hf, read_config, save_hf
+from dcjax.models.rope import YarnScaling
 
 CONFIG = ModelConfig(
     vocab_size=12,
@@ -20,6 +21,7 @@ CONFIG = ModelConfig(
     num_heads=2,
     num_kv_heads=1,
     head_dim=4,
+    rope_scaling=YarnScaling(4.0, 64, beta_fast=16.0, attention_factor=1.5, truncate=False),
     tie_embeddings=False,
     num_experts=2,
     num_experts_per_tok=1,
@@ -27,7 +29,14 @@ CONFIG = ModelConfig(
     mlp_only_layers=(1,),
 )
 FILE = "model.safetensors"
-FREE = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "norm_topk_prob", "num_experts_per_tok")
+FREE = (
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+)
 """What no tensor's shape tells, and config.json has no checksum: another value is another model of the same weights."""
 
 
@@ -225,7 +234,10 @@ def test_header_lengths_that_are_not_the_headers_are_refused(saved, outcome, len
 HOSTILE = (
     None, True, False, 0, -1, 1, 2, 3, 7, 1.5, 8.0, 1e308, -1e308, 2**31, 2**31 + 1, 2**63, 2**64, 10**30, 10**4000, "",
     "8", "silu", "\u0000", "x" * 100_000, "a\nb", "\ud800", [], [8], [[]], [None], [2**70], {}, {"rope_type": "yarn"},
-    {"rope_type": ["default"]}, {"a": {"b": {"c": [1, 2, {"d": None}]}}},
+    {"rope_type": ["default"]}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2**63},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 1e4},
+    {"rope_type": "llama3", "factor": 1e-300, "low_freq_factor": [], "high_freq_factor": 10**400},
+    {"a": {"b": {"c": [1, 2, {"d": None}]}}},
 )  # fmt: skip
 
 
@@ -245,6 +257,31 @@ def test_hostile_values_in_the_config_are_refused_or_of_no_account(saved, outcom
     for name in sizes:
         assert outcomes[name]["another number"] == 0, (name, outcomes[name])
         assert outcomes[name]["refused"] >= count - 2, (name, outcomes[name])
+
+
+def test_hostile_values_in_a_scaling_are_refused_or_scale_by_numbers(tmp_path, saved):
+    """Each field set to values of every kind, in both styles alike; what is read turns pairs by finite frequencies."""
+    fields = json.loads(saved[2]["config.json"])
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    outcomes = Counter()
+    for scaling in (fields["rope_scaling"], llama3 | {"original_max_position_embeddings": 64}):
+        for name in scaling:
+            for value in (*HOSTILE, 1e-30, 1e29, 2**31 - 1):
+                damaged = {"rope_theta": 10_000.0, **scaling, name: value}
+                (tmp_path / "config.json").write_text(
+                    json.dumps(fields | {"rope_parameters": damaged, "rope_scaling": damaged})
+                )
+                try:
+                    config = read_config(tmp_path)
+                except ValueError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 500, error
+                    outcomes["refused"] += 1
+                    continue
+                outcomes["read"] += 1
+                if config.rope_scaling is not None:
+                    found = config.rope_scaling.multipliers(config.rope_theta, config.head_dim)
+                    assert ((found > 0) & (found <= 1)).all() and 0 < config.rope_scaling.amplitude < np.inf
+    assert outcomes["refused"] > outcomes["read"] > 20, outcomes
 
 
 def test_configs_that_are_no_json_objects_are_refused(saved, outcome):

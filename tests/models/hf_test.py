@@ -20,13 +20,16 @@ from transformers import AutoConfig
 from dcjax.models import ModelConfig, abstract_params, forward, load_hf, presets, read_config, save_hf
 from dcjax.models.config import DTYPES
 from dcjax.models.hf import Checkpoint
+from dcjax.models.hf_config import to_fields
 from dcjax.models.hf_files import open_tensors
+from dcjax.models.rope import Llama3Scaling, YarnScaling
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.heavy
 
 DATA = Path(__file__).parents[1] / "data"
-KINDS = ("qwen3", "qwen3_moe", "qwen2")
+KINDS = ("qwen3", "qwen3_moe", "qwen2", "llama", "qwen3_yarn")
+SCALED = ("llama", "qwen3_yarn")
 FOLDERS = {kind: DATA / f"hf_tiny_{kind}" for kind in KINDS}
 
 SIZES = {
@@ -40,10 +43,16 @@ SIZES = {
     "tie_embeddings": False,
     "max_position_embeddings": 256,
 }
+LLAMA = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "tie_embeddings": True, "max_position_embeddings": 96}
+YARN = {"rope_theta": 100.0, "max_position_embeddings": 96}
 CONFIGS = {
     "qwen3": ModelConfig(**SIZES, head_dim=32),
     "qwen3_moe": ModelConfig(**SIZES, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48),
     "qwen2": ModelConfig(**SIZES, head_dim=16, family="qwen2"),
+    "llama": ModelConfig(**SIZES | LLAMA, head_dim=16, family="llama", rope_scaling=Llama3Scaling(4.0, 1.0, 3.0, 24)),
+    "qwen3_yarn": ModelConfig(
+        **SIZES | YARN, head_dim=32, rope_scaling=YarnScaling(6.0, 16, beta_fast=2.0, beta_slow=0.25, truncate=False)
+    ),
 }
 
 # a dense layer between sparse ones, a tied head, and sizes that are all different
@@ -75,7 +84,8 @@ def random_params(config, dtype="float32"):
 def logits_of(config, params, tokens, mask):
     """By one program for a config, whatever the number of tokens."""
     length = tokens.shape[1]
-    padded, mask = (np.pad(x, ((0, 0), (0, 22 - length))) for x in (tokens, mask))
+    columns = 22 if config.rope_scaling is None else 40
+    padded, mask = (np.pad(x, ((0, 0), (0, columns - length))) for x in (tokens, mask))
     return np.asarray(run(config, params, padded, mask))[:, :length]
 
 
@@ -122,19 +132,64 @@ def test_both_styles_of_config_are_the_same_architecture(tmp_path, kind, style):
     assert read_config(tmp_path) == CONFIGS[kind]
 
 
+@functools.cache
+def old_llama():
+    """A Llama's config.json without the fields that the first ones lack."""
+    left_out = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters")
+    return {"model_type": "llama"} | {
+        name: value
+        for name, value in json.loads((FOLDERS["qwen2"] / "config_classic.json").read_text()).items()
+        if name not in (*left_out, "model_type", "architectures", "layer_types")
+    }
+
+
+def test_absent_fields_of_a_llama_are_what_transformers_takes_them_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(old_llama()))
+    ours, theirs = read_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert ours.family == "llama"
+    assert (ours.num_kv_heads, ours.head_dim) == (4, 16) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"attention_bias": True}, "attention_bias is True; it must be false"),
+        ({"mlp_bias": True}, "mlp_bias is True; it must be false"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2; it must be 1"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ],
+)
+def test_a_llama_of_another_kind_is_refused(tmp_path, fields, expected):
+    (tmp_path / "config.json").write_text(json.dumps(old_llama() | fields))
+    assert expected in refusal(tmp_path)
+
+
 def test_an_absent_head_dim_is_what_transformers_takes_it_for(copy):
     assert read_config(copy("qwen2")).head_dim == 64 // 4
     assert read_config(copy("qwen3_moe", config={"head_dim": ...})).head_dim == 64 // 4
     assert read_config(copy("qwen3", config={"head_dim": ...})).head_dim == 128
 
 
+YARN_FIELDS = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3_FIELDS = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SCALINGS = "llama3 or yarn"
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "expected"),
     [
-        ("qwen3", {"model_type": "llama"}, "model_type is 'llama'; it must be one of those supported, qwen3"),
+        ("qwen3", {"model_type": "mistral"}, "model_type is 'mistral'; it must be one of those supported, qwen3"),
         ("qwen3", {"model_type": ...}, "has no model_type"),
         ("qwen3", {"model_type": ["qwen3"]}, "model_type is ['qwen3']"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "'yarn'"),
         (
             "qwen3",
             {"transformers_weights": "consolidated.safetensors"},
@@ -147,6 +202,12 @@ def test_an_absent_head_dim_is_what_transformers_takes_it_for(copy):
         ("qwen3", {"rope_theta": 1e4}, "rope_theta is 10000.0; it must be 1e+06"),
         ("qwen3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
         ("qwen3", {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling is"),
+        ("qwen3", {"rope_scaling": 0}, "rope_scaling is 0; it must be an object or null"),
+        ("qwen3", {"rope_scaling": {"rope_theta": 1e4}}, "rope_scaling.rope_theta is 10000.0; it must be 1e+06, as"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be 1"),
+        ("llama", {"rope_scaling": {"rope_type": "default"}}, "it must be as rope_parameters is, or absent"),
+        ("qwen3", {"rope_scaling": YARN_FIELDS}, "it must be as rope_parameters is, or absent"),
+        ("llama", {"original_max_position_embeddings": 32}, "original_max_position_embeddings is 32; it must be 24"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("qwen3", {"use_sliding_window": 0}, "use_sliding_window is 0"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
@@ -185,6 +246,85 @@ def test_a_config_that_is_not_supported_is_refused_by_its_field(copy, kind, fiel
     assert expected in refusal(copy(kind, config=fields))
 
 
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters", "both"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen2", "llama"])
+def test_every_family_may_have_every_scaling_in_every_style(copy, kind, style):
+    """A null is a field that is absent, and the kind may be called `type`, as on the cards of Qwen2.5."""
+    others = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "mscale": 1.0, "mscale_all_dim": 0.5}
+    for fields, expected in (
+        (YARN_FIELDS, YarnScaling(4.0, 64)),
+        (YARN_FIELDS | others | {"truncate": False}, YarnScaling(4.0, 64, 16.0, 2.0, 1.5, 1.0, 0.5, truncate=False)),
+        (YARN_FIELDS | {"beta_fast": None, "partial_rotary_factor": 1.0}, YarnScaling(4.0, 64)),
+        (LLAMA3_FIELDS | {"factor": 32}, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
+    ):
+        written = {"rope_theta": fields["rope_theta"], "rope_parameters": ..., "original_max_position_embeddings": ...}
+        classic = {"type" if name == "rope_type" else name: value for name, value in fields.items()}
+        written |= {"rope_scaling": classic} if style != "rope_parameters" else {"rope_scaling": None}
+        written |= {"rope_parameters": fields} if style != "rope_scaling" else {}
+        config = read_config(copy(kind, config=written))
+        assert (config.rope_scaling, config.rope_theta) == (expected, fields["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "expected"),
+    [
+        *(
+            (
+                YARN_FIELDS,
+                {"rope_type": kind},
+                f"must be null, or of rope_type default, {SCALINGS} with their fields only",
+            )
+            for kind in ("linear", "dynamic", "longrope", "proportional", ["yarn"], 7)
+        ),
+        (YARN_FIELDS, {"low_freq_factor": 1.0}, SCALINGS),
+        (YARN_FIELDS, {"partial_rotary_factor": 0.5}, SCALINGS),
+        (LLAMA3_FIELDS, {"beta_fast": 32}, SCALINGS),
+        (YARN_FIELDS, {"factor": None}, "rope_parameters: factor is None; it must be a finite number"),
+        (YARN_FIELDS, {"factor": "4"}, "rope_parameters: factor is '4'; it must be a finite number"),
+        (YARN_FIELDS, {"factor": True}, "rope_parameters: factor is True"),
+        (YARN_FIELDS, {"factor": 0.5}, "model.rope_scaling.factor is 0.5; it must be a finite number of at least 1"),
+        (YARN_FIELDS, {"original_max_position_embeddings": 16.0}, "original_max_position_embeddings is 16.0; it must"),
+        (YARN_FIELDS, {"original_max_position_embeddings": ...}, "has no original_max_position_embeddings; it must be"),
+        (YARN_FIELDS, {"beta_slow": 64}, "model.rope_scaling.beta_slow is 64.0; it must be at most beta_fast"),
+        (YARN_FIELDS, {"attention_factor": 0}, "attention_factor is 0; it must be a finite number above 0"),
+        (YARN_FIELDS, {"truncate": 1}, "truncate is 1; it must be true or false"),
+        (YARN_FIELDS, {"rope_theta": 1}, "model.rope_theta is 1.0; with YaRN it must be above 1"),
+        (LLAMA3_FIELDS, {"low_freq_factor": ...}, "has no low_freq_factor; it must be a finite number"),
+        (LLAMA3_FIELDS, {"low_freq_factor": 5}, "model.rope_scaling.low_freq_factor is 5.0; it must be below"),
+    ],
+)
+def test_a_scaling_that_is_not_supported_is_refused_by_its_field(copy, fields, changes, expected):
+    changed = {name: value for name, value in (fields | changes).items() if value is not Ellipsis}
+    assert expected in refusal(copy("qwen3", config={"rope_parameters": changed}))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        Llama3Scaling(8.0, 1.0, 4.0, 64),
+        YarnScaling(4.0, 64),
+        YarnScaling(4.0, 64, 16.0, 2.0, attention_factor=1.5, mscale=1.0, mscale_all_dim=0.5, truncate=False),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_a_written_scaling_is_read_again_whatever_was_carried(tmp_path, family, scaling):
+    config = dataclasses.replace(MIXED, num_experts=0, mlp_only_layers=(), family=family, rope_scaling=scaling)
+    carried = {"rope_scaling": {"type": "linear"}, "rope_parameters": YARN_FIELDS, "rope_theta": 7.0}
+    carried |= {
+        "original_max_position_embeddings": 3,
+        "partial_rotary_factor": 0.5,
+        "mlp_bias": True,
+        "pretraining_tp": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(to_fields(config, "float32", carried)))
+    ours, theirs = read_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert ours == dataclasses.replace(config, num_experts_per_tok=8, moe_intermediate_size=768)
+    rope = {name: value for name, value in theirs.rope_parameters.items() if name not in ("rope_type", "rope_theta")}
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert (scaling is None and rope == {}) or type(scaling)(**rope) == scaling
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -221,6 +361,29 @@ PUBLISHED = {
         "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 10000, "sliding_window": 4096,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "use_mrope": false,
         "use_sliding_window": false, "vocab_size": 151936}""",
+    "smollm2-135m": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576,
+        "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+        "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 49152}""",
+    "llama-3.2-1b": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 128256}""",
+    "llama-3.1-8b": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 128256}""",
 }
 
 
@@ -241,7 +404,18 @@ def test_logits_are_those_of_transformers(kind, padding):
     tokens = reference[f"{padding}input_ids"]
     mask = reference[f"{padding}attention_mask"].astype(bool) if padding else np.ones(tokens.shape, bool)
     logits = logits_of(config, params, tokens, mask)
-    np.testing.assert_allclose(logits[mask], reference[f"{padding}logits"][mask], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits[mask], reference[f"{padding}logits"][mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_without_its_scaling_a_model_is_another(kind):
+    """Else the vectors would show nothing of it."""
+    config, params = loaded(kind)
+    tokens = np.load(FOLDERS[kind] / "reference.npz")["input_ids"]
+    assert tokens.shape[1] > config.rope_scaling.original_max_position_embeddings
+    everything = np.ones(tokens.shape, bool)
+    plain = jit(forward, static_argnums=0)(dataclasses.replace(config, rope_scaling=None), params, tokens, everything)
+    assert np.abs(plain - logits_of(config, params, tokens, everything))[:, -5:].max() > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)

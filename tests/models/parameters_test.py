@@ -16,10 +16,11 @@ from dcjax.models.transformer import Transformer
 pytestmark = pytest.mark.heavy
 
 QWEN2 = dataclasses.replace(DENSE, family="qwen2")
+LLAMA = dataclasses.replace(DENSE, family="llama")
 # layers 1 and 3 have experts; and in the second, only layer 2 has
 ALTERNATING = dataclasses.replace(EXPERTS, num_layers=4, decoder_sparse_step=2, tie_embeddings=False)
 IRREGULAR = dataclasses.replace(EXPERTS, num_layers=3, mlp_only_layers=(0, 1))
-ARCHITECTURES = {"dense": DENSE, "qwen2": QWEN2, "experts": EXPERTS, "alternating": ALTERNATING}
+ARCHITECTURES = {"dense": DENSE, "qwen2": QWEN2, "llama": LLAMA, "experts": EXPERTS, "alternating": ALTERNATING}
 
 # of 20 tokens, width 32, 4 heads and 2 key-value heads of 16, a SwiGLU of 64, 4 experts of 32
 OUTER = {"embed_tokens": (20, 32), "norm": (32,)}
@@ -43,6 +44,7 @@ FOUR_LAYERS = {name: (4, *shape[1:]) for name, shape in (ATTENTION | HEAD_NORMS)
 SHAPES = {
     "dense": (OUTER, ATTENTION | HEAD_NORMS | MLP),
     "qwen2": (OUTER, ATTENTION | {"q_bias": (2, 64), "k_bias": (2, 32), "v_bias": (2, 32)} | MLP),
+    "llama": (OUTER, ATTENTION | MLP),
     "experts": (OUTER, ATTENTION | HEAD_NORMS | OF_EXPERTS),
     # of each kind there are two layers
     "alternating": (OUTER | {"lm_head": (20, 32)}, FOUR_LAYERS | MLP | OF_EXPERTS),
@@ -186,6 +188,9 @@ PUBLISHED = {
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
 }
 
 
@@ -205,6 +210,7 @@ def test_parameters_counted_by_hand():
     assert count_params(dataclasses.replace(presets["tiny"], tie_embeddings=False)) == 100_736 + vocab * embed
     biases = layers * (heads + 2 * kv_heads) * head_dim
     assert count_params(dataclasses.replace(presets["tiny"], family="qwen2")) == 100_736 - layers * 32 + biases
+    assert count_params(dataclasses.replace(presets["tiny"], family="llama")) == 100_736 - layers * 32
 
 
 def test_layers_are_dealt_out_by_kind():

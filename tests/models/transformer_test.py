@@ -26,10 +26,18 @@ from dcjax.sharding.rules import RULES
 pytestmark = pytest.mark.heavy
 
 QWEN2 = dataclasses.replace(DENSE, family="qwen2")
+LLAMA = dataclasses.replace(DENSE, family="llama")
 # layers 1 and 3 have experts; and in the second, only layer 2 has
 ALTERNATING = dataclasses.replace(EXPERTS, num_layers=4, decoder_sparse_step=2)
 IRREGULAR = dataclasses.replace(EXPERTS, num_layers=3, mlp_only_layers=(0, 1))
-ARCHITECTURES = {"qwen3": DENSE, "qwen2": QWEN2, "moe": EXPERTS, "alternating": ALTERNATING, "irregular": IRREGULAR}
+ARCHITECTURES = {
+    "qwen3": DENSE,
+    "qwen2": QWEN2,
+    "llama": LLAMA,
+    "moe": EXPERTS,
+    "alternating": ALTERNATING,
+    "irregular": IRREGULAR,
+}
 
 
 def of_architectures(*everyday, others=tuple(ARCHITECTURES)):

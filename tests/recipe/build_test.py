@@ -32,7 +32,7 @@ DATA = Path(__file__).parents[1] / "data"
 NUMERICS = {"remat": "full", "attention": "xla", "head_chunk": 7, "precision": Precision(compute="bf16")}
 
 
-@pytest.mark.parametrize("name", ["hf_tiny_qwen3", "hf_tiny_qwen3_moe", "hf_tiny_qwen2"])
+@pytest.mark.parametrize("name", ["hf_tiny_qwen3", "hf_tiny_qwen3_moe", "hf_tiny_qwen2", "hf_tiny_llama"])
 def test_the_architecture_is_the_folders_and_the_numerics_are_the_recipes(name):
     recipe = Config(model=ModelConfig(num_layers=5, **NUMERICS), pretrained=DATA / name)
     model = with_pretrained_model(recipe).model
@@ -62,8 +62,8 @@ def test_sequences_longer_than_the_folders_model_is_made_for_are_refused():
 
 
 def test_a_folder_without_a_supported_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(RunError, match="model_type is 'llama'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(RunError, match="model_type is 'mistral'"):
         with_pretrained_model(Config(pretrained=tmp_path))
 
 

@@ -10,6 +10,7 @@ import pytest
 from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.mathematics import MathTask
 from dcjax.models import ModelConfig, Precision, presets
+from dcjax.models.rope import YarnScaling
 from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
@@ -310,6 +311,28 @@ def test_a_run_from_before_there_were_methods_is_the_same_run():
     assert differences(ours, theirs) == {}
 
 
+def test_a_run_from_before_there_was_scaled_rope_is_the_same_run():
+    theirs = to_dict(Config())
+    del theirs["model"]["rope_scaling"]
+    assert differences(to_dict(Config()), theirs) == {}
+    assert from_dict(theirs) == Config()
+
+
+def test_scalings_of_rope_differ_by_their_fields():
+    plain, two, four = (
+        to_dict(Config(model=ModelConfig(rope_scaling=scaling)))
+        for scaling in (None, YarnScaling(2.0, 64), YarnScaling(4.0, 64))
+    )
+    assert differences(two, four) == {"model.rope_scaling.factor": (2.0, 4.0)}
+    assert differences(plain, four)["model.rope_scaling.factor"] == (None, 4.0)
+
+
+def test_a_scaling_that_a_file_gives_another_class_is_refused():
+    nested = to_dict(Config(model=ModelConfig(rope_scaling=YarnScaling(2.0, 64))))
+    nested["model"]["rope_scaling"] = {"class": "dcjax.models.config:Precision"}
+    assert "model.rope_scaling is Precision(" in refusal(lambda: from_dict(nested))
+
+
 def test_a_multiplier_that_starts_above_its_upper_bound_is_refused():
     message = refusal(lambda: ObjectiveConfig(initial_multiplier=0.7, max_multiplier=0.5))
     assert "objective.initial_multiplier is 0.7" in message and "objective.max_multiplier, 0.5" in message
@@ -391,6 +414,7 @@ OTHERWISE = small(
     model=ModelConfig(
         tie_embeddings=False,
         rope_theta=1e6,
+        rope_scaling=YarnScaling(4.0, 32_768, mscale=1.0, truncate=False),
         mlp_only_layers=(0,),
         precision=Precision(compute="bf16"),
     ),
@@ -401,7 +425,7 @@ OTHERWISE = small(
 )
 
 
-@pytest.mark.parametrize("config", [Config(), OTHERWISE])
+@pytest.mark.parametrize("config", [Config(), OTHERWISE, Config(model=presets["llama-3.2-1b"])])
 def test_a_config_comes_back_from_json_equal(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
@@ -520,6 +544,14 @@ def test_sequences_longer_than_the_model_is_made_for_are_refused():
         "(RoPE of theta 10000, without scaling), so shorten them"
     )
     assert Config(model=dataclasses.replace(model, max_position_embeddings=61))
+
+
+def test_with_yarn_a_model_is_made_for_longer_sequences():
+    model = dataclasses.replace(Config().model, max_position_embeddings=60, rope_scaling=YarnScaling(2.0, 30))
+    assert "the model is made for 60 (RoPE of theta 10000, scaled by 2 (yarn) from 30 tokens), so shorten them" in (
+        refusal(lambda: Config(model=model))
+    )
+    assert Config(model=dataclasses.replace(model, rope_scaling=YarnScaling(2.0, 31)))
 
 
 def test_routing_is_replayed_only_where_there_are_experts():

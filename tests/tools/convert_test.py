@@ -23,7 +23,7 @@ from dcjax.tools.convert import export_run, import_folder, inspect_folder
 pytestmark = pytest.mark.heavy
 
 DATA = Path(__file__).parents[1] / "data"
-KINDS = ("qwen3", "qwen3_moe", "qwen2")
+KINDS = ("qwen3", "qwen3_moe", "qwen2", "llama", "qwen3_yarn")
 CONFIG = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.DENSE, rope_theta=5e5))
 
 
@@ -225,6 +225,7 @@ def test_exports_of_no_run_are_refused(refusal, trained, tmp_path):
             2 * 96 * 64 + 64 + 2 * (128 + 64 + 64 * (128 + 64 + 64 + 128) + 64 * 8 + 2 * 3 * 64 * 48),
         ),
         ("qwen2", 2 * 96 * 64 + 64 + 2 * (128 + 128 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 160), None),
+        ("llama", 96 * 64 + 64 + 2 * (128 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 160), None),
     ],
 )
 def test_an_inspection_counts_parameters(run_command, kind, total, active):
@@ -247,3 +248,4 @@ def test_an_inspection_is_a_table(run_command):
     assert rows["architecture"] == "qwen3, 8 experts, 2 per token"
     assert rows["dtypes"] == "F32 (69 tensors)"
     assert rows["checksums"] == "no"
+    assert rows["positions"] == "256, RoPE of theta 1e+06, without scaling"

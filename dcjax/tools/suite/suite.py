@@ -166,7 +166,7 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
         if (samples := config.samples_of(benchmark)) != benchmark.samples:
             notes.append(f"{benchmark.title}: {samples} samples per problem, not {benchmark.samples}")
     longest = max(len(problem.prompt) for part in problems.values() for problem in part)
-    positions = model.config.model.max_position_embeddings
+    positions = model.config.model.longest_sequence
     if (room := positions - longest) < 1:
         raise RunError(f"the longest prompt takes {longest} tokens; {model.name} has {positions} positions")
     if room < config.max_response_length:
