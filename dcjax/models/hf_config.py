@@ -136,7 +136,19 @@ def read_config(path: Path | str) -> ModelConfig:
         of range; the message is one line, which quotes the value.
       FileNotFoundError: the folder has no config.json.
     """
-    values, where = read_fields(local_path(path))
+    return parse_config(*read_fields(local_path(path)))
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The architecture that the fields of a config.json describe, as `read_config`.
+
+    Args:
+      values: the fields.
+      where: the path that they are from, for error messages.
+
+    Raises:
+      ValueError: as `read_config`.
+    """
     return _to_config(_Fields(values, where))
 
 
@@ -183,14 +195,26 @@ def read_fields(folder: Path) -> tuple[dict[str, Any], str]:
     """All fields of config.json, and its path for error messages.
 
     Raises:
-      ValueError: it is not a JSON object, or it is longer than `MAX_CONFIG_BYTES`.
+      ValueError: it is not a JSON object, or it is longer than `MAX_CONFIG_BYTES`; or there is a GGUF file in its place.
       FileNotFoundError: the folder has no config.json.
     """
     path = folder / "config.json"
     try:
         return read_json_object(path, MAX_CONFIG_BYTES), str(path)
     except (FileNotFoundError, NotADirectoryError):
+        refuse_gguf(folder)
         raise FileNotFoundError(f"no {path}; give a folder with a Hugging Face checkpoint") from None
+
+
+def refuse_gguf(path: Path) -> None:
+    """Checks that a path is no GGUF file, and no folder with one.
+
+    Raises:
+      ValueError: it is.
+    """
+    files = [path] if path.is_file() and path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf"))
+    if files:
+        raise ValueError(f"{files[0]} is a GGUF file; import it first: dcjax convert import {files[0]} FOLDER")
 
 
 def _to_config(fields: _Fields) -> ModelConfig:

@@ -810,10 +810,10 @@ def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
         (("report", "run"), "dcjax.reporting.run_report.write_report", "interrupted"),
         (
             ("convert", "inspect", "in"),
-            "dcjax.tools.convert.inspect_folder",
+            "dcjax.tools.convert.inspect_model",
             "interrupted; nothing is left half-written",
         ),
-        (("convert", "import", "in", "out"), "dcjax.tools.convert.import_folder", "nothing is left half-written"),
+        (("convert", "import", "in", "out"), "dcjax.tools.convert.import_model", "nothing is left half-written"),
         (("convert", "export", "run", "out"), "dcjax.tools.convert.export_run", "nothing is left half-written"),
     ],
 )
