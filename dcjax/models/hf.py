@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
-from dcjax.models.hf_config import read_config, refuse_gguf
+from dcjax.models.hf_config import gguf_advice, read_config
 from dcjax.models.hf_files import StoredTensor, open_tensors, quote, read_json_object
 from dcjax.models.parameters import Parameter, count_params, parameter_tree, parameters
 from dcjax.paths import local_path
@@ -203,7 +203,8 @@ def _no_weights(path: Path) -> Exception:
             f"{path} has its weights only as pickles ({_some(pickles)}), which may run code when read; "
             "convert them to safetensors first"
         )
-    refuse_gguf(path)
+    if advice := gguf_advice(path):
+        return ValueError(advice)
     return FileNotFoundError(f"no {WEIGHTS} or {INDEX} in {path}")
 
 

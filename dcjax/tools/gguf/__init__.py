@@ -1,1 +1,1 @@
-"""GGUF files, llama.cpp's format: read, checked, and written again as Hugging Face folders by `dcjax convert import`."""
+"""GGUF files, llama.cpp's format, as `dcjax convert import` reads them: container, architecture, weights, tokenizer."""

@@ -164,7 +164,11 @@ def _llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.
     Wavelengths shorter than a quarter of the original context stay, those longer than all of it are multiplied by the
     factor, and in between the frequencies are mixed.
     """
-    low, high, context = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    low, high, context = (
+        scaling["low_freq_factor"],
+        scaling["high_freq_factor"],
+        scaling["original_max_position_embeddings"],
+    )
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = context * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)

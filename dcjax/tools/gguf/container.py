@@ -23,11 +23,13 @@ from dcjax.models.hf_files import quote
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-"""The versions that are read. They differ only in that 3 may be big-endian, which is refused; nothing writes 1 today."""
+"""The versions that are read. They differ only in that 3 may be big-endian, which is refused; 1 is long out of use."""
 MAX_HEADER_BYTES = 1 << 27
 """Longest metadata and table of tensors, in bytes; those of a vocabulary of 256 thousand tokens take 2^24."""
 MAX_TEXTS = 1 << 22
 """Most strings in one list, such as the tokens."""
+MAX_ENTRIES = 1 << 17
+"""Most values of the metadata, and most tensors."""
 MAX_RANK = 4
 """Most dimensions of a tensor."""
 
@@ -110,7 +112,7 @@ class Container:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number; of a float32, the shortest decimal that rounds to it, as 1e-05 and not 9.999999747378752e-06.
+        """A finite number; of a float32, the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06.
 
         Raises:
           ValueError: it is missing without a default, or is anything else.
@@ -188,7 +190,7 @@ def open_container(path: Path) -> Container:
     header = _Header(path, mapped)
     tensor_count, value_count = _read_counts(header)
     metadata = _read_metadata(header, value_count)
-    table = [_read_entry(header, kinds, sizes) for _ in range(header.countable(tensor_count, 32, "tensors"))]
+    table = [_read_entry(header, kinds, sizes) for _ in range(tensor_count)]
     container = Container(path, metadata, {})
     alignment = container.integer("general.alignment", 32)
     if alignment == 0 or alignment & (alignment - 1):
@@ -232,7 +234,9 @@ class _Header:
     def countable(self, count: int, size: int, what: str) -> int:
         """A count of things that take at least so many bytes each, after checking that the header has room for them."""
         if count * size > self.end - self.position:
-            raise ValueError(f"{self.path} is truncated or damaged: it announces {count} {what}, and has no room for them")
+            raise ValueError(
+                f"{self.path} is truncated or damaged: it announces {count} {what}, and has no room for them"
+            )
         return count
 
     def number(self, kind: int) -> Any:
@@ -301,13 +305,19 @@ def _read_counts(header: _Header) -> tuple[int, int]:
     if version and not version & 0xFFFF:
         raise ValueError(f"{header.path} is big-endian; only little-endian GGUF files are read")
     if version not in VERSIONS:
-        raise ValueError(f"{header.path} is of GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
-    return header.integer(8), header.integer(8)
+        raise ValueError(
+            f"{header.path} is of GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read"
+        )
+    tensors, values = header.integer(8), header.integer(8)
+    for count, what, size in ((tensors, "tensors", 32), (values, "values", 13)):
+        if header.countable(count, size, what) > MAX_ENTRIES:
+            raise ValueError(f"{header.path} has {count} {what}; at most {MAX_ENTRIES} are read")
+    return tensors, values
 
 
 def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
-    for _ in range(header.countable(count, 13, "values")):
+    for _ in range(count):
         key = header.text()
         if key in metadata:
             raise header.damaged(f"it names {quote(key)} twice")
@@ -339,16 +349,19 @@ def _check_placed(path: Path, table: list[_Entry], start: int, end: int, alignme
         twice = next(name for name, following in itertools.pairwise(names) if name == following)
         raise ValueError(f"{path} is damaged: it has the tensor {quote(twice)} twice")
     placed = sorted(table, key=lambda entry: entry.offset)
+    expected = 0
     for entry in placed:
-        if entry.offset % alignment:
+        # nothing but padding lies between two, so that a type or a shape that is wrong is noticed
+        if entry.offset != expected:
             raise ValueError(
-                f"{path} is damaged: {quote(entry.name)} is at {entry.offset}, no multiple of the alignment, {alignment}"
+                f"{path} is damaged: {quote(entry.name)} is at {entry.offset}; behind the tensor before it, and at a "
+                f"multiple of the alignment {alignment}, it must be at {expected}"
             )
         if start + entry.offset + entry.size > end:
             raise ValueError(
                 f"{path} is truncated or damaged: {quote(entry.name)} of {entry.size} bytes at "
                 f"{start + entry.offset} is not within the file's {end}"
             )
-    for before, after in itertools.pairwise(placed):
-        if before.offset + before.size > after.offset:
-            raise ValueError(f"{path} is damaged: {quote(before.name)} and {quote(after.name)} overlap")
+        expected = -(-(entry.offset + entry.size) // alignment) * alignment
+    if (more := end - start - expected) > 0:
+        raise ValueError(f"{path} is damaged: {more} bytes lie behind its last tensor, and must not")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -94,7 +93,7 @@ def _pending(
 
 def _exact(kinds: set[str]) -> DtypeName:
     """The narrowest dtype that holds all values of tensors of these types."""
-    return {("F16",): "fp16", ("BF16",): "bf16"}.get(tuple(kinds), "float32")
+    return "fp16" if kinds == {"F16"} else "bf16" if kinds == {"BF16"} else "float32"
 
 
 def _read(tensor: StoredTensor, expert: tuple[int, ...], dtype: np.dtype, heads: int | None) -> np.ndarray:

@@ -91,19 +91,13 @@ def read_tokenizer(container: Container, vocab_size: int) -> ReadTokenizer:
     types = _types(container, len(tokens))
     ids = _special_ids(container, types)
     tokens = tokens[: _used(types, ids)]
-    try:
-        tokenizer = (_byte_level if model == "gpt2" else _sentence_piece)(container, tokens, types)
-        _add_tokens(tokenizer, tokens, types, ids)
-        _add_ends(container, tokenizer, tokens, ids, begins=model == "llama" or _cut(container).begins)
-        text = tokenizer.to_str()
-    except ValueError:
-        raise
-    except Exception as error:  # the library raises plain exceptions, from Rust
-        raise ValueError(f"{container.path}: its tokenizer cannot be built: {quote(str(error))[1:-1]}") from None
+    tokenizer = _byte_level(container, tokens) if model == "gpt2" else _sentence_piece(container, tokens, types)
+    _add_tokens(tokenizer, tokens, types, ids)
+    _add_ends(container, tokenizer, tokens, ids, begins=model == "llama" or _cut(container).begins)
     ends = sorted({ids[kind] for kind in ("eos", "eot", "eom") if kind in ids})
     named: dict[str, int | list[int]] = {f"{kind}_token_id": ids[kind] for kind in ("bos", "pad") if kind in ids}
     config = _config(container, tokens, ids)
-    files = {TOKENIZER: text, TOKENIZER_CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
+    files = {TOKENIZER: tokenizer.to_str(), TOKENIZER_CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
     return ReadTokenizer(files, named | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
 
 
@@ -155,7 +149,7 @@ def _cut(container: Container) -> _Cut:
     return _CUTS[container.text("tokenizer.ggml.pre")]
 
 
-def _byte_level(container: Container, tokens: Sequence[str], types: np.ndarray) -> Tokenizer:
+def _byte_level(container: Container, tokens: Sequence[str]) -> Tokenizer:
     """A BPE of bytes, each written as one of 256 characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -261,19 +255,19 @@ def _add_ends(
     """Makes every text begin with the begin token and end with the end token, where the file says so."""
     from tokenizers import processors
 
-    around = []
+    added = {}
     for kind, default in (("bos", begins), ("eos", False)):
         key = f"tokenizer.ggml.add_{kind}_token"
-        adds = container.flag(key, default)
-        if adds and kind not in ids:
-            raise container.refuse(f"tokenizer.ggml.{kind}_token_id", f"the id of a token, as {key} is true")
-        around.append([tokens[ids[kind]]] if adds else [])
-    begin, end = around
-    if begin or end:
+        if container.flag(key, default):
+            if kind not in ids:
+                raise container.refuse(f"tokenizer.ggml.{kind}_token_id", f"the id of a token, as {key} is true")
+            added[kind] = {"id": kind, "ids": [ids[kind]], "tokens": [tokens[ids[kind]]]}
+    if added:
+        begin, end = ([kind] if kind in added else [] for kind in ("bos", "eos"))
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*begin, "$A", *end],
-            pair=[*begin, "$A", *end, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)],
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*begin, *end}],
+            pair=[*begin, "$A", *end, *begin, "$B:1", *end],
+            special_tokens=list(added.values()),
         )
 
 
@@ -288,7 +282,11 @@ def _config(container: Container, tokens: Sequence[str], ids: Mapping[str, int])
         "model_max_length": container.integer(f"{container.text('general.architecture')}.context_length"),
     }
     prefix = "tokenizer.chat_template"
-    named = {key.removeprefix(f"{prefix}."): container.text(key) for key in container.metadata if key.startswith(f"{prefix}.")}
+    named = {
+        key.removeprefix(f"{prefix}."): container.text(key)
+        for key in container.metadata
+        if key.startswith(f"{prefix}.")
+    }
     if prefix in container.metadata:
         named = {"default": container.text(prefix), **named}
     if list(named) == ["default"]:
