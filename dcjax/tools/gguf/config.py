@@ -10,6 +10,7 @@ import numpy as np
 from dcjax.models.config import ModelConfig
 from dcjax.models.hf_config import parse_config
 from dcjax.models.hf_files import quote
+from dcjax.models.rope import Llama3Scaling
 from dcjax.tools.gguf.container import Container
 
 KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
@@ -20,8 +21,10 @@ HEAD = "output.weight"
 FACTORS = "rope_freqs.weight"
 """What llama.cpp divides the rotary frequencies by: Llama 3's scaling, which no other metadata holds."""
 
-# how Llama 3.1, 3.2 and 3.3 were published; llama.cpp's converter writes the factors that follow from them
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+PUBLISHED: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The scaling of Llama 3.1, 3.2 and 3.3, beside its factor. Only their ratios can be told from what is divided by."""
+
+_BETAS = ("beta_fast", "beta_slow")
 
 _KNOWN = (
     "vocab_size",
@@ -40,6 +43,7 @@ _KNOWN = (
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
+    *(f"rope.scaling.yarn_{beta}" for beta in _BETAS),
     "expert_count",
     "expert_used_count",
     "expert_feed_forward_length",
@@ -133,8 +137,9 @@ def _rope_scaling(container: Container, architecture: str, theta: float, head_di
         return _llama3_scaling(container, theta, head_dim)
     if kind != "yarn":
         return None
+    given = {beta: container.number(key) for beta in _BETAS if (key := f"{prefix}.yarn_{beta}") in container.metadata}
     original = container.integer(f"{prefix}.original_context_length")
-    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **given}
 
 
 def _llama3_scaling(container: Container, theta: float, head_dim: int) -> dict[str, Any] | None:
@@ -148,28 +153,12 @@ def _llama3_scaling(container: Container, theta: float, head_dim: int) -> dict[s
     factors = stored.data.view("<f4")
     if (factors == 1).all():
         return None
-    scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
-    # the converter computes in float32
-    if theta > 0 and np.allclose(factors, _llama3_factors(scaling, theta, head_dim), rtol=1e-3, atol=0):
-        return scaling
+    if theta > 0 and 1 < (factor := float(factors.max())) < math.inf:
+        scaling = Llama3Scaling(factor, **PUBLISHED)
+        # the converter computes in float32
+        if np.allclose(1 / factors, scaling.multipliers(theta, head_dim), rtol=1e-3, atol=0):
+            return {"rope_type": scaling.rope_type, "factor": factor, **PUBLISHED}
     raise ValueError(
-        f"{container.path}: {FACTORS} scales RoPE by {quote(factors.tolist())}; these must be 1, or follow from "
-        f"rope_theta {theta:g} and a factor as those of Llama 3.1 do ({_LLAMA3})"
+        f"{container.path}: {FACTORS} divides RoPE's frequencies by {quote(factors.tolist())}; these must be 1, or "
+        f"follow from the largest and rope_theta {theta:g} as in Llama 3.1, with {PUBLISHED}"
     )
-
-
-def _llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """What Llama 3's scaling divides the frequencies by [head_dim / 2] (float64).
-
-    Wavelengths shorter than a quarter of the original context stay, those longer than all of it are multiplied by the
-    factor, and in between the frequencies are mixed.
-    """
-    low, high, context = (
-        scaling["low_freq_factor"],
-        scaling["high_freq_factor"],
-        scaling["original_max_position_embeddings"],
-    )
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = context * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / (kept + (1 - kept) / scaling["factor"])

@@ -10,10 +10,12 @@ from compiling import jit
 from gguf_files import Sizes, gguf_bytes, metadata, tensors
 from safetensors.numpy import load_file
 
+import dcjax.tools.gguf.config
 from dcjax.cli import main
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.models import forward, load_hf, read_end_tokens
-from dcjax.tools.convert import inspect_model
+from dcjax.models.rope import Llama3Scaling, YarnScaling
+from dcjax.tools.convert import import_model, inspect_model
 from dcjax.tools.gguf.config import read_config
 from dcjax.tools.gguf.container import open_container
 
@@ -23,8 +25,6 @@ pytestmark = pytest.mark.heavy
 
 DATA = Path(__file__).parents[2] / "data"
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "llama": "llama"}
-KINDS = [kind for kind in ARCHITECTURES if (DATA / f"hf_tiny_{kind}").exists()]
-
 run = jit(forward, static_argnums=0)
 
 
@@ -38,6 +38,22 @@ def permuted(rows, heads):
         for half in (0, 1)
     ]
     return rows[order]
+
+
+def llama3_factors(theta, head_dim, scaling):
+    """What llama.cpp's converter writes of Llama 3's scaling of RoPE, pair by pair, by the length of its wave."""
+    factors = []
+    for pair in range(head_dim // 2):
+        length = np.float32(2 * np.pi) * np.float32(theta) ** np.float32(2 * pair / head_dim)
+        turns = scaling["original_max_position_embeddings"] / length
+        if turns > scaling["high_freq_factor"]:
+            factors.append(1.0)
+        elif turns < scaling["low_freq_factor"]:
+            factors.append(scaling["factor"])
+        else:
+            kept = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
+            factors.append(1 / ((1 - kept) / scaling["factor"] + kept))
+    return np.array(factors, np.float32)
 
 
 def write_gguf(kind, path):
@@ -69,6 +85,9 @@ def write_gguf(kind, path):
                 experts = f"model.layers.{layer}.mlp.experts"
                 each = [weights.pop(f"{experts}.{e}.{part}_proj.weight") for e in range(fields["num_local_experts"])]
                 weights[f"{experts}.{part}_proj.weight"] = np.stack(each)
+    if kind == "llama":
+        scaling = fields["rope_parameters"]
+        writer.add_tensor("rope_freqs.weight", llama3_factors(scaling["rope_theta"], fields["head_dim"], scaling))
     for name, array in weights.items():
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
             array = permuted(array, fields["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
@@ -112,9 +131,15 @@ def refusal(run_command):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_comes_back_from_a_gguf_file(run_command, tmp_path, kind):
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_checkpoint_comes_back_from_a_gguf_file(run_command, tmp_path, monkeypatch, kind):
     write_gguf(kind, tmp_path / "model.gguf")
+    # the tiny Llama's scaling, as if it were the published one
+    monkeypatch.setattr(
+        dcjax.tools.gguf.config,
+        "PUBLISHED",
+        {"low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 24},
+    )
     status, output, errors = run_command("convert", "import", tmp_path / "model.gguf", tmp_path / "out")
     assert (status, output, errors) == (0, f"imported: {tmp_path / 'out'}\n", [])
     original, written = (
@@ -128,9 +153,8 @@ def test_a_checkpoint_comes_back_from_a_gguf_file(run_command, tmp_path, kind):
     assert same_config == config
     assert inspect_model(tmp_path / "out").checksums
     reference = np.load(DATA / f"hf_tiny_{kind}" / "reference.npz")
-    padding = ((0, 0), (0, 22 - reference["input_ids"].shape[1]))
-    tokens, mask = (np.pad(x, padding) for x in (reference["input_ids"], np.ones(reference["input_ids"].shape, bool)))
-    logits = np.asarray(run(config, params, tokens, mask))[mask].reshape(reference["logits"].shape)
+    tokens = reference["input_ids"]
+    logits = np.asarray(run(config, params, tokens, np.ones(tokens.shape, bool)))
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-4, rtol=0)
     assert read_end_tokens(tmp_path / "out") == read_end_tokens(DATA / f"hf_tiny_{kind}")
     fields = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -175,6 +199,7 @@ def test_an_inspection_says_what_a_file_holds(run_command, model):
         "architecture": "qwen3",
         "layers": "1 of width 8",
         "heads": "2 of width 4, 1 for keys and values",
+        "positions": "64, RoPE of theta 10000, without scaling",
         "vocabulary": "17, tied head",
         "parameters": f"{count:,}, active {count:,}",
         "dtypes": "F32 (13 tensors)",
@@ -219,6 +244,11 @@ def test_an_inspection_says_what_a_file_holds(run_command, model):
         ({"qwen2.rope.scaling.type": "longrope"}, "qwen2.rope.scaling.type is 'longrope'; it must be none or yarn"),
         ({"qwen2.rope.scaling.factor": 2.0}, "qwen2.rope.scaling.factor is 2.0; it must be 1: linear scaling"),
         ({"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 2.0}, "has no qwen2.rope.scaling.original"),
+        (
+            {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.yarn_attn_factor": 1.0},
+            "attn_factor is 1.0; it must be",
+        ),
+        ({"qwen2.rope.scale_linear": 2.0}, "qwen2.rope.scale_linear is 2.0; it must be absent"),
         ({"qwen2.attention.sliding_window": 64}, "qwen2.attention.sliding_window is 64; it must be absent"),
         ({"qwen2.logit_scale": 2.0}, "qwen2.logit_scale is 2.0; it must be absent: what it says is not supported"),
         ({"qwen2.pooling_type": 3}, "qwen2.pooling_type is 3; it must be absent"),
@@ -228,6 +258,74 @@ def test_an_inspection_says_what_a_file_holds(run_command, model):
 def test_settings_that_are_not_supported_are_refused_in_one_line(refusal, tmp_path, model, changes, said):
     assert said in refusal("convert", "import", model(**changes), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def scaled(head_dim, **changes):
+    """Changes of a model to Llama 3's scaling, with other numbers than the published ones."""
+    return {"rope_freqs.weight": gguf_files.f32(llama3_factors(5e5, head_dim, {"factor": 8.0, **PUBLISHED, **changes}))}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_scaling_of_llama_3_follows_from_its_factors(tmp_path, factor, head_dim):
+    sizes = Sizes(head_dim=head_dim)
+    path = tmp_path / "model.gguf"
+    fields = metadata("llama", sizes, llama__rope__freq_base=5e5)
+    path.write_bytes(gguf_bytes(fields, tensors("llama", sizes) | scaled(head_dim, factor=factor)))
+    config = read_config(open_container(path))
+    assert config.rope_scaling == Llama3Scaling(factor, 1.0, 4.0, 8192)
+    assert config.rope_theta == 5e5
+    import_model(path, tmp_path / "out")
+    assert load_hf(tmp_path / "out")[0].rope_scaling == config.rope_scaling
+    path.write_bytes(
+        gguf_bytes(fields, tensors("llama", sizes) | {"rope_freqs.weight": gguf_files.f32(np.ones(head_dim // 2))})
+    )
+    assert read_config(open_container(path)).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"low_freq_factor": 2.0},
+        {"high_freq_factor": 8.0},
+        {"original_max_position_embeddings": 4096},
+        {"factor": 0.5},
+        {"factor": float("inf")},
+        {"factor": float("nan")},
+    ],
+)
+def test_other_factors_of_rope_are_refused(refusal, tmp_path, changes):
+    sizes = Sizes(head_dim=64)
+    path = tmp_path / "model.gguf"
+    fields = metadata("llama", sizes, llama__rope__freq_base=5e5)
+    path.write_bytes(gguf_bytes(fields, tensors("llama", sizes) | scaled(64, **changes)))
+    said = refusal("convert", "import", path, tmp_path / "out")
+    assert "rope_freqs.weight divides RoPE's frequencies by [1.0, 1.0, " in said
+
+
+def test_factors_of_rope_of_another_shape_or_beside_yarn_are_refused(refusal, tmp_path, model):
+    for factors in (np.ones(3), np.ones((1, 2))):
+        path = model("llama", {"rope_freqs.weight": gguf_files.f32(factors)})
+        assert "it must be of type F32 and shape [2]" in refusal("convert", "import", path, tmp_path / "out")
+    path = model("llama", {"rope_freqs.weight": gguf_files.f32(np.ones(2))}, **{"llama.rope.scaling.type": "yarn"})
+    assert "it must be none, as the file has rope_freqs" in refusal("convert", "import", path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_yarn_is_read(model, architecture):
+    prefix = f"{architecture}.rope.scaling"
+    scaling = {f"{prefix}.type": "yarn", f"{prefix}.factor": 4.0, f"{prefix}.original_context_length": 32768}
+    config = read_config(open_container(model(architecture, **scaling)))
+    assert config.rope_scaling == YarnScaling(4.0, 32768)
+    betas = {f"{prefix}.yarn_beta_fast": 16.0, f"{prefix}.yarn_beta_slow": 2.0, f"{prefix}.finetuned": True}
+    config = read_config(open_container(model(architecture, **scaling, **betas)))
+    assert config.rope_scaling == YarnScaling(4.0, 32768, beta_fast=16.0, beta_slow=2.0)
+    for key, value in ((f"{prefix}.type", "none"), (f"{prefix}.type", None), (f"{prefix}.factor", 1.0)):
+        config = read_config(open_container(model(architecture, **(scaling | {f"{prefix}.factor": 1.0, key: value}))))
+        assert config.rope_scaling == (YarnScaling(1.0, 32768) if key.endswith("factor") else None)
 
 
 def test_a_bias_of_a_llama_is_refused(refusal, tmp_path, model):
