@@ -71,7 +71,7 @@ def read_config(container: Container) -> ModelConfig:
     known = {f"{architecture}.{name}" for name in _KNOWN}
     for key in container.metadata:
         if key.startswith(f"{architecture}.") and key not in known:
-            raise container.refuse(key[:200], "absent: what it says is not supported")
+            raise container.refuse(key, "absent: what it says is not supported")
     return parse_config(_fields(container, architecture), str(container.path))
 
 
@@ -89,7 +89,7 @@ def _fields(container: Container, architecture: str) -> dict[str, Any]:
     theta = container.number(f"{architecture}.rope.freq_base", 10_000.0)
     fields = {
         "model_type": KINDS[architecture],
-        "vocab_size": size("vocab_size", _rows(container, TABLE)),
+        "vocab_size": size("vocab_size", _rows(container)),
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
         "num_hidden_layers": size("block_count"),
@@ -115,10 +115,11 @@ def _fields(container: Container, architecture: str) -> dict[str, Any]:
     return fields
 
 
-def _rows(container: Container, name: str) -> int:
-    if name not in container.tensors:
-        raise ValueError(f"{container.path} has no tensor {name}; it must have the model's weights")
-    return container.tensors[name].shape[0]
+def _rows(container: Container) -> int:
+    """The number of rows of the embedding table."""
+    if TABLE not in container.tensors:
+        raise ValueError(f"{container.path} has no tensor {TABLE}; it must have the model's weights")
+    return container.tensors[TABLE].shape[0]
 
 
 def _rope_scaling(container: Container, architecture: str, theta: float, head_dim: int) -> dict[str, Any] | None:
@@ -131,7 +132,7 @@ def _rope_scaling(container: Container, architecture: str, theta: float, head_di
         raise container.refuse(f"{prefix}.type", "none or yarn, the ones supported")
     if kind == "linear" and factor != 1:
         raise container.refuse(f"{prefix}.factor", "1: linear scaling of positions is not supported")
-    if FACTORS in container.tensors:
+    if FACTORS in container.tensors and architecture == "llama":
         if kind == "yarn":
             raise container.refuse(f"{prefix}.type", f"none, as the file has {FACTORS}")
         return _llama3_scaling(container, theta, head_dim)

@@ -95,9 +95,10 @@ class Container:
 
     def refuse(self, key: str, right: str) -> ValueError:
         """The error for a value of the metadata, saying what would be right."""
+        named = quote(key)[1:-1]
         if key not in self.metadata:
-            return ValueError(f"{self.path} has no {key}; it must be {right}")
-        return ValueError(f"{self.path}: {key} is {quote(self.metadata[key])}; it must be {right}")
+            return ValueError(f"{self.path} has no {named}; it must be {right}")
+        return ValueError(f"{self.path}: {named} is {quote(self.metadata[key])}; it must be {right}")
 
     def integer(self, key: str, default: int | None = None, *, most: int = 2**31) -> int:
         """An integer from 0 to `most`.

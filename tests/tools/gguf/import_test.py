@@ -252,7 +252,7 @@ def test_an_inspection_says_what_a_file_holds(run_command, model):
         ({"qwen2.attention.sliding_window": 64}, "qwen2.attention.sliding_window is 64; it must be absent"),
         ({"qwen2.logit_scale": 2.0}, "qwen2.logit_scale is 2.0; it must be absent: what it says is not supported"),
         ({"qwen2.pooling_type": 3}, "qwen2.pooling_type is 3; it must be absent"),
-        ({"qwen2." + "x\n" * 9999: 3}, "it must be absent"),
+        ({"qwen2." + "x\n" * 9999: 3}, "\\nx\\n is 3; it must be absent"),
     ],
 )
 def test_settings_that_are_not_supported_are_refused_in_one_line(refusal, tmp_path, model, changes, said):
@@ -328,7 +328,9 @@ def test_yarn_is_read(model, architecture):
         assert config.rope_scaling == (YarnScaling(1.0, 32768) if key.endswith("factor") else None)
 
 
-def test_a_bias_of_a_llama_is_refused(refusal, tmp_path, model):
+def test_what_belongs_to_another_architecture_is_refused(refusal, tmp_path, model):
+    path = model("qwen2", {"rope_freqs.weight": gguf_files.f32(np.ones(2))})
+    assert "describes: 1 unexpected (rope_freqs.weight)" in refusal("convert", "import", path, tmp_path / "out")
     path = model("llama", {"blk.0.attn_q.bias": gguf_files.f32(np.zeros(8))})
     assert "describes: 1 unexpected (blk.0.attn_q.bias)" in refusal("convert", "import", path, tmp_path / "out")
 
