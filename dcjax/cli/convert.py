@@ -42,7 +42,7 @@ def _add_import(actions) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        metavar="HF_FOLDER_OR_GGUF",
+        metavar="SOURCE",
         help="folder with config.json and safetensors of any dtype, or a GGUF file of architecture llama, qwen2, "
         "qwen3 or qwen3moe",
     )
@@ -82,7 +82,7 @@ def _add_inspect(actions) -> None:
         description="Prints the architecture, parameter counts, dtypes and files of a Hugging Face folder or a GGUF "
         "file, and whether it has checksums. Reads only config.json and the headers of the files.",
     )
-    parser.add_argument("source", type=Path, metavar="HF_FOLDER_OR_GGUF", help="a Hugging Face folder or a GGUF file")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder or a GGUF file")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(run=_run_inspect)
 

@@ -321,11 +321,11 @@ PATHS = {
     "probe SOURCE": ["probe", ...],
     "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
     "probe --out": ["probe", "x", "--out", ...],
-    "convert import HF_FOLDER": ["convert", "import", ..., "x"],
+    "convert import SOURCE": ["convert", "import", ..., "x"],
     "convert import OUT": ["convert", "import", "x", ...],
     "convert export RUN_OR_STEP": ["convert", "export", ..., "x"],
     "convert export OUT": ["convert", "export", "x", ...],
-    "convert inspect FOLDER": ["convert", "inspect", ...],
+    "convert inspect SOURCE": ["convert", "inspect", ...],
     "data DATA_DIR": ["data", ...],
 }
 
