@@ -13,7 +13,7 @@ from dcjax.paths import local_path
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import from_dict, to_dict
 from dcjax.recipe.reward import RewardConfig
-from dcjax.tools.convert import import_folder
+from dcjax.tools.convert import import_model
 
 ADDRESSES = ["gs://bucket/x", "s3://bucket", "hdfs:///x", "file:///tmp/x", "hf://datasets/a/b", "gs://", "a+b.c-1://x"]
 
@@ -111,7 +111,7 @@ def test_weights_are_read_and_written_locally(given, tmp_path):
 def test_an_imported_folder_is_local(home):
     folder = Path(__file__).parent / "data" / "hf_tiny_qwen3"
     with pytest.raises(RunError, match="is 'gs:/bucket/x'; it must be a local path"):
-        import_folder(folder, Path("gs://bucket/x"))
-    import_folder(folder, Path("~/x"))
+        import_model(folder, Path("gs://bucket/x"))
+    import_model(folder, Path("~/x"))
     assert not Path("gs:").exists() and not Path("~").exists()
     assert read_config("~/x") == read_config(home / "x") == read_config(folder)

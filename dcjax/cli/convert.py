@@ -20,8 +20,9 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="import, export or inspect Hugging Face checkpoints",
-        description="Converts weights between Hugging Face folders (config.json and safetensors) and runs. Supports "
-        "unquantised Qwen3, Qwen3-MoE, Qwen2 and Llama models, DeepSeek-R1-Distill-Qwen and SmolLM2 included.",
+        description="Converts weights between Hugging Face folders (config.json and safetensors) and runs, and from "
+        "GGUF files. Supports Qwen3, Qwen3-MoE, Qwen2 and Llama models, DeepSeek-R1-Distill-Qwen and SmolLM2 included, "
+        "unquantised in folders.",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=Parser)
     _add_import(actions)
@@ -32,16 +33,26 @@ def add_parser(commands) -> None:
 def _add_import(actions) -> None:
     parser = actions.add_parser(
         "import",
-        help="verify a Hugging Face folder and write a checksummed copy",
-        description="Reads every weight of a Hugging Face folder, and refuses a folder that is damaged, incomplete or "
-        "contains non-finite weights. Writes the same weights, each with a checksum, together with the "
-        "tokenizer and a config.json that old and new versions of transformers read.",
+        help="verify a Hugging Face folder or a GGUF file and write a checksummed folder",
+        description="Reads every weight of a Hugging Face folder or of a GGUF file, and refuses what is damaged, "
+        "incomplete or contains non-finite weights. Writes the same weights, each with a checksum, together with the "
+        "tokenizer and a config.json that old and new versions of transformers read. Quantised weights of a GGUF file "
+        "are dequantised, and its tokenizer is built anew. GGUF files need the extra gguf.",
     )
     parser.add_argument(
-        "folder", type=Path, metavar="HF_FOLDER", help="folder with config.json and safetensors of any dtype"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder with config.json and safetensors of any dtype, or a GGUF file of architecture llama, qwen2, "
+        "qwen3 or qwen3moe",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create; nothing is overwritten")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to convert the weights to (default: as stored)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype to convert the weights to (default: as stored; of a GGUF file fp16 and bf16 as stored, and all "
+        "else as float32, so that nothing is rounded again)",
+    )
     parser.set_defaults(run=_run_import)
 
 
@@ -67,20 +78,20 @@ def _add_export(actions) -> None:
 def _add_inspect(actions) -> None:
     parser = actions.add_parser(
         "inspect",
-        help="describe a Hugging Face folder without loading its weights",
-        description="Prints the architecture, parameter counts, dtypes and files of a Hugging Face folder, and whether "
-        "it has checksums. Reads only config.json and the headers of the files.",
+        help="describe a Hugging Face folder or a GGUF file without loading its weights",
+        description="Prints the architecture, parameter counts, dtypes and files of a Hugging Face folder or a GGUF "
+        "file, and whether it has checksums. Reads only config.json and the headers of the files.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder or a GGUF file")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(run=_run_inspect)
 
 
 def _run_import(options: argparse.Namespace) -> None:
-    from dcjax.tools.convert import import_folder
+    from dcjax.tools.convert import import_model
 
     with _tensor_progress() as progress_callback:
-        import_folder(options.folder, options.out, dtype=options.dtype, told=progress_callback)
+        import_model(options.source, options.out, dtype=options.dtype, told=progress_callback)
     print(f"imported: {options.out}")
 
 
@@ -100,9 +111,9 @@ def _run_export(options: argparse.Namespace) -> None:
 
 
 def _run_inspect(options: argparse.Namespace) -> None:
-    from dcjax.tools.convert import inspect_folder
+    from dcjax.tools.convert import inspect_model
 
-    inspection = inspect_folder(options.folder)
+    inspection = inspect_model(options.source)
     if options.json:
         print(json.dumps(dataclasses.asdict(inspection)))
         return

@@ -18,7 +18,7 @@ from dcjax.data.problems import TEMPLATE
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import COPY, changed_recipe, describe, kept_recipe
 from dcjax.models.config import ModelConfig
-from dcjax.models.hf_config import end_tokens_in
+from dcjax.models.hf_config import end_tokens_in, gguf_advice
 from dcjax.recipe.config import Config
 from dcjax.recipe.plain import classes_in, differences, flatten, from_dict, path_fields, to_dict
 from dcjax.reporting.record import trial_file, write_atomically
@@ -291,9 +291,10 @@ def _read_all(directory: Path) -> dict:
     path = directory / "config.json"
     try:
         recorded = dict(json.loads(path.read_text()).items())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(
-            f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
+            gguf_advice(directory)
+            or f"no run in {directory}: it has no config.json; give a directory that dcjax train made"
         ) from None
     except (ValueError, AttributeError):
         raise RunError(f"{path} is damaged: it is not a JSON object") from None

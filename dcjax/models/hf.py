@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcjax.models.config import DTYPES, DtypeName, ModelConfig
-from dcjax.models.hf_config import read_config
+from dcjax.models.hf_config import gguf_advice, read_config
 from dcjax.models.hf_files import StoredTensor, open_tensors, quote, read_json_object
 from dcjax.models.parameters import Parameter, count_params, parameter_tree, parameters
 from dcjax.paths import local_path
@@ -103,22 +103,37 @@ class Checkpoint:
 
     def _check_tensors(self) -> None:
         """Checks that the files hold the tensors of the architecture, in its shapes, and no others."""
-        owners = {name: parameter for parameter in self.parameters for name in parameter.tensor_names()}
+        wanted = {name: parameter.tensor_shape for parameter in self.parameters for name in parameter.tensor_names()}
         allowed = {"lm_head.weight"} if self.config.tie_embeddings else set()
-        faults = {
-            "missing": [name for name in owners if name not in self.tensors],
-            "unexpected": sorted(self.tensors.keys() - owners.keys() - allowed),
-        }
-        if listed := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
+        found = {name: tensor.shape for name, tensor in self.tensors.items() if name not in allowed}
+        check_tensors(self._path, "config.json", wanted, found)
+
+
+def check_tensors(
+    path: Path, described_by: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Checks that a checkpoint holds the tensors that it should, in their shapes, and no others.
+
+    Args:
+      path: of the checkpoint.
+      described_by: what says which tensors it should hold.
+      wanted: their shapes by their names.
+      found: the shapes of those that it holds.
+
+    Raises:
+      ValueError: it does not; the message is one line.
+    """
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": sorted(found.keys() - wanted.keys()),
+    }
+    if listed := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
+        raise ValueError(f"{path}: of the {len(wanted)} tensors that {described_by} describes: {', '.join(listed)}")
+    for name, shape in wanted.items():
+        if found[name] != shape:
             raise ValueError(
-                f"{self._path}: of the {len(owners)} tensors that config.json describes: {', '.join(listed)}"
+                f"{path}: {name} has shape {quote(list(found[name]))}; by {described_by} it must be {list(shape)}"
             )
-        for name, parameter in owners.items():
-            if (found := self.tensors[name].shape) != parameter.tensor_shape:
-                raise ValueError(
-                    f"{self._path}: {name} has shape {quote(list(found))}; "
-                    f"by config.json it must be {list(parameter.tensor_shape)}"
-                )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -188,6 +203,8 @@ def _no_weights(path: Path) -> Exception:
             f"{path} has its weights only as pickles ({_some(pickles)}), which may run code when read; "
             "convert them to safetensors first"
         )
+    if advice := gguf_advice(path):
+        return ValueError(advice)
     return FileNotFoundError(f"no {WEIGHTS} or {INDEX} in {path}")
 
 

@@ -136,7 +136,19 @@ def read_config(path: Path | str) -> ModelConfig:
         of range; the message is one line, which quotes the value.
       FileNotFoundError: the folder has no config.json.
     """
-    values, where = read_fields(local_path(path))
+    return parse_config(*read_fields(local_path(path)))
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The architecture that the fields of a config.json describe, as `read_config`.
+
+    Args:
+      values: the fields.
+      where: the path that they are from, for error messages.
+
+    Raises:
+      ValueError: as `read_config`.
+    """
     return _to_config(_Fields(values, where))
 
 
@@ -183,14 +195,22 @@ def read_fields(folder: Path) -> tuple[dict[str, Any], str]:
     """All fields of config.json, and its path for error messages.
 
     Raises:
-      ValueError: it is not a JSON object, or it is longer than `MAX_CONFIG_BYTES`.
+      ValueError: it is not a JSON object, it is longer than `MAX_CONFIG_BYTES`, or there is a GGUF file in its place.
       FileNotFoundError: the folder has no config.json.
     """
     path = folder / "config.json"
     try:
         return read_json_object(path, MAX_CONFIG_BYTES), str(path)
     except (FileNotFoundError, NotADirectoryError):
+        if advice := gguf_advice(folder):
+            raise ValueError(advice) from None
         raise FileNotFoundError(f"no {path}; give a folder with a Hugging Face checkpoint") from None
+
+
+def gguf_advice(path: Path) -> str | None:
+    """What to do with a path that is a GGUF file, or a folder with one; None if it is neither."""
+    files = [path] if path.is_file() and path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf"))
+    return f"{files[0]} is a GGUF file; import it first: dcjax convert import {files[0]} FOLDER" if files else None
 
 
 def _to_config(fields: _Fields) -> ModelConfig:

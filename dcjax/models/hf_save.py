@@ -206,7 +206,7 @@ def write_folder(
             carried = read_json_object(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
             _write_json(generation, carried | dict(token_ids))
         for file_name, text in (further_files or {}).items():
-            (partial_path / file_name).write_text(text)
+            (partial_path / file_name).write_text(text, encoding="utf-8")
         _write_shards(partial_path, _shards(pending, max_shard_bytes), told)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints between Hugging Face's layout and dcjax's runs: import, export, inspect."""
+"""Checkpoints between Hugging Face's layout and dcjax's runs, and from GGUF files: import, export, inspect."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from dcjax.models.hf import Checkpoint
 from dcjax.models.hf_config import read_end_tokens
 from dcjax.models.hf_save import Pending, Told, check_vacant, save_hf, write_folder
 from dcjax.models.parameters import active_params, count_params
+from dcjax.paths import local_path
 from dcjax.reporting.record import check_writable
 from dcjax.serving.server.contract import CONTRACT_FILE
+from dcjax.tools.gguf.config import read_config
+from dcjax.tools.gguf.container import is_gguf, open_container
+from dcjax.tools.gguf.tensors import pending_tensors
+from dcjax.tools.gguf.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from dcjax.tools.open_model import OpenedModel
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a Hugging Face folder holds, by its config.json and the headers of its files."""
+    """What a Hugging Face folder or a GGUF file holds, by its config.json or metadata and the headers of its files."""
 
     config: ModelConfig
     parameters: int
@@ -32,43 +37,55 @@ class Inspection:
     active_parameters: int
     """Those that one token passes through: of a layer's experts only num_experts_per_tok."""
     dtypes: dict[str, int]
-    """How many tensors are stored in each dtype, by safetensors' names."""
+    """How many tensors are stored in each dtype, by safetensors' names or llama.cpp's."""
     files: int
     bytes: int
-    """The size of the safetensors files."""
+    """The size of the files with the weights."""
     checksums: bool
     """Whether every tensor has dcjax's checksum."""
 
 
-def import_folder(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
-    """Verifies a Hugging Face folder and writes it again: checksummed, with config.json in both styles.
+def import_model(source: Path, out: Path, *, dtype: DtypeName | None = None, told: Told | None = None) -> None:
+    """Verifies a Hugging Face folder, or dequantises a GGUF file, and writes a checksummed folder.
 
-    Which ids end a response is verified too, and written as it is.
-
-    The tensors of one file are in memory at a time; no accelerator is touched.
+    The folder has config.json in both styles, and says which ids end a response: of a folder these are verified and
+    written as they are. The tensors of one file of the new folder are in memory at a time; no accelerator is touched.
 
     Args:
-      source: a folder, as `load_hf` reads it.
+      source: a folder, as `load_hf` reads it, or a GGUF file.
       out: a folder to make.
-      dtype: to convert to; None keeps what is stored.
+      dtype: to convert to. None keeps what is stored; of a GGUF file, see `pending_tensors`.
       told: called after each tensor.
 
     Raises:
-      RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse.
+      RunError: what `load_hf`, `read_end_tokens` and `save_hf` refuse, or `open_container`, `read_config`,
+        `pending_tensors` and `read_tokenizer` of `dcjax.tools.gguf`.
     """
     with _value_errors_as_run_errors():
         check_writable(check_vacant(out).parent)
-        checkpoint = Checkpoint(source)
-        checkpoint.verify_tied_head()
-        read_end_tokens(source)
-        pending = []
-        for parameter in checkpoint.parameters:
-            as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(parameter)
-            pending += [
-                Pending(name, as_dtype, parameter.tensor_shape, checkpoint.tensors[name].read)
-                for name in parameter.tensor_names()
-            ]
-        write_folder(out, checkpoint.config, pending, source, told=told)
+        (_import_gguf if is_gguf(source) else _import_folder)(local_path(source), out, dtype, told)
+
+
+def _import_folder(source: Path, out: Path, dtype: DtypeName | None, told: Told | None) -> None:
+    checkpoint = Checkpoint(source)
+    checkpoint.verify_tied_head()
+    read_end_tokens(source)
+    pending = []
+    for parameter in checkpoint.parameters:
+        as_dtype = DTYPES[dtype] if dtype else checkpoint.dtype(parameter)
+        pending += [
+            Pending(name, as_dtype, parameter.tensor_shape, checkpoint.tensors[name].read)
+            for name in parameter.tensor_names()
+        ]
+    write_folder(out, checkpoint.config, pending, source, told=told)
+
+
+def _import_gguf(source: Path, out: Path, dtype: DtypeName | None, told: Told | None) -> None:
+    container = open_container(source)
+    config = read_config(container)
+    pending = pending_tensors(container, config, dtype)
+    tokenizer = read_tokenizer(container, config.vocab_size)
+    write_folder(out, config, pending, None, token_ids=tokenizer.token_ids, further_files=tokenizer.files, told=told)
 
 
 def export_run(
@@ -129,14 +146,18 @@ def _token_ids(model: OpenedModel) -> dict[str, int | list[int]]:
     return named | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def inspect_folder(source: Path) -> Inspection:
-    """What a Hugging Face folder holds; only config.json and the files' headers are read.
+def inspect_model(source: Path) -> Inspection:
+    """What a Hugging Face folder or a GGUF file holds; only config.json and the files' headers are read.
 
     Raises:
-      RunError: what `load_hf` refuses without reading weights.
+      RunError: what `import_model` refuses of them.
     """
     with _value_errors_as_run_errors():
-        checkpoint = Checkpoint(source)
+        return (_inspect_gguf if is_gguf(source) else _inspect_folder)(local_path(source))
+
+
+def _inspect_folder(source: Path) -> Inspection:
+    checkpoint = Checkpoint(source)
     tensors = checkpoint.tensors.values()
     files = {tensor.path for tensor in tensors}
     return Inspection(
@@ -147,6 +168,20 @@ def inspect_folder(source: Path) -> Inspection:
         files=len(files),
         bytes=sum(file.stat().st_size for file in files),
         checksums=all(tensor.checksum is not None for tensor in tensors),
+    )
+
+
+def _inspect_gguf(source: Path) -> Inspection:
+    container = open_container(source)
+    config = read_config(container)
+    return Inspection(
+        config=config,
+        parameters=count_params(config),
+        active_parameters=active_params(config),
+        dtypes=dict(Counter(tensor.kind.name for tensor in container.tensors.values())),
+        files=1,
+        bytes=source.stat().st_size,
+        checksums=False,
     )
 
 

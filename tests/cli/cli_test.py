@@ -321,11 +321,11 @@ PATHS = {
     "probe SOURCE": ["probe", ...],
     "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
     "probe --out": ["probe", "x", "--out", ...],
-    "convert import HF_FOLDER": ["convert", "import", ..., "x"],
+    "convert import SOURCE": ["convert", "import", ..., "x"],
     "convert import OUT": ["convert", "import", "x", ...],
     "convert export RUN_OR_STEP": ["convert", "export", ..., "x"],
     "convert export OUT": ["convert", "export", "x", ...],
-    "convert inspect FOLDER": ["convert", "inspect", ...],
+    "convert inspect SOURCE": ["convert", "inspect", ...],
     "data DATA_DIR": ["data", ...],
 }
 
@@ -810,10 +810,10 @@ def test_an_interrupted_run_says_how_to_go_on(capfd, monkeypatch):
         (("report", "run"), "dcjax.reporting.run_report.write_report", "interrupted"),
         (
             ("convert", "inspect", "in"),
-            "dcjax.tools.convert.inspect_folder",
+            "dcjax.tools.convert.inspect_model",
             "interrupted; nothing is left half-written",
         ),
-        (("convert", "import", "in", "out"), "dcjax.tools.convert.import_folder", "nothing is left half-written"),
+        (("convert", "import", "in", "out"), "dcjax.tools.convert.import_model", "nothing is left half-written"),
         (("convert", "export", "run", "out"), "dcjax.tools.convert.export_run", "nothing is left half-written"),
     ],
 )

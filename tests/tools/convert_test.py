@@ -18,7 +18,7 @@ from dcjax.loop.run_directory import open_run
 from dcjax.models import load_hf
 from dcjax.recipe.build import build_optimizer, initial_state, starting_params
 from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.tools.convert import export_run, import_folder, inspect_folder
+from dcjax.tools.convert import export_run, import_model, inspect_model
 
 pytestmark = pytest.mark.heavy
 
@@ -87,12 +87,12 @@ def test_an_import_is_the_same_checkpoint_with_checksums(run_command, tmp_path, 
     assert (status, output) == (0, f"imported: {tmp_path / 'out'}\n")
     tensors = len(load_file(folder(kind) / "model.safetensors"))
     assert errors.splitlines()[-1] == f"tensor {tensors}/{tensors}  ETA 0:00"
-    assert not inspect_folder(folder(kind)).checksums and inspect_folder(tmp_path / "out").checksums
+    assert not inspect_model(folder(kind)).checksums and inspect_model(tmp_path / "out").checksums
     (config, params), (same_config, same) = load_hf(folder(kind)), load_hf(tmp_path / "out")
     assert config == same_config
     assert_same(params, same)
     # what a second import writes is what the first one wrote
-    import_folder(tmp_path / "out", tmp_path / "again")
+    import_model(tmp_path / "out", tmp_path / "again")
     for file in (tmp_path / "out").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 

@@ -16,7 +16,7 @@ from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
 from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
 from dcjax.serving.server.server import ServerConfig
-from dcjax.tools.convert import export_run, import_folder
+from dcjax.tools.convert import export_run, import_model
 from dcjax.tools.open_model import open_model
 from dcjax.tools.serve import load_served
 
@@ -66,7 +66,7 @@ def test_an_export_carries_the_contract_and_is_served_like_the_run(finished_run,
         if source is trained:
             expected = answers
     assert answers == expected
-    import_folder(exported, tmp_path / "again")
+    import_model(exported, tmp_path / "again")
     assert read_contract(tmp_path / "again") == trained.contract
 
 
