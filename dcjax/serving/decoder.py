@@ -245,6 +245,33 @@ class Decoder:
         """What `steps` would have emitted for given tokens, fed one by one; with residual streams on request."""
         return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
 
+    def read(
+        self,
+        params: ServingParams,
+        tokens: Int[Array, "rows S"],
+        starts: Int[Array, "rows"],
+        temperatures: Float[Array, "rows"],
+        length: int,
+    ) -> Float[Array, "rows length"]:
+        """Log-probs of the `length` tokens of each row from its start on, of the whole softmax, from one pass over all.
+
+        What is rounded, the cache included, is what `follow` rounds; sums are of other shapes.
+        """
+        rows, width = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+        decoded = self._run(params, tokens, positions, self._caches(rows, width), self._most_probable)
+        columns = jnp.minimum(starts[:, None] + jnp.arange(length), width - 1)
+        before = jnp.take_along_axis(decoded.hidden, columns[..., None] - 1, axis=1)
+        targets = jnp.take_along_axis(tokens, columns, axis=1)
+        softmax = SamplingParams(temperatures, jnp.zeros(rows, jnp.int32), jnp.ones(rows))
+
+        def column(of_one: tuple[Array, Array]) -> Array:
+            hidden, targets = of_one
+            logits = self._head(params, hidden)
+            return sampling.log_probs(parallel.distribution(self.mesh, logits, softmax, 0), targets)
+
+        return lax.map(column, (before.swapaxes(0, 1), targets.T)).T
+
     def _steps(
         self,
         params: ServingParams,
@@ -347,12 +374,15 @@ class Decoder:
         return forward_cached(self.config, params.weights, x, positions, caches, products(self.config), choose, *shared)
 
     def _logits(self, params: ServingParams, decoded: Decoded, state: DecodeState) -> Float[Array, "slots V"]:
-        head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
-        logits = pinned(self.mesh, head.logits(decoded.hidden[:, 0], arithmetic(self.config)), SCORES)
+        logits = self._head(params, decoded.hidden[:, 0])
         if self.mismatch.logit_noise:
             noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(_keys(state, LOGIT_NOISE))
             logits += self.mismatch.logit_noise * noise
         return logits
+
+    def _head(self, params: ServingParams, hidden: Float[Array, "rows E"]) -> Float[Array, "rows V"]:
+        head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
+        return pinned(self.mesh, head.logits(hidden, arithmetic(self.config)), SCORES)
 
     def _recorded(self, decoded: Decoded) -> Array | None:
         """Experts [B, S, M, k] if they are recorded, else None; int16 holds the number of any expert."""

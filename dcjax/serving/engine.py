@@ -78,15 +78,19 @@ def _stacked(served: ServingParams) -> ServingParams:
 
 
 def _loops(config: ModelConfig, format: Format, mesh: jax.sharding.Mesh) -> bool:
-    """Whether layers are looped over, so that a program's size does not grow with their number.
+    """Whether decoding loops over layers, so that a program's size does not grow with their number.
 
     Each unrolled layer takes XLA 0.2 s to compile on a CPU. There int8 is as fast either way. Other formats take 1.2
     to 6 times as long in a loop, since conversions of weights leave the loop over tokens only where layers are
     unrolled; experts take a fifth longer (`python benchmarks/depth.py`). On TPUs and GPUs caches are written in place
     only where layers are unrolled.
     """
+    return _can_loop(config, mesh) and config.num_layers >= DEEP and format.fast_when_looped
+
+
+def _can_loop(config: ModelConfig, mesh: jax.sharding.Mesh) -> bool:
     on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return on_cpu and config.num_layers >= DEEP and not config.num_experts and format.fast_when_looped
+    return on_cpu and not config.num_experts
 
 
 class _Programs(NamedTuple):
@@ -325,6 +329,12 @@ class Qwen3Engine(engine_api.Engine):
     def max_response_length(self) -> int:
         """Longest response (tokens, the end token included)."""
         return self.decoder.max_response_length
+
+    def for_one_pass(self, params: ServingParams) -> tuple[Decoder, ServingParams]:
+        """What reads whole sequences in one pass: looped where it can be, which compiles sooner and runs once."""
+        if self.decoder.loops or not _can_loop(self.decoder.config, self._mesh):
+            return self.decoder, params
+        return dataclasses.replace(self.decoder, loops=True), _stacked(params)
 
     def slots_for(self, samples: int) -> int:
         """How many slots decode this many samples: no more than needed, and equally many on each copy of the model."""

@@ -79,6 +79,38 @@ def score_responses(
     return DecodeScores(np.where(rollout.response_mask, logps, 0.0), residuals)
 
 
+def read_responses(engine: Qwen3Engine, params: ServingParams, rollout: Rollout) -> Float[np.ndarray, "N T"]:
+    """The log-probs of `score_responses` at temperature and no truncation, from one pass over each sequence.
+
+    On a CPU it takes a tenth of the time. What the engine rounds is rounded, its cache included; sums are taken in
+    other orders, which may turn a rounding. No mismatch is added on purpose.
+
+    Args:
+      engine: the engine; a pass takes as many sequences as its prefill has room for, at least one.
+      params: from `engine.sync`.
+      rollout: the tokens to read, and their temperatures.
+
+    Raises:
+      ValueError: as `as_sequences`.
+    """
+    rollout = as_sequences(rollout)
+    decoder, params = engine.for_one_pass(params)
+    prompt, length = rollout.prompt_mask.sum(axis=1), rollout.response_mask.shape[1]
+    # real tokens to the front
+    order = np.argsort(~np.asarray(rollout.attention_mask), axis=1, kind="stable")
+    tokens = np.take_along_axis(np.asarray(rollout.tokens), order, axis=1)
+    parts, size = [], max(1, min(len(tokens), decoder.prefill_tokens // tokens.shape[1]))
+    for start in range(0, len(tokens), size):
+        # the last pass is filled up, so that one program serves all
+        rows = np.resize(np.arange(start, min(start + size, len(tokens))), size)
+        given = tokens[rows], prompt[rows], rollout.temperature[rows]
+        parts.append(np.asarray(_read(decoder, params, *given, length)))
+    return np.where(rollout.response_mask, np.concatenate(parts)[: len(tokens)], 0.0)
+
+
+_read = jax.jit(Decoder.read, static_argnums=(0, 5), compiler_options=NO_EXCESS_PRECISION)
+
+
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=NO_EXCESS_PRECISION)
 def _score(
     decoder: Decoder,

@@ -7,7 +7,7 @@ from served import DENSE, MIXED, OTHER, TEMPERATURE, P, engine_of, params_of, ro
 from tiny import masters
 
 from dcjax.serving.formats import formats
-from dcjax.serving.scoring import score_responses
+from dcjax.serving.scoring import read_responses, score_responses
 
 pytestmark = pytest.mark.heavy
 
@@ -84,6 +84,27 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once():
     rollout = rollout_of()
     scored = scored_by(engine_of("float32", slots=5), rollout)
     np.testing.assert_allclose(scored.logps, rollout.rollout_logps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "prefill_tokens"),
+    # a pass of many sequences, of a few, and of one; layers are looped over, and with experts they are not
+    [
+        ("float32", DENSE, 4096),
+        ("float32", MIXED, 100),
+        ("int8", DENSE, 1),
+        pytest.param("fp8", MIXED, 4096, marks=SLOW),
+    ],
+)
+def test_one_pass_over_whole_sequences_gives_the_log_probs_of_one_token_after_another(name, config, prefill_tokens):
+    engine, rollout = engine_of(name, config, prefill_tokens=prefill_tokens), rollout_of("float32", config)
+    read, scored = read_responses(engine, params_of(engine, config), rollout), scored_by(engine, rollout, config).logps
+    real = rollout.response_mask
+    assert (read[~real] == 0).all()
+    # where a sum rounds otherwise, so may a number that is quantised
+    tolerance = {"float32": 1e-5, "int8": 0.02, "fp8": 0.3}[name]
+    assert np.abs(read - scored)[real].max() <= tolerance
+    assert np.abs(np.roll(read, 1, axis=1) - scored)[real].max() > 3 * tolerance
 
 
 def test_the_last_residual_leads_to_the_logits_that_were_drawn_from():

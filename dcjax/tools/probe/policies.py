@@ -21,7 +21,7 @@ from dcjax.recipe.build import build_engine
 from dcjax.recipe.config import Config
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
-from dcjax.serving.scoring import DecodeScores, score_responses
+from dcjax.serving.scoring import DecodeScores, read_responses, score_responses
 from dcjax.serving.sync import ServingParams
 from dcjax.sharding.mesh import make_mesh
 from dcjax.sharding.rules import batch_sharding, split
@@ -109,6 +109,13 @@ class Policies:
         )
         _require_finite(f"format {served.format.name}", scores.logps)
         return scores
+
+    def read(self, served: Served, weights: Weights, rollout: Rollout) -> Logps:
+        """As `score` without truncation, from one pass over each sequence; errors are the same."""
+        engine = self._engine(served)
+        logps = read_responses(engine, _synced(engine, served, weights), rollout)
+        _require_finite(f"format {served.format.name}", logps)
+        return logps
 
     def train(
         self,

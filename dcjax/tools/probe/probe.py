@@ -118,7 +118,7 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
         progress.update(2, scored="sampled, trainer")
         asked = [*((rung.name, rung.served) for rung in rungs), *((served.format.name, served) for served in others)]
         for number, (name, served) in enumerate(asked):
-            _score(measured, served, required=number < len(rungs))
+            (_score if number < len(rungs) else _read)(measured, served)
             progress.update(number + 3, scored=name.replace("_", " "))
         result = _measure(measured)
         progress.update(len(asked) + 3, scored="layers, beside the ladder")
@@ -148,19 +148,22 @@ def _replays(config: Config, rollout: Rollout) -> Rollout | None:
     return replace(rollout, experts=rollout.experts if config.rollout.replay_routing else None)
 
 
-def _score(measured: _Measurement, served: Served, *, required: bool) -> None:
-    """Scores the samples by one served policy; one that is not required may fail to be served."""
+def _score(measured: _Measurement, served: Served) -> None:
+    """Scores the samples by a rung of the ladder, token by token as it would sample them."""
     keeps_residuals = served in (measured.rungs[0].served, measured.rungs[-1].served)
+    scores = measured.policies.score(
+        served, measured.source.weights, measured.rollout, measured.key, keeps_residuals=keeps_residuals
+    )
+    measured.logps[served] = scores.logps
+    if scores.residuals is not None:
+        measured.residuals[served] = scores.residuals
+
+
+def _read(measured: _Measurement, served: Served) -> None:
+    """Scores the samples by a policy beside the ladder, in one pass; such a one may fail to be served."""
     try:
-        scores = measured.policies.score(
-            served, measured.source.weights, measured.rollout, measured.key, keeps_residuals=keeps_residuals
-        )
-        measured.logps[served] = scores.logps
-        if scores.residuals is not None:
-            measured.residuals[served] = scores.residuals
+        measured.logps[served] = measured.policies.read(served, measured.source.weights, measured.rollout)
     except RunError as error:
-        if required:
-            raise
         measured.refused[served] = str(error)
 
 

@@ -515,14 +515,14 @@ def test_a_format_that_the_model_cannot_be_served_in_says_why(monkeypatch):
     narrow = Policies(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, intermediate_size=72)), 1)
     with pytest.raises(RunError, match="down_proj is contracted over 72") as refused:
         narrow.score(Served.of("int4"), Weights(params_of(narrow.config.model), None, 0), None, None)
-    score = Policies.score
+    read = Policies.read
 
-    def refusing(self, served, *arguments, **settings):
+    def refusing(self, served, *arguments):
         if served.format.name == "int4":
             raise refused.value
-        return score(self, served, *arguments, **settings)
+        return read(self, served, *arguments)
 
-    monkeypatch.setattr(Policies, "score", refusing)
+    monkeypatch.setattr(Policies, "read", refusing)
     monkeypatch.setattr(
         dcjax.tools.probe.probe, "formats", {name: formats[name] for name in ("float32", "bf16", "int4")}
     )
@@ -584,7 +584,7 @@ def test_a_run_is_probed_in_every_format(run, probed):
     assert found["formats"]["float32"]["prob_diff_max"] <= 5e-5
     assert found["formats"]["int8"]["bytes"] < 0.3 * found["formats"]["float32"]["bytes"]
     assert [stage["name"] for stage in found["stages"]] == [
-        *("decode_path", "dtype", "weights", "activations", "kv_cache", "stale_weights", "as_sampled")
+        *("decode_path", "dtype", "weights", "kv_cache", "stale_weights", "as_sampled")
     ]
     assert_consistent(found, run)
 
