@@ -84,7 +84,7 @@ SWEEPS: dict[str, tuple[Row, ...]] = {
         Row("grpo", [GRPO], "60.2 43.6 91.4 95.5 52.0 71.3 | 69.0"),
         Row("fp8", ["serving.format=fp8"], "56.6 41.2 91.8 94.0 50.5 72.0 | 67.7"),
         Row("grpo_fp8", [GRPO, "serving.format=fp8"], "52.4 37.5 87.3 93.8 49.6 70.5 | 65.2"),
-        Row("int8", ["serving.format=int8"], OURS),
+        Row("int8", ["serving.format=int8", "objective.budget=auto"], OURS),
         Row("grpo_int8", [GRPO, "serving.format=int8"], OURS),
     ),
     # the paper's temperatures were not recovered; the recipe's own is 1

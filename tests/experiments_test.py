@@ -164,7 +164,7 @@ def test_a_row_changes_what_it_names_and_nothing_else(recipe, row, started):
     before, after = (flatten(to_dict(config)) for config in (CONFIGS[recipe], *started))
     changed = {name: value for name, value in after.items() if value != before[name]}
     named = dict(override.split("=") for override in words[2:])
-    assert changed == {name: type(before[name])(value) for name, value in named.items()}
+    assert changed == {name: type(after[name])(value) for name, value in named.items()}
 
 
 @pytest.mark.parametrize("recipe", SWEEPS)

@@ -36,6 +36,12 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help='prompts for a Hugging Face folder: one per line, plain text or JSON like {"prompt": "..."}',
     )
+    parser.add_argument(
+        "--max-response-length",
+        type=int,
+        metavar="N",
+        help="longest response, in tokens, the end token included (default: the run's; 48 for a Hugging Face folder)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (default: 0)")
     parser.add_argument("--stale", type=int, metavar="STEP", help="serve the weights of the run's checkpoint at STEP")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (default: RUN/probe or ./probe)")
@@ -57,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
             kv_cache=options.kv_cache,
             prompts=options.prompts,
             prompts_file=options.prompts_file,
+            max_response_length=options.max_response_length,
             stale_step=options.stale,
             out=options.out,
             recipe_code=options.recipe_code,

@@ -36,6 +36,8 @@ VERSIONED = (
     "transformers",
 )
 
+FORMERLY = {"int8": "w8a8", "int8_weight_only": "int8_channel"}
+"""What serving formats are called that were called otherwise in runs of an earlier version."""
 
 BESIDE_CONFIG = ("versions", "platform", "data", "end_tokens", "recipe", "directory", "started")
 """What config.json holds beside the config."""
@@ -283,8 +285,15 @@ def locate(source: Path) -> tuple[Path, int | None]:
 
 
 def _read(directory: Path) -> dict:
-    """The config in config.json, with what is recorded beside it taken out."""
-    return {name: value for name, value in _read_all(directory).items() if name not in BESIDE_CONFIG}
+    """The config in config.json, with what is recorded beside it taken out, and formats by their present names."""
+    recorded = {name: value for name, value in _read_all(directory).items() if name not in BESIDE_CONFIG}
+    model, serving = recorded.get("model"), recorded.get("serving")
+    # a config from before `int8` got another meaning has no field for scaled RoPE either
+    if isinstance(model, dict) and isinstance(serving, dict) and "rope_scaling" not in model:
+        name = str(serving.get("format"))
+        if name in FORMERLY:
+            recorded["serving"] = serving | {"format": FORMERLY[name]}
+    return recorded
 
 
 def _read_all(directory: Path) -> dict:

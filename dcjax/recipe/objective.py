@@ -98,7 +98,7 @@ class ObjectiveConfig:
     """Dual learning rate η_λ: λ grows by η_λ · (mean gap − budget) in each iteration."""
     budget: float | Literal["auto"] = presets.BUDGET
     """Tolerated mean gap c. auto is 1.5 times the median gap of the first ten iterations,
-    during which λ stays constant."""
+    during which λ stays constant. The gap depends on model and format: a number of another model is of no use."""
     budget_window: int = 1
     """Number of iterations over which the gap is averaged before λ is updated."""
     discrepancy_mean: Literal["response", "token"] = "response"

@@ -119,6 +119,20 @@ def test_a_directory_written_with_a_field_that_is_gone_is_another_config(config)
     assert "wisdom None (there 3)" in refusal(lambda: enter(config))
 
 
+@pytest.mark.parametrize(
+    ("recorded", "present"), [("int8", "w8a8"), ("int8_weight_only", "int8_channel"), ("fp8", "fp8")]
+)
+def test_a_run_from_before_formats_were_renamed_goes_on_in_the_format_it_had(config, recorded, present):
+    enter(config)
+    path = config.directory / "config.json"
+    written = json.loads(path.read_text())
+    assert load_config(config.directory).serving.format == written["serving"]["format"] == "int8"
+    del written["model"]["rope_scaling"]
+    written["serving"]["format"] = recorded
+    path.write_text(json.dumps(written))
+    assert load_config(config.directory).serving.format == present
+
+
 def test_a_directory_is_held_while_the_run_is_open(config):
     with open_run(config):
         before = contents(config.directory)

@@ -40,6 +40,7 @@ def load_source(
     kv_cache: str | None = None,
     prompts: int | None = None,
     prompts_file: Path | None = None,
+    max_response_length: int | None = None,
     stale_step: int | None = None,
     out: Path | None = None,
     recipe_code: bool = True,
@@ -52,6 +53,7 @@ def load_source(
       kv_cache: likewise the dtype that keys and values are stored in.
       prompts: how many prompts; None is PROMPTS.
       prompts_file: for a folder, a file with one prompt per line: {"prompt": ...} or the text itself.
+      max_response_length: longest response, in tokens; None is the run's, or the default of `RolloutConfig`.
       stale_step: for a run, the checkpoint whose weights are served.
       out: the directory of the results; None is RUN/probe or ./probe.
       recipe_code: whether a run's own code may be executed, if its recipe has sections from outside dcjax.
@@ -64,16 +66,19 @@ def load_source(
     count = PROMPTS if prompts is None else prompts
     if count < 1:
         raise RunError(f"prompts is {count}; it must be at least 1")
-    serving = {"format": format, "kv_cache": kv_cache}
+    sections = {
+        "serving": {"format": format, "kv_cache": kv_cache},
+        "rollout": {"max_response_length": max_response_length},
+    }
     if not is_folder(path):
         if prompts_file is not None:
             raise RunError(f"prompts-file is {prompts_file}; {path} is a run, whose held-out problems are the prompts")
-        return _of_run(open_model(path, recipe_code=recipe_code, serving=serving), stale_step, count, out)
+        return _of_run(open_model(path, recipe_code=recipe_code, **sections), stale_step, count, out)
     if stale_step is not None:
         raise RunError(f"stale is {stale_step}; {path} is a Hugging Face folder, which has one set of weights")
     if prompts_file is None:
         raise RunError(f"{path} is a Hugging Face folder, which has no prompts; give some with --prompts-file")
-    return _of_folder(open_model(path, serving=serving), prompts_file, count, out)
+    return _of_folder(open_model(path, **sections), prompts_file, count, out)
 
 
 def _writable(model: OpenedModel, out: Path | None) -> Path:

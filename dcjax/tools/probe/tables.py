@@ -65,7 +65,8 @@ def to_text(probe: Probe) -> str:
             "worst tokens: δ, the trainer's and the sampler's probability",
             *map(_worst, probe.worst_tokens),
             "",
-            f"recommended budget: {probe.recommended_budget:.3g}",
+            f"recommended budget: objective.budget={probe.recommended_budget:.3g}"
+            " (objective.budget=auto measures it in a run's first iterations)",
         ]
     )
 

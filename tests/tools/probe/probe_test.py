@@ -641,8 +641,9 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_a_hugging_face_folder_is_probed_with_prompts_of_a_file(folder, probed, only_float32, capfd, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    found = probed("hf", "--format", "float32", "--prompts-file", "prompts")
+    found = probed("hf", "--format", "float32", "--prompts-file", "prompts", "--max-response-length", 3)
     assert (found["step"], found["format"], found["responses"]) == (None, "float32", 2)
+    assert 2 <= found["tokens"] <= 6 and found["by_position"][-1]["to"] <= 4
     assert found["formats"]["float32"]["prob_diff_max"] <= 5e-5
     assert (folder.parent / "probe" / "probe.json").exists()
 
@@ -669,6 +670,7 @@ def refusal(capfd):
         (["--format", "int3"], "serving.format is 'int3'; it must be one of float32"),
         (["--kv-cache", "int3"], "serving.kv_cache is 'int3'; it must be one of auto"),
         (["--prompts", "0"], "prompts is 0; it must be at least 1"),
+        (["--max-response-length", "0"], "rollout.max_response_length is 0; it must be at least 1"),
         (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--stale", "9"], "no checkpoint of step 9"),
         (["--prompts-file", "some.jsonl"], "prompts-file is some.jsonl"),

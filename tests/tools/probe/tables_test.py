@@ -87,7 +87,7 @@ def test_the_table_tells_what_was_not_measured_and_not_served():
     assert "int4: groups of 32 do not fit" in text
     assert "1,024 (0.250)" in text
     assert "temperature 0.7, top_k 0, top_p 1" in text
-    assert "recommended budget: 0.0684" in text
+    assert "recommended budget: objective.budget=0.0684 " in text
     assert r"1+2=[\x1b[]3" in text
     assert "run $x^ at step 40, served in int8" in text
 
