@@ -27,7 +27,9 @@ def dcjax(*arguments):
 
 
 def assert_equal_bits(these, those):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (a, b))), these, those)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (a, b))), these, those
+    )
 
 
 def assert_speaks_as(folder, out):
