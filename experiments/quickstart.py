@@ -10,6 +10,6 @@ def config() -> Config:
     return Config(
         name="quickstart",
         steps=80,
-        objective=ObjectiveConfig(dual_lr=20.0, budget=0.002, zero_variance="drop"),
+        objective=ObjectiveConfig(dual_lr=20.0, budget=0.0015, zero_variance="drop"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
     )

@@ -131,7 +131,7 @@ def test_one_expert_that_stayed_stale_is_named():
 
 @pytest.mark.parametrize(("factor", "size"), [(2.0, "0.[12]"), (float("nan"), "inf")])
 def test_one_garbled_scale_of_many_is_named(factor, size):
-    check, masters, _, after = refitted(config=DENSE)
+    check, masters, _, after = refitted("w8a8", DENSE)
     matrix = after.weights["layers"][0]["up_proj"]
     garbled = dataclasses.replace(matrix, scale=matrix.scale.at[5].multiply(factor))
     with pytest.raises(RunError, match=f"up_proj of layer 0 is {size}"):
@@ -158,7 +158,7 @@ class Doubled(Grouped):
 
 
 def test_a_format_that_does_not_give_back_what_it_stored_is_named():
-    engine = served.engine_of(Doubled(), DENSE)
+    engine = served.engine_of(Doubled(bits=4), DENSE)
     with pytest.raises(RunError, match=r"self-check of the serving format: .* in format doubled is 1"):
         check_of(engine)(tiny.masters(DENSE), engine.sync(tiny.masters(DENSE), 0), 0)
 
@@ -208,7 +208,7 @@ def test_devices_may_share_masters_and_what_is_served(apart):
 
 def test_a_deep_model_whose_layers_are_looped_over_is_compared_too():
     deep = dataclasses.replace(DENSE, num_layers=8)
-    engine = served.engine_of("int8", deep)
+    engine = served.engine_of("w8a8", deep)
     assert engine.decoder.loops
     check, masters = check_of(engine), tiny.masters(deep)
     serving = engine.sync(masters, 0)

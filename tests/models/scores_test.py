@@ -240,7 +240,8 @@ def test_what_the_sampler_could_draw_is_all_that_is_scored(chunk):
 def test_without_a_row_that_was_truncated_a_support_changes_nothing():
     whole, empty = scores_by_chunk(masters(SMALL, seed=1), np.full((B, T, SUPPORT), -1, np.int32))
     np.testing.assert_allclose(empty[T].logps, whole[T].logps, rtol=1e-6)
-    np.testing.assert_allclose(empty[T].entropy, whole[T].entropy, rtol=1e-6)
+    # an entropy is a difference of numbers of up to 3, whose roundings a small entropy keeps: on some CPUs 4e-7 of .3
+    np.testing.assert_allclose(empty[T].entropy, whole[T].entropy, rtol=0, atol=1e-6)
 
 
 @jit

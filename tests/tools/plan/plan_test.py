@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 SLICE, CHIPS_OF_SLICE, MEAN = "v5e:2x2", 4, 10
-CONFIG = replace(tiny.CONFIG, mesh=MeshConfig(fsdp=4))
+CONFIG = replace(tiny.CONFIG, mesh=MeshConfig(fsdp=4), serving=replace(tiny.CONFIG.serving, format="w8a8"))
 
 
 @pytest.fixture(scope="module")
