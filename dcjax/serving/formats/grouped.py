@@ -73,7 +73,7 @@ class Grouped(Format):
         That rounding is part of the format: other engines' products with such weights also unpack to the activations'
         16 bits.
         """
-        values = codes.values if self.bits == 8 else _from_bytes(codes.values, axis)
+        values = jnp.asarray(codes.values) if self.bits == 8 else _from_bytes(codes.values, axis)
         scale = jnp.repeat(codes.scale.astype(jnp.float32), GROUP, axis)
         return (values.astype(jnp.float32) * scale).astype(dtype)
 
@@ -83,7 +83,7 @@ def _two_to_a_byte(values: Shaped[Array, "*E V K"]) -> Shaped[Array, "*E V K/2"]
     return (low & 15) | (high << 4)
 
 
-def _from_bytes(packed: Array, axis: int) -> Array:
+def _from_bytes(packed: Array, axis: int) -> jax.Array:
     both = lax.bitcast_convert_type(packed, jnp.int8)
     nibbles = jnp.stack([jnp.right_shift(jnp.left_shift(both, 4), 4), jnp.right_shift(both, 4)], axis)
     shape = list(packed.shape)
