@@ -441,10 +441,25 @@ def test_a_float16_cache_is_not_served_on_a_tpu():
 def test_groups_that_a_width_does_not_fill_are_named():
     config = dataclasses.replace(presets["tiny"], intermediate_size=200)
     check(config, formats["w8a8"], "cpu")
-    for name in ("int8", "int4"):
-        with pytest.raises(ValueError, match="down_proj is contracted over 200; that must be a multiple of 32"):
-            check(config, formats[name], "cpu")
-        check(config, formats[name], "cpu", keep=["down_*"])
+    check(config, formats["int8"], "cpu")
+    odd = dataclasses.replace(presets["tiny"], intermediate_size=204)
+    for name, refused, least in (("int4", config, 32), ("int8", odd, 8)):
+        width = refused.intermediate_size
+        with pytest.raises(ValueError, match=f"down_proj is contracted over {width}; .* a multiple of {least}"):
+            check(refused, formats[name], "cpu")
+        check(refused, formats[name], "cpu", keep=["down_*"])
+
+
+def test_int8_has_smaller_groups_where_32_do_not_divide_the_width():
+    kernel = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)
+    matrix = quantize_kernel(kernel, formats["int8"])
+    assert matrix.codes.scale.shape == (3, 5)
+    for group in range(3):
+        part = slice(16 * group, 16 * group + 16)
+        restored = np.asarray(unpack(matrix, jnp.dtype(jnp.float32), -2))[part]
+        # half a step of the group's own largest weight, and the rounding of the scale
+        assert (np.abs(restored - kernel[part]) <= np.abs(kernel[part]).max(0) / 127 / 2 * 1.01 + 2e-3).all()
+        assert np.abs(restored - kernel[part]).max() > 1e-3
 
 
 def test_a_sum_that_int32_could_not_hold_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,9 @@ from dcjax.types import Array
 
 GROUP = 32
 """Weights that share a scale: neighbours along the contracted axis."""
+
+SMALLEST_GROUP = 8
+"""Weights that share a scale in int8 at least, where groups of `GROUP` do not divide the contracted axis."""
 
 
 class Groups(NamedTuple):
@@ -35,7 +39,8 @@ class Groups(NamedTuple):
 class Grouped(Format):
     """Weights from −127 to 127 (int8) or −7 to 7 (int4), symmetric in each group; activations in bfloat16.
 
-    What is stored is `Groups`. int8 keeps keys and values in int8 too, where `serving.kv_cache` is auto.
+    What is stored is `Groups`; in int8 groups are smaller where a width is no multiple of 32. int8 keeps keys and values
+    in int8 too, where `serving.kv_cache` is auto.
     """
 
     bits: Literal[8, 4]
@@ -49,17 +54,18 @@ class Grouped(Format):
         return "int8" if self.bits == 8 else "bf16"
 
     def check_width(self, name: str, width: int) -> None:
-        """Raises ValueError for a contracted width that is not a multiple of the groups."""
-        if width % GROUP:
+        """Raises ValueError for a contracted width that is not a multiple of the smallest groups."""
+        least = SMALLEST_GROUP if self.bits == 8 else GROUP
+        if width % least:
             raise ValueError(
-                f"format {self.name!r} stores groups of {GROUP} weights, but {name} is contracted over {width}; "
-                f"that must be a multiple of {GROUP}, or {name!r} in keep"
+                f"format {self.name!r} stores groups of {least} weights, but {name} is contracted over {width}; "
+                f"that must be a multiple of {least}, or {name!r} in keep"
             )
 
     def encode(self, rows: Float[Array, "*E V K"]) -> Groups:
         """Quantises symmetrically per group of a row."""
         largest = 2 ** (self.bits - 1) - 1
-        groups = rows.reshape(*rows.shape[:-1], -1, GROUP).astype(jnp.float32)
+        groups = rows.reshape(*rows.shape[:-1], -1, math.gcd(rows.shape[-1], GROUP)).astype(jnp.float32)
         scale = (jnp.max(jnp.abs(groups), axis=-1) / largest).astype(jnp.bfloat16)
         # divide by the scale as stored: rounding to bfloat16 makes it at most 1/512 too small, and 127.25 is still 127
         step = scale.astype(jnp.float32)[..., None]
@@ -74,7 +80,7 @@ class Grouped(Format):
         16 bits.
         """
         values = jnp.asarray(codes.values) if self.bits == 8 else _from_bytes(codes.values, axis)
-        scale = jnp.repeat(codes.scale.astype(jnp.float32), GROUP, axis)
+        scale = jnp.repeat(codes.scale.astype(jnp.float32), values.shape[axis] // codes.scale.shape[axis], axis)
         return (values.astype(jnp.float32) * scale).astype(dtype)
 
 
