@@ -39,8 +39,8 @@ class Groups(NamedTuple):
 class Grouped(Format):
     """Weights from −127 to 127 (int8) or −7 to 7 (int4), symmetric in each group; activations in bfloat16.
 
-    What is stored is `Groups`; in int8 groups are smaller where a width is no multiple of 32. int8 keeps keys and values
-    in int8 too, where `serving.kv_cache` is auto.
+    What is stored is `Groups`; in int8 groups are smaller where a width is no multiple of 32. int8 keeps keys and
+    values in int8 too, where `serving.kv_cache` is auto.
     """
 
     bits: Literal[8, 4]
