@@ -28,7 +28,7 @@ import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError

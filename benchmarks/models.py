@@ -34,7 +34,7 @@ import numpy as np
 import plain_jax  # pyrefly: ignore[missing-import]  (beside this file)
 from timing import Elsewhere, environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, Precision, abstract_params, forward, init_params, presets, save_hf, token_logps
 
 SHAPES = {"tiny": (presets["tiny"], 16, 61)}

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import init_params
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer

@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).parent / "peers"))
 import model  # pyrefly: ignore[missing-import]
 import work  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import init_params, token_logps
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer

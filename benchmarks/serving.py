@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import ModelConfig, abstract_params, init_params, logical_axes, presets
 from dcjax.models.cache import LayerCache, attend, init_cache, write
 from dcjax.serving.engine import Qwen3Engine

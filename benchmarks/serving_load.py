@@ -54,7 +54,7 @@ from serving_clients import (  # pyrefly: ignore[missing-import]
 )
 from timing import environment  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.models import init_params, save_hf
 from dcjax.recipe.build import build_engine

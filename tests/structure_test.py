@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dcjax"
 FLOORS = (
-    *("errors", "paths", "signals", "types", "arguments", "user_code", "keys", "spans"),
+    *("errors", "paths", "signals", "types", "arguments", "user_code", "keys", "spans", "allocator"),
     *("rewards", "data", "rl", "sharding", "models", "serving", "reporting"),
     *("recipe", "loop", "tools", "cli", "__main__"),
 )

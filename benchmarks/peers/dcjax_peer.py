@@ -12,7 +12,7 @@ import model  # pyrefly: ignore[missing-import]
 import numpy as np
 import work  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import forward, load_hf
 from dcjax.recipe import build
 from dcjax.recipe.build import build_optimizer

@@ -18,7 +18,7 @@ import work  # pyrefly: ignore[missing-import]
 sys.path.append(str(Path(__file__).parent.parent))
 import plain_jax  # pyrefly: ignore[missing-import]
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.models import load_hf
 
 MICROBATCH_SIZE, SLOTS = 8, 32

@@ -15,7 +15,7 @@ kind, where a prompt counts once and without its last one, as far as an update n
 
 First all are kept to one core, with one thread each, and CPU-seconds are compared: a ratio is theirs over dcjax's, by
 the minimum over rounds, which is the least disturbed. Then fresh processes have two cores, for wall times. dcjax and
-plain JAX both call `dcjax.cli.allocator.keep_freed_memory`, as dcjax's command line does.
+plain JAX both call `dcjax.allocator.keep_freed_memory`, as dcjax's command line does.
 
 Before a figure counts, a peer has shown that it has the same model (parameters, logits to 1e-4), in each round that it
 sampled and trained on 128 responses of the lengths asked for, other ones than the round before, and at the end that its

@@ -21,6 +21,8 @@ from typing import Any, TextIO
 import filelock
 import jax
 
+from dcjax.allocator import return_freed_memory
+
 MAX_BYTES = 2**30
 """Size limit of the compilation cache; the programs that were least recently used are evicted first."""
 
@@ -140,6 +142,9 @@ def report_slow_compilations(stream: TextIO | None = None) -> Iterator[None]:
     def on_end(event: str, duration_secs: float, **details) -> None:
         if event == _COMPILATION_EVENT:
             reporter.end(duration_secs)
+            if duration_secs >= REPORT_AFTER_SECONDS:
+                # the compiler takes hundreds of megabytes, and the program runs next
+                return_freed_memory()
 
     jax.monitoring.register_scalar_listener(on_start)
     jax.monitoring.register_event_duration_secs_listener(on_end)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import importlib
 import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from dcjax.cli.allocator import keep_freed_memory
+from dcjax.allocator import keep_freed_memory
 from dcjax.errors import RunError
 from dcjax.user_code import failures_of_files
 
@@ -25,12 +24,8 @@ INTERRUPTION_HINTS = {
 
 
 @contextlib.contextmanager
-def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations.
-
-    Args:
-      check: what may refuse the command before libraries are imported for seconds; it may use JAX, but no engine.
-    """
+def jax_session() -> Iterator[None]:
+    """Sets up the process for JAX: settings, memory allocator, logging, compilation cache, reports of compilations."""
     keep_freed_memory()
     _silence_libraries()
     _pin_settings()
@@ -38,9 +33,6 @@ def jax_session(check: Callable[[], None] | None = None) -> Iterator[None]:
 
     enable_compilation_cache()
     with report_slow_compilations(), failures_of_files():
-        if check is not None:
-            check()
-        _import_libraries()
         yield
 
 
@@ -71,19 +63,6 @@ def _silence_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_late_errors
-
-
-def _import_libraries() -> None:
-    """Imports the libraries that print messages as they start.
-
-    TensorFlow, which JetStream imports, logs from C++ before it can be configured, so that standard error's file
-    descriptor has to point elsewhere meanwhile.
-    """
-    from dcjax.sharding.mesh import hidden_standard_error
-
-    with hidden_standard_error():
-        importlib.import_module("jetstream.engine.engine_api")
-        importlib.import_module("transformers")
 
 
 def _hide_late_errors(unraisable) -> None:

@@ -52,7 +52,11 @@ def run(arguments: list[str]) -> None:
     """Trains by the recipe or resumes the run that the arguments name, with the fields that the others override."""
     profile, arguments = _without_profile(arguments)
     config, recipe = config_of(arguments)
-    with leave_on_failure("train"), jax_session(lambda: _refuse_early(config, recipe)), _log_to_stderr():
+    with leave_on_failure("train"), jax_session(), _log_to_stderr():
+        # before the rest is imported, which takes seconds
+        from dcjax.loop.early import refuse_early
+
+        refuse_early(config, recipe)
         from dcjax.loop.train import train
 
         report_paths = train(config, recipe, profile=profile)
@@ -102,12 +106,6 @@ def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:
             raise RunError(f"{PROFILE_FLAG} is {value!r}; it must be a number of iterations, at least 1")
         steps = int(value)
     return steps, others
-
-
-def _refuse_early(config: Config, recipe: CodeFile | None) -> None:
-    from dcjax.loop.early import refuse_early
-
-    refuse_early(config, recipe)
 
 
 def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,14 @@ from dcjax.types import TrainState
 
 LOOKS = 5
 """How often checkpoints are listed anew where one is removed meanwhile."""
+
+Part = Callable[[TrainState], Any]
+"""TrainState -> a tree of some of its arrays."""
+
+
+def whole(state: TrainState) -> TrainState:
+    """The `Part` that is all of it."""
+    return state
 
 
 @dataclass(frozen=True)
@@ -103,24 +112,30 @@ class Checkpoints:
         Raises:
           RunError: this or an earlier save failed, for want of space say.
         """
-        described = asdict(cursor) | {"fingerprint": int(fingerprint(state))}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(described))
+        described = asdict(cursor) | {"sums": sums_of_bits(state)}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), loop=ocp.args.JsonSave(described))
         self._guard(lambda: self._manager.save(cursor.step, args=items))
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Cursor]:
-        """The checkpoint of a step, placed as `like` (shapes, dtypes and shardings), whatever mesh it was saved from.
+    def restore(self, step: int, like: TrainState, part: Part = whole) -> tuple[Any, Cursor]:
+        """What `part` takes of a step's state; no other array is read.
+
+        Args:
+          step: of the checkpoint.
+          like: the state's shapes, dtypes and shardings; arrays are placed by it, whatever mesh they were saved from.
+          part: TrainState -> a tree of some of its arrays, as they are.
 
         Raises:
           RunError: there is none, or it is damaged.
         """
         self.require(step)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
+        wanted = {id(leaf) for leaf in jax.tree.leaves(part(like))}
+        like = jax.tree.map(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, like)
+        arrays = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         try:
-            restored = self._manager.restore(step, args=items)
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=arrays, loop=ocp.args.JsonRestore()))
             state, described = restored["state"], restored["loop"]
-            if int(fingerprint(state)) != described.pop("fingerprint"):
-                raise ValueError("its arrays are not the ones that were saved")
-            return state, Cursor(**described)
+            _check_bits(state, described)
+            return part(state), Cursor(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
             raise as_loss(error) or RunError(
                 f"checkpoint {self.directory / str(step)} is damaged: {_first_line(error)}"
@@ -205,15 +220,47 @@ class Checkpoints:
             raise as_loss(error) or RunError(f"cannot write to {self.directory}: {_first_line(error)}") from error
 
 
+def fingerprint(tree: Any) -> int:
+    """32 bits that depend on every bit of a tree's arrays, the same on every mesh."""
+    return _combined(sums_of_bits(tree))
+
+
+def sums_of_bits(tree: Any) -> list[int]:
+    """The sum of the elements of each array in a tree, their bits taken as unsigned numbers, modulo 2^32.
+
+    It is a sum without rounding, and so the same on every mesh.
+    """
+    # one after another: XLA on CPUs copies what it takes as another type, and would copy the whole tree at once
+    return [int(_sum_of_bits(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
 @jax.jit
-def fingerprint(tree: Any) -> jax.Array:
-    """uint32 [] of every bit of a tree's arrays: a sum without rounding, and so the same on every mesh."""
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        narrow = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    narrow = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return jnp.sum(narrow.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _combined(sums: list[int]) -> int:
+    total = 0
+    for number in sums:
         # the odd factor keeps arrays that changed places apart
-        total = total * 31 + jnp.sum(narrow.astype(jnp.uint32), dtype=jnp.uint32)
+        total = (total * 31 + number) % 2**32
     return total
+
+
+def _check_bits(state: Any, described: dict[str, Any]) -> None:
+    """Checks the arrays that were read against what was saved of them, and takes that out of the description.
+
+    The first checkpoints have one number for the whole state, against which a part of it cannot be checked.
+    """
+    read = {at: leaf for at, leaf in enumerate(jax.tree.leaves(state)) if leaf is not ocp.PLACEHOLDER}
+    found = sums_of_bits(list(read.values()))
+    if (saved := described.pop("sums", None)) is not None:
+        intact = found == [saved[at] for at in read]
+    else:
+        intact = described.pop("fingerprint") == _combined(found) or len(read) < len(jax.tree.leaves(state))
+    if not intact:
+        raise ValueError("its arrays are not the ones that were saved")
 
 
 def _first_line(error: BaseException) -> str:

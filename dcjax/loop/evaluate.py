@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dcjax.allocator import return_freed_memory
 from dcjax.data.task import decode_responses, encode_prompts
 from dcjax.errors import RunError
 from dcjax.keys import make_key
@@ -18,6 +19,7 @@ from dcjax.reporting.statistics import wilson_interval
 from dcjax.rl.averaging import averaged_params
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import Sampling, require_finite
+from dcjax.serving.sync import ServingParams
 from dcjax.sharding.hosts import total
 from dcjax.types import Params, Rollout, TrainState
 from dcjax.user_code import refusals_of
@@ -60,18 +62,9 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
     rows = []
     for policy, engine in engines.items():
         collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=1)
-        serving = engine.sync(params, version)
-        sampling = Sampling(
-            engine,
-            serving,
-            prompts,
-            samples_per_prompt=1,
-            temperature=settings.temperature,
-            key=make_key(HELDOUT_SEED),
-        )
-        for ended in sampling.as_they_end(serving):
-            collector.submit(ended)
-        rollout = sampling.rollout()
+        # the serving weights of one engine go before those of the next are made
+        rollout = _sample(engine, engine.sync(params, version), prompts, settings.temperature, collector)
+        return_freed_memory()
         _require_finite(policy, rollout, engine)
         scores = collector.result()
         with refusals_of(setup.config.task):
@@ -83,24 +76,39 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
     return rows
 
 
+def _sample(
+    engine: Qwen3Engine,
+    serving: ServingParams,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    collector: RewardCollector,
+) -> Rollout:
+    """One response to each prompt, which the collector gets as it ends."""
+    sampling = Sampling(
+        engine, serving, prompts, samples_per_prompt=1, temperature=temperature, key=make_key(HELDOUT_SEED)
+    )
+    for ended in sampling.as_they_end(serving):
+        collector.submit(ended)
+    return sampling.rollout()
+
+
 def evaluate_state(setup: Setup, state: TrainState) -> dict[str, float]:
     """Held-out accuracies by the names of metrics.jsonl: of both policies, and of the average where one is kept."""
     rows = evaluate(setup, setup.engines, state.params, int(state.step))
     measured = {f"eval/{row.policy}_accuracy": row.accuracy for row in rows}
     if optimizer_of(setup.config).ema_decay:
-        averaged = evaluate_average(setup, state)
+        averaged = evaluate_average(setup, averaged_params(state.opt_state, state.params), int(state.step))
         measured |= {f"eval/{row.policy.removesuffix('_ema')}_accuracy_ema": row.accuracy for row in averaged}
     return measured | {"eval/prompts": setup.config.evaluation.prompts}
 
 
-def evaluate_average(setup: Setup, state: TrainState) -> list[Accuracy]:
+def evaluate_average(setup: Setup, average: Params, version: int) -> list[Accuracy]:
     """The accuracies of both engines with the moving average of the parameters."""
-    average = averaged_params(state.opt_state, state.params)
     engines: dict[PolicyName, Qwen3Engine] = {
         "deployed_ema": setup.engines["deployed"],
         "training_ema": setup.engines["training"],
     }
-    return evaluate(setup, engines, average, int(state.step))
+    return evaluate(setup, engines, average, version)
 
 
 def _require_finite(policy: PolicyName, rollout: Rollout, engine: Qwen3Engine) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from dcjax.allocator import return_freed_memory
 from dcjax.errors import RunError
 from dcjax.loop.draw import Sampled
 from dcjax.loop.self_checks import StepCheck
@@ -51,6 +52,8 @@ class Updater:
         with span("packing") as ready:
             packed = self._packing(batch)
             placed = ready(place(packed, batch_sharding(self._setup.mesh)))
+        # sampling leaves blocks of other sizes
+        return_freed_memory()
         with span("update") as ready:
             state, metrics = ready(self._step(state, placed))
             values = build.metrics_to_host(metrics)

@@ -42,20 +42,26 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
       RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate that
         fits.
     """
-    settings = config.warm_start
-    packing = config.warm_start_packing()
-    tx, update = _compile_update(config.model, settings, packing.bins, mesh)
-    state = initial_state(config, mesh, tx, starting_params(config, mesh))
+    params = starting_params(config, mesh)
     with _Log(config) as log:
-        for count in range(1, settings.steps + 1):
-            batch = packing(_batch(config, tokenizer, count))
-            state, metrics = update(state, place(batch, batch_sharding(mesh)))
-            if count % LOG_EVERY == 0 or count == settings.steps:
-                values = metrics_to_host(metrics)
-                shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
-                if not all(map(math.isfinite, shown.values())):
-                    raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
-                log.write(count, shown)
+        # without updates there is no need of an optimiser, whose moments are twice the parameters
+        return _imitate(config, mesh, tokenizer, params, log) if config.warm_start.steps else params
+
+
+def _imitate(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, params: Params, log: _Log) -> Params:
+    """The parameters after all updates; those that are given are donated."""
+    settings, packing = config.warm_start, config.warm_start_packing()
+    tx, update = _compile_update(config.model, settings, packing.bins, mesh)
+    state = initial_state(config, mesh, tx, params)
+    for count in range(1, settings.steps + 1):
+        batch = packing(_batch(config, tokenizer, count))
+        state, metrics = update(state, place(batch, batch_sharding(mesh)))
+        if count % LOG_EVERY == 0 or count == settings.steps:
+            values = metrics_to_host(metrics)
+            shown = {name: values[name] for name in ("loss", "grad_norm", "loss_scale") if name in values}
+            if not all(map(math.isfinite, shown.values())):
+                raise RunError(f"warm start, step {count}: {shown}; lower warm_start.learning_rate")
+            log.write(count, shown)
     return state.params
 
 

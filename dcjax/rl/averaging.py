@@ -67,12 +67,21 @@ def params_ema(decay: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
-    """The moving average in an optimiser's state, in the dtypes of `params`.
+def average_of(opt_state: optax.OptState) -> Params:
+    """The moving average in an optimiser's state, float32.
 
     Raises:
       ValueError: the chain holds no `params_ema`.
     """
     if (ema := optax.tree.get(opt_state, "ema")) is None:
         raise ValueError("there is no average of the params; put params_ema(...) last into the optimiser's chain")
-    return optax.tree.cast_like(ema, params)
+    return ema
+
+
+def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
+    """The moving average in an optimiser's state, in the dtypes of `params`.
+
+    Raises:
+      ValueError: the chain holds no `params_ema`.
+    """
+    return optax.tree.cast_like(average_of(opt_state), params)

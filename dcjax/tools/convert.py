@@ -115,25 +115,23 @@ def export_run(
         refuses.
     """
     # These take seconds to import, with JetStream, which an import and an inspection need not wait for.
-    from dcjax.rl.averaging import averaged_params
     from dcjax.tools.open_model import open_model, require_run
 
     with _value_errors_as_run_errors():
         check_writable(check_vacant(out).parent)
         require_run(source, "dcjax convert import reads it")
         model = open_model(source, recipe_code=recipe_code)
-        state, cursor = model.restore()
         save_hf(
             out,
             model.config.model,
-            averaged_params(state.opt_state, state.params) if averaged else state.params,
+            model.average() if averaged else model.params(),
             dtype=dtype,
             tokenizer_from=model.directory / "tokenizer",
             token_ids=_token_ids(model),
             further_files={CONTRACT_FILE: model.contract().to_json()},
             told=told,
         )
-    return cursor.step
+    return model.step or 0
 
 
 def _token_ids(model: OpenedModel) -> dict[str, int | list[int]]:

@@ -49,10 +49,10 @@ def evaluate_source(
     problems = open_problems(config, model.tokenizer)
     engines = make_engines(config, model.mesh, model.end_tokens)
     check_golds(config, problems)
-    state, cursor = model.restore()
+    step = model.step or 0
     with opened as rewards:
         setup = Setup(config, rewards, model.tokenizer, problems, model.mesh, model.end_tokens, engines)
-        rows = evaluate(setup, engines, state.params, cursor.step)
+        rows = evaluate(setup, engines, model.params(), step)
         if optimizer_of(config).ema_decay:
-            rows += evaluate_average(setup, state)
-    return Evaluation(cursor.step, config.evaluation.temperature, rows)
+            rows += evaluate_average(setup, model.average(), step)
+    return Evaluation(step, config.evaluation.temperature, rows)

@@ -8,24 +8,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.chat import dated, template_digest
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints, Cursor
+from dcjax.loop.checkpoint import Checkpoints, Part
 from dcjax.loop.end_tokens import folder_end_tokens, run_end_tokens
 from dcjax.loop.run_directory import identity, load_config, locate, recorded_start
+from dcjax.models.config import DTYPES
 from dcjax.models.hf import INDEX, WEIGHTS
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.architecture import with_pretrained_model
 from dcjax.recipe.build import abstract_state, starting_params
 from dcjax.recipe.config import Config, on_one_device
 from dcjax.recipe.engine import contract_of
+from dcjax.rl.averaging import average_of
 from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.types import Params, TrainState
+from dcjax.types import Params
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class OpenedModel:
     directory: Path
     """The directory of the run, or the folder."""
 
-    def restore(self, step: int | None = None) -> tuple[TrainState, Cursor]:
-        """All that a run saved at a step, the model's own where None; the state is placed on the mesh.
+    def restore(self, part: Part, step: int | None = None) -> Any:
+        """What `part` takes of the state that a run saved at a step, the model's own where None, placed on the mesh.
+
+        With the optimiser's moments a state is three times as large as its parameters; nothing is read but the part.
 
         Raises:
           RunError: the run has no such checkpoint, the checkpoint is damaged, or the model is a Hugging Face folder.
@@ -60,15 +65,27 @@ class OpenedModel:
         if self.step is None:
             raise RunError(f"{self.directory} is a Hugging Face folder, which has one set of weights")
         like = abstract_state(self.config, self.mesh)
-        return Checkpoints(self.directory / "checkpoints").restore(self.step if step is None else step, like)
+        return Checkpoints(self.directory / "checkpoints").restore(self.step if step is None else step, like, part)[0]
 
-    def params(self) -> Params:
-        """The weights, placed on the mesh.
+    def params(self, step: int | None = None) -> Params:
+        """The weights, placed on the mesh; of a run those of a step, the model's own where None.
 
         Raises:
           RunError: there are none, or they are damaged.
         """
-        return starting_params(self.config, self.mesh) if self.step is None else self.restore()[0].params
+        if self.step is None and step is None:
+            return starting_params(self.config, self.mesh)
+        return self.restore(lambda state: state.params, step)
+
+    def average(self) -> Params:
+        """The moving average of a run's weights, in their dtypes, placed on the mesh.
+
+        Raises:
+          ValueError: the run keeps none.
+          RunError: as `restore`.
+        """
+        average = self.restore(lambda state: average_of(state.opt_state))
+        return optax.tree.cast(average, DTYPES[self.config.model.precision.parameters])
 
     def contract(self) -> Contract:
         """How the policy is sampled: as it was trained to be, or for a folder by the defaults."""

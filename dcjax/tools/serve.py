@@ -10,7 +10,6 @@ from typing import Any
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.run_directory import locate
-from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import check_positions
 from dcjax.recipe.engine import contract_of, make_engine
 from dcjax.recipe.rollout import RolloutConfig
@@ -140,5 +139,4 @@ class _Newest:
     def __call__(self, version: int) -> tuple[int, ServingParams] | None:
         if (step := self._checkpoints.latest()) <= version:
             return None
-        state, _ = self._checkpoints.restore(step, abstract_state(self._model.config, self._model.mesh))
-        return step, self._engine.sync(state.params, step)
+        return step, self._engine.sync(self._model.params(step), step)

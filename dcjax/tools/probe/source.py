@@ -10,7 +10,7 @@ from pathlib import Path
 from dcjax.data.task import encode_prompts
 from dcjax.errors import RunError
 from dcjax.loop.evaluate import HELDOUT_SEED
-from dcjax.recipe.build import open_problems
+from dcjax.recipe.build import PastParams, open_problems
 from dcjax.reporting.record import check_writable
 from dcjax.tools.open_model import OpenedModel, is_folder, open_model
 from dcjax.tools.probe.policies import Weights
@@ -94,13 +94,16 @@ def _of_run(model: OpenedModel, stale_step: int | None, count: int, out: Path | 
     problems = open_problems(model.config, model.tokenizer)
     with refusals_of(model.config.task, problems):
         prompts = encode_prompts(model.tokenizer, problems.problems("heldout", HELDOUT_SEED, 0, count))
-    (state, cursor), stale = model.restore(), None
+    step, stale, lag = model.step or 0, None, PastParams.needed_by(model.config).history
     if stale_step is not None:
-        stale = model.restore(stale_step)[0].params
-    elif state.history:
+        params, stale = model.params(), model.params(stale_step)
+    elif lag:
         # A run whose serving weights lag has kept those that it serves.
-        stale, stale_step = state.history[0], max(cursor.step - len(state.history), 0)
-    weights = Weights(state.params, stale, version=cursor.step if stale_step is None else stale_step)
+        params, stale = model.restore(lambda state: (state.params, state.history[0]))
+        stale_step = max(step - lag, 0)
+    else:
+        params = model.params()
+    weights = Weights(params, stale, version=step if stale_step is None else stale_step)
     return Source(model, prompts, weights, stale_step, out)
 
 

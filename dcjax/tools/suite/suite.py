@@ -181,7 +181,7 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
         template=template,
         asked=asked,
         params=params,
-        weights=int(fingerprint(params)),
+        weights=fingerprint(params),
         problems=problems,
         unreadable=tell_unreadable(golds, asked.reward),
         max_prompt_length=longest,
