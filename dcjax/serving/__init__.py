@@ -1,6 +1,6 @@
 """The engine that serves the deployed policy. Imports models, sharding and types; never rl.
 
-`Qwen3Engine` is imported on first use: JetStream brings TensorFlow along, which costs seconds.
+`Qwen3Engine` is imported on first use: JetStream takes seconds.
 """
 
 from typing import Any

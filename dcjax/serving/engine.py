@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from jetstream.engine import engine_api, tokenizer_pb2
+from jetstream.engine import tokenizer_pb2
 
 from dcjax.arguments import as_integers
 from dcjax.models import ModelConfig
@@ -23,6 +23,7 @@ from dcjax.models.layers import round_up
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Prefix, Requests
 from dcjax.serving.formats import Format, KVCacheName, cache_dtype, serving_format
 from dcjax.serving.formats.served import check_served
+from dcjax.serving.jetstream import engine_api
 from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.serving.decoder import DecodeState, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine, SampledTokens
-from dcjax.serving.server.jetstream import Thread, import_orchestrator
+from dcjax.serving.jetstream import Thread, import_orchestrator
 from dcjax.serving.server.text import TextStream
 from dcjax.serving.server.weights import Weights
 from dcjax.serving.server.wire import LENGTH, STOP, Answer

@@ -1,15 +1,35 @@
-"""JetStream 0.2.2's orchestrator, with what is wrong in the module itself mended at import.
+"""JetStream 0.2.2's engine API and orchestrator, with what is wrong in the modules themselves mended at import.
 
-What can be mended by overriding a method is mended where it is overridden, in `driver` and `service`.
+What can be mended by overriding a method is mended where it is overridden, in `server.driver` and `server.service`.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+
+def _import_on_first_use(package: str, name: str) -> None:
+    """Makes `from package import name` give a module that is executed when one of its attributes is asked for."""
+    spec = importlib.util.find_spec(f"{package}.{name}")
+    if spec is None or spec.loader is None or spec.name in sys.modules:
+        return
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    setattr(importlib.import_module(package), name, module)
+
+
+# it imports TensorFlow, which takes half a gigabyte and seconds, for tokenizers that dcjax does not use
+_import_on_first_use("jetstream.engine", "token_utils")
+
+from jetstream.engine import engine_api as engine_api  # noqa: E402
 
 LOGGER = "jetstream"
 """What the orchestrator's messages are logged to."""

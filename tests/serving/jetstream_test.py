@@ -65,7 +65,7 @@ def test_importing_it_sets_up_everybodys_logging_and_the_mended_import_does_not(
     told = "import logging; root = logging.getLogger(); print(root.level, len(root.handlers))"
     as_it_is = python(f"from jetstream.core import orchestrator; {told}")
     assert as_it_is.stdout.split()[-2:] == [str(logging.DEBUG), "1"]
-    mended = python(f"from dcjax.serving.server.jetstream import import_orchestrator; import_orchestrator(); {told}")
+    mended = python(f"from dcjax.serving.jetstream import import_orchestrator; import_orchestrator(); {told}")
     assert mended.stdout.split()[-2:] == [str(logging.WARNING), "0"]
     assert orchestrator.logging.name == "jetstream"
 
