@@ -5,7 +5,7 @@ Data: DAPO-Math-17K, and AIME24 to be measured by, in data/ (`dcjax data data --
 models/Qwen3-8B (or `--pretrained FOLDER`).
 Published, avg@32 of AIME24, AIME25 and AMC23, avg@4 of MATH-500, Minerva and OlympiadBench, and their mean:
 63.2 52.5 91.8 94.2 50.1 74.4 | 71.0, against GRPO's 58.8 40.0 90.4 93.7 51.0 70.1 | 67.3.
-Plan, with responses of 4096 tokens on average: at most 54.2 GiB of a chip; an iteration takes at least 20.0 s, of
+Plan, with responses of 4096 tokens on average: at most 53.5 GiB of a chip; an iteration takes at least 20.0 s, of
 which decoding 12.6 and the update 7.4; 300 steps are at least 107 chip-hours.
 `python experiments/sweeps.py dcmdp_qwen3_8b` has GRPO, fp8 rollouts and the ablations of tables 3 to 5 as overrides.
 """

@@ -31,7 +31,10 @@ PRECISIONS: dict[Float32Products, lax.Precision] = {
 
 Family = Literal["qwen3", "qwen2", "llama"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash", "ragged"]
-Remat = Literal["none", "products", "full"]
+Remat = Literal["auto", "none", "products", "full"]
+
+UNROLLED = 3
+"""The most layers that the remat auto unrolls, and keeps everything of."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class ModelConfig:
     remat: Remat = "products"
     """What the backward pass recomputes. products keeps the results of matrix products and recomputes the rest, and
     full keeps only the input of each layer; both loop over the layers, so that the program does not grow with depth.
-    none keeps everything and unrolls the layers, which is the fastest for two or three."""
+    none keeps everything and unrolls the layers, which is the fastest for two or three. auto is none up to three
+    layers, and products for more."""
     attention: AttentionKernel = "auto"
     """auto picks by platform: splash (Pallas) on TPU, cudnn on GPU in bf16 and fp16, xla elsewhere. ragged is auto, but
     that sampling on a GPU reads only the filled part of the KV cache, by a Pallas kernel that no GPU has run yet."""
@@ -187,6 +191,13 @@ class ModelConfig:
                 raise ValueError(f"model.mlp_only_layers names layer {layer}; layers are 0 to {self.num_layers - 1}")
 
     @property
+    def resolved_remat(self) -> Literal["none", "products", "full"]:
+        """`remat`, with auto replaced by what it stands for."""
+        if self.remat == "auto":
+            return "none" if self.num_layers <= UNROLLED else "products"
+        return self.remat
+
+    @property
     def longest_sequence(self) -> int:
         """Longest sequence that the model is made for, in tokens.
 
@@ -223,7 +234,7 @@ def _require_word(name: str, value: str, words) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(words)}")
 
 
-_TINY = ModelConfig(remat="none")
+_TINY = ModelConfig(remat="auto")
 
 
 _FULL = ModelConfig(

@@ -222,30 +222,39 @@ def run_columns(
         how = {"kernel": config.attention, "float32": config.precision.float32}
         return layout.attention(q, k, v, segments=columns.segments, **how), None
 
-    def layer(x, weights, imposed):
+    def layer(number, x, stacked, imposed):
         # XLA applies the first constraint on a value, and the input of a layer is what is kept for the backward pass
         whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
+        # taken here, where it is recomputed: what is taken outside of it would be kept, a second copy of the parameters
+        weights = stacked if period == 1 else layer_params(config, stacked, number)
         x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
         record = None if routing is None else (routing.experts, router_metrics(routing, sum_tokens))
         return layout.constrain(x, SAVED), record
 
-    if config.remat != "none":
+    unrolled = config.resolved_remat == "none"
+    if not unrolled:
         kept = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=kept[config.remat])
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=kept[config.resolved_remat], static_argnums=0)
 
     def turn(x, inputs):
         stacked, imposed = inputs
         routed = []
         for number in range(period):
             chosen = imposed[len(routed)] if kinds[number] and imposed is not None else None
-            x, record = layer(x, layer_params(config, stacked, number), chosen)
+            x, record = layer(number, x, stacked, chosen)
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
     embedded = layout.lookup(params["embed_tokens"], columns.tokens, DTYPES[config.precision.compute])
     turns = config.num_layers // period
-    dealt = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), (params["layers"], columns.experts))
-    x, routed = jax.lax.scan(turn, layout.constrain(embedded, SAVED), dealt, unroll=config.remat == "none")
+
+    def deal(tree):
+        return jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), tree)
+
+    # XLA on CPUs copies what is reshaped
+    stacked = params["layers"] if period == 1 else deal(params["layers"])
+    inputs = stacked, deal(columns.experts)
+    x, routed = jax.lax.scan(turn, layout.constrain(embedded, SAVED), inputs, unroll=unrolled)
     record = None
     if routed is not None:
         chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)

@@ -375,18 +375,26 @@ def _accumulate_gradients(
         loss_scale=loss_scale,
     )
 
-    def add_microbatch(microbatch: Microbatch, carry):
-        sums, outputs = carry
-        grads, (total, denominator, rows) = jax.grad(loss_fn, has_aux=True)(state.params, minibatch, microbatch)
-        return jax.tree.map(jnp.add, sums, (grads, total, denominator)), microbatch.put(outputs, rows)
-
     # sums are float32, whatever the parameters' dtype
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), state.params)
+    sums = jax.tree.map(jax.new_ref, zeros)
+
+    def add_microbatch(microbatch: Microbatch, carry):
+        others, outputs = carry
+        loss, pull_back, (*terms, rows) = jax.vjp(
+            lambda wide: loss_fn(optax.tree.cast_like(wide, state.params), minibatch, microbatch),
+            optax.tree.cast_like(state.params, zeros),
+            has_aux=True,
+        )
+        # each layer's gradients are added to the sums as they come; they are never in memory for all layers
+        pull_back.with_refs(sums)(jnp.ones_like(loss))  # pyrefly: ignore[missing-attribute]
+        return jax.tree.map(jnp.add, others, terms), microbatch.put(outputs, rows)
+
     _, (_, _, shapes) = jax.eval_shape(loss_fn, state.params, minibatch, cut.at(0))
     outputs = cut.empty(len(minibatch.batch.rewards), shapes)
-    (grads, total, denominator), rows = cut.fold(add_microbatch, ((zeros, jnp.zeros(()), jnp.zeros(())), outputs))
+    (total, denominator), rows = cut.fold(add_microbatch, ([jnp.zeros(()), jnp.zeros(())], outputs))
     divisor = jnp.maximum(denominator, 1.0)
-    grads = jax.tree.map(lambda grad: grad / (divisor * loss_scale), grads)
+    grads = jax.tree.map(lambda grad: jax.freeze(grad) / (divisor * loss_scale), sums)
     return grads, total / divisor, denominator, rows
 
 

@@ -108,7 +108,7 @@ class Sizes:
     @property
     def recomputes(self) -> bool:
         """Whether the backward pass computes a layer again."""
-        return self.model.remat != "none"
+        return self.model.resolved_remat != "none"
 
 
 def check(config: Config, devices: int) -> None:
@@ -156,7 +156,7 @@ def _bytes(tree: object) -> int:
 
 
 def gradients_bytes(run: Sizes) -> float:
-    """Two float32 of each parameter on the device: the sum over microbatches, and the present one's."""
+    """Two float32 of each parameter on the device: the sum over microbatches, and what it is divided into."""
     return 2 * FLOAT32 * sum(parameter.size / parts(parameter, run.training) for parameter in parameters(run.model))
 
 
@@ -199,7 +199,7 @@ def saved_bytes(run: Sizes) -> float:
     of_column = 0.0
     for sparse in model.sparse_layers:
         made = sum(rows_of(one, model) * one.shape[1] for one in kernels(model, sparse))
-        of_column += (model.hidden_size + {"full": 0, "products": 1, "none": 2}[model.remat] * made) / tensor
+        of_column += (model.hidden_size + {"full": 0, "products": 1, "none": 2}[model.resolved_remat] * made) / tensor
     return of_column * run.columns * run.compute
 
 
@@ -416,7 +416,7 @@ def layers_flops(run: Sizes) -> tuple[float, float]:
         for one in kernels(model, sparse)
         if one.name == "down_proj"
     )
-    again = {"full": elements - last, "products": 0.0, "none": 0.0}[model.remat]
+    again = {"full": elements - last, "products": 0.0, "none": 0.0}[model.resolved_remat]
     return (
         2 * run.columns * (elements * (3 + run.passes_without_gradients) + again),
         2 * run.columns * routers * products(run),
