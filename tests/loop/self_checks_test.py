@@ -169,6 +169,7 @@ def test_weights_that_are_far_from_where_they_began_are_no_fault():
     check_of(engine)(far, engine.sync(far, 5), 5)
 
 
+@pytest.mark.slow
 def test_mismatch_that_is_added_on_purpose_is_no_fault():
     engine = served.engine_of("int8", DENSE, mismatch=(("weight_noise", 0.5), ("rounded_masters", True)))
     check_of(engine)(tiny.masters(DENSE), engine.sync(tiny.masters(DENSE), 3), 3)
@@ -406,6 +407,7 @@ def test_old_log_probs_of_each_update_end_a_run(monkeypatch):
         planted(monkeypatch, with_updates(2))
 
 
+@pytest.mark.slow
 def test_several_updates_are_right_as_they_are(monkeypatch):
     stepper = Stepper(with_updates(2), Alternating())
     metrics = stepper.iterate(*stepper.begin())[2]

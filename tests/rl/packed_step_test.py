@@ -107,7 +107,7 @@ def bigram_step(objective, batch, updates, table=TABLE):
 @pytest.mark.parametrize(
     "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 )
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_objective_sees_rows_as_they_are(name, updates):
     config = Config(
         objective=ObjectiveConfig(**(COMMON | OBJECTIVES[name])), optimizer=OptimizerConfig(updates=updates)
@@ -280,10 +280,7 @@ def recorded(replay, top_k):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("experts, updates, kl", "eight devices") else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
+    [name if name == "eight devices" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
 def test_a_runs_step_is_that_of_rows_as_they_are(name):
     case = CASES[name]

@@ -77,7 +77,9 @@ def test_another_folder_is_served_as_asked(folder):
 
 
 @pytest.mark.parametrize("source", ["finished_run", "exported"])
-@pytest.mark.parametrize(("option", "value"), [("format", "bf16"), ("kv_cache", "bf16")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("format", "bf16"), pytest.param("kv_cache", "bf16", marks=pytest.mark.slow)]
+)
 def test_other_numerics_than_those_trained_for_are_refused_unless_told(source, option, value, request):
     source = request.getfixturevalue(source)
     with pytest.raises(RunError, match="--other-format") as refused:
