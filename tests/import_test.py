@@ -34,8 +34,14 @@ def test_importing_the_package_and_help_cost_little_beyond_importing_jax():
 
 
 def test_a_config_loads_neither_the_engine_nor_what_it_brings():
-    """TensorFlow logs from C++ when it is loaded, which the command line keeps quiet before it loads the engine."""
+    """They take seconds, which a command that is refused need not wait for."""
     loaded = (
         "import sys, dcjax.recipe.config; print([n for n in sys.modules if n.startswith(('tensorflow', 'jetstream'))])"
     )
     assert subprocess.check_output([sys.executable, "-c", loaded], text=True).strip() == "[]"
+
+
+def test_training_and_serving_load_no_tensorflow():
+    """JetStream imports it for tokenizers; it is half a gigabyte in every process."""
+    loaded = "import sys, dcjax.loop.train, dcjax.tools.serve, dcjax.tools.suite; print('tensorflow' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True).split()[-1] == "False"
