@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
-from typing import Any
 
 # glibc's numbers of mallopt parameters, and the largest value of an int.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -23,20 +21,17 @@ def keep_freed_memory() -> None:
     run has freed is missed in the next; they go back to the system. All threads take their blocks from one arena, since
     what one has freed is then there for the others. Other C libraries are left as they are.
     """
-    with _glibc() as library:
-        library.mallopt(M_MMAP_THRESHOLD, LARGE)
-        library.mallopt(M_TRIM_THRESHOLD, INT_MAX)
-        library.mallopt(M_ARENA_MAX, 1)
+    _call("mallopt", M_MMAP_THRESHOLD, LARGE)
+    _call("mallopt", M_TRIM_THRESHOLD, INT_MAX)
+    _call("mallopt", M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:
-    """Returns what is free to the system, for a phase that needs blocks of other sizes. Takes milliseconds."""
-    with _glibc() as library:
-        library.malloc_trim(0)
+    """Returns what is free to the system, for a phase that needs blocks of other sizes; only where it is glibc's."""
+    _call("malloc_trim", 0)
 
 
-@contextlib.contextmanager
-def _glibc() -> Iterator[Any]:
-    """The C library; where it is another one, nothing is done."""
+def _call(function: str, *numbers: int) -> None:
+    """Calls a function of glibc; nothing happens where the C library is another one."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        yield ctypes.CDLL(None)
+        getattr(ctypes.CDLL(None), function)(*numbers)

@@ -1,7 +1,10 @@
+import ctypes
 import subprocess
 import sys
 
 import pytest
+
+from dcjax.allocator import keep_freed_memory, return_freed_memory
 
 pytestmark = pytest.mark.heavy
 
@@ -32,3 +35,14 @@ def test_blocks_that_were_freed_are_found_again_without_page_faults_unless_they_
     # 64 blocks of 64 MiB are a million pages, or 2,048 large ones
     assert returned >= 2048
     assert kept < returned / 10
+
+
+def no_library(name):
+    raise TypeError(name)
+
+
+@pytest.mark.parametrize("library", [no_library, lambda name: object()], ids=["none", "another"])
+def test_other_c_libraries_are_left_as_they_are(monkeypatch, library):
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    keep_freed_memory()
+    return_freed_memory()

@@ -117,7 +117,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(cursor.step, args=items))
 
     def restore(self, step: int, like: TrainState, part: Part = whole) -> tuple[Any, Cursor]:
-        """What `part` takes of a step's state; no other array is read.
+        """What `part` takes of a step's state; no other array is read, unless the first versions wrote the checkpoint.
 
         Args:
           step: of the checkpoint.
@@ -129,11 +129,13 @@ class Checkpoints:
         """
         self.require(step)
         wanted = {id(leaf) for leaf in jax.tree.leaves(part(like))}
-        like = jax.tree.map(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, like)
-        arrays = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        partly = jax.tree.map(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, like)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=arrays, loop=ocp.args.JsonRestore()))
-            state, described = restored["state"], restored["loop"]
+            described = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
+            # the first checkpoints have one number for the whole state, which only the whole can be checked against
+            like = partly if "sums" in described else like
+            arrays = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+            state = self._manager.restore(step, args=ocp.args.Composite(state=arrays))["state"]
             _check_bits(state, described)
             return part(state), Cursor(**described)
         except Exception as error:  # Orbax and tensorstore raise whatever the damage happens to trip
@@ -249,16 +251,13 @@ def _combined(sums: list[int]) -> int:
 
 
 def _check_bits(state: Any, described: dict[str, Any]) -> None:
-    """Checks the arrays that were read against what was saved of them, and takes that out of the description.
-
-    The first checkpoints have one number for the whole state, against which a part of it cannot be checked.
-    """
+    """Checks the arrays that were read against what was saved of them, and takes that out of the description."""
     read = {at: leaf for at, leaf in enumerate(jax.tree.leaves(state)) if leaf is not ocp.PLACEHOLDER}
     found = sums_of_bits(list(read.values()))
     if (saved := described.pop("sums", None)) is not None:
         intact = found == [saved[at] for at in read]
     else:
-        intact = described.pop("fingerprint") == _combined(found) or len(read) < len(jax.tree.leaves(state))
+        intact = _combined(found) == described.pop("fingerprint")
     if not intact:
         raise ValueError("its arrays are not the ones that were saved")
 

@@ -131,7 +131,7 @@ def export_run(
             further_files={CONTRACT_FILE: model.contract().to_json()},
             told=told,
         )
-    return model.step or 0
+    return model.version
 
 
 def _token_ids(model: OpenedModel) -> dict[str, int | list[int]]:

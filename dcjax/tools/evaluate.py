@@ -49,7 +49,7 @@ def evaluate_source(
     problems = open_problems(config, model.tokenizer)
     engines = make_engines(config, model.mesh, model.end_tokens)
     check_golds(config, problems)
-    step = model.step or 0
+    step = model.version
     with opened as rewards:
         setup = Setup(config, rewards, model.tokenizer, problems, model.mesh, model.end_tokens, engines)
         rows = evaluate(setup, engines, model.params(), step)

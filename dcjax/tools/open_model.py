@@ -92,6 +92,11 @@ class OpenedModel:
         run = None if self.step is None else identity(self.directory)
         return contract_of(self.config.serving, self.config.rollout, self.end_tokens, run=run, step=self.step)
 
+    @property
+    def version(self) -> int:
+        """What the engine calls these weights: the step, or 0 for a Hugging Face folder."""
+        return self.step or 0
+
     def directory_for(self, results: str) -> Path:
         """The directory where results of a tool go, unless it is told otherwise: in the run, or in the working one."""
         return (Path() if self.step is None else self.directory) / results

@@ -74,7 +74,7 @@ def load_served(
       RunError: there is no such source, or it cannot be served so.
     """
     model = open_model(source, devices=devices, recipe_code=recipe_code)
-    config, version = model.config, model.step or 0
+    config, version = model.config, model.version
     try:
         trained = model.contract() if model.step is not None else read_contract(model.directory)
         section, limits = _sections(model, trained, _given(serving), _given(lengths))

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from dcjax.errors import RunError
-from dcjax.loop.checkpoint import Checkpoints, Cursor
+from dcjax.loop.checkpoint import Checkpoints, Cursor, whole
 from dcjax.models import ModelConfig
 from dcjax.recipe import build
 from dcjax.recipe.config import Config
@@ -168,7 +168,8 @@ def test_checkpoints_of_the_first_versions_are_read_whole_and_in_part(tmp_path, 
         assert same(restored, state) and loop == loop_at(1)
         assert same(checkpoints.restore(1, like, params_of)[0], state.params)
     with Checkpoints(tmp_path / "wrong") as checkpoints:
-        assert "not the ones that were saved" in refusal(lambda: checkpoints.restore(1, like))
+        for part in (whole, params_of):
+            assert "not the ones that were saved" in refusal(lambda part=part: checkpoints.restore(1, like, part))
 
 
 def test_the_multiplier_and_the_schedule_are_part_of_the_state(two_saved, like):

@@ -156,7 +156,7 @@ def _bytes(tree: object) -> int:
 
 
 def gradients_bytes(run: Sizes) -> float:
-    """Two float32 of each parameter on the device: the sum over microbatches, and what it is divided into."""
+    """Two float32 of each parameter on the device: the sum over microbatches, and its quotient by the denominator."""
     return 2 * FLOAT32 * sum(parameter.size / parts(parameter, run.training) for parameter in parameters(run.model))
 
 

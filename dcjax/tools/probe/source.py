@@ -94,7 +94,7 @@ def _of_run(model: OpenedModel, stale_step: int | None, count: int, out: Path | 
     problems = open_problems(model.config, model.tokenizer)
     with refusals_of(model.config.task, problems):
         prompts = encode_prompts(model.tokenizer, problems.problems("heldout", HELDOUT_SEED, 0, count))
-    step, stale, lag = model.step or 0, None, PastParams.needed_by(model.config).history
+    step, stale, lag = model.version, None, PastParams.needed_by(model.config).history
     if stale_step is not None:
         params, stale = model.params(), model.params(stale_step)
     elif lag:

@@ -242,7 +242,7 @@ def _sample_policy(
     engine = make_suite_engine(
         plan.model, policy, max_prompt_length=plan.max_prompt_length, max_response_length=plan.max_response_length
     )
-    params = engine.sync(plan.params, plan.model.step or 0)
+    params = engine.sync(plan.params, plan.model.version)
     for benchmark, problems in plan.problems.items():
         scored = {
             "conditions": plan.conditions(policy, benchmark),
