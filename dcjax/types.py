@@ -44,6 +44,13 @@ class Sequences:
     # experts that the M sparse layers chose for all tokens but the last, and choose again in training; None where the
     # engine records none
     experts: Int[Array, "B S-1 M k"] | None = flax.struct.field(default=None, kw_only=True)
+    # the sampler's most probable tokens at each response token, and their log-probs under the distribution that it
+    # drew from; None where the engine records none
+    sampler_tokens: Int[Array, "B T H"] | None = flax.struct.field(default=None, kw_only=True)
+    sampler_logps: Float[Array, "B T H"] | None = flax.struct.field(default=None, kw_only=True)
+    # the sampler's normed hidden states that each response token was predicted from, in its activations' dtype; None
+    # where they were not read
+    sampler_hidden: Float[Array, "B T E"] | None = flax.struct.field(default=None, kw_only=True)
 
     @property
     def prompt_mask(self) -> Bool[Array, "B P"]:
@@ -136,9 +143,11 @@ class Batch(Sequences):
     microbatches: Microbatches | None = flax.struct.field(default=None, kw_only=True)
     # of the rows of a microbatch, [D, R] each; None where they are not packed
     places: Places | None = flax.struct.field(default=None, kw_only=True)
+    # what makes logits of `sampler_hidden`: the sampler's output head as it is served, one for all rows
+    sampler_head: Any = flax.struct.field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, sequences: Sequences, *, rewards: Array, group_size: int) -> Batch:
+    def of(cls, sequences: Sequences, *, rewards: Array, group_size: int, sampler_head: Any = None) -> Batch:
         """Sequences with their rewards, the `group_size` responses of a prompt side by side.
 
         Raises:
@@ -148,19 +157,24 @@ class Batch(Sequences):
             raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size} responses")
         groups = np.repeat(np.asarray(rewards).reshape(-1, group_size), group_size, axis=0)
         shared = {field.name: getattr(sequences, field.name) for field in dataclasses.fields(Sequences)}
-        return cls(**shared, rewards=rewards, group_rewards=groups)
+        return cls(**shared, rewards=rewards, group_rewards=groups, sampler_head=sampler_head)
 
 
 @flax.struct.dataclass
 class TokenDistributions:
-    """The training policy's distributions at C response columns, as one chunk of the model's head computes them."""
+    """Both policies' distributions at C response columns, as one chunk of the model's head computes them."""
 
-    # float32, natural log, of the distribution that the sampler drew from; very low for tokens that could not be drawn
+    # the training policy's, float32, natural log, over the tokens that the sampler could draw; very low for the others
     log_probs: Float[Array, "B C V"]
     # the sampled tokens
     targets: Int[Array, "B C"]
     # as in `Sequences`
     candidate_tokens: Int[Array, "B C K"] | None
+    # those that the sampler drew from, likewise; None where they are not known as a whole
+    sampler_log_probs: Float[Array, "B C V"] | None = None
+    # as in `Sequences`
+    sampler_tokens: Int[Array, "B C H"] | None = None
+    sampler_logps: Float[Array, "B C H"] | None = None
 
 
 @flax.struct.dataclass

@@ -1,11 +1,12 @@
-"""This year's methods against the mismatch beside each other on the quickstart's task: a first look, no verdicts.
+"""This year's answers to the mismatch beside each other on the quickstart's task: first looks, no verdicts.
 
-    python experiments/first_look.py [--seeds 3] [--steps 100] [--out DIR]
+    python experiments/first_look.py {methods,distributions} [--seeds 3] [--steps 100] [--workers 2] [--out DIR]
 
-Rollouts at int4, learning rate 6e-4 with linear decay, GRPO's advantages without a penalty, and each method with its
-source's bound. All begin with the weights of one warm start. Two runs at a time; the same line goes on with what a
-stopped one has left. Prints, for each method, the means over seeds and each seed of the deployed policy's accuracy,
-last and of averaged weights, of the training policy's, and δ̄ over the last ten iterations.
+`methods` are others' answers, each with its source's bound, at int4 with linear decay; `distributions` are those that
+read the sampler's whole distributions or train in its format, at int4 and fp8, with a constant and a linear rate. The
+learning rate is 6e-4 and advantages are GRPO's. All runs begin with the weights of one warm start. The same line goes
+on with what a stopped one has left. Prints, for each, the means over seeds and each seed of the deployed policy's
+accuracy, last and of averaged weights, of the training policy's, and δ̄ and λ over the last ten iterations.
 """
 
 from __future__ import annotations
@@ -17,16 +18,54 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcjax.rl.presets import METHODS
 
-ARMS = {"grpo": [], **{name: [f"objective.method={name}"] for name in METHODS}, "vcpo": ["optimizer.ess_base=1.0"]}
-"""The name of each run, and what it overrides."""
+
+class Study(NamedTuple):
+    """Arms under conditions: the name of each, and what it overrides."""
+
+    arms: dict[str, list[str]]
+    conditions: dict[str, list[str]]
+
+
+GRPO, FIXED = "objective.algorithm=grpo", ["objective.algorithm=dual_grpo", "objective.initial_multiplier=0.3"]
+CENTRED, SCORE = "objective.penalty_form=state_centred", "objective.score_centering=true"
+DIRECT = ["objective.algorithm=dc_direct", "objective.budget=auto"]
+IN_FORMAT = "serving.in_training=weights"
+STUDIES = {
+    "methods": Study(
+        {
+            "grpo": [GRPO],
+            **{name: [GRPO, f"objective.method={name}"] for name in METHODS},
+            "vcpo": [GRPO, "optimizer.ess_base=1.0"],
+        },
+        {"int4, linear": ["serving.format=int4", "optimizer.decay=linear"]},
+    ),
+    "distributions": Study(
+        {
+            "grpo": [GRPO, "objective.distribution_metrics=true"],
+            "dc, fixed": FIXED,
+            "dc, ascent": ["objective.algorithm=dc_grpo", "objective.budget=auto"],
+            "centred": [*FIXED, CENTRED],
+            "score": [GRPO, SCORE],
+            "centred, score": [*FIXED, CENTRED, SCORE],
+            "direct": DIRECT,
+            "direct, tv": [*DIRECT, "objective.signal=total_variation"],
+            "in format": [GRPO, IN_FORMAT],
+            "in format, centred": [*FIXED, CENTRED, IN_FORMAT],
+        },
+        {
+            f"{format}, {decay}": [f"serving.format={format}", f"optimizer.decay={setting}"]
+            for format in ("int4", "fp8")
+            for decay, setting in (("linear", "linear"), ("constant", "none"))
+        },
+    ),
+}
 COMMON = (
-    *("objective.algorithm=grpo", "serving.format=int4", "optimizer.learning_rate=6e-4", "optimizer.decay=linear"),
-    *("optimizer.ema_decay=0.97", "warm_start.steps=0", "evaluation.every=1000", "evaluation.prompts=1024"),
-    *("checkpoint.every=1000", "checkpoint.keep=1"),
+    *("optimizer.learning_rate=6e-4", "optimizer.ema_decay=0.97", "warm_start.steps=0", "evaluation.every=1000"),
+    *("evaluation.prompts=1024", "checkpoint.every=1000", "checkpoint.keep=1"),
 )
 COLUMNS = {
     "deployed": "eval/deployed_accuracy",
@@ -35,8 +74,10 @@ COLUMNS = {
     "averaged training": "eval/training_accuracy_ema",
 }
 """What is printed of a run's last line of metrics."""
+RECENT = {"δ̄": "mismatch/prob_diff_mean", "λ": "dual/multiplier"}
+"""What is averaged over the last iterations. δ̄ is of the sampled token's probabilities, whatever the objective's is."""
 LAST = 10
-"""Iterations over which δ̄ is averaged."""
+"""Iterations over which that is averaged."""
 
 
 def dcjax(*arguments: str) -> None:
@@ -55,21 +96,21 @@ def warm_start(out: Path) -> Path:
     return folder
 
 
-def run(out: Path, start: Path, arm: str, seed: int, steps: int) -> dict[str, float]:
+def run(directory: Path, start: Path, seed: int, steps: int, settings: list[str]) -> dict[str, float]:
     """What became of one run, which is trained unless it is whole."""
-    directory = out / f"{arm}_{seed}"
-    settings = [f"run_dir={directory}", f"pretrained={start}", f"seed={seed}", f"steps={steps}", *COMMON, *ARMS[arm]]
-    dcjax("train", "quickstart", *settings)
+    common = [f"run_dir={directory}", f"pretrained={start}", f"seed={seed}", f"steps={steps}", *COMMON]
+    if not (directory / "report.html").exists():
+        dcjax("train", "quickstart", *common, *settings)
     lines: list[dict[str, Any]] = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    gap = statistics.fmean(line["dual/discrepancy"] for line in lines[-LAST:])
-    print(f"{arm}, seed {seed}: {lines[-1][COLUMNS['deployed']]:.3f}", file=sys.stderr, flush=True)
-    return {column: lines[-1][name] for column, name in COLUMNS.items()} | {"δ̄": gap}
+    recent = {column: statistics.fmean(line[name] for line in lines[-LAST:]) for column, name in RECENT.items()}
+    print(f"{directory.name}: {lines[-1][COLUMNS['deployed']]:.3f}", file=sys.stderr, flush=True)
+    return {column: lines[-1][name] for column, name in COLUMNS.items()} | recent
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A row for each method: means, and behind the deployed accuracy each seed's."""
-    columns = [*COLUMNS, "δ̄"]
-    rows = ["| method | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    """A row for each arm: means, and behind the deployed accuracy each seed's."""
+    columns = [*COLUMNS, *RECENT]
+    rows = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for arm, runs in results.items():
         cells = [f"{statistics.fmean(one[column] for one in runs):.4f}".removeprefix("0") for column in columns]
         cells[0] += " (" + " ".join(f"{one['deployed']:.3f}".removeprefix("0") for one in runs) + ")"
@@ -78,23 +119,34 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """Runs all of them, and prints the table."""
+    """Runs all of a study, and prints a table for each condition."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each method (default: 3)")
+    parser.add_argument("study", choices=list(STUDIES), help="what is compared")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each arm (default: 3)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="RL iterations (default: 100)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/first_look"), metavar="DIR", help="of the runs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    start = warm_start(options.out)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        # a seed of every method before the next one
+    start, study = warm_start(options.out), STUDIES[options.study]
+    # a seed of every arm before the next one
+    runs = [(seed, where, arm) for seed in range(options.seeds) for where in study.conditions for arm in study.arms]
+    with ThreadPoolExecutor(max_workers=options.workers) as pool:
         waiting = {
-            (arm, seed): pool.submit(run, options.out, start, arm, seed, options.steps)
-            for seed in range(options.seeds)
-            for arm in ARMS
+            (seed, where, arm): pool.submit(
+                run,
+                options.out / f"{where}, {arm}, {seed}".replace(", ", "_").replace(" ", "_"),
+                start,
+                seed,
+                options.steps,
+                study.conditions[where] + study.arms[arm],
+            )
+            for seed, where, arm in runs
         }
-        results = {arm: [waiting[arm, seed].result() for seed in range(options.seeds)] for arm in ARMS}
-    print(table(results))
+        finished = {key: future.result() for key, future in waiting.items()}
+    for where in study.conditions:
+        print(f"{where}\n")
+        print(table({arm: [finished[seed, where, arm] for seed in range(options.seeds)] for arm in study.arms}) + "\n")
 
 
 if __name__ == "__main__":

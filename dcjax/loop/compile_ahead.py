@@ -17,6 +17,7 @@ from dcjax.recipe.build import build_optimizer
 from dcjax.recipe.config import Config
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import compile_sampling
+from dcjax.serving.scoring import lower_reading
 from dcjax.types import Params
 
 
@@ -49,6 +50,8 @@ def _in_order(config: Config, mesh: Mesh, engines: Mapping[Any, Qwen3Engine]) ->
         yield partial(compile_sampling, engine, params, prompts=config.evaluation.prompts, samples_per_prompt=1)
     sizes = {"prompts": config.rollout.prompts, "samples_per_prompt": config.rollout.group_size}
     yield partial(compile_sampling, engines["deployed"], params, **sizes)
+    if build.reads_sampler(config):
+        yield partial(_compile_reading, engines["deployed"], params, config.rollout.sequences)
     if config.self_checks:
         yield partial(_compile_check, engines["deployed"], mesh, params)
     yield partial(_compile_update, config, mesh)
@@ -61,6 +64,10 @@ def _compile_state(config: Config, mesh: Mesh, params: Params) -> None:
 
 def _compile_check(engine: Qwen3Engine, mesh: Mesh, params: Params) -> None:
     WeightCheck(engine, mesh).compile(params, engine.compile_sync(params))
+
+
+def _compile_reading(engine: Qwen3Engine, params: Params, rows: int) -> None:
+    lower_reading(engine, engine.compile_sync(params), rows).compile()
 
 
 def _compile_update(config: Config, mesh: Mesh) -> None:

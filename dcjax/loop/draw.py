@@ -18,7 +18,8 @@ from dcjax.loop.reward_collector import RewardCollector
 from dcjax.loop.rollouts import Rollouts
 from dcjax.loop.self_checks import SampleCheck
 from dcjax.loop.setup import Setup
-from dcjax.recipe.build import objective_of
+from dcjax.recipe.build import objective_of, reads_sampler
+from dcjax.serving.scoring import Reading
 from dcjax.sharding.hosts import Preemption, gather
 from dcjax.spans import span
 from dcjax.types import Rollout
@@ -39,6 +40,8 @@ class Sampled:
     prompts_taken: int
     # that it took to sample and to reward them, of all rounds
     seconds: float
+    # of all responses, where the objective reads the sampler's whole distributions
+    reading: Reading | None = None
 
     @property
     def group_size(self) -> int:
@@ -94,6 +97,9 @@ class Draw:
             sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)
         if self._setup.config.self_checks and not self._setup.config.mismatch.raw_logps:
             self._check.sampled(sampled.rollout, sampled.group_size)
+        if reads_sampler(self._setup.config):
+            with span("read") as ready:
+                sampled = replace(sampled, reading=ready(self._rollouts.read(serving, sampled.rollout)))
         following = Cursor(
             step=cursor.step + 1,
             data_cursor=cursor.data_cursor + sampled.prompts_taken,

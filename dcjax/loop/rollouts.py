@@ -15,10 +15,11 @@ from dcjax.loop.setup import Setup
 from dcjax.recipe.engine import contract_of
 from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.serving.rollout import Sampling
+from dcjax.serving.scoring import Reading, read_hidden
 from dcjax.serving.server.client import Client
 from dcjax.serving.server.rollout import ServedSampling
 from dcjax.serving.sync import ServingParams
-from dcjax.types import Params
+from dcjax.types import Params, Rollout
 
 
 class Rollouts(Protocol):
@@ -30,6 +31,10 @@ class Rollouts(Protocol):
 
     def begin(self, serving: Any, prompts: Sequence[Sequence[int]], key: jax.Array) -> Sampling | ServedSampling:
         """Begins to sample the responses of one iteration."""
+        ...
+
+    def read(self, serving: Any, rollout: Rollout) -> Reading:
+        """What the whole distributions are made of that the responses were drawn from."""
         ...
 
 
@@ -50,7 +55,7 @@ class InProcess:
     """Rollouts of the engine in this process."""
 
     def __init__(self, setup: Setup):
-        self._settings, self._engine = setup.config.rollout, setup.engines["deployed"]
+        self._settings, self._engine, self._mesh = setup.config.rollout, setup.engines["deployed"], setup.mesh
         self._check = WeightCheck(self._engine, setup.mesh) if setup.config.self_checks else None
 
     def sync(self, params: Params, version: int) -> ServingParams:
@@ -76,6 +81,9 @@ class InProcess:
             top_p=settings.top_p,
             key=key,
         )
+
+    def read(self, serving: ServingParams, rollout: Rollout) -> Reading:
+        return read_hidden(self._engine, serving, rollout, self._mesh)
 
 
 class FromServer:
@@ -110,6 +118,10 @@ class FromServer:
             temperature=settings.temperature,
             key=key,
         )
+
+    def read(self, serving: int, rollout: Rollout) -> Reading:
+        """Refused when the run is configured."""
+        raise NotImplementedError("a server tells no whole distributions")
 
     def _check_contract(self) -> None:
         if self._checked:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
+from functools import partial
 
+import jax
 import numpy as np
 
 from dcjax.allocator import return_freed_memory
@@ -51,7 +54,7 @@ class Updater:
             self._stop(number, batch, str(error), "choose another serving.format")
         with span("packing") as ready:
             packed = self._packing(batch)
-            placed = ready(place(packed, batch_sharding(self._setup.mesh)))
+            placed = ready(self._with_reading(place(packed, batch_sharding(self._setup.mesh)), packed, sampled))
         # sampling leaves blocks of other sizes
         return_freed_memory()
         with span("update") as ready:
@@ -70,6 +73,15 @@ class Updater:
         if values.get("dual/saturated") == ALARM:
             self._warn_of_saturation(number, values["dual/multiplier"])
         return state, values | settings | {"prompts_taken": sampled.prompts_taken}
+
+    def _with_reading(self, placed: Batch, packed: Batch, sampled: Sampled) -> Batch:
+        """The batch with what the sampler's distributions are made of, in the order of its rows."""
+        if sampled.reading is None:
+            return placed
+        hidden, rows = sampled.reading.hidden, self._packing.rows_before(packed)
+        if (rows != np.arange(len(rows))).any():
+            hidden = _rows_of(hidden, rows, hidden.sharding)
+        return dataclasses.replace(placed, sampler_hidden=hidden, sampler_head=sampled.reading.head)
 
     def _settings(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The learning rate, and a given budget, which is drawn beside the gap even where no λ follows it."""
@@ -94,3 +106,8 @@ class Updater:
             f"step {number}: {why}; the batch is in {path}, the last good checkpoint stays; {remedy} or look at the "
             "batch"
         )
+
+
+@partial(jax.jit, static_argnums=2)
+def _rows_of(values: jax.Array, rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(values[rows], sharding)

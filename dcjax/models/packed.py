@@ -15,7 +15,7 @@ from dcjax.arguments import as_sequences
 from dcjax.models.attention import Segments
 from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, Layout
-from dcjax.models.scores import TokenScores, score_columns
+from dcjax.models.scores import ScoredColumns, TokenScores, score_columns
 from dcjax.models.transformer import Columns, run_columns
 from dcjax.types import Array, Batch, Bins, Params, Places, Sequences, TokenDistributions
 
@@ -61,7 +61,7 @@ def packed_logps(
         """[D × R, ...] -> [D × 2, F / 2, ...]: each column's entry of its row."""
         return _halve(jax.vmap(lambda values, *index: values[index])(by_share(values), *index))
 
-    experts, candidates = sequences.experts, sequences.candidate_tokens
+    experts = sequences.experts
     columns = Columns(
         tokens=of_columns(sequences.tokens, tables.rows, tables.columns),
         positions=_halve(tables.positions),
@@ -78,16 +78,21 @@ def packed_logps(
     hidden, router = run_columns(
         config, params, columns, partial(_sum_tokens, tables.members), layout, positions=sequences.tokens.shape[1]
     )
-    logps, entropy, computed = score_columns(
-        config,
-        params,
-        hidden,
-        of_columns(sequences.tokens, tables.rows, tables.columns + 1),
-        of_columns(sequences.temperature, tables.rows),
-        None if candidates is None else of_columns(candidates, tables.rows, tables.offsets),
-        quantities,
-        layout,
+
+    def of_responses(values: Array | None) -> Array | None:
+        """[D × R, T, ...]: each column's entry of what belongs to response tokens."""
+        return None if values is None else of_columns(values, tables.rows, tables.offsets)
+
+    scored = ScoredColumns(
+        hidden=hidden,
+        targets=of_columns(sequences.tokens, tables.rows, tables.columns + 1),
+        temperature=of_columns(sequences.temperature, tables.rows),
+        candidate_tokens=of_responses(sequences.candidate_tokens),
+        sampler_tokens=of_responses(sequences.sampler_tokens),
+        sampler_logps=of_responses(sequences.sampler_logps),
+        sampler_hidden=of_responses(sequences.sampler_hidden),
     )
+    logps, entropy, computed = score_columns(config, params, scored, quantities, layout, sequences.sampler_head)
     to_rows = partial(_to_rows, places.responses, lengths[1], sequences.response_mask.shape[1])
     return TokenScores(to_rows(logps), to_rows(entropy), router, jax.tree.map(to_rows, computed))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -12,8 +13,8 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from dcjax.arguments import as_integers
 from dcjax.models.config import ModelConfig
-from dcjax.models.layers import round_up
-from dcjax.models.layout import ONE_DEVICE, RESIDUAL, Layout
+from dcjax.models.layers import EXACT, Arithmetic, round_up
+from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.transformer import RouterRecord, checked_inputs, hidden_states, logits
 from dcjax.types import Array, Params, TokenDistributions
 
@@ -44,6 +45,8 @@ def token_logps(
     experts: Integer[Array, "M B S-1 k"] | None = None,
     candidate_tokens: Integer[Array, "B T K"] | None = None,
     quantities: Mapping[str, Callable[[TokenDistributions], Array]] = {},
+    sampler_hidden: Float[Array, "B T E"] | None = None,
+    sampler_head: SamplerHead | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
@@ -66,6 +69,9 @@ def token_logps(
         the whole vocabulary, as its absence does.
       quantities: functions, by name, of the whole distributions of C columns, float32 [B, C] each; called once a chunk,
         and again in the backward pass.
+      sampler_hidden: the sampler's normed hidden states that predicted the response tokens, from which the quantities
+        get its distributions too, no more columns of them at a time than of the policy's own.
+      sampler_head: what makes logits of them.
       layout: how devices share the work.
 
     Raises:
@@ -83,51 +89,86 @@ def token_logps(
     hidden, router = hidden_states(
         config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts, layout=layout
     )
-    logps, entropy, computed = score_columns(
-        config,
-        params,
-        hidden[:, -response_length:],
-        tokens[:, -response_length:],
-        jnp.broadcast_to(temperature[:, None], (len(tokens), response_length)),
-        candidate_tokens,
-        quantities,
-        layout,
+    columns = ScoredColumns(
+        hidden=hidden[:, -response_length:],
+        targets=tokens[:, -response_length:],
+        temperature=jnp.broadcast_to(temperature[:, None], (len(tokens), response_length)),
+        candidate_tokens=candidate_tokens,
+        sampler_hidden=sampler_hidden,
     )
+    logps, entropy, computed = score_columns(config, params, columns, quantities, layout, sampler_head)
     return TokenScores(logps, entropy, router, computed)
+
+
+@runtime_checkable
+class SamplerHead(Protocol):
+    """An output head as it is served."""
+
+    def logits(self, x: Float[Array, "N E"], arithmetic: Arithmetic) -> Float[Array, "N V"]:
+        """Those of normed hidden states, in the dtype of the sums."""
+        ...
+
+
+class ScoredColumns(NamedTuple):
+    """C columns of hidden states, and the response token that each one predicts."""
+
+    hidden: Float[Array, "B C E"]
+    targets: Int[Array, "B C"]
+    temperature: Float[Array, "B C"]
+    # these as in `types.Sequences`
+    candidate_tokens: Int[Array, "B C K"] | None = None
+    sampler_tokens: Int[Array, "B C H"] | None = None
+    sampler_logps: Float[Array, "B C H"] | None = None
+    sampler_hidden: Float[Array, "B C E"] | None = None
 
 
 def score_columns(
     config: ModelConfig,
     params: Params,
-    hidden: Float[Array, "B C E"],
-    targets: Int[Array, "B C"],
-    temperature: Float[Array, "B C"],
-    candidate_tokens: Int[Array, "B C K"] | None,
+    columns: ScoredColumns,
     quantities: Mapping[str, Callable[[TokenDistributions], Array]],
     layout: Layout,
+    sampler_head: SamplerHead | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict[str, Float[Array, "B C"]]]:
     """Log-probs of targets, entropies and quantities, `config.head_chunk` columns at a time; see `token_logps`."""
 
-    def score(hidden, targets, temperature, candidate_tokens):
-        hidden = layout.constrain(hidden, RESIDUAL)
-        scaled = logits(config, params, hidden, layout) / temperature[..., None]
-        scaled = scaled if candidate_tokens is None else _restrict(scaled, candidate_tokens)
-        logps, entropy, log_probs = _score(scaled, targets)
-        distributions = TokenDistributions(log_probs, targets, candidate_tokens)
+    def drawn_from(logits: Array, part: ScoredColumns) -> Array:
+        scaled = logits / part.temperature[..., None]
+        return scaled if part.candidate_tokens is None else _restrict(scaled, part.candidate_tokens)
+
+    def score(part: ScoredColumns):
+        own = logits(config, params, layout.constrain(part.hidden, RESIDUAL), layout)
+        logps, entropy, log_probs = _score(drawn_from(own, part), part.targets)
+        sampler = None
+        if part.sampler_hidden is not None and sampler_head is not None:
+            theirs = _sampler_logits(config, sampler_head, part.sampler_hidden, layout)
+            sampler = jax.nn.log_softmax(drawn_from(theirs, part))
+        distributions = TokenDistributions(
+            log_probs, part.targets, part.candidate_tokens, sampler, part.sampler_tokens, part.sampler_logps
+        )
         return logps, entropy, {name: compute(distributions) for name, compute in quantities.items()}
 
-    length = hidden.shape[1]
+    length = columns.hidden.shape[1]
     chunks = -(-length // config.head_chunk)
-    columns = round_up(-(-length // chunks), layout.column_multiple)
-    if columns == length:
-        return score(hidden, targets, temperature, candidate_tokens)
-    parts = jax.tree.map(partial(_cut, chunks, columns), (hidden, targets, candidate_tokens))
-    # padding is divided by it too
-    divisors = _cut(chunks, columns, temperature - 1) + 1
-    scored = jax.lax.map(
-        lambda part: jax.checkpoint(score, prevent_cse=False)(*part), (parts[0], parts[1], divisors, parts[2])
-    )
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(hidden), -1)[:, :length], scored)
+    width = round_up(-(-length // chunks), layout.column_multiple)
+    if width == length:
+        return score(columns)
+    # padding is divided by a temperature too
+    parts = jax.tree.map(partial(_cut, chunks, width), columns._replace(temperature=columns.temperature - 1))
+    parts = parts._replace(temperature=parts.temperature + 1)
+    scored = jax.lax.map(jax.checkpoint(score, prevent_cse=False), parts)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(columns.hidden), -1)[:, :length], scored)
+
+
+def _sampler_logits(
+    config: ModelConfig, head: SamplerHead, hidden: Float[Array, "B C E"], layout: Layout
+) -> Float[Array, "B C V"]:
+    """float32 logits of the sampler, which is not differentiated."""
+    head, hidden = jax.lax.stop_gradient((head, layout.constrain(hidden, RESIDUAL)))
+    arithmetic = EXACT._replace(float32=config.precision.float32)
+    # the row axes are not merged into one, which a mesh that splits both could not split
+    rows = jax.vmap(lambda hidden: head.logits(hidden, arithmetic))(hidden)
+    return layout.constrain(rows.astype(jnp.float32), LOGITS)
 
 
 def _has_next(mask: Bool[Array, "B S"]) -> Bool[Array, "B S"]:

@@ -27,7 +27,10 @@ from dcjax.recipe.optimizer import Optimizer, chain_with
 from dcjax.rl.objective import Objective
 from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.formats import Format, serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
+from dcjax.serving.scoring import Reading
+from dcjax.serving.sync import abstract_serving, head_name, head_shardings
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Bins, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
@@ -210,6 +213,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     def array(dtype: type, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
 
+    requires = objective_of(config).requires
+    head = requires.sampler_head
+    read = abstract_reading(config, mesh) if reads_sampler(config) else None
     return Batch(
         tokens=array(np.int32, prompt + response),
         attention_mask=array(np.bool_, prompt + response),
@@ -220,18 +226,40 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
         group_rewards=array(np.float32, rollout.group_size),
         candidate_tokens=array(np.int32, response, rollout.top_k) if rollout.top_k else None,
         experts=array(np.int16, *routed) if rollout.replay_routing else None,
+        sampler_tokens=array(np.int32, response, head) if head else None,
+        sampler_logps=array(np.float32, response, head) if head else None,
+        sampler_hidden=None if read is None else read.hidden,
+        sampler_head=None if read is None else read.head,
         microbatches=config.packing().abstract(rows, batch_sharding(mesh)),
     )
 
 
+def abstract_reading(config: Config, mesh: Mesh) -> Reading:
+    """Shapes, dtypes and shardings of what `serving.scoring.read_hidden` gives of an iteration's responses."""
+    rollout, format, keep = config.rollout, serving_format(config.serving.format), config.serving.keep
+    shape = (rollout.sequences, rollout.max_response_length, config.model.hidden_size)
+    hidden: Any = jax.ShapeDtypeStruct(shape, format.activations, sharding=batch_sharding(mesh))
+    head = abstract_serving(config.model, format, keep).weights[head_name(config.model)]
+    return Reading(hidden, with_shardings(head, head_shardings(config.model, format, mesh, keep)))
+
+
 def compile_step(
-    model: ModelConfig, mesh: Mesh, tx: Transform, step: TrainStep, kept: PastParams = PastParams()
+    model: ModelConfig, mesh: Mesh, tx: Transform, step: TrainStep, kept: PastParams = PastParams(), head: Any = None
 ) -> TrainStep:
-    """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere."""
-    state = _state_shardings(model, mesh, tx, kept)
-    return jax.jit(
-        step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, replicated(mesh)), donate_argnums=0
-    )
+    """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere.
+
+    Args:
+      model: the architecture.
+      mesh: the devices.
+      tx: the optimiser's chain.
+      step: the step.
+      kept: past parameters that the state holds.
+      head: where the sampler's head lies, if batches have it.
+    """
+    state, rows = _state_shardings(model, mesh, tx, kept), batch_sharding(mesh)
+    fields: dict[str, Any] = {field.name: rows for field in dataclasses.fields(Batch)}
+    batch = Batch(**fields | {"sampler_head": head})
+    return jax.jit(step, in_shardings=(state, batch), out_shardings=(state, replicated(mesh)), donate_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -246,6 +274,8 @@ class _StepKey:
     bins: Bins
     updates: int
     ahead: bool
+    # the engine's format and what it keeps, where the step reads the sampler's distributions
+    sampler: tuple[Format, tuple[str, ...]] | None
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
@@ -259,8 +289,14 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         bins=config.packing().bins,
         updates=config.optimizer.updates,
         ahead=config.rollout.async_level > 0,
+        sampler=(serving_format(config.serving.format), config.serving.keep) if reads_sampler(config) else None,
     )
     return _compile_train_step(key, mesh)
+
+
+def reads_sampler(config: Config) -> bool:
+    """Whether rollouts are read once more for the sampler's whole distributions."""
+    return objective_of(config).requires.sampler_distributions
 
 
 def make_step(objective: Objective, apply_fn: ApplyFn, tx: Transform, **settings: Any) -> TrainStep:
@@ -288,7 +324,8 @@ def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
         updates=key.updates,
         ahead=key.ahead,
     )
-    return compile_step(key.model, mesh, key.tx, step, key.kept)
+    head = None if key.sampler is None else head_shardings(key.model, key.sampler[0], mesh, key.sampler[1])
+    return compile_step(key.model, mesh, key.tx, step, key.kept, head)
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:
@@ -305,7 +342,10 @@ def build_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3
     Raises:
       RunError: the model, the hardware or its memory cannot serve that.
     """
-    return make_engine(config.model, config.serving, config.rollout, config.mismatch, mesh, end_tokens=end_tokens)
+    head = objective_of(config).requires.sampler_head
+    return make_engine(
+        config.model, config.serving, config.rollout, config.mismatch, mesh, end_tokens=end_tokens, records_head=head
+    )
 
 
 def build_training_engine(config: Config, mesh: Mesh, end_tokens: Sequence[int]) -> Qwen3Engine:

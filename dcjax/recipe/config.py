@@ -31,6 +31,7 @@ from dcjax.recipe.sections import (
     check_sections,
 )
 from dcjax.recipe.serving import ServingConfig
+from dcjax.rl.objective import Objective
 from dcjax.rl.packing import Packing
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
@@ -197,7 +198,27 @@ class Config:
         )
         if objective.requires.candidate_tokens and not self.rollout.top_k:
             raise ValueError("rollout.top_k is 0; this objective requires candidate tokens, so it must be at least 1")
+        self._check_sampler(objective)
         build_optimizer(self.optimizer, objective, steps=self.steps)
+
+    def _check_sampler(self, objective: Objective) -> None:
+        """Refuses a sampler whose distributions cannot be known."""
+        requires, engine = objective.requires, self.rollout.engine
+        if (requires.sampler_distributions or requires.sampler_head) and engine != IN_PROCESS:
+            raise ValueError(
+                f"rollout.engine is {engine}, and this objective requires more of the sampler's distributions than the "
+                f"log-probs of sampled tokens, which a server does not give; sample {IN_PROCESS}"
+            )
+        for name in ("logit_noise", "routing_flips"):
+            if requires.sampler_distributions and (value := getattr(self.mismatch, name)):
+                raise ValueError(
+                    f"mismatch.{name} is {value}, which is drawn for each token as it is sampled, and this objective "
+                    "requires the sampler's distributions, which are read once more; leave it at 0"
+                )
+        if requires.sampler_head > self.model.vocab_size and self.pretrained is None:
+            raise ValueError(
+                f"objective.sampler_head is {requires.sampler_head}; the vocabulary has {self.model.vocab_size} tokens"
+            )
 
     def packing(self, platform: str | None = None) -> Packing:
         """How the sequences of RL share microbatches, on a platform by JAX's name; None stands for the default one."""

@@ -58,6 +58,7 @@ def make_engine(
     mesh: Mesh,
     *,
     end_tokens: Sequence[int],
+    records_head: int = 0,
     memory: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Qwen3Engine:
@@ -70,6 +71,7 @@ def make_engine(
       mismatch: what is added on purpose.
       mesh: that the policy is trained on.
       end_tokens: ids that end a response.
+      records_head: of the most probable tokens, beside each sampled one.
       memory: bytes of each device; None is what it has.
       devices: of the whole run, those that only serve included; None is all of JAX's.
 
@@ -91,6 +93,7 @@ def make_engine(
             prompts=lengths.prompts,
             max_candidates=lengths.top_k,
             records_experts=lengths.replay_routing,
+            records_head=records_head,
             mismatch=mismatch,
             mesh=rollout_mesh(serving, mesh, devices),
             training_mesh=mesh,

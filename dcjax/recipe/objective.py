@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from dcjax.recipe.checks import require, require_choice
-from dcjax.rl import corrections, discrepancy, losses, masked, penalties, presets, verl
+from dcjax.rl import centring, corrections, discrepancy, distributions, losses, masked, penalties, presets, verl
 from dcjax.rl.by_response import SEQ_MASK_LOW
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation
@@ -79,9 +81,12 @@ class ObjectiveConfig:
     zero_variance: Literal["keep", "drop", "resample"] = "keep"
     """Groups whose rewards are all equal: keep them (paper A), drop them from the loss (paper B),
     or resample them, that is, sample other groups in their place."""
-    signal: Literal["probability", "ratio", "log_probability"] = "probability"
-    """Gap δ between the policies' probabilities p (training) and q (sampling) of a token:
-    |p − q|, |p / q − 1| or |log p − log q|."""
+    signal: Literal[
+        "probability", "ratio", "log_probability", "total_variation", "kl_from_sampler", "kl_to_sampler"
+    ] = "probability"
+    """Gap δ between the policies' probabilities p (training) and q (sampling) of a token: |p − q|, |p / q − 1| or
+    |log p − log q|; or between their whole distributions π and μ: ½ Σ|π − μ|, KL(μ‖π) or KL(π‖μ), the same whichever
+    token was sampled, for dc_direct above all (docs/theory.md)."""
     level: Literal["token", "sequence"] = "token"
     """Whether δ is taken per token, or averaged over each response."""
     sides: Literal["two", "one", "signed"] = "two"
@@ -90,8 +95,17 @@ class ObjectiveConfig:
     penalty: Literal["linear", "shifted", "hinge", "gate"] = "linear"
     """Penalty as a function of δ: δ (linear), δ − c (shifted), max(δ − c, 0) (hinge), or δ where δ > c (gate).
     thresholded_dual_grpo uses hinge when this is linear."""
-    penalty_form: Literal["as_published", "centred"] = "as_published"
-    """Use each token's penalty as it is (as_published), or minus its mean over the response (centred)."""
+    penalty_form: Literal["as_published", "centred", "state_centred"] = "as_published"
+    """Use each token's penalty as it is (as_published), minus its mean over the response (centred), or minus its mean
+    under the sampler's distribution in the token's state (state_centred; dc_grpo with it is dc_grpo_centred)."""
+    score_centering: bool = False
+    """Take the score's mean under the sampler's distribution out of each state (arXiv 2609.20807), with correction
+    none, token_tis, token_mis or icepop."""
+    sampler_head: int = 0
+    """Number of the sampler's most probable tokens that rollouts record, for what reads its distributions; 0 has the
+    engine read each rollout once more for the whole distributions."""
+    distribution_metrics: bool = False
+    """Log the gaps of whole distributions (distribution/*) even where the objective has no other use for them."""
     initial_multiplier: float = presets.MULTIPLIER
     """Initial value of λ, or its value throughout if the algorithm keeps it fixed."""
     dual_lr: float = presets.DUAL_LR
@@ -143,7 +157,7 @@ class ObjectiveConfig:
     at −Ã times this value, which must be above 1; None sets no bound."""
 
     def __post_init__(self):
-        names = ["initial_multiplier", "dual_lr", "kl_coefficient", "eps_low", "eps_high"]
+        names = ["initial_multiplier", "dual_lr", "kl_coefficient", "eps_low", "eps_high", "sampler_head"]
         if not isinstance(self.budget, str):
             names.append("budget")
         elif self.budget != "auto":
@@ -169,6 +183,7 @@ class ObjectiveConfig:
             )
         self._check_verl()
         self._check_method()
+        self._check_distributions()
 
     def _check_verl(self) -> None:
         if self.verl == "disabled":
@@ -208,6 +223,52 @@ class ObjectiveConfig:
                     f"objective.method_bound is {bound}; seq_mask_tis needs one above its lower bound, {SEQ_MASK_LOW}"
                 )
 
+    def _check_distributions(self) -> None:
+        """Refuses what has no expectation in a state, and heads that nothing reads or that say too little."""
+        if self.signal in centring.GAPS:
+            self._require_all(f"objective.signal is {self.signal}", sides="two", sampler_head=0)
+            if self.penalty_form == "state_centred":
+                raise ValueError(
+                    f"objective.signal is {self.signal}, the same for all tokens of a state: minus its mean in the "
+                    "state, which objective.penalty_form=state_centred makes it, it is 0"
+                )
+        if self.penalty_form == "state_centred":
+            if self.algorithm in ("grpo", "dc_direct"):
+                raise ValueError(
+                    f"objective.penalty_form is state_centred, and objective.algorithm {self.algorithm}, which has no "
+                    "penalty on the advantage; dc_grpo, dual_grpo and thresholded_dual_grpo have one"
+                )
+            self._require_all("objective.penalty_form is state_centred", level="token")
+            if self.sampler_head:
+                published = {"signal": "probability", "sides": "two", "penalty": "linear"}
+                self._require_all(
+                    f"objective.penalty_form is state_centred with {self.sampler_head} tokens", **published
+                )
+        if self.score_centering:
+            if self.correction not in CENTRED_WEIGHTS:
+                raise ValueError(
+                    f"objective.score_centering is True and objective.correction {self.correction}, whose weights have "
+                    f"no expectation in a state; it must be one of {', '.join(CENTRED_WEIGHTS)}"
+                )
+            self._require_all("objective.score_centering is True", verl="disabled", method=None)
+            if self.surrogate == "gspo":
+                raise ValueError(
+                    "objective.score_centering is True and objective.surrogate gspo, whose ratio is of responses; "
+                    "clip, cispo and policy_gradient have one of each token"
+                )
+        elif self.sampler_head and self.penalty_form != "state_centred":
+            raise ValueError(
+                f"objective.sampler_head is {self.sampler_head}, which nothing reads; it is for "
+                "objective.score_centering and objective.penalty_form=state_centred"
+            )
+        if self.distribution_metrics:
+            self._require_all("objective.distribution_metrics is True", sampler_head=0)
+
+    def _require_all(self, because: str, **needed: Any) -> None:
+        for name, value in needed.items():
+            if (given := getattr(self, name)) != value:
+                raise ValueError(f"{because}, so objective.{name} must be {value}, not {given}")
+
     @property
     def _has_ascent(self) -> bool:
         return self.algorithm in ("dc_grpo", "dc_direct")
@@ -221,14 +282,19 @@ class ObjectiveConfig:
     def build(self, *, updates: int, max_response_length: int) -> Objective:
         """The objective. A subclass may change what this returns, with `dataclasses.replace` for example.
 
-        The chain is: estimator, penalty, zero-variance groups left out, importance correction, KL to the reference,
-        method.
+        The chain is: estimator, penalty, score centering, zero-variance groups left out, importance correction, KL to
+        the reference, method.
 
         Args:
           updates: optimiser updates per iteration.
           max_response_length: of rollouts, in tokens.
         """
         preset = self._preset(updates)
+        if self.score_centering:
+            weight = CENTRED_WEIGHTS[self.correction](self.correction_bound)
+            preset = centring.with_score_centering(preset, weight=weight, head=self.sampler_head)
+        if self.distribution_metrics or preset.requires.sampler_distributions:
+            preset = centring.with_distribution_metrics(preset)
         transforms = [preset.transform]
         if self.zero_variance != "keep":
             transforms.append(drop_zero_variance())
@@ -243,8 +309,9 @@ class ObjectiveConfig:
             mean_discrepancy=masked.response_mean if self.discrepancy_mean == "response" else masked.masked_mean,
             budget=None if isinstance(self.budget, str) else self.budget,
             signed=self.sides == "signed",
-            requires=Requirements(
-                reference_logps=bool(self.kl_coefficient), mixed_groups=self.zero_variance == "resample"
+            requires=Requirements.joined(
+                preset.requires,
+                Requirements(reference_logps=bool(self.kl_coefficient), mixed_groups=self.zero_variance == "resample"),
             ),
         )
         if self.method is None:
@@ -255,18 +322,16 @@ class ObjectiveConfig:
         """The estimator and what `algorithm` puts behind it."""
         parts = {
             "estimator": ESTIMATORS[self.estimator](),
-            "discrepancy": discrepancy.measure(SIGNALS[self.signal], level=self.level, sides=self.sides),
+            "discrepancy": self._discrepancy(),
         }
         if self.algorithm == "grpo":
             return presets.grpo(**parts)
-        form = FORMS[self.penalty_form]
-        if self.algorithm == "thresholded_dual_grpo" and self.penalty == "linear":
-            return presets.thresholded_dual_grpo(
-                multiplier=self.initial_multiplier, threshold=self._threshold, form=form, **parts
-            )
-        shape = penalties.linear if self.penalty == "linear" else THRESHOLDS[self.penalty](self._threshold)
+        thresholded = self.algorithm == "thresholded_dual_grpo" and self.penalty == "linear"
+        penalty = "hinge" if thresholded else self.penalty
+        shape = penalties.linear if penalty == "linear" else THRESHOLDS[penalty](self._threshold)
+        of_advantage = {"form": FORMS[self.penalty_form], "baseline": self._baseline(shape)}
         if not self._has_ascent:
-            return presets.dual_grpo(multiplier=self.initial_multiplier, shape=shape, form=form, **parts)
+            return presets.dual_grpo(multiplier=self.initial_multiplier, shape=shape, **of_advantage, **parts)
         ascending: dict[str, Any] = {
             "updates": updates,
             "initial_multiplier": self.initial_multiplier,
@@ -279,7 +344,19 @@ class ObjectiveConfig:
             ascending["max_multiplier"] = self.max_multiplier
         if self.algorithm == "dc_direct":
             return presets.dc_direct(**ascending, **parts)
-        return presets.dc_grpo(**ascending, form=form, **parts)
+        return presets.dc_grpo(**ascending, **of_advantage, **parts)
+
+    def _discrepancy(self) -> presets.Delta:
+        if self.signal in centring.GAPS:
+            return dataclasses.replace(centring.GAPS[self.signal], level=self.level)
+        return discrepancy.measure(SIGNALS[self.signal], level=self.level, sides=self.sides)
+
+    def _baseline(self, shape: penalties.PenaltyShape) -> centring.StateBaseline | None:
+        if self.penalty_form != "state_centred":
+            return None
+        if self.sampler_head:
+            return centring.StateBaseline.of_head(self.sampler_head)
+        return centring.StateBaseline.exact(discrepancy.sided(SIGNALS[self.signal], self.sides), shape)
 
     @property
     def _threshold(self) -> float:
@@ -336,4 +413,13 @@ THRESHOLDS: dict[str, Callable[[float], penalties.PenaltyShape]] = {
 FORMS: dict[str, penalties.PenaltyForm] = {
     "as_published": penalties.as_published,
     "centred": penalties.centred_on_response,
+    "state_centred": penalties.as_published,
 }
+
+CENTRED_WEIGHTS: dict[str, Callable[[float], distributions.Weight]] = {
+    "none": lambda bound: distributions.unweighted,
+    "token_tis": lambda bound: lambda ratio: jnp.minimum(ratio, bound),
+    "token_mis": lambda bound: lambda ratio: jnp.where(ratio <= bound, ratio, 0),
+    "icepop": lambda bound: lambda ratio: jnp.where((ratio >= 1 / bound) & (ratio <= bound), ratio, 0),
+}
+"""Corrections whose weight depends on a token's ratio alone, as functions of it, by their bound."""

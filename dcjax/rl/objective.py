@@ -10,7 +10,7 @@ import flax.struct
 import optax
 from jaxtyping import Float
 
-from dcjax.rl.discrepancy import Discrepancy, probability_difference
+from dcjax.rl.discrepancy import Discrepancy, DistributionGap, probability_difference
 from dcjax.rl.losses import Surrogate, clipped_surrogate
 from dcjax.rl.masked import Aggregation, response_mean, token_mean
 from dcjax.rl.transforms import Context, LossTransform
@@ -35,6 +35,8 @@ class HeadQuantity:
     """The key in `Context.quantities`."""
     compute: Callable[[TokenDistributions], Array]
     """(distributions of C columns) -> float32 [B, C]."""
+    old: bool = False
+    """Whether it is wanted at the rollout's weights too, in `Context.old_quantities`, as `old_logps` are."""
 
 
 @flax.struct.dataclass
@@ -93,11 +95,45 @@ class Requirements:
     """Groups of equal rewards are replaced by others while sampling (DAPO's dynamic sampling, arXiv 2503.14476)."""
     quantities: tuple[HeadQuantity | IterationQuantity | MinibatchQuantity, ...] = ()
     """`Context.quantities`."""
+    sampler_distributions: bool = False
+    """`TokenDistributions.sampler_log_probs`: rollouts are read once more by the engine, which is in this process."""
+    sampler_head: int = 0
+    """How many of the sampler's most probable tokens rollouts record, for `TokenDistributions.sampler_tokens`."""
 
     def __post_init__(self) -> None:
         names = [quantity.name for quantity in self.quantities]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two required quantities are called {repeated[0]!r}; each needs a name of its own")
+
+    @classmethod
+    def joined(cls, *several: Requirements) -> Requirements:
+        """All of them together; a quantity that several have counts once.
+
+        Raises:
+          ValueError: two that differ have one name.
+        """
+        quantities = dict.fromkeys(quantity for one in several for quantity in one.quantities)
+        return cls(
+            reference_logps=any(one.reference_logps for one in several),
+            candidate_tokens=any(one.candidate_tokens for one in several),
+            mixed_groups=any(one.mixed_groups for one in several),
+            quantities=tuple(quantities),
+            sampler_distributions=any(one.sampler_distributions for one in several),
+            sampler_head=max((one.sampler_head for one in several), default=0),
+        )
+
+    @classmethod
+    def of(cls, discrepancy: Discrepancy | DistributionGap) -> Requirements:
+        """What a δ needs."""
+        if not isinstance(discrepancy, DistributionGap):
+            return cls()
+        quantity = HeadQuantity(discrepancy.name, discrepancy.compute, old=True)
+        return cls(quantities=(quantity,), sampler_distributions=True)
+
+    @property
+    def of_old_head(self) -> list[str]:
+        """The names of those that are wanted at the rollout's weights."""
+        return [each.name for each in self.quantities if isinstance(each, HeadQuantity) and each.old]
 
     @property
     def of_head(self) -> Mapping[str, Callable[[TokenDistributions], Array]]:
@@ -133,7 +169,7 @@ class Objective:
     """The loss of each token."""
     aggregate: Aggregation = token_mean
     """How the losses of tokens are summed, and what the sum is divided by."""
-    discrepancy: Discrepancy = probability_difference
+    discrepancy: Discrepancy | DistributionGap = probability_difference
     """δ, whose mean the optimiser and the metrics get; where there is a penalty, the penalty's own."""
     mean_discrepancy: Callable[[Array, Array], Array] = response_mean
     """(δ [B, T], mask [B, T]) -> δ̄ []."""

@@ -164,7 +164,18 @@ class Packing:
         numbers, responses, prompts, gathered = np.moveaxis(table, -1, 0)
         places = Places(responses, prompts, gathered, numbers >= 0, halvings)
         microbatches = Microbatches(counts, numbers, places, order if self.shares > 1 else None)
-        return dataclasses.replace(_moved(batch, parts, order), microbatches=microbatches)
+        moved = self.rows_before(dataclasses.replace(batch, microbatches=microbatches))
+        if (moved != np.arange(len(rows))).any():
+            batch = jax.tree.map(lambda leaf: np.asarray(leaf)[moved], batch)
+        return dataclasses.replace(batch, microbatches=microbatches)
+
+    def rows_before(self, batch: Batch) -> Int[np.ndarray, "rows"]:
+        """The number that each row of a packed batch had before it was moved."""
+        assert batch.microbatches is not None
+        rows = np.arange(len(batch.rewards), dtype=np.int32)
+        if (order := batch.microbatches.order) is not None:
+            rows[self._parts(len(rows))] = np.asarray(order).swapaxes(0, 1)
+        return rows
 
     def abstract(self, rows: int, sharding: jax.sharding.Sharding | None = None) -> Microbatches:
         """The shapes and dtypes of the microbatches of a batch with so many rows."""
@@ -240,13 +251,6 @@ def _prompt_ids(batch: Batch, length: int) -> list[int]:
         key = prompt.tobytes() + (b"" if experts is None else experts[row].tobytes())
         ids.append(known.setdefault(key, len(known)))
     return ids
-
-
-def _moved(batch: Batch, parts: Int[np.ndarray, "updates D rows"], order: Int[np.ndarray, "D updates rows"]) -> Batch:
-    """The batch with row `order[d, u, n]` in the place of `parts[u, d, n]`; itself where they are the same."""
-    rows = np.empty(parts.size, np.int32)
-    rows[parts] = order.swapaxes(0, 1)
-    return batch if (rows == np.arange(len(rows))).all() else jax.tree.map(lambda leaf: np.asarray(leaf)[rows], batch)
 
 
 def _cut_shares(dealt: list[list[Row]], bins: Bins) -> list[tuple[list[Row], Cuts]]:

@@ -13,13 +13,13 @@ from dcjax.rl.masked import masked_mean
 from dcjax.types import Array
 
 PenaltyShape = Callable[[Array], Array]
-"""δ [B, T] -> pen(δ) [B, T]."""
+"""δ -> pen(δ), elementwise."""
 
 PenaltyForm = Callable[[Array, Array], Array]
 """(pen(δ) [B, T], response mask [B, T]) -> the penalty that, times λ, is subtracted from the advantage, [B, T]."""
 
 
-def linear(discrepancy: Float[Array, "B T"]) -> Float[Array, "B T"]:
+def linear(discrepancy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """pen(δ) = δ."""
     return discrepancy
 

@@ -15,12 +15,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import optax
+
 from dcjax.rl import by_response, trust_regions, verl
-from dcjax.rl.discrepancy import Discrepancy, probability_difference
+from dcjax.rl.centring import EXPECTED_PENALTY, StateBaseline
+from dcjax.rl.discrepancy import Discrepancy, DistributionGap, Signal, measure, probability_difference
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.losses import Surrogate, policy_gradient, unit_ratio
 from dcjax.rl.masked import seq_mean_token_sum
-from dcjax.rl.objective import Objective
+from dcjax.rl.objective import NO_ASCENT, Objective, Requirements
 from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, hinge, linear
 from dcjax.rl.transforms import (
     LossTransform,
@@ -29,6 +32,9 @@ from dcjax.rl.transforms import (
     discrepancy_penalty,
     group_relative_advantages,
 )
+
+Delta = Discrepancy | DistributionGap
+"""δ of the sampled token, or of whole distributions."""
 
 MULTIPLIER = 0.1
 """λ0 of paper A for 8B; it has .05 for 30B-A3B."""
@@ -44,7 +50,7 @@ MAX_DIRECT_MULTIPLIER = 0.5
 GROUP_RELATIVE = group_relative_advantages()
 
 
-def grpo(*, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Discrepancy = probability_difference) -> Objective:
+def grpo(*, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Delta = probability_difference) -> Objective:
     """Ã = A: no penalty, λ = 0.
 
     Seen: at int8 no penalty beat it. With int4 rollouts and a constant learning rate of 6e-4 the deployed policy ends
@@ -58,16 +64,17 @@ def grpo(*, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Discrepancy 
     Returns:
       The objective, without an ascent.
     """
-    return Objective(estimator, discrepancy=discrepancy)
+    return Objective(estimator, discrepancy=discrepancy, requires=Requirements.of(discrepancy))
 
 
 def dual_grpo(
     *,
     multiplier: float = MULTIPLIER,
     estimator: LossTransform = GROUP_RELATIVE,
-    discrepancy: Discrepancy = probability_difference,
+    discrepancy: Delta = probability_difference,
     shape: PenaltyShape = linear,
     form: PenaltyForm = as_published,
+    baseline: StateBaseline | None = None,
 ) -> Objective:
     """Ã = A − λ · δ with λ fixed (paper A, eqs. 3-4).
 
@@ -81,6 +88,7 @@ def dual_grpo(
       discrepancy: δ.
       shape: of the penalty as a function of δ.
       form: of the penalty within a response.
+      baseline: the penalty's mean in each state, which is subtracted from it; None subtracts nothing, as published.
 
     Returns:
       The objective, without an ascent.
@@ -88,8 +96,28 @@ def dual_grpo(
     Raises:
       ValueError: λ below 0.
     """
-    penalty = discrepancy_penalty(discrepancy, shape=shape, form=form, multiplier=multiplier)
-    return Objective(chain(estimator, penalty), discrepancy=discrepancy)
+    return _penalized(estimator, discrepancy, baseline, NO_ASCENT, shape=shape, form=form, multiplier=multiplier)
+
+
+def _penalized(
+    estimator: LossTransform,
+    discrepancy: Delta,
+    baseline: StateBaseline | None,
+    ascent: optax.GradientTransformationExtraArgs,
+    **penalty: Any,
+) -> Objective:
+    """The estimator with a penalty on the advantage behind it, and what both need."""
+    own = Requirements.of(discrepancy)
+    if baseline is None:
+        transform = chain(estimator, discrepancy_penalty(discrepancy, **penalty))
+        return Objective(transform, discrepancy=discrepancy, ascent=ascent, requires=own)
+    centred = discrepancy_penalty(discrepancy, baseline=EXPECTED_PENALTY, **penalty)
+    return Objective(
+        chain(estimator, centred, baseline.report),
+        discrepancy=discrepancy,
+        ascent=ascent,
+        requires=Requirements.joined(own, baseline.requires),
+    )
 
 
 def thresholded_dual_grpo(
@@ -97,9 +125,10 @@ def thresholded_dual_grpo(
     multiplier: float = MULTIPLIER,
     threshold: float = BUDGET,
     estimator: LossTransform = GROUP_RELATIVE,
-    discrepancy: Discrepancy = probability_difference,
+    discrepancy: Delta = probability_difference,
     shape: Callable[[float], PenaltyShape] = hinge,
     form: PenaltyForm = as_published,
+    baseline: StateBaseline | None = None,
 ) -> Objective:
     """Ã = A − λ · max(δ − c, 0), or A − λ · δ · 1[δ > c] with `shape=gate`; λ fixed (paper A, §5).
 
@@ -113,6 +142,7 @@ def thresholded_dual_grpo(
       discrepancy: δ.
       shape: `hinge` or `gate`.
       form: of the penalty within a response.
+      baseline: the penalty's mean in each state, which is subtracted from it; None subtracts nothing, as published.
 
     Returns:
       The objective, without an ascent.
@@ -121,7 +151,12 @@ def thresholded_dual_grpo(
       ValueError: λ or c below 0.
     """
     return dual_grpo(
-        multiplier=multiplier, estimator=estimator, discrepancy=discrepancy, shape=shape(threshold), form=form
+        multiplier=multiplier,
+        estimator=estimator,
+        discrepancy=discrepancy,
+        shape=shape(threshold),
+        form=form,
+        baseline=baseline,
     )
 
 
@@ -134,9 +169,10 @@ def dc_grpo(
     max_multiplier: float = MAX_MULTIPLIER,
     window: int = 1,
     estimator: LossTransform = GROUP_RELATIVE,
-    discrepancy: Discrepancy = probability_difference,
+    discrepancy: Delta = probability_difference,
     shape: PenaltyShape = linear,
     form: PenaltyForm = as_published,
+    baseline: StateBaseline | None = None,
 ) -> Objective:
     """Ã = A − λ · δ, λ ← clip(λ + η_λ (δ̄ − c), 0, max) once per iteration (paper A, eqs. 8-11, with its values for 8B).
 
@@ -158,6 +194,7 @@ def dc_grpo(
       discrepancy: δ; give `make_train_step` the same one.
       shape: of the penalty as a function of δ.
       form: of the penalty within a response.
+      baseline: the penalty's mean in each state, which is subtracted from it; None subtracts nothing, as published.
 
     Returns:
       The objective with λ's ascent.
@@ -165,7 +202,6 @@ def dc_grpo(
     Raises:
       ValueError: what `dual_ascent` refuses.
     """
-    penalty = discrepancy_penalty(discrepancy, shape=shape, form=form)
     ascent = dual_ascent(
         dual_lr,
         budget=budget,
@@ -174,7 +210,42 @@ def dc_grpo(
         every=updates,
         window=window,
     )
-    return Objective(chain(estimator, penalty), discrepancy=discrepancy, ascent=ascent)
+    return _penalized(estimator, discrepancy, baseline, ascent, shape=shape, form=form)
+
+
+def dc_grpo_centred(
+    *,
+    updates: int,
+    signal: Signal = probability_difference,
+    shape: PenaltyShape = linear,
+    head: int = 0,
+    **settings: Any,
+) -> Objective:
+    """Ã = A − λ · (δ(y_t) − Σ_v μ_v δ_v), λ as in `dc_grpo`: its penalty without its mean in each state. Ours.
+
+    Sampled from μ and differentiated through π, the published penalty contains −λ E_μ[δ] · (μ − π) on the logits of a
+    state, which is ascent on KL(μ‖π); the mean takes that out, and nothing else (docs/theory.md).
+
+    Args:
+      updates: optimiser updates per iteration, as given to `make_train_step`.
+      signal: δ of a token; `sided` gives it other sides.
+      shape: of the penalty as a function of δ.
+      head: how many of the sampler's most probable tokens the mean is computed from, for engines that tell no more; 0
+        is all of them. Only with the default signal and shape.
+      settings: as of `dc_grpo`, but for its discrepancy and baseline.
+
+    Returns:
+      The objective with λ's ascent, which requires the sampler's distributions or its head.
+
+    Raises:
+      ValueError: a head with another signal or shape; or what `dual_ascent` refuses.
+    """
+    if head and (signal, shape) != (probability_difference, linear):
+        raise ValueError(
+            f"head is {head}; it is for the linear penalty on the probability difference, so leave it at 0"
+        )
+    baseline = StateBaseline.of_head(head) if head else StateBaseline.exact(signal, shape)
+    return dc_grpo(updates=updates, discrepancy=measure(signal), shape=shape, baseline=baseline, **settings)
 
 
 def dc_direct(
@@ -186,7 +257,7 @@ def dc_direct(
     max_multiplier: float = MAX_DIRECT_MULTIPLIER,
     window: int = 1,
     estimator: LossTransform = GROUP_RELATIVE,
-    discrepancy: Discrepancy = probability_difference,
+    discrepancy: Delta = probability_difference,
     shape: PenaltyShape = linear,
 ) -> Objective:
     """Ã = A, loss += λ · |p_θ − stop_gradient(μ)| on sampled tokens, λ as in `dc_grpo`. Ours, not the paper's.
@@ -221,11 +292,12 @@ def dc_direct(
         every=updates,
         window=window,
     )
-    return Objective(chain(estimator, direct_penalty(discrepancy, shape=shape)), discrepancy=discrepancy, ascent=ascent)
+    transform = chain(estimator, direct_penalty(discrepancy, shape=shape))
+    return Objective(transform, discrepancy=discrepancy, ascent=ascent, requires=Requirements.of(discrepancy))
 
 
 def verl_correction(
-    name: str, *, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Discrepancy = probability_difference
+    name: str, *, estimator: LossTransform = GROUP_RELATIVE, discrepancy: Delta = probability_difference
 ) -> Objective:
     """GRPO with a preset of verl's rollout correction, as verl computes it (`dcjax.rl.verl`).
 
@@ -244,10 +316,10 @@ def verl_correction(
     if name not in verl.PRESETS:
         raise ValueError(f"verl's preset is {name!r}; it must be one of {', '.join(verl.PRESETS)}")
     correction = verl.PRESETS[name]
-    transform = chain(estimator, verl.rollout_correction(correction))
+    objective = grpo(estimator=chain(estimator, verl.rollout_correction(correction)), discrepancy=discrepancy)
     if not correction.bypass_mode:
-        return Objective(transform, discrepancy=discrepancy)
-    return Objective(transform, surrogate=policy_gradient, aggregate=seq_mean_token_sum, discrepancy=discrepancy)
+        return objective
+    return dataclasses.replace(objective, surrogate=policy_gradient, aggregate=seq_mean_token_sum)
 
 
 class Method(NamedTuple):

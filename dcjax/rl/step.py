@@ -1,14 +1,14 @@
 """The training step: one pure function from (TrainState, Batch) to (TrainState, Metrics).
 
 The file follows a batch from top to bottom. `_train_step` is one training iteration: it recomputes log-probs
-(`_recompute_logps`), makes each of the optimiser's updates (`_update`) on the gradients of a minibatch
+(`_recompute`), makes each of the optimiser's updates (`_update`) on the gradients of a minibatch
 (`_accumulate_gradients`), and computes the metrics (`_metrics`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from dcjax.arguments import as_sequences
-from dcjax.rl.discrepancy import Discrepancy, probability_difference
+from dcjax.rl.discrepancy import Discrepancy, DistributionGap, discrepancy_of, probability_difference
 from dcjax.rl.learning_rate import learning_rate_scale
 from dcjax.rl.losses import Surrogate
 from dcjax.rl.masked import Aggregation, LossSum, masked_mean, response_mean, token_mean
@@ -65,7 +65,7 @@ class StepSpec:
     surrogate: Surrogate
     objective: LossTransform
     aggregate: Aggregation
-    discrepancy: Discrepancy
+    discrepancy: Discrepancy | DistributionGap
     mean_discrepancy: Callable[[Array, Array], Array]
     requires: Requirements
     group_size: int
@@ -89,21 +89,35 @@ class StepSpec:
         """Whether `old_logps` take a pass of their own; where not, the pass that is differentiated yields them."""
         return self.updates > 1 or self.ahead or bool(self.requires.of_iteration)
 
-    def token_discrepancy(self, old_logps: Array, batch: Batch) -> Array:
+    def token_discrepancy(self, old: OldOutputs, batch: Batch) -> Array:
         """δ of each token, [B, T]."""
-        return self.discrepancy(old_logps=old_logps, rollout_logps=batch.rollout_logps, mask=batch.response_mask)
+        return discrepancy_of(self.discrepancy, old.logps, batch, old.quantities)
 
-    def batch_discrepancy(self, old_logps: Array, batch: Batch) -> Array:
+    def batch_discrepancy(self, old: OldOutputs, batch: Batch) -> Array:
         """δ̄ over all responses of the batch, [], whatever the objective drops."""
-        return self.mean_discrepancy(self.token_discrepancy(old_logps, batch), batch.response_mask)
+        return self.mean_discrepancy(self.token_discrepancy(old, batch), batch.response_mask)
+
+
+class OldOutputs(NamedTuple):
+    """What the training policy computes at the rollout's weights, [B, T] each, under stop-gradient."""
+
+    logps: Array
+    # those of the head that the objective requires there, by name
+    quantities: dict[str, Array]
+
+    @classmethod
+    def of(cls, outputs: PolicyOutputs, names: Collection[str]) -> OldOutputs:
+        """Of what the policy gave."""
+        quantities = {name: outputs.quantities[name] for name in names}
+        return cls(*jax.lax.stop_gradient((outputs.logps, quantities)))
 
 
 class Rows(NamedTuple):
     """The rows of one update, or of one microbatch of it, with the log-probs that were computed before the updates."""
 
     batch: Batch
-    # [B, T]; None where the pass that is differentiated yields them
-    old_logps: Array | None
+    # None where the pass that is differentiated yields it
+    old: OldOutputs | None
     # [B, T]; None where the state has no reference policy
     reference_logps: Array | None
     # [B] or [B, T]: the quantities of the whole iteration or minibatch that are no scalars
@@ -127,6 +141,8 @@ class RowOutputs:
 
     # [B, T] each
     logps: Array
+    # old ones of the head, by name
+    quantities: dict[str, Array]
     entropy: Array
     clipped: Array
     # tokens that the objective left in the loss
@@ -135,6 +151,10 @@ class RowOutputs:
     metrics: dict[str, Array]
     # [B] each, sums over the response
     sums: dict[str, Array]
+
+    def as_old(self) -> OldOutputs:
+        """What the pass gave, where its parameters are the rollout's weights."""
+        return OldOutputs(self.logps, self.quantities)
 
 
 class UpdateOutputs(NamedTuple):
@@ -154,7 +174,7 @@ def make_train_step(
     objective: LossTransform,
     *,
     aggregate: Aggregation = token_mean,
-    discrepancy: Discrepancy = probability_difference,
+    discrepancy: Discrepancy | DistributionGap = probability_difference,
     mean_discrepancy: Callable[[Array, Array], Array] = response_mean,
     requires: Requirements = NO_REQUIREMENTS,
     group_size: int,
@@ -221,34 +241,46 @@ def _train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainS
     # the cut of each minibatch, first by updates
     cuts = jax.tree.map(lambda x: x.swapaxes(0, 1), batch.microbatches)
     numbers = _row_numbers(cuts, spec.group_size)
-    batch = dataclasses.replace(batch, microbatches=None)
+    spec = _with_sampler_head(spec, batch.sampler_head)
+    batch = dataclasses.replace(batch, microbatches=None, sampler_head=None)
     minibatches = _split_rows(batch, spec.updates, spec.group_size)
 
     # what stays the same through the updates
-    reference_logps = None if state.reference is None else _recompute_logps(spec, state.reference, minibatches, cuts)
-    old_logps, shared = None, Shared(jnp.mean(batch.rewards), _mean_response_length(batch), None, {})
+    reference_logps = None
+    if state.reference is not None:
+        reference_logps = _recompute(spec, state.reference, minibatches, cuts, ()).logps
+    old, shared = None, Shared(jnp.mean(batch.rewards), _mean_response_length(batch), None, {})
     by_row: dict[str, Array] = {}
     if spec.recomputes_old_logps:
         sampling_params = state.history[0] if spec.ahead else state.params
-        old_logps = _recompute_logps(spec, sampling_params, minibatches, cuts)
-        whole = _merge_rows((old_logps, reference_logps), spec.group_size)
-        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, *whole), numbers)
-        shared = shared._replace(discrepancy=spec.batch_discrepancy(whole[0], batch), quantities=scalars)
+        old = _recompute(spec, sampling_params, minibatches, cuts, spec.requires.of_old_head)
+        whole, whole_reference = _merge_rows((old, reference_logps), spec.group_size)
+        scalars, by_row = _iteration_quantities(spec.requires, Iteration(batch, whole.logps, whole_reference), numbers)
+        shared = shared._replace(discrepancy=spec.batch_discrepancy(whole, batch), quantities=scalars)
 
     def update(state: TrainState, inputs: tuple[Rows, Microbatches | None]) -> tuple[TrainState, UpdateOutputs]:
         minibatch, cut = inputs
         return _update(spec, state, minibatch, _cut(spec, minibatch.batch, cut), shared)
 
     rows_of_updates = _split_rows(by_row, spec.updates, spec.group_size)
-    minibatches = Rows(minibatches, old_logps, reference_logps, rows_of_updates)
+    minibatches = Rows(minibatches, old, reference_logps, rows_of_updates)
     trained, outputs = jax.lax.scan(update, state, (minibatches, cuts))
 
     outputs = outputs._replace(rows=_merge_rows(outputs.rows, spec.group_size))
-    old_logps = outputs.rows.logps if old_logps is None else _merge_rows(old_logps, spec.group_size)
+    old = outputs.rows.as_old() if old is None else _merge_rows(old, spec.group_size)
     trained = dataclasses.replace(trained, grad_norm_smoothed=_smoothed_grad_norm(state, outputs.grad_norm))
-    metrics = _metrics(spec, batch, old_logps, outputs, numbers, before=state, after=trained)
+    metrics = _metrics(spec, batch, old, outputs, numbers, before=state, after=trained)
     history = (*state.history, state.params)[1:] if state.history else ()
     return dataclasses.replace(trained, step=state.step + 1, history=history), metrics
+
+
+def _with_sampler_head(spec: StepSpec, head: Any) -> StepSpec:
+    """The same with a policy that gets the sampler's head beside the rows of every batch."""
+    if head is None:
+        return spec
+    return dataclasses.replace(
+        spec, apply_fn=lambda params, rows: spec.apply_fn(params, dataclasses.replace(rows, sampler_head=head))
+    )
 
 
 def _check_requirements(requires: Requirements, state: TrainState, batch: Batch) -> None:
@@ -256,6 +288,16 @@ def _check_requirements(requires: Requirements, state: TrainState, batch: Batch)
         raise ValueError("the objective requires reference_logps; the TrainState has no reference policy")
     if requires.candidate_tokens and batch.candidate_tokens is None:
         raise ValueError("the objective requires candidate_tokens; the batch has none, so sample with a top_k")
+    if requires.sampler_distributions and (batch.sampler_hidden is None or batch.sampler_head is None):
+        raise ValueError(
+            "the objective requires the sampler's distributions; the batch has no sampler_hidden and sampler_head, "
+            "which dcjax.serving.scoring.read_hidden gives"
+        )
+    if requires.sampler_head and batch.sampler_tokens is None:
+        raise ValueError(
+            "the objective requires the sampler's most probable tokens; the batch has no sampler_tokens, which an "
+            "engine with records_head samples"
+        )
 
 
 def _row_numbers(cuts: Microbatches | None, group_size: int) -> Array | None:
@@ -298,22 +340,35 @@ def _cut(spec: StepSpec, minibatch: Batch, cut: Microbatches | None) -> Cut:
     return Cut.by_rows(rows, spec.microbatch_size or rows)
 
 
-def _recompute_logps(spec: StepSpec, params: Params, minibatches: Batch, cuts: Microbatches | None) -> Array:
-    """float32 [updates, B / updates, T]: log-probs of the response tokens under `params`, a microbatch at a time."""
+def _recompute(
+    spec: StepSpec, params: Params, minibatches: Batch, cuts: Microbatches | None, names: Collection[str]
+) -> OldOutputs:
+    """What the policy gives under `params`, a microbatch at a time, [updates, B / updates, T] each."""
 
-    def compute(inputs: tuple[Batch, Microbatches | None]) -> Array:
+    def compute(inputs: tuple[Batch, Microbatches | None]) -> OldOutputs:
         minibatch, cut = inputs
-        return _logps_of_minibatch(spec, params, minibatch, _cut(spec, minibatch, cut))
+        return _outputs_of_minibatch(spec, params, minibatch, _cut(spec, minibatch, cut), names)
 
     return jax.lax.map(compute, (minibatches, cuts))
 
 
-def _logps_of_minibatch(spec: StepSpec, params: Params, minibatch: Batch, cut: Cut) -> Array:
-    def compute(microbatch: Microbatch, logps: Array) -> Array:
+def _outputs_of_minibatch(
+    spec: StepSpec, params: Params, minibatch: Batch, cut: Cut, names: Collection[str]
+) -> OldOutputs:
+    def compute(microbatch: Microbatch, outputs: OldOutputs) -> OldOutputs:
         rows = dataclasses.replace(microbatch.take(minibatch), places=microbatch.places)
-        return microbatch.put(logps, spec.apply_fn(params, rows)[0])
+        return microbatch.put(outputs, OldOutputs.of(_apply(spec, params, rows), names))
 
-    return cut.fold(compute, jnp.zeros(minibatch.response_mask.shape))
+    zeros = jnp.zeros(minibatch.response_mask.shape)
+    return cut.fold(compute, OldOutputs(zeros, dict.fromkeys(names, zeros)))
+
+
+def _apply(spec: StepSpec, params: Params, rows: Batch) -> PolicyOutputs:
+    """What the policy gives, checked for what the objective requires of it."""
+    outputs = PolicyOutputs(*spec.apply_fn(params, rows))
+    if missing := [name for name in spec.requires.of_head if name not in outputs.quantities]:
+        raise ValueError(f"the objective requires the quantity {missing[0]!r}; apply_fn does not compute it")
+    return outputs
 
 
 def _update(
@@ -326,7 +381,7 @@ def _update(
     discrepancy = shared.discrepancy
     if discrepancy is None:
         # this is the only update, and its minibatch the whole batch
-        discrepancy = spec.batch_discrepancy(rows.logps, minibatch.batch)
+        discrepancy = spec.batch_discrepancy(rows.as_old(), minibatch.batch)
     changes, opt_state = spec.tx.update(
         grads,
         state.opt_state,
@@ -345,17 +400,19 @@ def _with_minibatch_quantities(
     spec: StepSpec, state: TrainState, minibatch: Rows, cut: Cut, shared: Shared
 ) -> tuple[Rows, Shared]:
     """The same with what the objective requires of the minibatch, at the parameters before its update."""
-    logps = jax.lax.stop_gradient(_logps_of_minibatch(spec, state.params, minibatch.batch, cut))
+    now = _outputs_of_minibatch(spec, state.params, minibatch.batch, cut, spec.requires.of_old_head)
+    old = now if minibatch.old is None else minibatch.old
     context = Context(
         minibatch.batch,
-        logps,
-        logps if minibatch.old_logps is None else minibatch.old_logps,
+        now.logps,
+        old.logps,
         optax.tree.get(state.opt_state, "multiplier"),
         shared.mean_reward,
         minibatch.reference_logps,
         {**shared.quantities, **minibatch.quantities},
+        old.quantities,
     )
-    scalars, by_row = _quantities(spec.requires.of_minibatch, context, logps.shape)
+    scalars, by_row = _quantities(spec.requires.of_minibatch, context, now.logps.shape)
     return (
         minibatch._replace(quantities={**minibatch.quantities, **by_row}),
         shared._replace(quantities={**shared.quantities, **scalars}),
@@ -409,14 +466,14 @@ def _microbatch_loss(
     loss_scale: Array | float,
 ) -> tuple[Array, tuple[Array, Array, RowOutputs]]:
     """The scaled sum of the losses, which is differentiated, and beside it the sum, its denominator and the rows."""
-    batch, old_logps, reference_logps, by_row = microbatch.take(minibatch)
-    outputs = PolicyOutputs(*spec.apply_fn(params, dataclasses.replace(batch, places=microbatch.places)))
-    if missing := [name for name in spec.requires.of_head if name not in outputs.quantities]:
-        raise ValueError(f"the objective requires the quantity {missing[0]!r}; apply_fn does not compute it")
+    batch, old, reference_logps, by_row = microbatch.take(minibatch)
+    outputs = _apply(spec, params, dataclasses.replace(batch, places=microbatch.places))
     logps = outputs.logps
-    old_logps = jax.lax.stop_gradient(logps) if old_logps is None else old_logps
-    quantities = {**shared.quantities, **by_row, **outputs.quantities}
-    context = Context(batch, logps, old_logps, multiplier, shared.mean_reward, reference_logps, quantities)
+    old = OldOutputs.of(outputs, spec.requires.of_old_head) if old is None else old
+    old_logps, quantities = old.logps, {**shared.quantities, **by_row, **outputs.quantities}
+    context = Context(
+        batch, logps, old_logps, multiplier, shared.mean_reward, reference_logps, quantities, old.quantities
+    )
     terms = spec.objective(initial_terms(batch), context)
     losses, clipped = spec.surrogate(
         logps, old_logps=old_logps, advantages=terms.advantages, weights=terms.weights, mask=terms.mask
@@ -426,7 +483,9 @@ def _microbatch_loss(
     skew = sign_skew(jax.lax.stop_gradient(logps), references, terms.advantages, batch.response_mask)
     log_ratio = jnp.max(jnp.abs(jnp.where(batch.response_mask, logps - old_logps, 0.0)), axis=1)
     metrics = {**terms.metrics, **outputs.metrics, "check/log_ratio": log_ratio}
-    rows = RowOutputs(logps, outputs.entropy, clipped, terms.mask, metrics, {f"skew/{k}": v for k, v in skew.items()})
+    sums = {f"skew/{name}": value for name, value in skew.items()}
+    held = {name: outputs.quantities[name] for name in spec.requires.of_old_head}
+    rows = RowOutputs(logps, held, outputs.entropy, clipped, terms.mask, metrics, sums)
     return total * loss_scale, (total, denominator, rows)
 
 
@@ -439,7 +498,7 @@ def _sum_present(aggregate: Aggregation, losses: Array, mask: Array, present: Ar
 def _metrics(
     spec: StepSpec,
     batch: Batch,
-    old_logps: Array,
+    old: OldOutputs,
     outputs: UpdateOutputs,
     numbers: Array | None,
     *,
@@ -450,7 +509,7 @@ def _metrics(
 
     `ess_scale` is that of the iteration's last update.
     """
-    metrics = _row_metrics(spec, batch, old_logps, outputs.rows) | _optimizer_metrics(before)
+    metrics = _row_metrics(spec, batch, old.logps, outputs.rows) | _optimizer_metrics(before)
     metrics |= {
         "loss": jnp.mean(outputs.loss),
         "check/denominator_share": _denominator_share(spec, outputs),
@@ -458,12 +517,12 @@ def _metrics(
         "grad_norm_smoothed": after.grad_norm_smoothed,
         # not finite where an update overflowed, which the loss shows only one step later
         "param_norm": optax.tree.norm(after.params),
-        "dual/discrepancy": spec.batch_discrepancy(old_logps, batch),
-        "nonfinite_at": _first_nonfinite(old_logps, batch.response_mask, numbers),
+        "dual/discrepancy": spec.batch_discrepancy(old, batch),
+        "nonfinite_at": _first_nonfinite(old.logps, batch.response_mask, numbers),
     }
     if "dual/budget" in metrics:
         against_budget = budget_metrics(
-            discrepancy=spec.token_discrepancy(old_logps, batch),
+            discrepancy=spec.token_discrepancy(old, batch),
             mask=batch.response_mask,
             budget=metrics["dual/budget"],
             average=spec.mean_discrepancy,

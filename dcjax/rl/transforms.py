@@ -8,7 +8,7 @@ multiply and masks narrow. docs/objectives.md lists them all with their formulas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from dcjax.arguments import as_mask
 from dcjax.rl.advantages import relative_to_group, relative_to_mean, relative_to_others
-from dcjax.rl.discrepancy import Discrepancy
+from dcjax.rl.discrepancy import Discrepancy, DistributionGap, discrepancy_of
 from dcjax.rl.losses import kl_estimate
 from dcjax.rl.masked import masked_mean
 from dcjax.rl.penalties import PenaltyForm, PenaltyShape, as_published, linear, penalize
@@ -57,6 +57,8 @@ class Context:
     # what the objective's `Requirements` name: [B, T] of the model's head; [], [B] or [B, T] of the whole iteration or
     # minibatch
     quantities: dict[str, Array] = flax.struct.field(default_factory=dict)
+    # those of the head that are `old`, of the training policy at the rollout's weights, under stop-gradient, [B, T]
+    old_quantities: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 LossTransform = Callable[[Terms, Context], Terms]
@@ -154,18 +156,21 @@ def drop_zero_variance() -> LossTransform:
 
 
 def discrepancy_penalty(
-    discrepancy: Discrepancy,
+    discrepancy: Discrepancy | DistributionGap,
     *,
     shape: PenaltyShape = linear,
     form: PenaltyForm = as_published,
+    baseline: str | None = None,
     multiplier: float | None = None,
 ) -> LossTransform:
     """Ã = A − λ · stop_gradient(pen(δ)) with δ of `old_logps` and `rollout_logps` (paper A, eqs. 3-4 and 8-10).
 
     Args:
-      discrepancy: δ, one of the signals or a `measure` of one.
+      discrepancy: δ, one of the signals, a `measure` of one, or a gap of whole distributions.
       shape: pen.
       form: `as_published`, or `centred_on_response`.
+      baseline: the name of the old quantity that is subtracted from pen(δ) of each token before that: with
+        `expected_penalty` of the same signal and shape, the penalty's mean under μ in the state (ours).
       multiplier: a fixed λ; None takes the one of `dual_ascent` in the optimiser's chain.
 
     Raises:
@@ -174,14 +179,13 @@ def discrepancy_penalty(
     _require_multiplier(multiplier)
 
     def apply(terms: Terms, context: Context) -> Terms:
-        batch = context.batch
-        mask = batch.response_mask
-        delta = discrepancy(old_logps=context.old_logps, rollout_logps=batch.rollout_logps, mask=mask)
+        mask = context.batch.response_mask
+        expected = 0.0 if baseline is None else context.old_quantities[baseline]
         advantages = penalize(
             terms.advantages,
-            delta,
+            discrepancy_of(discrepancy, context.old_logps, context.batch, context.old_quantities),
             multiplier=_multiplier(multiplier, context, "discrepancy_penalty"),
-            shape=lambda delta: form(shape(delta), mask),
+            shape=lambda delta: form(shape(delta) - expected, mask),
         )
         return dataclasses.replace(terms, advantages=advantages)
 
@@ -189,7 +193,7 @@ def discrepancy_penalty(
 
 
 def direct_penalty(
-    discrepancy: Discrepancy, *, shape: PenaltyShape = linear, multiplier: float | None = None
+    discrepancy: Discrepancy | DistributionGap, *, shape: PenaltyShape = linear, multiplier: float | None = None
 ) -> LossTransform:
     """loss += λ · pen(δ(π_θ, stop_gradient(μ))) on each sampled token, differentiated through π_θ.
 
@@ -197,7 +201,8 @@ def direct_penalty(
     whose penalty changes the reward of the sampled action; this one differentiates the gap itself.
 
     Args:
-      discrepancy: δ, given π_θ's log-probs as `old_logps`.
+      discrepancy: δ, given π_θ's log-probs as `old_logps`, or a gap of whole distributions: then the term is that of
+        the state, whichever token was sampled.
       shape: pen.
       multiplier: a fixed λ; None takes the one of `dual_ascent` in the optimiser's chain.
 
@@ -207,9 +212,7 @@ def direct_penalty(
     _require_multiplier(multiplier)
 
     def apply(terms: Terms, context: Context) -> Terms:
-        batch = context.batch
-        rollout_logps = jax.lax.stop_gradient(batch.rollout_logps)
-        delta = discrepancy(old_logps=context.logps, rollout_logps=rollout_logps, mask=batch.response_mask)
+        delta = discrepancy_of(discrepancy, context.logps, context.batch, context.quantities)
         penalty = _multiplier(multiplier, context, "direct_penalty") * shape(delta)
         return dataclasses.replace(terms, loss=terms.loss + penalty)
 
@@ -239,6 +242,45 @@ def kl_penalty(coefficient: float, *, kind: str = "k3") -> LossTransform:
         estimate = kl_estimate(logps=context.logps, reference_logps=reference, mask=mask, kind=kind)
         metrics = {**terms.metrics, "kl/reference": jax.lax.stop_gradient(masked_mean(estimate, mask, axis=1))}
         return dataclasses.replace(terms, loss=terms.loss + coefficient * estimate, metrics=metrics)
+
+    return apply
+
+
+# --- score centering: behind what changes the advantages ---
+
+
+def score_centering(quantity: str) -> LossTransform:
+    """loss += sg(Ã) · C: the expectation of the score in the state is taken out of each token's (arXiv 2609.20807).
+
+    C is the quantity of this name, `expected_score` for example. With the loss −w · Ã · log π on each token sampled
+    from μ, which has the gradient −Ã · w ∇ log π, what is left is −Ã · (w ∇ log π − E_μ[w ∇ log π]): for an advantage
+    that does not depend on the token its mean in the state is 0.
+
+    Args:
+      quantity: the name of C among `Context.quantities`.
+    """
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        added = jax.lax.stop_gradient(terms.advantages) * context.quantities[quantity]
+        return dataclasses.replace(terms, loss=terms.loss + jnp.where(terms.mask, added, 0))
+
+    return apply
+
+
+# --- metrics ---
+
+
+def report_quantities(names: Mapping[str, str]) -> LossTransform:
+    """Per-row metrics: the mean over the response of quantities at the rollout's weights; nothing else is changed.
+
+    Args:
+      names: of old quantities, by the names of their metrics.
+    """
+
+    def apply(terms: Terms, context: Context) -> Terms:
+        mask = context.batch.response_mask
+        means = {metric: masked_mean(context.old_quantities[name], mask, axis=1) for metric, name in names.items()}
+        return dataclasses.replace(terms, metrics={**terms.metrics, **means})
 
     return apply
 

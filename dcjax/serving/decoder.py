@@ -25,7 +25,7 @@ from dcjax.serving.formats.served import arithmetic, products
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
 from dcjax.serving.sampling import SamplingParams
-from dcjax.serving.sync import ServingParams
+from dcjax.serving.sync import ServingParams, head_name
 from dcjax.types import Array
 
 NOISE_AHEAD = 2**22
@@ -88,6 +88,10 @@ class Emitted:
     # both as in `sampling.Distribution`, the mass of what `logps` are of
     log_mass: Float[Array, "slots"]
     candidate_tokens: Int[Array, "slots K"]
+    # the most probable tokens of the distribution that was sampled from, and their log-probs: -1 and 0 behind the last
+    # that could be drawn; None unless recorded
+    head_tokens: Int[Array, "slots H"] | None
+    head_logps: Float[Array, "slots H"] | None
     # those of the token that was fed; None unless recorded
     experts: Int[Array, "slots M k"] | None
     # the residual stream after each layer; None unless requested
@@ -116,6 +120,8 @@ class Decoder:
     mismatch: MismatchConfig
     # as `serving_mesh` makes it
     mesh: Mesh
+    # how many of the most probable tokens are recorded with their log-probs, whatever the truncation; 0 records none
+    head: int = 0
     # whether layers are looped over, with weights and caches from `models.cache.stack_layers`; only on one device
     loops: bool = False
 
@@ -150,43 +156,72 @@ class Decoder:
 
     def prefill(self, params: ServingParams, tokens: Int[Array, "rows P"], lengths: Int[Array, "rows"]) -> Prefix:
         """Prefills prompts, padded on the right: as many at once as `prefill_tokens` allows, or each in pieces."""
-        rows, width = tokens.shape
-        columns = min(width, self.prefill_tokens)
-        copies = self.mesh.shape[COPIES]
-        at_once = max(self.prefill_tokens // width, 1) * copies
-        passes, pieces = -(-rows // at_once), -(-width // columns)
-        at_once = round_up(-(-rows // passes), copies)
-        padded = jnp.pad(tokens, ((0, passes * at_once - rows), (0, pieces * columns - width)))
-
-        def prompts(tokens: Array) -> tuple[Caches, Array | None]:
-            def piece(caches, number):
-                start = number * columns
-                positions = jnp.broadcast_to(start + jnp.arange(columns), (at_once, columns))
-                part = lax.dynamic_slice_in_dim(tokens, start, columns, axis=1)
-                decoded = self._run(params, part, positions, caches, self._most_probable)
-                return decoded.caches, self._recorded(decoded)
-
-            caches = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
-            if pieces == 1:
-                return piece(caches, 0)
-            caches, experts = lax.scan(piece, caches, jnp.arange(pieces))
-            if experts is not None:
-                experts = experts.swapaxes(0, 1).reshape(at_once, -1, *experts.shape[3:])
-            return caches, experts
+        rows = len(tokens)
 
         def joined(leaf: Array) -> Array:
             return leaf.reshape(-1, *leaf.shape[2:])[:rows]
 
         # each leaf has a leading axis of passes
-        caches, experts = (
-            lax.map(prompts, padded.reshape(passes, at_once, -1)) if passes > 1 else _with_leading_axis(prompts(padded))
-        )
+        caches, experts = self._in_passes(params, (tokens,), self._recorded, lambda caches, experts: (caches, experts))
         if self.loops:
             caches = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), caches)
         caches, experts = self._each_layer(joined, caches), jax.tree.map(joined, experts)
         caches, experts = pinned(self.mesh, caches, SHARED_CACHE), pinned(self.mesh, experts, EVERYWHERE)
         last = lengths - 1
         return Prefix(caches, jnp.take_along_axis(tokens, last[:, None], 1)[:, 0], last, experts)
+
+    def _in_passes(
+        self,
+        params: ServingParams,
+        rows: tuple[Array, ...],
+        record: Callable[[Decoded], Any],
+        finish: Callable[..., Any],
+    ) -> Any:
+        """Runs rows of tokens through the layers, as many at once as `prefill_tokens` allows, or each in pieces.
+
+        Args:
+          params: of this decoder.
+          rows: tokens [rows, S], padded on the right, and other arrays by row.
+          record: what is kept of a piece, a tree of arrays by token, [B, columns, ...].
+          finish: (caches of a pass, what was recorded of all its tokens, its other rows ...) -> what the pass gives.
+
+        Returns:
+          What each pass gives, with a leading axis of passes; the last one is filled up with rows of zeros.
+        """
+        count, width = rows[0].shape
+        columns = min(width, self.prefill_tokens)
+        copies = self.mesh.shape[COPIES]
+        at_once = max(self.prefill_tokens // width, 1) * copies
+        passes, pieces = -(-count // at_once), -(-width // columns)
+        at_once = round_up(-(-count // passes), copies)
+
+        def one_pass(rows: tuple[Array, ...]) -> Any:
+            tokens, *others = rows
+
+            def piece(caches, number):
+                start = number * columns
+                positions = jnp.broadcast_to(start + jnp.arange(columns), (at_once, columns))
+                part = lax.dynamic_slice_in_dim(tokens, start, columns, axis=1)
+                decoded = self._run(params, part, positions, caches, self._most_probable)
+                return decoded.caches, record(decoded)
+
+            caches = pinned(self.mesh, self._caches(at_once, pieces * columns), CACHE)
+            if pieces == 1:
+                return finish(*piece(caches, 0), *others)
+            caches, recorded = lax.scan(piece, caches, jnp.arange(pieces))
+            recorded = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(at_once, -1, *x.shape[3:]), recorded)
+            return finish(caches, recorded, *others)
+
+        def padded(leaf: Array, columns: int) -> Array:
+            return jnp.pad(
+                leaf, ((0, passes * at_once - count), (0, columns), *[(0, 0)] * (leaf.ndim - 2))[: leaf.ndim]
+            )
+
+        tokens, *others = rows
+        given = (padded(tokens, pieces * columns - width), *(padded(leaf, 0) for leaf in others))
+        if passes == 1:
+            return _with_leading_axis(one_pass(given))
+        return lax.map(one_pass, jax.tree.map(lambda x: x.reshape(passes, at_once, *x.shape[1:]), given))
 
     def start(
         self,
@@ -245,6 +280,22 @@ class Decoder:
         """What `steps` would have emitted for given tokens, fed one by one; with residual streams on request."""
         return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
 
+    def hidden(
+        self, params: ServingParams, tokens: Int[Array, "rows S"], starts: Int[Array, "rows"], length: int
+    ) -> Float[Array, "rows length E"]:
+        """The normed hidden states that predict the `length` tokens of each row from its start on.
+
+        What is rounded, the cache included, is what `follow` rounds; sums are of other shapes.
+        """
+
+        def of_responses(caches: Caches, hidden: Array, starts: Array) -> Array:
+            columns = jnp.minimum(starts[:, None] + jnp.arange(length), tokens.shape[1] - 1)
+            return jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
+
+        # rows that fill up a pass have any columns
+        read = self._in_passes(params, (tokens, starts), lambda decoded: decoded.hidden, of_responses)
+        return read.reshape(-1, *read.shape[2:])[: len(tokens)]
+
     def read(
         self,
         params: ServingParams,
@@ -253,15 +304,9 @@ class Decoder:
         temperatures: Float[Array, "rows"],
         length: int,
     ) -> Float[Array, "rows length"]:
-        """Log-probs of the `length` tokens of each row from its start on, of the whole softmax, from one pass over all.
-
-        What is rounded, the cache included, is what `follow` rounds; sums are of other shapes.
-        """
-        rows, width = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-        decoded = self._run(params, tokens, positions, self._caches(rows, width), self._most_probable)
-        columns = jnp.minimum(starts[:, None] + jnp.arange(length), width - 1)
-        before = jnp.take_along_axis(decoded.hidden, columns[..., None] - 1, axis=1)
+        """Log-probs of the `length` tokens of each row from its start on, of the whole softmax, by `hidden`."""
+        before = self.hidden(params, tokens, starts, length)
+        rows, columns = len(tokens), jnp.minimum(starts[:, None] + jnp.arange(length), tokens.shape[1] - 1)
         targets = jnp.take_along_axis(tokens, columns, axis=1)
         softmax = SamplingParams(temperatures, jnp.zeros(rows, jnp.int32), jnp.ones(rows))
 
@@ -306,6 +351,7 @@ class Decoder:
         drawn_from = parallel.distribution(self.mesh, logits, requests.sampling, self.max_candidates)
         reported = sampling.plain(logits) if self.mismatch.raw_logps else drawn_from
         tokens = jnp.where(state.active, pick(drawn_from), state.tokens)
+        head_logps, head_tokens = (None, None) if not self.head else parallel.head(self.mesh, drawn_from, self.head)
         generated = state.generated + state.active
         stopped = jnp.any(tokens[:, None] == requests.stop_tokens, axis=1)
         emitted = Emitted(
@@ -314,6 +360,8 @@ class Decoder:
             valid=state.active,
             log_mass=reported.log_mass,
             candidate_tokens=drawn_from.candidate_tokens,
+            head_tokens=head_tokens,
+            head_logps=head_logps,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
         )
@@ -381,7 +429,7 @@ class Decoder:
         return logits
 
     def _head(self, params: ServingParams, hidden: Float[Array, "rows E"]) -> Float[Array, "rows V"]:
-        head = params.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
+        head = params.weights[head_name(self.config)]
         return pinned(self.mesh, head.logits(hidden, arithmetic(self.config)), SCORES)
 
     def _recorded(self, decoded: Decoded) -> Array | None:

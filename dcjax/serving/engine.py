@@ -20,6 +20,7 @@ from dcjax.arguments import as_integers
 from dcjax.models import ModelConfig
 from dcjax.models.cache import Caches, stack_layers
 from dcjax.models.layers import round_up
+from dcjax.serving import sync
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Prefix, Requests
 from dcjax.serving.formats import Format, KVCacheName, cache_dtype, serving_format
 from dcjax.serving.formats.served import check_served
@@ -76,6 +77,11 @@ NARROWEST_PREFILL = 16
 @jax.jit
 def _stacked(served: ServingParams) -> ServingParams:
     return dataclasses.replace(served, weights={**served.weights, "layers": stack_layers(served.weights["layers"])})
+
+
+def _abstract_stacked(served: ServingParams) -> ServingParams:
+    """Shapes, dtypes and shardings of what `_stacked` makes, which is compiled for that."""
+    return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
 
 
 def _loops(config: ModelConfig, format: Format, mesh: jax.sharding.Mesh) -> bool:
@@ -163,6 +169,7 @@ class Qwen3Engine(engine_api.Engine):
       max_candidates: largest top_k of a request; the tokens that it keeps are recorded. 0 records none, for any top_k.
       max_stop_tokens: how many ids a request may name; if there are more end tokens, the next power of two.
       records_experts: whether the choices of an MoE's routers are recorded.
+      records_head: how many of the most probable tokens are recorded with their log-probs, beside each sampled one.
       mismatch: mismatch to add to the engine's own numerics; its staleness is up to the trainer.
       mesh: the mesh that serves, as `parallel.serving_mesh` makes it; None is the first device.
       training_mesh: the mesh of the masters that `sync` takes; None is the first device.
@@ -191,6 +198,7 @@ class Qwen3Engine(engine_api.Engine):
         max_candidates: int = 0,
         max_stop_tokens: int = 4,
         records_experts: bool = False,
+        records_head: int = 0,
         mismatch: MismatchConfig = NO_MISMATCH,
         mesh: jax.sharding.Mesh | None = None,
         training_mesh: jax.sharding.Mesh | None = None,
@@ -199,7 +207,8 @@ class Qwen3Engine(engine_api.Engine):
         sizes = {"slots": slots, "steps_per_call": steps_per_call, "prefill_tokens": prefill_tokens, "prompts": prompts}
         for name, size in sizes.items():
             _require_within(name, [size], 1)
-        _require_within("max_candidates", [max_candidates], 0, config.vocab_size)
+        for name, count in {"max_candidates": max_candidates, "records_head": records_head}.items():
+            _require_within(name, [count], 0, config.vocab_size)
         if mismatch.routing_flips and config.num_experts <= config.num_experts_per_tok:
             raise ValueError(
                 f"mismatch.routing_flips is {mismatch.routing_flips}; it needs a model with experts that a token "
@@ -227,6 +236,7 @@ class Qwen3Engine(engine_api.Engine):
             # decoding does not depend on what is done to weights
             mismatch=dataclasses.replace(mismatch, weight_noise=0.0, rounded_masters=False, staleness=0),
             mesh=self._mesh,
+            head=records_head,
             loops=_loops(config, self.format, self._mesh),
         )
         if slots % (copies := self._mesh.shape[COPIES]):
@@ -332,10 +342,18 @@ class Qwen3Engine(engine_api.Engine):
         return self.decoder.max_response_length
 
     def for_one_pass(self, params: ServingParams) -> tuple[Decoder, ServingParams]:
-        """What reads whole sequences in one pass: looped where it can be, which compiles sooner and runs once."""
+        """What reads whole sequences in one pass: looped where it can be, which compiles sooner and runs once.
+
+        Abstract params give abstract ones.
+        """
         if self.decoder.loops or not _can_loop(self.decoder.config, self._mesh):
             return self.decoder, params
-        return dataclasses.replace(self.decoder, loops=True), _stacked(params)
+        stacked = _abstract_stacked if isinstance(params.version, jax.ShapeDtypeStruct) else _stacked
+        return dataclasses.replace(self.decoder, loops=True), stacked(params)
+
+    def head_shardings(self, training: jax.sharding.Mesh) -> Any:
+        """Where the parts of the output head, as it is served, lie on the mesh that trains: beside their master's."""
+        return sync.head_shardings(self.config, self.format, training, self._keep)
 
     def slots_for(self, samples: int) -> int:
         """How many slots decode this many samples: no more than needed, and equally many on each copy of the model."""
@@ -394,9 +412,7 @@ class Qwen3Engine(engine_api.Engine):
         """Compiles `sync` for abstract masters; returns abstract serving params."""
         self._sync.compile(masters)
         served = self.abstract_params()
-        if not self.decoder.loops:
-            return served
-        return with_shardings(jax.eval_shape(_stacked, served), _stacked.lower(served).compile().output_shardings)
+        return _abstract_stacked(served) if self.decoder.loops else served
 
     def compile_prefill(self, params: ServingParams, prompts: int) -> Prefix:
         """Compiles `prefill_many` for a number of prompts and abstract params; returns an abstract prefix."""

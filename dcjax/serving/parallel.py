@@ -149,6 +149,18 @@ def distribution(
     return jax.shard_map(divided, mesh=mesh, in_specs=(shares, rows), out_specs=placed, check_vma=False)(logits, params)
 
 
+def head(mesh: Mesh, drawn_from: sampling.Distribution, count: int) -> tuple[Float[Array, "B H"], Int[Array, "B H"]]:
+    """`sampling.head` on a mesh: each copy has its own rows, which it gathers whole."""
+    if mesh.size == 1:
+        return sampling.head(drawn_from.logits, count)
+    shares, rows = partition_spec(SCORES, SERVING_RULES), partition_spec(ROWS, SERVING_RULES)
+
+    def of_rows(logits: Array) -> tuple[Array, Array]:
+        return sampling.head(lax.all_gather(logits, WITHIN, axis=1, tiled=True), count)
+
+    return jax.shard_map(of_rows, mesh=mesh, in_specs=shares, out_specs=rows, check_vma=False)(drawn_from.logits)
+
+
 def _own_experts(
     grouped_dot: GroupedDot,
     count: int,

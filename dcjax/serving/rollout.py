@@ -35,6 +35,8 @@ class Samples:
     versions: Int[Array, "N T"]
     log_mass: Float[Array, "N T"]
     candidate_tokens: Int[Array, "N T K"]
+    sampler_tokens: Int[Array, "N T H"] | None
+    sampler_logps: Float[Array, "N T H"] | None
     # those of the token before each one
     experts: Int[Array, "N T M k"] | None
     lengths: Int[Array, "N"]
@@ -233,7 +235,7 @@ def _programs(decoder: Decoder) -> _Programs:
 def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
     shape = (total, decoder.max_response_length)
     config = decoder.config
-    chosen = (sum(config.sparse_layers), config.num_experts_per_tok)
+    chosen, head = (sum(config.sparse_layers), config.num_experts_per_tok), (*shape, decoder.head)
     return RolloutState(
         decode=decoder.empty(slots),
         samples=_everywhere(
@@ -244,6 +246,8 @@ def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
                 versions=jnp.full(shape, -1, jnp.int32),
                 log_mass=jnp.zeros(shape, jnp.float32),
                 candidate_tokens=jnp.full((*shape, decoder.max_candidates), -1, jnp.int32),
+                sampler_tokens=jnp.full(head, -1, jnp.int32) if decoder.head else None,
+                sampler_logps=jnp.zeros(head, jnp.float32) if decoder.head else None,
                 experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
                 lengths=jnp.zeros(total, jnp.int32),
             ),
@@ -340,6 +344,8 @@ def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, v
         log_mass=put(samples.log_mass, emitted.log_mass),
         candidate_tokens=put(samples.candidate_tokens, emitted.candidate_tokens),
         # None on both sides unless recorded
+        sampler_tokens=jax.tree.map(put, samples.sampler_tokens, emitted.head_tokens),
+        sampler_logps=jax.tree.map(put, samples.sampler_logps, emitted.head_logps),
         experts=jax.tree.map(put, samples.experts, emitted.experts),
         lengths=jnp.asarray(samples.lengths).at[running].add(jnp.sum(emitted.valid, axis=0), mode="drop"),
     )
@@ -370,6 +376,8 @@ def assemble(
         finished=_finished(samples.tokens, samples.lengths, requests),
         log_mass=samples.log_mass,
         candidate_tokens=samples.candidate_tokens if samples.candidate_tokens.shape[-1] else None,
+        sampler_tokens=samples.sampler_tokens,
+        sampler_logps=samples.sampler_logps,
         experts=None if prefix_experts is None else _joined_experts(samples.experts, prefix_experts[rows], mask),
     )
 

@@ -119,3 +119,14 @@ def log_probs(drawn_from: Distribution, tokens: Int[Array, "B"]) -> Float[Array,
     chosen = jnp.take_along_axis(drawn_from.logits, tokens[:, None], axis=-1)[:, 0]
     total = jax.nn.logsumexp(drawn_from.logits, axis=-1)
     return jnp.where(drawn_from.greedy & jnp.isfinite(total), 0.0, chosen - total)
+
+
+def head(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B H"], Int[Array, "B H"]]:
+    """Log-probs and ids of the most probable tokens, from a `Distribution`'s logits; 0 and -1 where fewer can be drawn.
+
+    Greedy rows have the whole softmax's.
+    """
+    values, ids = jax.lax.top_k(logits, count)
+    held = values > -jnp.inf
+    logps = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.where(held, logps, 0.0), jnp.where(held, ids, -1).astype(jnp.int32)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dcjax.arguments import as_sequences
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.formats import Matrix
 from dcjax.serving.rollout import sample_keys
-from dcjax.serving.sync import ServingParams
+from dcjax.serving.sync import ServingParams, head_name
+from dcjax.sharding.rules import batch_sharding
+from dcjax.sharding.transfer import across
 from dcjax.types import Array, Rollout
 
 
@@ -95,10 +99,7 @@ def read_responses(engine: Qwen3Engine, params: ServingParams, rollout: Rollout)
     """
     rollout = as_sequences(rollout)
     decoder, params = engine.for_one_pass(params)
-    prompt, length = rollout.prompt_mask.sum(axis=1), rollout.response_mask.shape[1]
-    # real tokens to the front
-    order = np.argsort(~np.asarray(rollout.attention_mask), axis=1, kind="stable")
-    tokens = np.take_along_axis(np.asarray(rollout.tokens), order, axis=1)
+    (tokens, prompt), length = _to_front(rollout), rollout.response_mask.shape[1]
     parts, size = [], max(1, min(len(tokens), decoder.prefill_tokens // tokens.shape[1]))
     for start in range(0, len(tokens), size):
         # the last pass is filled up, so that one program serves all
@@ -108,6 +109,59 @@ def read_responses(engine: Qwen3Engine, params: ServingParams, rollout: Rollout)
     return np.where(rollout.response_mask, np.concatenate(parts)[: len(tokens)], 0.0)
 
 
+class Reading(NamedTuple):
+    """What the sampler's distributions at N responses are made of, on the devices that train."""
+
+    # normed hidden states that each response token was predicted from, in the format's activations
+    hidden: Float[jax.Array, "N T E"]
+    # the output head as it is served
+    head: Matrix
+
+
+def read_hidden(engine: Qwen3Engine, params: ServingParams, rollout: Rollout, training: Mesh) -> Reading:
+    """What the sampler's whole distributions at responses are made of, from one more pass over each sequence.
+
+    Logits are not made here, of which there would be N × T × V; a chunk of the training policy's head makes them of
+    its own columns (`Batch.sampler_hidden`, `Batch.sampler_head`). Numerics are those of `read_responses`.
+
+    Args:
+      engine: the engine.
+      params: from `engine.sync`, those that sampled.
+      rollout: the tokens to read.
+      training: the mesh that trains; rows are split over it as a batch's are, and the head as its master is.
+
+    Raises:
+      ValueError: as `as_sequences`.
+    """
+    rollout = as_sequences(rollout)
+    decoder, weights = engine.for_one_pass(params)
+    hidden = _hidden(decoder, weights, *_to_front(rollout), rollout.response_mask.shape[1])
+    places = batch_sharding(training), engine.head_shardings(training)
+    return Reading(*_moved((hidden, params.weights[head_name(engine.config)]), places, engine.mesh, training))
+
+
+def lower_reading(engine: Qwen3Engine, params: ServingParams, rows: int) -> Any:
+    """The program of `read_hidden` for a number of responses, lowered for abstract params."""
+    decoder, weights = engine.for_one_pass(params)
+    tokens, prompts = np.zeros((rows, decoder.capacity), np.int32), np.zeros(rows, np.int32)
+    return _hidden.lower(decoder, weights, tokens, prompts, decoder.max_response_length)
+
+
+def _to_front(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each row with the real ones in front, and the length of its prompt."""
+    order = np.argsort(~np.asarray(rollout.attention_mask), axis=1, kind="stable")
+    tokens = np.take_along_axis(np.asarray(rollout.tokens), order, axis=1)
+    return tokens, np.asarray(rollout.prompt_mask).sum(axis=1, dtype=np.int32)
+
+
+def _moved(tree: Any, places: Any, old: Mesh, new: Mesh) -> Any:
+    """Arrays on the devices that train."""
+    if list(old.devices.flat) == list(new.devices.flat):
+        return jax.device_put(tree, jax.tree.broadcast(places, tree))
+    return across(tree, jax.tree.broadcast(places, tree))
+
+
+_hidden = jax.jit(Decoder.hidden, static_argnums=(0, 4), compiler_options=NO_EXCESS_PRECISION)
 _read = jax.jit(Decoder.read, static_argnums=(0, 5), compiler_options=NO_EXCESS_PRECISION)
 
 

@@ -295,6 +295,16 @@ def _fitting_shardings(
     )
 
 
+def head_shardings(config: ModelConfig, format: Format, training: Mesh, keep: Sequence[str] = ()) -> Any:
+    """The sharding of each array of the output head, as it is served, on the mesh of the masters."""
+    return _fitting_shardings(config, format, training, RULES, keep).weights[head_name(config)]
+
+
+def head_name(config: ModelConfig) -> str:
+    """The name of the parameter that makes logits."""
+    return "embed_tokens" if config.tie_embeddings else "lm_head"
+
+
 class StoredParameter(NamedTuple):
     """How the engine stores one of the trainer's parameters, over all layers that have it."""
 

@@ -50,6 +50,8 @@ class ServedSampling:
             versions=np.full(shape, -1, np.int32),
             log_mass=np.zeros(shape, np.float32),
             candidate_tokens=np.zeros((*shape, 0), np.int32),
+            sampler_tokens=None,
+            sampler_logps=None,
             experts=None,
             lengths=np.zeros(len(self._keys), np.int32),
         )

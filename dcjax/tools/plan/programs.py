@@ -21,6 +21,7 @@ from dcjax.recipe import build
 from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
 from dcjax.serving.engine import Qwen3Engine
+from dcjax.serving.scoring import lower_reading
 from dcjax.tools.plan.hlo import Cost, Program
 from dcjax.types import Batch, Rollout
 
@@ -77,8 +78,17 @@ def engine_for(config: Config, mesh: Mesh, devices: Sequence[jax.Device]) -> Qwe
       RunError: devices that copies of the model cannot share.
     """
     lengths, added = config.rollout, config.mismatch
+    head = build.objective_of(config).requires.sampler_head
     return make_engine(
-        config.model, config.serving, lengths, added, mesh, end_tokens=[0], memory=2**62, devices=devices
+        config.model,
+        config.serving,
+        lengths,
+        added,
+        mesh,
+        end_tokens=[0],
+        records_head=head,
+        memory=2**62,
+        devices=devices,
     )
 
 
@@ -131,6 +141,9 @@ def _programs(
     filled = min(cached(config, mean_response) / engine.decoder.capacity, 1.0)
     fill = {"ragged_attention": filled} | routed
     yield "decode", lambda: _planned("decode", lambda: engine.lower_generate(params), turns, kernel_fill=fill)
+    if build.reads_sampler(config):
+        read = partial(lower_reading, engine, params, rollout.sequences)
+        yield "read", lambda: _planned("read", read, 1, kernel_fill=routed)
 
 
 def _routed(room: int) -> dict[str, float]:

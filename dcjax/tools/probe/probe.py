@@ -15,6 +15,7 @@ from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import objective_of, params_shardings
 from dcjax.recipe.config import Config
 from dcjax.reporting.progress import Progress
+from dcjax.rl.discrepancy import DistributionGap
 from dcjax.rl.dual import CALIBRATION_FACTOR
 from dcjax.serving.formats import Format, KVCacheName, formats, serving_format
 from dcjax.serving.sync import stored_parameters
@@ -53,7 +54,7 @@ class Probe:
     stages: list[Stage]
     total: Gap
     """The gap that training sees, which `mismatch/*` in metrics.jsonl measures."""
-    recommended_budget: float
+    recommended_budget: float | None
     formats: dict[str, dict[str, Any]]
     """For each format, by name, the gap on the same tokens and the bytes of the weights, or why there is none."""
     by_position: list[dict[str, float]]
@@ -217,9 +218,12 @@ def _stages(measured: _Measurement) -> list[Stage]:
     return [*stages[:-2], replace(stages[-2], own=own, cumulative=whole), replace(stages[-1], cumulative=whole)]
 
 
-def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float:
-    """The budget that `objective.budget auto` would set after such an iteration, in the unit of the run's own δ."""
+def _budget(config: Config, old: Logps, sampled: Logps, mask: np.ndarray) -> float | None:
+    """The budget that `objective.budget auto` would set after such an iteration, in the unit of the run's own δ; None
+    where that is of whole distributions, which are not compared here."""
     objective = objective_of(config)
+    if isinstance(objective.discrepancy, DistributionGap):
+        return None
     delta = objective.discrepancy(old_logps=old, rollout_logps=sampled, mask=mask)
     return CALIBRATION_FACTOR * float(objective.mean_discrepancy(delta, mask))
 

@@ -65,9 +65,17 @@ def to_text(probe: Probe) -> str:
             "worst tokens: δ, the trainer's and the sampler's probability",
             *map(_worst, probe.worst_tokens),
             "",
-            f"recommended budget: objective.budget={probe.recommended_budget:.3g}"
-            " (objective.budget=auto measures it in a run's first iterations)",
+            _budget(probe),
         ]
+    )
+
+
+def _budget(probe: Probe) -> str:
+    if probe.recommended_budget is None:
+        return "no budget is recommended for a gap of whole distributions; objective.budget=auto measures it in a run"
+    return (
+        f"recommended budget: objective.budget={probe.recommended_budget:.3g} (objective.budget=auto measures it in a "
+        "run's first iterations)"
     )
 
 
