@@ -59,7 +59,7 @@ STUDIES = {
         {
             f"{format}, {decay}": [f"serving.format={format}", f"optimizer.decay={setting}"]
             for format in ("int4", "fp8")
-            for decay, setting in (("linear", "linear"), ("constant", "none"))
+            for decay, setting in (("linear", "linear"), ("constant", "constant"))
         },
     ),
 }
