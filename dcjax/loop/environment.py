@@ -19,7 +19,7 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     Raises:
       RunError: an attention kernel that the platform cannot run.
     """
-    device, precision = mesh.devices.flat[0], config.model.precision
+    device, precision = mesh.devices.flat[0], config.training_forward[0].precision
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     try:
@@ -31,6 +31,7 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     copies, within = engine.mesh.devices.shape
     apart = "" if set(engine.mesh.devices.flat) == set(mesh.devices.flat) else " of their own"
     devices = f"{jax.device_count()} devices{processes}"
+    rounded = "" if (what := config.serving.in_training) == "masters" else f", {what} in the trainer's forward too"
     ends = ", ".join(map(str, engine.end_tokens))
     rollouts = "" if config.rollout.engine == IN_PROCESS else f"; rollouts from {config.rollout.engine}"
     return [
@@ -38,6 +39,6 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
         f"training: {axes}; {kernels}; parameters {precision.parameters}, compute {precision.compute}, "
         f"sums {precision.accumulation}, head {precision.head}, "
         f"float32 products of precision {precision.float32_products}",
-        f"serving: {engine.format.name}, KV cache {engine.kv_cache.name}, {engine.slots} slots; "
+        f"serving: {engine.format.name}{rounded}, KV cache {engine.kv_cache.name}, {engine.slots} slots; "
         f"copies of the model: {copies}, on {within} devices{apart} each; end tokens {ends}{rollouts}",
     ]

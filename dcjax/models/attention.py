@@ -141,6 +141,8 @@ def causal_attention(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
+    k_scale: Float[Array, "B S K 1"] | None = None,
+    v_scale: Float[Array, "B S K 1"] | None = None,
     *,
     kernel: AttentionKernel,
     float32: lax.Precision = lax.Precision.HIGHEST,
@@ -154,17 +156,24 @@ def causal_attention(
 
     `auto` and `ragged` are resolved for JAX's default platform at trace time. Another kernel is used as it is, so that
     a program for a TPU can be compiled on a host without one; `choose` checks beforehand whether it runs on a platform.
+
+    Keys and values that come with a scale for each vector are those of a cache in 8 bits, as wide numbers: xla
+    multiplies scores and weights by the scales, as attention on a cache does, and other kernels get the products, in
+    q's dtype.
     """
     chosen = resolve(kernel, jax.default_backend(), q.dtype)
     attend = partial({"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen], float32=float32)
+    operands = (q, k, v) if k_scale is None or v_scale is None else (q, k, v, k_scale, v_scale)
+    if len(operands) > 3 and chosen != "xla":
+        operands = q, *((x * scale).astype(q.dtype) for x, scale in ((k, k_scale), (v, v_scale)))
     if segments is None or segments.bins is None:
-        return attend(segments, q, k, v)
+        return attend(segments, *operands)
     bins = segments.bins
     if not bins.halvings:
-        return _attend_in_bins(attend, bins, segments, q, k, v)
+        return _attend_in_bins(attend, bins, segments, *operands)
     assert segments.halvings is not None
     by_halvings = [partial(_attend_in_bins, attend, bins.halved(times)) for times in range(bins.halvings + 1)]
-    return one_of(by_halvings, segments.halvings[0, 0], segments, q, k, v)
+    return one_of(by_halvings, segments.halvings[0, 0], segments, *operands)
 
 
 def _attend_in_bins(attend: Callable[..., Array], bins: Bins, segments: Segments, *operands: Array) -> Array:
@@ -183,10 +192,12 @@ def _xla(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
+    *scales: Float[Array, "B S K 1"],
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
-    k, v = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v))
-    return attend_grouped(q, k, v, _mask(q.shape[1], segments)[:, :, None], float32=float32)
+    k, v, *scales = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v, *scales))
+    by_vector = [scale[..., 0] for scale in scales]
+    return attend_grouped(q, k, v, _mask(q.shape[1], segments)[:, :, None], *by_vector, float32=float32)
 
 
 def _cudnn(

@@ -16,6 +16,7 @@ from dcjax.models.config import DTYPES, ModelConfig, Precision
 from dcjax.models.layers import Arithmetic, Rope, apply_rope, dense, rms_norm
 from dcjax.models.layout import HIDDEN, ONE_DEVICE, RESIDUAL, Layout
 from dcjax.models.moe import Choice, GroupedDot, Routing, grouped_dot, moe
+from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.types import Array
 
 Dot = Callable[[Array, Any], Array]
@@ -36,15 +37,16 @@ PRODUCT = "product"
 """The name by which `jax.checkpoint` finds the results of the training products."""
 
 
-def training_products(precision: Precision) -> Products:
-    """The products of the training forward, computed as `precision` says."""
+def training_products(precision: Precision, numerics: Numerics = MASTERS) -> Products:
+    """The products of the training forward, computed as `precision` says, of rows as `numerics` rounds them."""
     arithmetic = Arithmetic(DTYPES[precision.accumulation], precision.float32)
 
     def dot(x: Array, kernel: Array) -> Array:
-        return checkpoint_name(dense(x, kernel, arithmetic), PRODUCT)
+        return checkpoint_name(dense(numerics.rows(x), kernel, arithmetic).astype(x.dtype), PRODUCT)
 
     def grouped(rows: Array, kernels: Array, group_sizes: Array) -> Array:
-        return checkpoint_name(grouped_dot(rows, kernels, group_sizes, arithmetic), PRODUCT)
+        out = grouped_dot(numerics.rows(rows), kernels, group_sizes, arithmetic)
+        return checkpoint_name(out.astype(rows.dtype), PRODUCT)
 
     return Products(dot, grouped)
 

@@ -15,6 +15,7 @@ from dcjax.arguments import as_sequences
 from dcjax.models.attention import Segments
 from dcjax.models.config import ModelConfig
 from dcjax.models.layout import ONE_DEVICE, Layout
+from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.models.scores import ScoredColumns, TokenScores, score_columns
 from dcjax.models.transformer import Columns, run_columns
 from dcjax.types import Array, Batch, Bins, Params, Places, Sequences, TokenDistributions
@@ -29,6 +30,7 @@ def packed_logps(
     bins: Bins,
     quantities: Mapping[str, Callable[[TokenDistributions], Array]] = {},
     layout: Layout = ONE_DEVICE,
+    numerics: Numerics = MASTERS,
 ) -> TokenScores:
     """`token_logps` of rows that `dcjax.rl.Packing` has given places: the same numbers, with less work.
 
@@ -40,6 +42,7 @@ def packed_logps(
       bins: what was packed into.
       quantities: as for `token_logps`.
       layout: how devices share the work; each has one of the D shares.
+      numerics: what is rounded.
 
     Returns:
       Scores of the rows, 0 outside of a row's response; the experts, if there are any, are those of columns,
@@ -76,7 +79,13 @@ def packed_logps(
         experts=None if experts is None else jnp.moveaxis(of_columns(experts, tables.rows, tables.columns), 2, 0),
     )
     hidden, router = run_columns(
-        config, params, columns, partial(_sum_tokens, tables.members), layout, positions=sequences.tokens.shape[1]
+        config,
+        params,
+        columns,
+        partial(_sum_tokens, tables.members),
+        layout,
+        positions=sequences.tokens.shape[1],
+        numerics=numerics,
     )
 
     def of_responses(values: Array | None) -> Array | None:
@@ -92,7 +101,9 @@ def packed_logps(
         sampler_logps=of_responses(sequences.sampler_logps),
         sampler_hidden=of_responses(sequences.sampler_hidden),
     )
-    logps, entropy, computed = score_columns(config, params, scored, quantities, layout, sequences.sampler_head)
+    logps, entropy, computed = score_columns(
+        config, params, scored, quantities, layout, numerics, sequences.sampler_head
+    )
     to_rows = partial(_to_rows, places.responses, lengths[1], sequences.response_mask.shape[1])
     return TokenScores(to_rows(logps), to_rows(entropy), router, jax.tree.map(to_rows, computed))
 

@@ -15,7 +15,8 @@ from dcjax.arguments import as_integers
 from dcjax.models.config import ModelConfig
 from dcjax.models.layers import EXACT, Arithmetic, round_up
 from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, Layout
-from dcjax.models.transformer import RouterRecord, checked_inputs, hidden_states, logits
+from dcjax.models.numerics import MASTERS, Numerics
+from dcjax.models.transformer import RouterRecord, checked_inputs, hidden_states, logits, rounded_head
 from dcjax.types import Array, Params, TokenDistributions
 
 
@@ -48,6 +49,7 @@ def token_logps(
     sampler_hidden: Float[Array, "B T E"] | None = None,
     sampler_head: SamplerHead | None = None,
     layout: Layout = ONE_DEVICE,
+    numerics: Numerics = MASTERS,
 ) -> TokenScores:
     """Teacher-forced log-probs of the last `response_length` tokens, and the entropy of their distributions.
 
@@ -73,6 +75,7 @@ def token_logps(
         get its distributions too, no more columns of them at a time than of the policy's own.
       sampler_head: what makes logits of them.
       layout: how devices share the work.
+      numerics: what is rounded.
 
     Raises:
       ValueError: a response that leaves no column to predict its first token, or as of `hidden_states`.
@@ -87,7 +90,7 @@ def token_logps(
     mask = None if attention_mask is None else (attention_mask & _has_next(attention_mask))[:, :-1]
     segments = None if segment_ids is None else segment_ids[:, :-1]
     hidden, router = hidden_states(
-        config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts, layout=layout
+        config, params, tokens[:, :-1], mask, segment_ids=segments, experts=experts, layout=layout, numerics=numerics
     )
     columns = ScoredColumns(
         hidden=hidden[:, -response_length:],
@@ -96,7 +99,7 @@ def token_logps(
         candidate_tokens=candidate_tokens,
         sampler_hidden=sampler_hidden,
     )
-    logps, entropy, computed = score_columns(config, params, columns, quantities, layout, sampler_head)
+    logps, entropy, computed = score_columns(config, params, columns, quantities, layout, numerics, sampler_head)
     return TokenScores(logps, entropy, router, computed)
 
 
@@ -128,16 +131,18 @@ def score_columns(
     columns: ScoredColumns,
     quantities: Mapping[str, Callable[[TokenDistributions], Array]],
     layout: Layout,
+    numerics: Numerics,
     sampler_head: SamplerHead | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict[str, Float[Array, "B C"]]]:
     """Log-probs of targets, entropies and quantities, `config.head_chunk` columns at a time; see `token_logps`."""
+    params = rounded_head(config, params, numerics)
 
     def drawn_from(logits: Array, part: ScoredColumns) -> Array:
         scaled = logits / part.temperature[..., None]
         return scaled if part.candidate_tokens is None else _restrict(scaled, part.candidate_tokens)
 
     def score(part: ScoredColumns):
-        own = logits(config, params, layout.constrain(part.hidden, RESIDUAL), layout)
+        own = logits(config, params, layout.constrain(part.hidden, RESIDUAL), layout, numerics)
         logps, entropy, log_probs = _score(drawn_from(own, part), part.targets)
         sampler = None
         if part.sampler_hidden is not None and sampler_head is not None:

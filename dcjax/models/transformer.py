@@ -20,6 +20,7 @@ from dcjax.models.block import PRODUCT, block, training_products
 from dcjax.models.config import DTYPES, ModelConfig
 from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
 from dcjax.models.moe import router_metrics
+from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.models.parameters import layer_params, parameters
 from dcjax.types import Array, Params
 
@@ -65,6 +66,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nn.unbox(Transformer(config).init(key, method="parameters")["params"])
 
 
+def rounded_head(config: ModelConfig, params: Params, numerics: Numerics) -> Params:
+    """The parameters with the output head that `logits` multiplies by; rounded once for all calls of it."""
+    name = "embed_tokens" if config.tie_embeddings else "lm_head"
+    return {**params, name: numerics.weight(name, params[name])}
+
+
 def head_kernel(config: ModelConfig, params: Params):
     """The output head as a table [V, E], which is the embedding table if they are tied."""
     return params["embed_tokens" if config.tie_embeddings else "lm_head"]
@@ -89,6 +96,7 @@ def hidden_states(
     segment_ids: Integer[Array, "B S"] | None = None,
     experts: Integer[Array, "M B S k"] | None = None,
     layout: Layout = ONE_DEVICE,
+    numerics: Numerics = MASTERS,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Normed hidden states in `precision.compute`, and a record of the routing if the model has experts.
 
@@ -103,6 +111,7 @@ def hidden_states(
       experts: the choice of experts to impose on each sparse layer instead of its router's own (routing replay);
         weights are still the router's.
       layout: how devices share the work.
+      numerics: what is rounded.
 
     Raises:
       ValueError: both a mask and segments were given, ids are not integers or, unless traced, not in the vocabulary,
@@ -113,10 +122,10 @@ def hidden_states(
     places = jnp.arange(tokens.shape[1])[None]
     if segment_ids is not None:
         columns = Columns(tokens, _segment_positions(segment_ids), Segments(segment_ids), experts)
-        return _run(config, params, columns, segment_ids > 0, layout)
+        return _run(config, params, columns, segment_ids > 0, layout, numerics)
     if attention_mask is None:
         columns = Columns(tokens, places, None, experts)
-        return _run(config, params, columns, jnp.ones(tokens.shape, bool), layout)
+        return _run(config, params, columns, jnp.ones(tokens.shape, bool), layout, numerics)
     # causal order alone hides padding that comes after all real tokens, in every kernel
     to = _compact_columns(attention_mask)
     rows = jnp.arange(len(to))[:, None]
@@ -124,7 +133,7 @@ def hidden_states(
     if experts is not None:
         experts = jnp.zeros_like(experts).at[:, rows, to].set(experts)
     real = places < jnp.sum(attention_mask, axis=1, keepdims=True)
-    hidden, record = _run(config, params, Columns(tokens, places, None, experts), real, layout)
+    hidden, record = _run(config, params, Columns(tokens, places, None, experts), real, layout, numerics)
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, rows, to])
     return jnp.take_along_axis(hidden, to[..., None], axis=1), record
@@ -179,7 +188,12 @@ class Columns(NamedTuple):
 
 
 def _run(
-    config: ModelConfig, params: Params, columns: Columns, real: Bool[Array, "B S"], layout: Layout
+    config: ModelConfig,
+    params: Params,
+    columns: Columns,
+    real: Bool[Array, "B S"],
+    layout: Layout,
+    numerics: Numerics,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """`run_columns` on rows of real tokens, after appending padding until the layout divides the number of columns."""
     length = columns.tokens.shape[1]
@@ -189,7 +203,9 @@ def _run(
         return jnp.sum(jnp.where(real.reshape(*real.shape, *[1] * (values.ndim - 2)), values, 0), axis=1)
 
     padded = columns.padded(layout.column_multiple)
-    hidden, record = run_columns(config, params, padded, sum_tokens, layout, positions=padded.tokens.shape[1])
+    hidden, record = run_columns(
+        config, params, padded, sum_tokens, layout, positions=padded.tokens.shape[1], numerics=numerics
+    )
     if record is not None:
         record = dataclasses.replace(record, experts=record.experts[:, :, :length])
     return hidden[:, :length], record
@@ -203,6 +219,7 @@ def run_columns(
     layout: Layout,
     *,
     positions: int,
+    numerics: Numerics = MASTERS,
 ) -> tuple[Float[Array, "B S E"], RouterRecord | None]:
     """Embedding, scanned layers, last norm. One iteration of the scan is the shortest repeating run of layer kinds.
 
@@ -213,20 +230,22 @@ def run_columns(
       sum_tokens: [B, S, ...] -> [rows, ...]: the sum over the tokens of each row, for the metrics of routers.
       layout: how devices share the work.
       positions: all of `columns.positions` are below this.
+      numerics: what is rounded.
     """
-    kinds, products = config.sparse_layers, training_products(config.precision)
+    kinds, products = config.sparse_layers, training_products(config.precision, numerics)
     period = _period(kinds)
     rope = layers.rope_table(columns.positions, positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
     def attend(q, k, v):
         how = {"kernel": config.attention, "float32": config.precision.float32}
-        return layout.attention(q, k, v, segments=columns.segments, **how), None
+        return layout.attention(*numerics.attended(q, k, v), segments=columns.segments, **how), None
 
     def layer(number, x, stacked, imposed):
         # XLA applies the first constraint on a value, and the input of a layer is what is kept for the backward pass
         whole = layout.constrain(layout.constrain(x, SAVED), RESIDUAL)
         # taken here, where it is recomputed: what is taken outside of it would be kept, a second copy of the parameters
         weights = stacked if period == 1 else layer_params(config, stacked, number)
+        weights = {name: numerics.weight(name, leaf) for name, leaf in weights.items()}
         x, _, routing = block(config, weights, whole, rope, attend, products, imposed, layout)
         record = None if routing is None else (routing.experts, router_metrics(routing, sum_tokens))
         return layout.constrain(x, SAVED), record
@@ -245,7 +264,8 @@ def run_columns(
             routed += [] if record is None else [record]
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
-    embedded = layout.lookup(params["embed_tokens"], columns.tokens, DTYPES[config.precision.compute])
+    table = numerics.weight("embed_tokens", params["embed_tokens"])
+    embedded = layout.lookup(table, columns.tokens, DTYPES[config.precision.compute])
     turns = config.num_layers // period
 
     def deal(tree):
@@ -259,7 +279,8 @@ def run_columns(
     if routed is not None:
         chosen, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routed)
         record = RouterRecord(chosen, {name: jnp.mean(rows, axis=0) for name, rows in metrics.items()})
-    return layers.rms_norm(layout.constrain(x, RESIDUAL), params["norm"], config.rms_norm_eps), record
+    norm = numerics.weight("norm", params["norm"])
+    return layers.rms_norm(layout.constrain(x, RESIDUAL), norm, config.rms_norm_eps), record
 
 
 def _period(kinds: Sequence[bool]) -> int:
@@ -282,10 +303,17 @@ def forward(
 
 
 def logits(
-    config: ModelConfig, params: Params, hidden: Float[Array, "... E"], layout: Layout = ONE_DEVICE
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "... E"],
+    layout: Layout = ONE_DEVICE,
+    numerics: Numerics = MASTERS,
 ) -> Float[Array, "... V"]:
-    """float32 logits of hidden states: both sides in `precision.head`, and sums in `precision.accumulation`."""
-    rows = hidden.astype(DTYPES[config.precision.head])
+    """float32 logits of hidden states: both sides in `precision.head`, and sums in `precision.accumulation`.
+
+    Of the numerics it is given the rows; the head is to be `rounded_head`'s.
+    """
+    rows = numerics.rows(hidden.astype(DTYPES[config.precision.head]))
     # constrained where it is used, so that its gradient is divided too, chunk by chunk
     table = layout.constrain(head_kernel(config, params), TABLE)
     arithmetic = layers.Arithmetic(DTYPES[config.precision.accumulation], config.precision.float32)

@@ -19,6 +19,7 @@ from dcjax.data.task import Problems
 from dcjax.errors import RunError
 from dcjax.keys import make_key
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, packed_logps
+from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.models.parallel.forward import mesh_layout
 from dcjax.recipe import sections
 from dcjax.recipe.config import Config
@@ -26,6 +27,7 @@ from dcjax.recipe.engine import make_engine
 from dcjax.recipe.optimizer import Optimizer, chain_with
 from dcjax.rl.objective import Objective
 from dcjax.rl.step import ApplyFn, PolicyOutputs, TrainStep, make_train_step
+from dcjax.serving.decoder import NO_EXCESS_PRECISION
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.formats import Format, serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
@@ -39,7 +41,9 @@ Transform = optax.GradientTransformationExtraArgs
 PolicyName = Literal["deployed", "training", "deployed_ema", "training_ema"]
 
 
-def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objective | None = None) -> ApplyFn:
+def make_apply_fn(
+    model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objective | None = None, numerics: Numerics = MASTERS
+) -> ApplyFn:
     """(params, batch) -> `PolicyOutputs` of the training policy, under the sampler's transform of logits.
 
     Args:
@@ -47,6 +51,7 @@ def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objecti
       mesh: the devices.
       bins: what the rows of a microbatch are packed into.
       objective: whose required quantities the head computes; None requires none.
+      numerics: what is rounded.
     """
     quantities = {} if objective is None else objective.requires.of_head
 
@@ -55,7 +60,14 @@ def make_apply_fn(model: ModelConfig, mesh: Mesh, bins: Bins, objective: Objecti
             raise ValueError("the batch is not packed; a `Packing` gives it microbatches")
         layout = mesh_layout(mesh)
         scores = packed_logps(
-            model, params, batch, places=batch.places, bins=bins, quantities=quantities, layout=layout
+            model,
+            params,
+            batch,
+            places=batch.places,
+            bins=bins,
+            quantities=quantities,
+            layout=layout,
+            numerics=numerics,
         )
         metrics = {} if scores.router is None else scores.router.metrics
         return PolicyOutputs(scores.logps, scores.entropy, metrics, scores.quantities)
@@ -111,7 +123,7 @@ def optimizer_of(config: Config) -> Optimizer:
 
 def build_optimizer(config: Config) -> Transform:
     """The whole optax chain of RL; the same object for configs that have it in common."""
-    return chain_with(optimizer_of(config), objective_of(config).ascent, config.model.precision.compute)
+    return chain_with(optimizer_of(config), objective_of(config).ascent, config.training_forward[0].precision.compute)
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,13 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
 
 
 def compile_step(
-    model: ModelConfig, mesh: Mesh, tx: Transform, step: TrainStep, kept: PastParams = PastParams(), head: Any = None
+    model: ModelConfig,
+    mesh: Mesh,
+    tx: Transform,
+    step: TrainStep,
+    kept: PastParams = PastParams(),
+    head: Any = None,
+    rounds: bool = False,
 ) -> TrainStep:
     """A step jitted on a mesh: the state where it lives and donated, the batch's rows split, metrics everywhere.
 
@@ -255,11 +273,18 @@ def compile_step(
       step: the step.
       kept: past parameters that the state holds.
       head: where the sampler's head lies, if batches have it.
+      rounds: whether the forward rounds as a serving format does, however XLA fuses it.
     """
     state, rows = _state_shardings(model, mesh, tx, kept), batch_sharding(mesh)
     fields: dict[str, Any] = {field.name: rows for field in dataclasses.fields(Batch)}
     batch = Batch(**fields | {"sampler_head": head})
-    return jax.jit(step, in_shardings=(state, batch), out_shardings=(state, replicated(mesh)), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(state, batch),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=NO_EXCESS_PRECISION if rounds else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -276,12 +301,15 @@ class _StepKey:
     ahead: bool
     # the engine's format and what it keeps, where the step reads the sampler's distributions
     sampler: tuple[Format, tuple[str, ...]] | None
+    # of the forward
+    numerics: Numerics
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     """The RL step, the same one for configs of the same program."""
+    model, numerics = config.training_forward
     key = _StepKey(
-        model=config.model,
+        model=model,
         objective=objective_of(config),
         tx=build_optimizer(config),
         kept=PastParams.needed_by(config),
@@ -290,6 +318,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
         updates=config.optimizer.updates,
         ahead=config.rollout.async_level > 0,
         sampler=(serving_format(config.serving.format), config.serving.keep) if reads_sampler(config) else None,
+        numerics=numerics,
     )
     return _compile_train_step(key, mesh)
 
@@ -318,14 +347,14 @@ def make_step(objective: Objective, apply_fn: ApplyFn, tx: Transform, **settings
 def _compile_train_step(key: _StepKey, mesh: Mesh) -> TrainStep:
     step = make_step(
         key.objective,
-        make_apply_fn(key.model, mesh, key.bins, key.objective),
+        make_apply_fn(key.model, mesh, key.bins, key.objective, key.numerics),
         key.tx,
         group_size=key.group_size,
         updates=key.updates,
         ahead=key.ahead,
     )
     head = None if key.sampler is None else head_shardings(key.model, key.sampler[0], mesh, key.sampler[1])
-    return compile_step(key.model, mesh, key.tx, step, key.kept, head)
+    return compile_step(key.model, mesh, key.tx, step, key.kept, head, rounds=key.numerics != MASTERS)
 
 
 def metrics_to_host(metrics: Metrics) -> dict[str, float]:

@@ -16,6 +16,7 @@ from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.task import Task
 from dcjax.models.attention import resolve
 from dcjax.models.config import DTYPES, ModelConfig, presets
+from dcjax.models.numerics import Numerics
 from dcjax.paths import localize
 from dcjax.recipe.checks import require
 from dcjax.recipe.objective import ObjectiveConfig
@@ -33,6 +34,8 @@ from dcjax.recipe.sections import (
 from dcjax.recipe.serving import ServingConfig
 from dcjax.rl.objective import Objective
 from dcjax.rl.packing import Packing
+from dcjax.serving.formats import cache_dtype, serving_format
+from dcjax.serving.in_training import training_numerics
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
 from dcjax.sharding.mesh import MeshConfig
@@ -220,6 +223,14 @@ class Config:
                 f"objective.sampler_head is {requires.sampler_head}; the vocabulary has {self.model.vocab_size} tokens"
             )
 
+    @property
+    def training_forward(self) -> tuple[ModelConfig, Numerics]:
+        """The architecture with the precision of the trainer's forward pass, and what that pass rounds."""
+        serving = self.serving
+        format = serving_format(serving.format)
+        kv_cache = cache_dtype(format, serving.kv_cache)
+        return training_numerics(self.model, format, kv_cache, serving.keep, serving.in_training)
+
     def packing(self, platform: str | None = None) -> Packing:
         """How the sequences of RL share microbatches, on a platform by JAX's name; None stands for the default one."""
         rows, updates = self.rollout.sequences, self.optimizer.updates
@@ -230,7 +241,7 @@ class Config:
         return self._packing(self.warm_start.batch_size, None, group_size=1, updates=1)
 
     def _packing(self, rows: int, platform: str | None, *, group_size: int, updates: int) -> Packing:
-        sizes, compute = dataclasses.asdict(self.mesh), DTYPES[self.model.precision.compute]
+        sizes, compute = dataclasses.asdict(self.mesh), DTYPES[self.training_forward[0].precision.compute]
         platform = jax.default_backend() if platform is None else platform
         try:
             return Packing.fitting(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dcjax.recipe.checks import require, require_choice
 from dcjax.serving.formats import Format, FormatName, KVCacheName, formats
+from dcjax.serving.in_training import InTraining
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class ServingConfig:
     """Storage format of keys and values; auto is the default of the serving format."""
     keep: tuple[str, ...] = ()
     """Names or patterns of weights that are not quantised, for example lm_head or experts_*."""
+    in_training: InTraining = "masters"
+    """What the trainer's forward pass takes from the serving format, while gradients pass straight through:
+    nothing (masters), the weights as they are served (weights), or activations and the KV cache too (all)."""
     slots: int = 32
     """Number of samples that are decoded at once."""
     steps_per_call: int = 8
@@ -42,4 +46,5 @@ class ServingConfig:
             raise ValueError(f"serving.format is {self.format!r}; it must be a name or a dcjax.serving.formats.Format")
         elif formats.get(self.format.name, self.format) != self.format:
             raise ValueError(f"serving.format calls itself {self.format.name!r}, which is another format's name")
-        require_choice("serving.", self, "kv_cache")
+        for name in ("kv_cache", "in_training"):
+            require_choice("serving.", self, name)

@@ -70,7 +70,7 @@ def _attention(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    *,
+    *scales: Float[Array, "B S K 1"],
     kernel: AttentionKernel,
     float32: lax.Precision = lax.Precision.HIGHEST,
     segments: Segments | None = None,
@@ -83,16 +83,16 @@ def _attention(
     """
     shards = split(mesh.shape, "attention_heads")
     repeats = shards // math.gcd(shards, k.shape[2])
-    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    operands = (q, *(jnp.repeat(x, repeats, axis=2) for x in (k, v, *scales)))
     heads = partition_spec(PartitionSpec("batch", None, "attention_heads", None))
     attend = jax.shard_map(
-        lambda q, k, v, segments: causal_attention(q, k, v, kernel=kernel, float32=float32, segments=segments),
+        lambda segments, *operands: causal_attention(*operands, kernel=kernel, float32=float32, segments=segments),
         mesh=mesh,
-        in_specs=(heads, heads, heads, partition_spec(PartitionSpec("batch", None))),
+        in_specs=(partition_spec(PartitionSpec("batch", None)), *(heads for _ in operands)),
         out_specs=heads,
         check_vma=False,
     )
-    return attend(q, k, v, segments)
+    return attend(segments, *operands)
 
 
 def _lookup(

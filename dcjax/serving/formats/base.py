@@ -85,6 +85,17 @@ class Format:
         """
         raise NotImplementedError(f"format {self.name} does not decode")
 
+    def rounded(self, rows: Float[Array, "*E V K"]) -> Float[Array, "*E V K"]:
+        """What products multiply by in the place of float32 masters, as float32; the contracted axis is last.
+
+        A format that defines `store_kernel` must define this too to be trained in (`serving.in_training`).
+        """
+        return self.decode(self.encode(rows.astype(jnp.float32)), self.activations, -1).astype(jnp.float32)
+
+    def rounded_activations(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """What meets the weights in the place of activations, as float32."""
+        return x.astype(jnp.float32)
+
     def store_table(self, table: Float[Array, "*E V K"]) -> Matrix:
         """A table from its float32 master."""
         return CodedMatrix(self.encode(table), self)

@@ -126,6 +126,19 @@ class Scaled(Format):
                 f"that must be at most {LONGEST_INT32_SUM}, or the format int8"
             )
 
+    def rounded(self, rows: Float[Array, "*E V K"]) -> Float[Array, "*E V K"]:
+        """value · scale in float32, turned back where the format rotates."""
+        return self._there_and_back(rows)
+
+    def rounded_activations(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """value · scale of each token, if they are quantised."""
+        return self._there_and_back(x) if self.quantizes_activations else x.astype(jnp.float32)
+
+    def _there_and_back(self, rows: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        values, scale = quantize_rows(rotate(rows) if self.rotates else rows, DTYPES[self.dtype])
+        wide = values.astype(jnp.float32) * scale[..., None]
+        return rotate(wide) if self.rotates else wide
+
     def store_table(self, table: Float[Array, "*E V K"]) -> ScaledMatrix:
         """Quantises symmetrically per row: a head's output channels, an embedding's tokens."""
         values, scale = quantize_rows(rotate(table) if self.rotates else table, DTYPES[self.dtype])

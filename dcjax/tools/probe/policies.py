@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from jaxtyping import Int
 from dcjax.errors import RunError
 from dcjax.models import ModelConfig, token_logps
 from dcjax.models.layers import round_up
+from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.models.parallel.forward import mesh_layout
 from dcjax.recipe.build import build_engine
 from dcjax.recipe.config import Config
+from dcjax.serving.decoder import NO_EXCESS_PRECISION
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import DecodeScores, read_responses, score_responses
@@ -139,7 +141,8 @@ class Policies:
         mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         chunks = self.chunks(mask.shape[1]) if chunks is None else chunks
-        model = replace(config.model, head_chunk=chunks.head)
+        model, numerics = config.training_forward
+        model, forward = replace(model, head_chunk=chunks.head), _compiled_forward(numerics != MASTERS)
         shares = split(mesh.shape, "batch")
         parts, size = [], min(shares * chunks.sequences, round_up(len(mask), shares))
         for start in range(0, len(mask), size):
@@ -147,7 +150,7 @@ class Policies:
             rows = np.resize(np.arange(start, len(mask))[:size], size)
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
             batch = jax.device_put(batch, batch_sharding(mesh))
-            parts.append(jax.device_get(_training_forward(model, width, mesh, params, *batch)))
+            parts.append(jax.device_get(forward(model, numerics, width, mesh, params, *batch)))
         logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
         logps = np.where(rollout.response_mask, logps, 0.0)
         _require_finite("the trainer", logps)
@@ -177,9 +180,24 @@ def _require_finite(what: str, logps: Logps) -> None:
         raise RunError(f"{what} gives log-prob {logps[tuple(bad[0])]} at response, token {tuple(bad[0].tolist())}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@cache
+def _compiled_forward(rounds: bool) -> Any:
+    """The training forward, compiled as a run's step is."""
+    options = NO_EXCESS_PRECISION if rounds else None
+    return jax.jit(_training_forward, static_argnums=(0, 1, 2, 3), compiler_options=options)
+
+
 def _training_forward(
-    model: ModelConfig, width: int, mesh: Mesh, params: Params, tokens, mask, temperature, experts, candidate_tokens
+    model: ModelConfig,
+    numerics: Numerics,
+    width: int,
+    mesh: Mesh,
+    params: Params,
+    tokens,
+    mask,
+    temperature,
+    experts,
+    candidate_tokens,
 ):
     imposed = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
     scores = token_logps(
@@ -192,5 +210,6 @@ def _training_forward(
         experts=imposed,
         candidate_tokens=candidate_tokens,
         layout=mesh_layout(mesh),
+        numerics=numerics,
     )
     return scores.logps, None if scores.router is None else jnp.moveaxis(scores.router.experts, 0, 2)
