@@ -163,9 +163,10 @@ def causal_attention(
     """
     chosen = resolve(kernel, jax.default_backend(), q.dtype)
     attend = partial({"xla": _xla, "cudnn": _cudnn, "splash": _splash}[chosen], float32=float32)
-    operands = (q, k, v) if k_scale is None or v_scale is None else (q, k, v, k_scale, v_scale)
-    if len(operands) > 3 and chosen != "xla":
-        operands = q, *((x * scale).astype(q.dtype) for x, scale in ((k, k_scale), (v, v_scale)))
+    operands = q, k, v
+    if k_scale is not None and v_scale is not None:
+        scaled = q, (k * k_scale).astype(q.dtype), (v * v_scale).astype(q.dtype)
+        operands = (q, k, v, k_scale, v_scale) if chosen == "xla" else scaled
     if segments is None or segments.bins is None:
         return attend(segments, *operands)
     bins = segments.bins
@@ -195,9 +196,9 @@ def _xla(
     *scales: Float[Array, "B S K 1"],
     float32: lax.Precision,
 ) -> Float[Array, "B S H D"]:
-    k, v, *scales = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v, *scales))
-    by_vector = [scale[..., 0] for scale in scales]
-    return attend_grouped(q, k, v, _mask(q.shape[1], segments)[:, :, None], *by_vector, float32=float32)
+    k, v, *by_vector = (_with_gathered(x, segments).swapaxes(1, 2) for x in (k, v, *scales))
+    mask = _mask(q.shape[1], segments)[:, :, None]
+    return attend_grouped(q, k, v, mask, *(scale[..., 0] for scale in by_vector), float32=float32)
 
 
 def _cudnn(
