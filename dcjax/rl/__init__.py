@@ -3,6 +3,7 @@
 from dcjax.rl.advantages import batch_baseline, group_relative, leave_one_out
 from dcjax.rl.averaging import averaged_params, params_ema
 from dcjax.rl.by_response import opsm, seq_mask_tis, vexact
+from dcjax.rl.centring import StateBaseline, with_distribution_metrics, with_score_centering
 from dcjax.rl.corrections import (
     geometric_mis,
     geometric_tis,
@@ -14,7 +15,15 @@ from dcjax.rl.corrections import (
     token_tis,
     truncated_importance_weights,
 )
-from dcjax.rl.discrepancy import log_probability_difference, measure, probability_difference, probability_ratio
+from dcjax.rl.discrepancy import (
+    DistributionGap,
+    log_probability_difference,
+    measure,
+    probability_difference,
+    probability_ratio,
+    sided,
+)
+from dcjax.rl.distributions import expected_penalty, expected_score, kl_from_sampler, kl_to_sampler, total_variation
 from dcjax.rl.dual import dual_ascent
 from dcjax.rl.learning_rate import (
     Surge,
@@ -30,7 +39,16 @@ from dcjax.rl.metrics import mismatch_metrics
 from dcjax.rl.objective import HeadQuantity, Iteration, IterationQuantity, MinibatchQuantity, Objective, Requirements
 from dcjax.rl.packing import Packing
 from dcjax.rl.penalties import as_published, centred_on_response, gate, hinge, linear, penalize, shifted
-from dcjax.rl.presets import dc_direct, dc_grpo, dual_grpo, grpo, thresholded_dual_grpo, verl_correction, with_method
+from dcjax.rl.presets import (
+    dc_direct,
+    dc_grpo,
+    dc_grpo_centred,
+    dual_grpo,
+    grpo,
+    thresholded_dual_grpo,
+    verl_correction,
+    with_method,
+)
 from dcjax.rl.step import PolicyOutputs, make_train_step
 from dcjax.rl.transforms import (
     Context,
@@ -43,11 +61,14 @@ from dcjax.rl.transforms import (
     group_relative_advantages,
     kl_penalty,
     leave_one_out_advantages,
+    report_quantities,
+    score_centering,
 )
 from dcjax.rl.trust_regions import dppo_kl, dppo_tv, drpo, ipo, kpop, m2po
 
 __all__ = [
     "Context",
+    "DistributionGap",
     "HeadQuantity",
     "Iteration",
     "IterationQuantity",
@@ -56,6 +77,7 @@ __all__ = [
     "Packing",
     "PolicyOutputs",
     "Requirements",
+    "StateBaseline",
     "Surge",
     "Terms",
     "as_published",
@@ -68,6 +90,7 @@ __all__ = [
     "clipped_surrogate",
     "dc_direct",
     "dc_grpo",
+    "dc_grpo_centred",
     "direct_penalty",
     "discrepancy_decay",
     "discrepancy_penalty",
@@ -79,6 +102,8 @@ __all__ = [
     "dual_grpo",
     "dual_learning_rate",
     "dynamic_loss_scale",
+    "expected_penalty",
+    "expected_score",
     "gate",
     "geometric_mis",
     "geometric_tis",
@@ -90,7 +115,9 @@ __all__ = [
     "icepop_mask",
     "ipo",
     "kl_estimate",
+    "kl_from_sampler",
     "kl_penalty",
+    "kl_to_sampler",
     "kpop",
     "leave_one_out",
     "leave_one_out_advantages",
@@ -108,7 +135,9 @@ __all__ = [
     "policy_gradient",
     "probability_difference",
     "probability_ratio",
+    "report_quantities",
     "scale_by_sequence_ess",
+    "score_centering",
     "seq_mask_tis",
     "seq_mean_token_mean",
     "seq_mean_token_sum",
@@ -116,13 +145,17 @@ __all__ = [
     "sequence_mis",
     "sequence_tis",
     "shifted",
+    "sided",
     "thresholded_dual_grpo",
     "token_mean",
     "token_mis",
     "token_tis",
+    "total_variation",
     "truncated_importance_weights",
     "unit_ratio",
     "verl_correction",
     "vexact",
+    "with_distribution_metrics",
     "with_method",
+    "with_score_centering",
 ]

@@ -166,7 +166,9 @@ class Packing:
         microbatches = Microbatches(counts, numbers, places, order if self.shares > 1 else None)
         moved = self.rows_before(dataclasses.replace(batch, microbatches=microbatches))
         if (moved != np.arange(len(rows))).any():
-            batch = jax.tree.map(lambda leaf: np.asarray(leaf)[moved], batch)
+            by_row = dataclasses.replace(batch, sampler_head=None)
+            by_row = jax.tree.map(lambda leaf: np.asarray(leaf)[moved], by_row)
+            batch = dataclasses.replace(by_row, sampler_head=batch.sampler_head)
         return dataclasses.replace(batch, microbatches=microbatches)
 
     def rows_before(self, batch: Batch) -> Int[np.ndarray, "rows"]:

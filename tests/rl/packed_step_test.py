@@ -21,7 +21,7 @@ from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.rl import IterationQuantity, Packing, PolicyOutputs, Requirements
 from dcjax.rl.presets import METHODS
 from dcjax.sharding.mesh import MeshConfig, make_mesh
-from dcjax.types import Bins, TrainState
+from dcjax.types import Bins, TokenDistributions, TrainState
 
 pytestmark = pytest.mark.heavy
 
@@ -35,8 +35,24 @@ def make_batch():
     batch = grouped_batch(rows=ROWS, group_size=G, vocab_size=V, prompt_length=P, response_length=T)
     # very near the bigram's, or not, so that corrections keep some rows and tokens and drop others
     noise = np.random.default_rng(4).normal(size=(ROWS, T)) * np.resize([[0.002], [0.4]], (ROWS, 1))
-    logps = np.asarray(bigram(TABLE, batch).logps + noise, np.float32)
+    logps = np.asarray(bigram(NOTHING, TABLE, batch).logps + noise, np.float32)
     return dataclasses.replace(batch, rollout_logps=np.where(batch.response_mask, logps, 0))
+
+
+@cache
+def batch_with_sampler():
+    """The same with a sampler whose hidden states are its log-probs."""
+    batch = make_batch()
+    deployed = np.random.default_rng(5).normal(size=(ROWS, T, V)) * 0.3 + TABLE[batch.tokens[:, P - 1 : -1]]
+    log_q = np.asarray(jax.nn.log_softmax(np.float32(deployed)))
+    tokens = np.argsort(-log_q, axis=-1)[..., :3].astype(np.int32)
+    return dataclasses.replace(
+        batch,
+        sampler_hidden=log_q,
+        sampler_head=np.zeros(()),
+        sampler_tokens=tokens,
+        sampler_logps=np.take_along_axis(log_q, tokens, -1),
+    )
 
 
 def check(expected, found):
@@ -79,17 +95,29 @@ OBJECTIVES = {
     "verl": {"algorithm": "grpo", "verl": "decoupled_geo_rs_seq_tis"},
     "bypass": {"algorithm": "grpo", "verl": "bypass_pg_geo_rs_token_tis", **SEQUENCES},
     "kl": {"kl_coefficient": 0.1, "kl_estimator": "k2"},
+    "state_centred": {"penalty_form": "state_centred", "score_centering": True, "correction": "token_tis"},
+    "head": {"penalty_form": "state_centred", "score_centering": True, "sampler_head": 3},
+    "tv": {"algorithm": "dc_direct", "signal": "total_variation", "level": "sequence"},
+    "kl of whole distributions": {"algorithm": "dual_grpo", "signal": "kl_from_sampler", "sides": "two"},
     **{name: {"algorithm": "grpo", "method": name} for name in METHODS},
     "m2po": {"method": "m2po", "zero_variance": "drop", "kl_coefficient": 0.1},
 }
-EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass", "m2po")
+EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass", "m2po", "state_centred", "tv")
 TABLE = np.random.default_rng(2).normal(size=(V, V)).astype(np.float32)
 
 
-def bigram(table, batch):
+NOTHING = Requirements()
+
+
+def bigram(requires, table, batch):
     distribution = jax.nn.log_softmax(table[batch.tokens[:, P - 1 : -1]])
     logps = jnp.take_along_axis(distribution, batch.tokens[:, P:, None], axis=-1)[..., 0]
-    return PolicyOutputs(logps, -jnp.sum(jnp.exp(distribution) * distribution, axis=-1), {"seen": batch.rewards + 1})
+    found = TokenDistributions(
+        distribution, batch.tokens[:, P:], None, batch.sampler_hidden, batch.sampler_tokens, batch.sampler_logps
+    )
+    quantities = {name: compute(found) for name, compute in requires.of_head.items()}
+    entropy = -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+    return PolicyOutputs(logps, entropy, {"seen": batch.rewards + 1}, quantities)
 
 
 def bigram_step(objective, batch, updates, table=TABLE):
@@ -98,7 +126,7 @@ def bigram_step(objective, batch, updates, table=TABLE):
         optax.trace(decay=1.0), optax.scale(-1.0), *([objective.ascent] if objective.ascent is not None else [])
     )
     tx = optax.with_extra_args_support(tx)
-    step = build.make_step(objective, bigram, tx, group_size=G, updates=updates)
+    step = build.make_step(objective, partial(bigram, objective.requires), tx, group_size=G, updates=updates)
     reference = jnp.asarray(TABLE + 0.1) if objective.requires.reference_logps else None
     state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(table), tx.init(table), jnp.zeros(()), reference)
     return jax.jit(step).lower(state, batch).compile(UNOPTIMISED)(state, batch)
@@ -112,7 +140,7 @@ def test_every_objective_sees_rows_as_they_are(name, updates):
     config = Config(
         objective=ObjectiveConfig(**(COMMON | OBJECTIVES[name])), optimizer=OptimizerConfig(updates=updates)
     )
-    objective, batch = build.objective_of(config), make_batch()
+    objective, batch = build.objective_of(config), batch_with_sampler()
     packed = Packing(Bins(2 * T, T, T, 4), updates=updates, group_size=G)(batch)
     assert packed.microbatches.count.min() > 1
     expected, found = (bigram_step(objective, rows, updates) for rows in (batch, packed))

@@ -11,7 +11,14 @@ from dcjax.rl.theory.bounds import (
 )
 from dcjax.rl.theory.constrained import Optimum, difference_optimum, log_ratio_optimum, ratio_optimum
 from dcjax.rl.theory.corrections import CORRECTIONS, Correction, Estimator, Responses, gradient_estimators
-from dcjax.rl.theory.first_order import kl_rate, penalty_update, probability_gap, truncated_weights
+from dcjax.rl.theory.first_order import (
+    StateUpdate,
+    kl_rate,
+    penalty_update,
+    probability_gap,
+    split_update,
+    truncated_weights,
+)
 from dcjax.rl.theory.improvement import Improvement, best_lr, expected_improvement, quadratic_improvement
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "Optimum",
     "Responses",
     "StateGaps",
+    "StateUpdate",
     "best_lr",
     "difference_optimum",
     "expected_improvement",
@@ -36,6 +44,7 @@ __all__ = [
     "probability_gap",
     "quadratic_improvement",
     "ratio_optimum",
+    "split_update",
     "state_distributions",
     "state_gaps",
     "truncated_weights",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float, Float64
 
@@ -74,6 +76,42 @@ def penalty_update(
     policy, behaviour = _distribution(policy, "policy"), _distribution(behaviour, "behaviour")
     pushed = behaviour * discrepancy * (1.0 if weights is None else weights)
     return -multiplier * (pushed - pushed.sum() * policy)
+
+
+class StateUpdate(NamedTuple):
+    """The two parts of the expected update of one state's logits; their sum is the update."""
+
+    within: Float64[np.ndarray, "A"]
+    """μ ⊙ (a − ā): what tells the state's actions apart."""
+    drift: Float64[np.ndarray, "A"]
+    """ā (μ − π): towards μ if the state's mean advantage ā = Σ_v μ_v a_v is above 0, and away from it below."""
+
+
+def split_update(
+    *,
+    policy: Float[np.ndarray, "A"],
+    behaviour: Float[np.ndarray, "A"],
+    advantages: Float[np.ndarray, "A"],
+) -> StateUpdate:
+    """E_{a~μ}[a ∇_z log π] = μ ⊙ a − (μ·a) π = μ ⊙ (a − ā) + ā (μ − π), z the logits of π.
+
+    The first part is that of the centred advantages a − ā; the second has the rate −ā ‖π − μ‖² of KL(μ‖π), so that a
+    penalty, whose mean is below 0, drives the policies apart by it.
+
+    Args:
+      policy: π.
+      behaviour: μ.
+      advantages: a of every action, such as −λδ of the published penalty.
+
+    Raises:
+      ValueError: π or μ not a distribution.
+
+    References:
+      The analysis is ours, of paper A (DCMDP), eqs. 3-4; score centering (arXiv 2609.20807) takes out the second part.
+    """
+    policy, behaviour = _distribution(policy, "policy"), _distribution(behaviour, "behaviour")
+    mean = float(behaviour @ advantages)
+    return StateUpdate(behaviour * (np.asarray(advantages, np.float64) - mean), mean * (behaviour - policy))
 
 
 def kl_rate(
