@@ -139,6 +139,7 @@ class Config:
         self._check_sampling()
         self._check_divisions()
         self._check_objective()
+        self._check_in_training()
 
     def _check_lengths(self):
         for which in ("prompt", "response"):
@@ -204,6 +205,22 @@ class Config:
         self._check_sampler(objective)
         build_optimizer(self.optimizer, objective, steps=self.steps)
 
+    def _check_in_training(self) -> None:
+        """Refuses a forward that could not round as the engine does."""
+        format, devices = serving_format(self.serving.format), math.prod(dataclasses.asdict(self.mesh).values())
+        quantizes = self.serving.in_training == "all" and format.quantizes_activations
+        if quantizes and self.model.num_experts and devices > 1:
+            raise ValueError(
+                f"serving.in_training is all, and the mesh has {devices} devices: they share the rows that experts "
+                f"multiply, of which the format {format.name} quantises each as a whole; train in weights"
+            )
+        if self.pretrained is None:
+            self.check_training_forward()
+
+    def check_training_forward(self) -> None:
+        """Raises ValueError where the model cannot be trained in the serving format, as `training_numerics`."""
+        assert self.training_forward
+
     def _check_sampler(self, objective: Objective) -> None:
         """Refuses a sampler whose distributions cannot be known."""
         requires, engine = objective.requires, self.rollout.engine
@@ -241,7 +258,9 @@ class Config:
         return self._packing(self.warm_start.batch_size, None, group_size=1, updates=1)
 
     def _packing(self, rows: int, platform: str | None, *, group_size: int, updates: int) -> Packing:
-        sizes, compute = dataclasses.asdict(self.mesh), DTYPES[self.training_forward[0].precision.compute]
+        sizes, compute = dataclasses.asdict(self.mesh), DTYPES[self.model.precision.compute]
+        if self.serving.in_training == "all":
+            compute = serving_format(self.serving.format).activations
         platform = jax.default_backend() if platform is None else platform
         try:
             return Packing.fitting(

@@ -95,6 +95,7 @@ LOWER_BOUNDS = {
     "objective.eps_low": (0.0, -0.2),
     "objective.eps_high": (0.0, -0.28),
     "objective.budget_window": (1, 0),
+    "objective.sampler_head": (0, -1),
     "objective.correction_bound": (1.01, 1.0),
     "objective.kl_coefficient": (0.0, -0.1),
     "optimizer.learning_rate": (0.0, -1e-6),

@@ -16,6 +16,7 @@ from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.rewards.pool import Pending
+from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.mesh import MeshConfig
 
 pytestmark = pytest.mark.slow
@@ -50,11 +51,19 @@ class Lengths:
         return Pending.of([float(len(text) % 2) for text in texts])
 
 
+WHOLE = {
+    "objective": dataclasses.replace(CONFIG.objective, penalty_form="state_centred", score_centering=True),
+    "mismatch": MismatchConfig(weight_noise=0.05),
+}
+"""What reads the sampler's whole distributions, which are others than the trainer's."""
+
+
 @functools.cache
-def run(model, mesh=ONE, async_level=0, **serving):
+def run(model, mesh=ONE, async_level=0, whole=False, **serving):
     """The tokens of three iterations, their metrics, and the state behind them."""
     config = dataclasses.replace(
         CONFIG,
+        **(WHOLE if whole else {}),
         model=MODELS[model],
         mesh=mesh,
         rollout=dataclasses.replace(CONFIG.rollout, async_level=async_level),
@@ -94,6 +103,30 @@ def test_three_iterations_are_those_of_one_device(model, mesh, tensor):
     assert min(each["grad_norm"] for each in measured) > 0.1
     for ours, theirs in zip(metrics, measured, strict=True):
         # a gap is a difference of log-probs, whose own error it has
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for ours, theirs in zip(*(jax.tree.leaves(each.params) for each in (state, alone)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "serving"),
+    [
+        ("dense", MeshConfig(data=2, fsdp=2, tensor=2), {"tensor": 2}),
+        ("experts", MeshConfig(tensor=2, expert=4), {"tensor": 4}),
+        ("dense", MeshConfig(fsdp=4, context=2), {"tensor": 1}),
+        ("dense", MeshConfig(fsdp=2, tensor=2), {"tensor": 2, "devices": 4}),
+    ],
+)
+def test_so_they_are_with_the_samplers_whole_distributions(model, mesh, serving):
+    (tokens, metrics, state), (expected, measured, alone) = (
+        run(model, mesh, whole=True, **serving),
+        run(model, whole=True),
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    for ours, theirs in zip(metrics, measured, strict=True):
+        assert theirs["distribution/total_variation"] > 0.005
+        # whole distributions say on average what the sampled tokens do
+        assert theirs["mismatch/tv"] == pytest.approx(theirs["distribution/total_variation"], rel=0.5)
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     for ours, theirs in zip(*(jax.tree.leaves(each.params) for each in (state, alone)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

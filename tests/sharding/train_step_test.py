@@ -18,6 +18,7 @@ from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.rollout import RolloutConfig
+from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.formats import formats
 from dcjax.serving.sync import make_sync
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -157,3 +158,40 @@ def test_the_abstract_state_describes_the_real_one(trained, name):
     for ours, theirs in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+
+EXPERTS = dataclasses.replace(MODEL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "format", "how"),
+    [
+        (MODEL, "int8_channel", "weights"),
+        (MODEL, "w8a8", "all"),
+        (EXPERTS, "w8a8", "weights"),
+        (EXPERTS, "int8", "all"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "experts" if value.num_experts else "dense",
+)
+def test_eight_devices_train_in_a_served_format_as_one_does(batch, model, format, how):
+    """Scales are of whole channels and tokens, however these are split."""
+    found = {}
+    for name, mesh_config in MESHES.items():
+        config = dataclasses.replace(
+            make_config(mesh_config), model=model, serving=ServingConfig(format=format, in_training=how)
+        )
+        mesh, tx = make_mesh(config.mesh), build_optimizer(config)
+        params = jax.device_put(masters_of(model), build.params_shardings(config, mesh))
+        state = build.initial_state(config, mesh, tx, params)
+        state, metrics = build.compile_train_step(config, mesh)(state, config.packing()(batch))
+        found[name] = jax.device_get((state.params, metrics))
+    (one, ours), (many, theirs) = found.values()
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    for metric in ("grad_norm", "mismatch/k1", "entropy"):
+        np.testing.assert_allclose(theirs[metric], ours[metric], rtol=2e-3, err_msg=metric)
+
+
+def masters_of(model):
+    return jax.device_get(jax.jit(partial(init_params, model))(jax.random.key(0)))
