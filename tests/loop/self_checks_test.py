@@ -400,7 +400,7 @@ def test_old_log_probs_of_each_update_end_a_run(monkeypatch):
     loss = dcjax.rl.step._microbatch_loss
 
     def forgetting(spec, params, minibatch, microbatch, **settings):
-        return loss(spec, params, minibatch._replace(old_logps=None), microbatch, **settings)
+        return loss(spec, params, minibatch._replace(old=None), microbatch, **settings)
 
     monkeypatch.setattr(dcjax.rl.step, "_microbatch_loss", forgetting)
     with pytest.raises(RunError, match="self-check of the clip: at step 1"):

@@ -35,6 +35,10 @@ SHARED = ("all-gather", "all-reduce", "reduce-scatter")
 """Collectives in which all devices of a node need, or add to, the same bytes of other nodes."""
 
 
+ENGINE_PROGRAMS = ("prefill", "decode", "read")
+"""What the engine runs on its own mesh; read only where the objective reads the sampler's distributions."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """The least seconds of one run of a program, by what bounds it."""
@@ -132,9 +136,10 @@ def make_plan(
     place = place_of(config, topology)
     programs = place.plan(mean, told)
     seconds = {"prefill": 0.0, "decode": 0.0, "sync": 0.0, "update": 0.0}
+    parts = {"train_step": "update", **{name: name for name in ENGINE_PROGRAMS}}
     for one in programs:
-        part = {"train_step": "update", "prefill": "prefill", "decode": "decode"}.get(one.planned.name, "sync")
-        seconds[part] += one.bound.seconds * one.planned.runs
+        part = parts.get(one.planned.name, "sync")
+        seconds[part] = seconds.get(part, 0.0) + one.bound.seconds * one.planned.runs
     rollout, model = place.config.rollout, place.config.model
     tokens = rollout.sequences * mean
     return Plan(
@@ -221,7 +226,7 @@ class Place:
         return {name: size * self.chip.devices for name, size in held.items()} | {"activations": activations}
 
     def _program_plan(self, one: Planned) -> ProgramPlan:
-        mesh = self.engine.mesh if one.name in ("prefill", "decode") else self.mesh
+        mesh = self.engine.mesh if one.name in ENGINE_PROGRAMS else self.mesh
         return _program_plan(one, self._beside(one), self.chip, [tuple(d.coords) for d in mesh.devices.flat])
 
 
@@ -240,6 +245,11 @@ class Gpus:
         _check_filled(config, topology, devices)
         try:
             config = for_platform(config, chip.platform)
+            if build.reads_sampler(config):
+                raise ValueError(
+                    "the objective reads the sampler's distributions, whose program is not counted by hand for GPUs; "
+                    "plan it on a TPU slice, or with objective.sampler_head"
+                )
             by_hand.check(config, devices)
         except ValueError as error:
             raise RunError(str(error)) from None

@@ -417,13 +417,16 @@ def test_log_probs_without_the_samplers_transform_are_the_cause_with_the_transfo
 
 def test_a_forward_that_depends_on_its_chunks_is_found_by_what_is_cut_otherwise(only_float32, monkeypatch):
     """Planted: a thousandth of log-prob where one sequence is alone, a hundredth where the head's chunks are short."""
-    forward_pass = dcjax.tools.probe.policies._training_forward
+    compiled_forward = dcjax.tools.probe.policies._compiled_forward
 
-    def depending(model, width, mesh, params, tokens, *inputs):
-        logps, experts = forward_pass(model, width, mesh, params, tokens, *inputs)
-        return logps + 0.001 * (len(tokens) == 1) + 0.01 * (model.head_chunk < width), experts
+    def depending(rounds):
+        def forward(model, numerics, width, mesh, params, tokens, *inputs):
+            logps, experts = compiled_forward(rounds)(model, numerics, width, mesh, params, tokens, *inputs)
+            return logps + 0.001 * (len(tokens) == 1) + 0.01 * (model.head_chunk < width), experts
 
-    monkeypatch.setattr(dcjax.tools.probe.policies, "_training_forward", depending)
+        return forward
+
+    monkeypatch.setattr(dcjax.tools.probe.policies, "_compiled_forward", depending)
     found = probe(source_of(dataclasses.replace(CONFIG, serving=FLOAT32)))
     for name, sizes, shift in (("sequences", (3, 1), 0.001), ("head", (20, 2), 0.01)):
         row = found.chunks[name]
