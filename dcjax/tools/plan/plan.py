@@ -230,6 +230,16 @@ class Place:
         return _program_plan(one, self._beside(one), self.chip, [tuple(d.coords) for d in mesh.devices.flat])
 
 
+def _check_counted(config: Config) -> None:
+    """Raises ValueError where programs for GPUs differ from those that are counted by hand."""
+    for what, there in {
+        "the objective reads the sampler's distributions": build.reads_sampler(config),
+        f"serving.in_training is {config.serving.in_training}": config.serving.in_training != "masters",
+    }.items():
+        if there:
+            raise ValueError(f"{what}, which is not counted by hand for GPUs; on a TPU slice it is compiled")
+
+
 @dataclass(frozen=True)
 class Gpus:
     """A run on GPUs, whose programs are counted by hand."""
@@ -245,11 +255,7 @@ class Gpus:
         _check_filled(config, topology, devices)
         try:
             config = for_platform(config, chip.platform)
-            if build.reads_sampler(config):
-                raise ValueError(
-                    "the objective reads the sampler's distributions, whose program is not counted by hand for GPUs; "
-                    "plan it on a TPU slice, or with objective.sampler_head"
-                )
+            _check_counted(config)
             by_hand.check(config, devices)
         except ValueError as error:
             raise RunError(str(error)) from None

@@ -218,6 +218,14 @@ def test_a_plan_for_gpus_says_that_it_is_an_estimate(tmp_path, capsys):
         (["--topology", "h100:4"], "the mesh is one device: 1 devices, and h100:4 has 4; mesh.fsdp=4 would fill it"),
         (["--topology", "h100:8", "mesh.tensor=8"], "mesh.tensor × mesh.context is 8, which does not divide the 4"),
         (["--topology", "h100:4", "mesh.fsdp=4", "serving.tensor=3"], "serving.tensor is 3; it must divide"),
+        (
+            ["--topology", "h100:4", "mesh.fsdp=4", "objective.score_centering=true"],
+            "the objective reads the sampler's distributions, which is not counted by hand for GPUs",
+        ),
+        (
+            ["--topology", "h100:4", "mesh.fsdp=4", "serving.in_training=weights"],
+            "serving.in_training is weights, which is not counted by hand for GPUs",
+        ),
         (["--topology", "h100:4", "mesh.fsdp=4", "serving.slots=6"], "slots is 6; it must be a multiple of the 4"),
         (["--topology", "h100:4", "mesh.fsdp=4", "serving.tensor=4"], "serving.tensor is 4, which does not divide the"),
         (["--topology", "h100:1", "model.attention=splash"], "model.attention is 'splash', which does not run on gpu"),

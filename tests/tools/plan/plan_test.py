@@ -156,6 +156,23 @@ def test_what_cannot_be_planned_is_one_line(arguments, told, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_the_reading_of_rollouts_is_a_program_of_its_own():
+    """Of whole sequences, once an iteration, on the mesh of the engine; it multiplies what a prefill of them would."""
+    config = replace(CONFIG, objective=replace(CONFIG.objective, penalty_form="state_centred"))
+    place = Place.of(config, SLICE)
+    found = {one.planned.name: one for one in place.plan(MEAN, lambda line: None, ("prefill", "read"))}
+    read, prefill = found["read"].planned, found["prefill"].planned
+    assert read.runs == 1 and found["read"].fits
+    rollout = config.rollout
+    tokens = rollout.sequences * (rollout.max_prompt_length + rollout.max_response_length)
+    # what is read is padded to whole passes of as many copies of the model as there are
+    ratio = sum(read.cost.flops.values()) / sum(prefill.cost.flops.values())
+    assert ratio >= tokens / (rollout.prompts * rollout.max_prompt_length) / 2
+    hidden = rollout.sequences * rollout.max_response_length * config.model.hidden_size
+    assert read.output_bytes >= hidden * 2 / place.devices
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_what_would(tmp_path, capfd):
     recipe = tiny.write_recipe(tmp_path / "recipe.py", replace(CONFIG, serving=replace(CONFIG.serving, slots=2**22)))
     assert main(["plan", str(recipe), "--topology", SLICE]) == 3
