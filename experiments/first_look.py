@@ -4,9 +4,10 @@
 
 `methods` are others' answers, each with its source's bound, at int4 with linear decay; `distributions` are those that
 read the sampler's whole distributions or train in its format, at int4 and fp8, with a constant and a linear rate. The
-learning rate is 6e-4 and advantages are GRPO's. All runs begin with the weights of one warm start. The same line goes
-on with what a stopped one has left. Prints, for each, the means over seeds and each seed of the deployed policy's
-accuracy, last and of averaged weights, of the training policy's, and δ̄ and λ over the last ten iterations.
+learning rate is 6e-4 and advantages are GRPO's; where λ ascends, the budget is the quickstart's. All runs begin with
+the weights of one warm start. The same line goes on with what a stopped one has left. Prints, for each, the means over
+seeds and each seed of the deployed policy's accuracy, last and of averaged weights, of the training policy's, and δ̄
+and λ over the last ten iterations.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Study(NamedTuple):
 
 GRPO, FIXED = "objective.algorithm=grpo", ["objective.algorithm=dual_grpo", "objective.initial_multiplier=0.3"]
 CENTRED, SCORE = "objective.penalty_form=state_centred", "objective.score_centering=true"
-DIRECT = ["objective.algorithm=dc_direct", "objective.budget=auto"]
+DIRECT = ["objective.algorithm=dc_direct"]
 IN_FORMAT = "serving.in_training=weights"
 STUDIES = {
     "methods": Study(
@@ -47,7 +48,7 @@ STUDIES = {
         {
             "grpo": [GRPO, "objective.distribution_metrics=true"],
             "dc, fixed": FIXED,
-            "dc, ascent": ["objective.algorithm=dc_grpo", "objective.budget=auto"],
+            "dc, ascent": ["objective.algorithm=dc_grpo"],
             "centred": [*FIXED, CENTRED],
             "score": [GRPO, SCORE],
             "centred, score": [*FIXED, CENTRED, SCORE],

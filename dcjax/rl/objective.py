@@ -76,7 +76,7 @@ class MinibatchQuantity:
     """The key in `Context.quantities`."""
     compute: Callable[[Context], Array]
     """(context of all the minibatch's rows, in any order) -> [], [B] or [B, T]; a loss transform sees the scalar, or
-    its own rows. Of the quantities, that context has the iteration's alone."""
+    its own rows. Of the quantities, that context has the iteration's and those of the head that are `old`."""
 
 
 @dataclass(frozen=True)

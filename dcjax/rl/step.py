@@ -409,7 +409,7 @@ def _with_minibatch_quantities(
         optax.tree.get(state.opt_state, "multiplier"),
         shared.mean_reward,
         minibatch.reference_logps,
-        {**shared.quantities, **minibatch.quantities},
+        {**shared.quantities, **minibatch.quantities, **now.quantities},
         old.quantities,
     )
     scalars, by_row = _quantities(spec.requires.of_minibatch, context, now.logps.shape)

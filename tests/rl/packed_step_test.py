@@ -101,6 +101,7 @@ OBJECTIVES = {
     "kl of whole distributions": {"algorithm": "dual_grpo", "signal": "kl_from_sampler", "sides": "two"},
     **{name: {"algorithm": "grpo", "method": name} for name in METHODS},
     "m2po": {"method": "m2po", "zero_variance": "drop", "kl_coefficient": 0.1},
+    "m2po, tv": {"algorithm": "dc_direct", "signal": "total_variation", "method": "m2po"},
 }
 EVERY_DAY = ("dc_grpo", "gspo", "geometric", "kl", "bypass", "m2po", "state_centred", "tv")
 TABLE = np.random.default_rng(2).normal(size=(V, V)).astype(np.float32)
