@@ -33,13 +33,14 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from objective import steps_of  # pyrefly: ignore[missing-import]
 from timing import environment, measure, pin, ratio, row, table  # pyrefly: ignore[missing-import]
 
 from dcjax.allocator import keep_freed_memory
 from dcjax.data.task import encode_prompts
 from dcjax.models import init_params, load_hf, presets, token_logps
 from dcjax.recipe import build
-from dcjax.recipe.build import build_engine, build_optimizer
+from dcjax.recipe.build import build_engine
 from dcjax.recipe.config import Config
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.serving.decoder import NO_EXCESS_PRECISION
@@ -179,16 +180,7 @@ def whole_step(config: Config, objective: dict[str, Any], in_training: Any) -> C
         engine = build_engine(config, mesh, [0])
         reading = read_hidden(engine, engine.sync(params, 0), rollout, mesh)
         batch = dataclasses.replace(batch, sampler_hidden=reading.hidden, sampler_head=reading.head)
-    step, tx, packing = build.compile_train_step(config, mesh), build_optimizer(config), config.packing()
-    state = build.initial_state(config, mesh, tx, params)
-
-    def run(number: int):
-        nonlocal state
-        del number
-        state, metrics = step(state, packing(batch))
-        return metrics
-
-    return run
+    return steps_of(config, batch)
 
 
 def reader(config: Config) -> Callable[[int], Any]:

@@ -206,7 +206,11 @@ def compare_step(config: Config, rounds: int) -> dict[str, Any]:
 def whole_step(config: Config, batch: Batch, method: Any) -> Callable[[int], Any]:
     """The quickstart's training step, packing included, each call on from the last one's state."""
     objective = ObjectiveConfig(algorithm="dc_grpo", zero_variance="drop", method=method)
-    config = dataclasses.replace(config, objective=objective)
+    return steps_of(dataclasses.replace(config, objective=objective), batch)
+
+
+def steps_of(config: Config, batch: Batch) -> Callable[[int], Any]:
+    """Training steps on a batch that is packed each time, each on from the last one's state."""
     mesh = make_mesh(config.mesh)
     step, tx, packing = build.compile_train_step(config, mesh), build_optimizer(config), config.packing()
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))

@@ -147,7 +147,7 @@ class Batch(Sequences):
     sampler_head: Any = flax.struct.field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, sequences: Sequences, *, rewards: Array, group_size: int, sampler_head: Any = None) -> Batch:
+    def of(cls, sequences: Sequences, *, rewards: Array, group_size: int) -> Batch:
         """Sequences with their rewards, the `group_size` responses of a prompt side by side.
 
         Raises:
@@ -157,7 +157,7 @@ class Batch(Sequences):
             raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size} responses")
         groups = np.repeat(np.asarray(rewards).reshape(-1, group_size), group_size, axis=0)
         shared = {field.name: getattr(sequences, field.name) for field in dataclasses.fields(Sequences)}
-        return cls(**shared, rewards=rewards, group_rewards=groups, sampler_head=sampler_head)
+        return cls(**shared, rewards=rewards, group_rewards=groups)
 
 
 @flax.struct.dataclass

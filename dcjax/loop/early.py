@@ -97,7 +97,7 @@ def check_early(config: Config) -> tuple[Config, AbstractContextManager[Rewards]
     checks.run(check_shared, config.directory)
     if known is not None:
         checks.run(check_model, known.model, dataclasses.asdict(config.mesh))
-        checks.run(known.check_training_forward)
+        checks.run(known.training_forward)
     mesh = checks.run(checked_mesh, config)
     checks.finish()
     return known, rewards, mesh

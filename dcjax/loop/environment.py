@@ -19,7 +19,7 @@ def describe(config: Config, mesh: Mesh, engine: Qwen3Engine) -> list[str]:
     Raises:
       RunError: an attention kernel that the platform cannot run.
     """
-    device, precision = mesh.devices.flat[0], config.training_forward[0].precision
+    device, precision = mesh.devices.flat[0], config.training_forward()[0].precision
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     try:

@@ -115,6 +115,11 @@ class Parameter:
         return map(self.tensor_name, self.indices())
 
 
+def head_name(config: ModelConfig) -> str:
+    """The name of the parameter that makes logits: the embedding's if they are tied."""
+    return "embed_tokens" if config.tie_embeddings else "lm_head"
+
+
 @cache
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The parameters of a model.

@@ -21,7 +21,7 @@ from dcjax.models.config import DTYPES, ModelConfig
 from dcjax.models.layout import LOGITS, ONE_DEVICE, RESIDUAL, SAVED, TABLE, Layout
 from dcjax.models.moe import router_metrics
 from dcjax.models.numerics import MASTERS, Numerics
-from dcjax.models.parameters import layer_params, parameters
+from dcjax.models.parameters import head_name, layer_params, parameters
 from dcjax.types import Array, Params
 
 
@@ -68,13 +68,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def rounded_head(config: ModelConfig, params: Params, numerics: Numerics) -> Params:
     """The parameters with the output head that `logits` multiplies by; rounded once for all calls of it."""
-    name = "embed_tokens" if config.tie_embeddings else "lm_head"
+    name = head_name(config)
     return {**params, name: numerics.weight(name, params[name])}
 
 
 def head_kernel(config: ModelConfig, params: Params):
     """The output head as a table [V, E], which is the embedding table if they are tied."""
-    return params["embed_tokens" if config.tie_embeddings else "lm_head"]
+    return params[head_name(config)]
 
 
 @flax.struct.dataclass

@@ -21,6 +21,7 @@ from dcjax.keys import make_key
 from dcjax.models import ModelConfig, abstract_params, init_params, load_hf, logical_axes, packed_logps
 from dcjax.models.numerics import MASTERS, Numerics
 from dcjax.models.parallel.forward import mesh_layout
+from dcjax.models.parameters import head_name
 from dcjax.recipe import sections
 from dcjax.recipe.config import Config
 from dcjax.recipe.engine import make_engine
@@ -32,7 +33,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.formats import Format, serving_format
 from dcjax.serving.mismatch import NO_MISMATCH
 from dcjax.serving.scoring import Reading
-from dcjax.serving.sync import abstract_serving, head_name, head_shardings
+from dcjax.serving.sync import abstract_serving, head_shardings
 from dcjax.sharding.rules import batch_sharding, replicated, shardings, with_shardings
 from dcjax.types import Batch, Bins, Metrics, Params, TrainState
 from dcjax.user_code import refusals_of
@@ -123,7 +124,7 @@ def optimizer_of(config: Config) -> Optimizer:
 
 def build_optimizer(config: Config) -> Transform:
     """The whole optax chain of RL; the same object for configs that have it in common."""
-    return chain_with(optimizer_of(config), objective_of(config).ascent, config.training_forward[0].precision.compute)
+    return chain_with(optimizer_of(config), objective_of(config).ascent, config.training_forward()[0].precision.compute)
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ class _StepKey:
 
 def compile_train_step(config: Config, mesh: Mesh) -> TrainStep:
     """The RL step, the same one for configs of the same program."""
-    model, numerics = config.training_forward
+    model, numerics = config.training_forward()
     key = _StepKey(
         model=model,
         objective=objective_of(config),

@@ -215,11 +215,7 @@ class Config:
                 f"multiply, of which the format {format.name} quantises each as a whole; train in weights"
             )
         if self.pretrained is None:
-            self.check_training_forward()
-
-    def check_training_forward(self) -> None:
-        """Raises ValueError where the model cannot be trained in the serving format, as `training_numerics`."""
-        assert self.training_forward
+            self.training_forward()
 
     def _check_sampler(self, objective: Objective) -> None:
         """Refuses a sampler whose distributions cannot be known."""
@@ -240,9 +236,12 @@ class Config:
                 f"objective.sampler_head is {requires.sampler_head}; the vocabulary has {self.model.vocab_size} tokens"
             )
 
-    @property
     def training_forward(self) -> tuple[ModelConfig, Numerics]:
-        """The architecture with the precision of the trainer's forward pass, and what that pass rounds."""
+        """The architecture with the precision of the trainer's forward pass, and what that pass rounds.
+
+        Raises:
+          ValueError: the model cannot be trained in the serving format, as of `training_numerics`.
+        """
         serving = self.serving
         format = serving_format(serving.format)
         kv_cache = cache_dtype(format, serving.kv_cache)

@@ -19,13 +19,14 @@ from dcjax.models import ModelConfig
 from dcjax.models.attention import CachedKernel, choose_cached
 from dcjax.models.cache import Caches, Decoded, LayerCache, forward_cached, init_cache
 from dcjax.models.layers import round_up
+from dcjax.models.parameters import head_name
 from dcjax.serving import parallel, sampling
 from dcjax.serving.formats import Format
 from dcjax.serving.formats.served import arithmetic, products
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import CACHE, COPIES, EVERYWHERE, ROWS, SCORES, SHARED_CACHE, named, pinned, serving_layout
 from dcjax.serving.sampling import SamplingParams
-from dcjax.serving.sync import ServingParams, head_name
+from dcjax.serving.sync import ServingParams
 from dcjax.types import Array
 
 NOISE_AHEAD = 2**22

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dcjax.arguments import as_sequences
+from dcjax.models.parameters import head_name
 from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.formats import Matrix
 from dcjax.serving.rollout import sample_keys
-from dcjax.serving.sync import ServingParams, head_name
+from dcjax.serving.sync import ServingParams
 from dcjax.sharding.rules import batch_sharding
 from dcjax.sharding.transfer import across
 from dcjax.types import Array, Rollout

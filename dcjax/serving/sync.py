@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from dcjax.keys import make_key
 from dcjax.models import ModelConfig, abstract_params
-from dcjax.models.parameters import Parameter, parameter_named, parameters, take_layer
+from dcjax.models.parameters import Parameter, head_name, parameter_named, parameters, take_layer
 from dcjax.serving.formats import Format, stored_axes, wide_format
 from dcjax.serving.formats.served import kept_wide
 from dcjax.serving.parallel import COPIES, named
@@ -298,11 +298,6 @@ def _fitting_shardings(
 def head_shardings(config: ModelConfig, format: Format, training: Mesh, keep: Sequence[str] = ()) -> Any:
     """The sharding of each array of the output head, as it is served, on the mesh of the masters."""
     return _fitting_shardings(config, format, training, RULES, keep).weights[head_name(config)]
-
-
-def head_name(config: ModelConfig) -> str:
-    """The name of the parameter that makes logits."""
-    return "embed_tokens" if config.tie_embeddings else "lm_head"
 
 
 class StoredParameter(NamedTuple):

@@ -182,3 +182,18 @@ def test_slots_that_copies_cannot_share_and_devices_that_copies_cannot_are_refus
     sizes = {"slots": 6, "max_prompt_length": P, "max_response_length": T, "end_tokens": [1]}
     with pytest.raises(ValueError, match="slots is 6; it must be a multiple of the 4 copies of the model"):
         Qwen3Engine(DENSE, format="w8a8", mesh=serving_mesh(mesh, 2), **sizes)
+
+
+def test_the_most_probable_tokens_that_are_recorded_do_not_depend_on_devices():
+    """Devices share the vocabulary, and each copy records its own samples."""
+    found = {}
+    for tensor in (None, 2):
+        engine = make_engine(DENSE, tensor=tensor, records_head=3)
+        params = engine.sync(masters(DENSE), 3) if tensor is None else served(engine, DENSE)
+        found[tensor] = sample_responses(engine, params, PROMPTS, samples_per_prompt=G, temperature=1.0, key=KEY)
+    one, eight = found.values()
+    np.testing.assert_array_equal(eight.tokens, one.tokens)
+    mask = one.response_mask
+    np.testing.assert_array_equal(eight.sampler_tokens[mask], one.sampler_tokens[mask])
+    np.testing.assert_allclose(eight.sampler_logps[mask], one.sampler_logps[mask], atol=1e-5)
+    assert (one.sampler_tokens[mask] >= 0).all()

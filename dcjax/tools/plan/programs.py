@@ -62,7 +62,7 @@ def for_platform(config: Config, platform: str) -> Config:
     Raises:
       ValueError: the attention kernel that it names does not run there.
     """
-    compute = DTYPES[config.training_forward[0].precision.compute]
+    compute = DTYPES[config.training_forward()[0].precision.compute]
     attention = choose(config.model.attention, platform, compute)
     config = replace(config, model=replace(config.model, attention=attention))
     optimizer: Any = config.optimizer

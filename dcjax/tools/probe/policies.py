@@ -141,7 +141,7 @@ class Policies:
         mask = np.asarray(rollout.attention_mask)
         inputs = (rollout.tokens, mask, temperature, replays and replays.experts, replays and replays.candidate_tokens)
         chunks = self.chunks(mask.shape[1]) if chunks is None else chunks
-        model, numerics = config.training_forward
+        model, numerics = config.training_forward()
         model, forward = replace(model, head_chunk=chunks.head), _compiled_forward(numerics != MASTERS)
         shares = split(mesh.shape, "batch")
         parts, size = [], min(shares * chunks.sequences, round_up(len(mask), shares))
