@@ -90,7 +90,7 @@ def _warmed_up(setup: Setup, share: float, steps: int):
     with tempfile.TemporaryDirectory() as folder:
         settings = dataclasses.replace(setup.config.warm_start, steps=steps, late_scratchpads=share)
         config = dataclasses.replace(setup.config, run_dir=Path(folder), warm_start=settings)
-        return warm_start(config, setup.mesh, setup.tokenizer)
+        return warm_start(config, setup.mesh, setup.tokenizer, config.task.open(setup.tokenizer))
 
 
 # --- rollout ---

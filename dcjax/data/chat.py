@@ -55,18 +55,24 @@ def template_digest(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def chat_prompt(
-    tokenizer: PreTrainedTokenizerFast, message: str, *, thinking: Thinking = "auto", answer_start: str = ""
+    tokenizer: PreTrainedTokenizerFast,
+    message: str,
+    *,
+    system_prompt: str = "",
+    thinking: Thinking = "auto",
+    answer_start: str = "",
 ) -> str:
     """The text that a model continues: the message as a user's turn, or bare if the tokenizer has no chat template.
 
     Args:
       tokenizer: of the model.
       message: what the user says.
+      system_prompt: a system's turn before it; "" is none, which leaves a template its own.
       thinking: what the chat template is told of `enable_thinking`.
       answer_start: the beginning of the answer, which the model continues (an assistant prefill).
 
     Raises:
-      ValueError: the chat template cannot be rendered, leaves the message out, or does not know of thinking.
+      ValueError: the chat template cannot be rendered, leaves a message out, or does not know of thinking.
     """
     if thinking != "auto" and "enable_thinking" not in str(tokenizer.chat_template):
         raise ValueError(
@@ -74,26 +80,28 @@ def chat_prompt(
             "'auto'"
         )
     if tokenizer.chat_template is None:
-        return message + answer_start
-    prompt = _render(tokenizer, message, thinking)
-    if message not in prompt and prompt == _render(tokenizer, f"?{message}", thinking):
-        raise ValueError(
-            f"the chat template of {_name(tokenizer)} leaves a user's message out: it renders {prompt[:60]!r}; "
-            "it must put the messages into the prompt"
-        )
+        return f"{system_prompt}\n\n{message}{answer_start}" if system_prompt else message + answer_start
+    turns = {"system": system_prompt, "user": message} if system_prompt else {"user": message}
+    prompt = _render(tokenizer, turns, thinking)
+    for role, text in turns.items():
+        if text not in prompt and prompt == _render(tokenizer, turns | {role: f"?{text}"}, thinking):
+            raise ValueError(
+                f"the chat template of {_name(tokenizer)} leaves a {role}'s message out: it renders {prompt[:60]!r}; "
+                "it must put the messages into the prompt"
+            )
     return prompt + answer_start
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, message: str, thinking: Thinking) -> str:
-    turn = [{"role": "user", "content": message}]
+def _render(tokenizer: PreTrainedTokenizerFast, turns: dict[str, str], thinking: Thinking) -> str:
+    chat = [{"role": role, "content": text} for role, text in turns.items()]
     told: dict[str, Any] = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
     try:
-        return cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, **told))
+        return cast(str, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **told))
     except Exception as error:  # a template is a program: it may raise anything
         said = " ".join(str(error).split())[:200]
         raise ValueError(
             f"the chat template of {_name(tokenizer)} cannot be rendered: {type(error).__name__}: {said}; "
-            "it must render one turn of a user"
+            f"it must render one turn of a {' and one of a '.join(turns)}"
         ) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -90,7 +90,12 @@ class Dataset:
             question = f"{context}\n\n{question}".strip()
         return Example(example_id(question), question, answer, self.name)
 
-    def column(self, row: Mapping[str, Any], kind: str) -> str:
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Those of a file's columns that examples are made of; raises as `column`."""
+        wanted = {self.column(names, kind).partition(".")[0] for kind in ("question", "answer")} | {self.context}
+        return [name for name in names if name.lower() in wanted]
+
+    def column(self, row: Collection[str], kind: str) -> str:
         """The column of a row, or of a schema, that holds its "question" or its "answer".
 
         Raises:

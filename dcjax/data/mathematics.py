@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcjax.data.chat import Thinking
+from dcjax.data.chat_task import ChatTask, check_choice
 from dcjax.data.datasets import Example, find_dataset
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.select import PAPER_B_EXAMPLES, Questions, select, share_of
 from dcjax.data.sources import require_files
-from dcjax.data.task import Task, encode_prompts
-from dcjax.data.templates import Template, TemplateName, check_answer_start, templates
+from dcjax.data.task import encode_prompts
+from dcjax.data.templates import templates
 from dcjax.paths import localize
 from dcjax.rewards.processes import Reward
 
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MathTask(Task):
+class MathTask(ChatTask):
     """Problems of one data set for training, and of another to be measured by.
 
     Raises:
@@ -46,51 +45,19 @@ class MathTask(Task):
     filter."""
     index_file: Path | None = None
     """File with the ids of the training problems, one per line, which replaces `questions`."""
-    max_prompt_tokens: int = 1024
-    """Training problems with longer prompts, template included, are left out."""
-    template: TemplateName = "boxed"
-    """Prompt template, which also determines where the answer is read from a response."""
-    thinking: Thinking = "auto"
-    """What the model's chat template is told: enable_thinking=True (on), enable_thinking=False (off), as Qwen3's takes
-    it, or nothing (auto)."""
-    answer_start: str = ""
-    """Text that every answer begins with (an assistant prefill). It is part of the prompt: neither trained on nor
-    judged."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         localize(self, "task.")
         find_dataset(self.dataset)
         find_dataset(self.heldout)
         share_of((), self.subset)
-        for name, kind in (("questions", Questions), ("template", TemplateName), ("thinking", Thinking)):
-            if (value := getattr(self, name)) not in typing.get_args(kind):
-                raise ValueError(f"task.{name} is {value!r}; it must be one of {', '.join(typing.get_args(kind))}")
-        try:
-            check_answer_start(self.answer_start)
-        except ValueError as error:
-            raise ValueError(f"task.{error}") from None
-        if self.max_prompt_tokens < 1:
-            raise ValueError(f"task.max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1")
-
-    @property
-    def max_prompt_length(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.max_prompt_tokens
-
-    @property
-    def asked(self) -> Template:
-        """The template, with what this task adds to it."""
-        return replace(templates[self.template], thinking=self.thinking, answer_start=self.answer_start)
+        check_choice("questions", self.questions, Questions)
 
     @property
     def reward(self) -> Reward:
         """The template's."""
         return templates[self.template].reward
-
-    @property
-    def needs_workers(self) -> bool:
-        """True: math-verify may take any time and memory."""
-        return True
 
     def check_files(self) -> None:
         """Looks for the copies of both data sets; raises as `require_files`."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dcjax.data.datasets import Example
 from dcjax.data.stream import draw
-from dcjax.data.task import Problem, Split
+from dcjax.data.task import Demonstration, Problem, Problems, Split
 
 TEMPLATE = "prompt template"
 """What surrounds the questions in prompts is called so where a run is compared with its data."""
@@ -25,10 +26,14 @@ class TextProblem:
     question: str | None = None
     """What is asked, as it stands in the prompt, where the rest of the prompt is a template; None where that is not
     known. A run that is resumed tells by it whether questions or the template have changed."""
+    solution: str | None = None
+    """A right response, without the token that ends it, which a warm start imitates; None where there is none."""
+    record: Mapping[str, Any] | None = None
+    """What else belongs to it, for a reward that takes the keyword `record`."""
 
 
 @dataclass(frozen=True)
-class FixedProblems:
+class FixedProblems(Problems):
     """Training problems, drawn epoch by epoch in shuffled orders, and held-out ones, which come round in their own.
 
     Raises:
@@ -58,6 +63,18 @@ class FixedProblems:
             return [self.train[number] for number in draw(len(self.train), seed=seed, start=start, count=count)]
         return [self.heldout[number % len(self.heldout)] for number in range(start, start + count)]
 
+    def demonstrations(self, *, seed: int, step: int, count: int, scratchpad_fraction: float) -> list[Demonstration]:
+        """Training problems that have a solution, epoch by epoch in shuffled orders; none where none has one."""
+        solved = self._solved
+        if not solved:
+            return []
+        return [solved[number] for number in draw(len(solved), seed=seed, start=(step - 1) * count, count=count)]
+
+    @functools.cached_property
+    def _solved(self) -> list[Demonstration]:
+        pairs = ((problem.prompt, getattr(problem, "solution", None)) for problem in self.train)
+        return [Demonstration(prompt, solution) for prompt, solution in pairs if solution is not None]
+
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """How many problems of each kind there are, with a SHA-256 of their questions and answers in their order.
@@ -72,8 +89,13 @@ class FixedProblems:
 
 
 def _describe(problems: Sequence[Problem]) -> str:
-    asked = [(_question(each) or each.prompt, each.answer) for each in problems]
+    asked = [(_question(each) or each.prompt, each.answer, *_besides(each)) for each in problems]
     return f"{len(problems)} problems (SHA-256 {_digest(asked)})"
+
+
+def _besides(problem: Problem) -> list[Any]:
+    """What a problem has beside its question and its answer."""
+    return [each for name in ("solution", "record") if (each := getattr(problem, name, None)) is not None]
 
 
 def _question(problem: Problem) -> str | None:
@@ -81,4 +103,4 @@ def _question(problem: Problem) -> str | None:
 
 
 def _digest(value: Sequence) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, default=repr).encode()).hexdigest()[:16]

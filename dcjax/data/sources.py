@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcjax.data.datasets import SAMPLES, Dataset, Example, find_dataset
 
-_KINDS = (".parquet", ".jsonl")
+KINDS = (".parquet", ".jsonl")
+"""What files are told apart by."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -32,8 +33,8 @@ def find_files(dataset: Dataset, data_dir: Path) -> list[Path]:
       ValueError: there are several copies.
     """
     folder = data_dir / dataset.name
-    inside = sorted(path for path in folder.rglob("*") if path.suffix in _KINDS and path.is_file())
-    copies = [[path] for kind in _KINDS if (path := data_dir / f"{dataset.name}{kind}").is_file()]
+    inside = sorted(path for path in folder.rglob("*") if path.suffix in KINDS and path.is_file())
+    copies = [[path] for kind in KINDS if (path := data_dir / f"{dataset.name}{kind}").is_file()]
     copies += [inside] if inside else []
     if not copies:
         raise FileNotFoundError(f"no copy of {dataset.name} in {data_dir}; {instructions(dataset, data_dir)}")
@@ -75,19 +76,22 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_rows(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of one file; from a parquet file, only the columns that `dataset` needs.
+Choice = Callable[[Sequence[str]], Collection[str]]
+"""The columns of a file -> those that are read."""
+
+
+def read_rows(path: Path, choose: Choice = tuple) -> Iterator[Mapping[str, Any]]:
+    """The rows of one file, .jsonl or .parquet; from a parquet file, only the columns that `choose` names.
 
     Raises:
-      ValueError: the file has no column of the question or of the answer, or is not of its kind; the message is one
-        line, which names the file.
+      ValueError: as `choose` does, or the file is not of its kind; the message is one line, which names the file.
     """
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; git lfs pull fetches that")
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
-    return _read_parquet(dataset, path)
+    return _read_parquet(path, choose)
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -109,17 +113,15 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _read_parquet(dataset: Dataset, path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_parquet(path: Path, choose: Choice) -> Iterator[Mapping[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            schema = dict.fromkeys(names)
-            wanted = {dataset.column(schema, kind).partition(".")[0] for kind in ("question", "answer")}
-            wanted |= {dataset.context}
-            read = [name for name in names if name.lower() in wanted]
+            wanted = choose(names)
+            read = [name for name in names if name in wanted]
             done = 0
             for batch in file.iter_batches(columns=read):
                 yield from _to_python(batch, path, done)
@@ -158,7 +160,7 @@ def read_examples(dataset: Dataset, files: Sequence[Path]) -> tuple[list[Example
     kept: dict[str, Example] = {}
     counts = Counter(rows=0, kept=0, empty=0, duplicate=0, conflicting=0)
     for path in files:
-        for number, row in enumerate(read_rows(dataset, path), start=1):
+        for number, row in enumerate(read_rows(path, dataset.columns), start=1):
             counts["rows"] += 1
             try:
                 example = dataset.example(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,7 +19,7 @@ Split = Literal["train", "heldout"]
 
 
 class Problem(Protocol):
-    """Something to answer."""
+    """Something to answer. It may also have a `record`, for a reward that asks for it."""
 
     @property
     def prompt(self) -> str:
@@ -32,8 +32,19 @@ class Problem(Protocol):
         ...
 
 
+class Demonstration(NamedTuple):
+    """A problem with a right response, to be imitated in a warm start."""
+
+    prompt: str
+    response: str
+    """Without the token that ends it."""
+
+
 class Problems(Protocol):
-    """An endless supply of problems; `dcjax.data.problems.FixedProblems` is one from two lists."""
+    """An endless supply of problems; `dcjax.data.problems.FixedProblems` is one from two lists.
+
+    A class that inherits from this one must define `problems`. The rest has the defaults below.
+    """
 
     def problems(self, split: Split, seed: int, start: int, count: int) -> Sequence[Problem]:
         """Problems start, ..., start + count - 1 of a split: a pure function of the arguments."""
@@ -42,20 +53,53 @@ class Problems(Protocol):
     @property
     def golds(self) -> Sequence[Example]:
         """The examples of files whose answers responses are rewarded by. Empty without files."""
-        ...
+        return ()
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """What the files held that problems were read from: a run resumes with the same. Empty without files."""
+        return {}
+
+    def demonstrations(
+        self, *, seed: int, step: int, count: int, scratchpad_fraction: float
+    ) -> Sequence[Demonstration]:
+        """What the warm start imitates at one of its steps: a pure function of the arguments.
+
+        Args:
+          seed: of the run.
+          step: of the warm start, from 1.
+          count: how many are wanted.
+          scratchpad_fraction: the probability of each to have step-by-step reasoning, where the task knows such.
+
+        Returns:
+          As many as are wanted, or none where there are no solutions to imitate.
+        """
+        return ()
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """What `Problems` may be too: problems of training that change with success.
+
+    Where it stands is a dict of JSON's values, empty at first, which the run's checkpoints hold.
+    """
+
+    def at(self, progress: dict[str, Any]) -> Problems:
+        """The problems there."""
         ...
 
+    def after(self, progress: dict[str, Any], attempted: Sequence[tuple[Problem, float]]) -> dict[str, Any]:
+        """Where it stands after an iteration.
 
-class Demonstration(NamedTuple):
-    """A problem with a right response, to be imitated in a warm start."""
+        Args:
+          progress: where it stood.
+          attempted: the problems, and the share of right responses to each (`Task.solved`).
+        """
+        ...
 
-    prompt: str
-    response: str
-    """Without the token that ends it."""
+    def levels(self, progress: dict[str, Any]) -> dict[str, float]:
+        """What is logged of it, by name."""
+        ...
 
 
 class Task(Protocol):
@@ -114,22 +158,6 @@ class Task(Protocol):
         """Which responses count as right in an evaluation, bool [N], by their rewards, float32 [N]: at least 1."""
         return rewards >= 1
 
-    def demonstrations(
-        self, *, seed: int, step: int, count: int, scratchpad_fraction: float
-    ) -> Sequence[Demonstration]:
-        """What the warm start imitates at one of its steps: a pure function of the arguments.
-
-        Args:
-          seed: of the run.
-          step: of the warm start, from 1.
-          count: how many are wanted.
-          scratchpad_fraction: the probability of each to have step-by-step reasoning, where the task knows such.
-
-        Returns:
-          As many as are wanted, or none where the task has no solutions to imitate.
-        """
-        return ()
-
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> list[list[int]]:
     """The token ids of each problem's prompt, unpadded, without a beginning-of-sequence token."""
@@ -138,7 +166,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Proble
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """The token ids of each text, and no others."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    # transformers takes no empty list
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
 def decode_responses(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 from dcjax.data.chat import Thinking, chat_prompt
 from dcjax.data.datasets import DAPO_INSTRUCTIONS
-from dcjax.rewards.boxed import last_box
-from dcjax.rewards.math import answer_line, answer_line_reward, math_reward
+from dcjax.rewards.answers import PLACES, Place, judge
+from dcjax.rewards.math import answer_line_reward, math_reward
 from dcjax.rewards.processes import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TemplateName = Literal["boxed", "dapo"]
+TemplateName = Place
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,14 @@ class Template:
 
     before: str
     after: str
+    shown: str
+    """An answer where it is asked for, {} standing for it."""
     extract: Callable[[str], str | None]
     """Finds the answer in a response, as written; returns None if there is none."""
     reward: Reward
     """Scores what `extract` finds."""
+    system_prompt: str = ""
+    """What the system says before the question."""
     thinking: Thinking = "auto"
     """What a chat template is told of thinking."""
     answer_start: str = ""
@@ -37,13 +42,23 @@ class Template:
         """The question with its instructions."""
         return f"{self.before}{question}{self.after}"
 
+    def show(self, answer: str) -> str:
+        """A response of nothing but the answer, where `extract` finds it."""
+        return self.shown.replace("{}", answer)
+
     def prompt(self, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
         """The text that the model continues; as `chat_prompt`.
 
         Raises:
           ValueError: as `chat_prompt`.
         """
-        return chat_prompt(tokenizer, self.message(question), thinking=self.thinking, answer_start=self.answer_start)
+        return chat_prompt(
+            tokenizer,
+            self.message(question),
+            system_prompt=self.system_prompt,
+            thinking=self.thinking,
+            answer_start=self.answer_start,
+        )
 
 
 def check_answer_start(text: str) -> None:
@@ -52,7 +67,7 @@ def check_answer_start(text: str) -> None:
     Raises:
       ValueError: it does; the message begins with the name of the field, answer_start.
     """
-    for place in ("boxed", "fbox", "Answer:"):
+    for place in ("boxed", "fbox", "Answer:", "<answer>"):
         if place in text:
             raise ValueError(
                 f"answer_start is {text!r}; it must not hold {place!r}, since the answer is read from what follows it"
@@ -64,14 +79,34 @@ templates: dict[TemplateName, Template] = {
     "boxed": Template(
         before="",
         after="\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        extract=last_box,
+        shown=r"\boxed{{}}",
+        extract=PLACES["boxed"],
         reward=math_reward,
     ),
     # as published in DAPO-Math-17k
     "dapo": Template(
         before=DAPO_INSTRUCTIONS[0],
         after=DAPO_INSTRUCTIONS[1],
-        extract=answer_line,
+        shown="Answer: {}",
+        extract=PLACES["dapo"],
         reward=answer_line_reward,
+    ),
+    "tags": Template(
+        before="",
+        after="\n\nPut your final answer between <answer> and </answer>, and nothing else there.",
+        shown="<answer>{}</answer>",
+        extract=PLACES["tags"],
+        reward=partial(judge, place="tags", comparison="math"),
+    ),
+    "last_line": Template(
+        before="",
+        after="\n\nThe last line of your response must be the final answer, and nothing else.",
+        shown="{}",
+        extract=PLACES["last_line"],
+        reward=partial(judge, place="last_line", comparison="math"),
+    ),
+    # the question says all
+    "bare": Template(
+        before="", after="", shown="{}", extract=PLACES["bare"], reward=partial(judge, place="bare", comparison="math")
     ),
 }

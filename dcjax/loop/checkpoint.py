@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +41,8 @@ class Cursor:
     """Train prompts consumed."""
     rollout_key: list[int]
     """Raw data of the PRNG key that the next rollout's key is split from."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Where a curriculum stands (`dcjax.data.task.Curriculum`), in values of JSON."""
 
 
 class Checkpoints:

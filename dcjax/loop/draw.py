@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcjax.data.task import Problem, encode_prompts
+from dcjax.data.task import Curriculum, Problem, Problems, encode_prompts
 from dcjax.keys import as_key
 from dcjax.loop.checkpoint import Cursor
-from dcjax.loop.reward_collector import RewardCollector
+from dcjax.loop.reward_collector import RewardCollector, Scores
 from dcjax.loop.rollouts import Rollouts
 from dcjax.loop.self_checks import SampleCheck
 from dcjax.loop.setup import Setup
 from dcjax.recipe.build import objective_of, reads_sampler
 from dcjax.serving.scoring import Reading
-from dcjax.sharding.hosts import Preemption, gather
+from dcjax.sharding.hosts import Preemption
 from dcjax.spans import span
 from dcjax.types import Rollout
 from dcjax.user_code import refusals_of
@@ -35,13 +35,26 @@ class Sampled:
 
     problems: Sequence[Problem]
     rollout: Rollout
-    rewards: np.ndarray
-    # prompts that the task gave for them, those of groups that were left out included
-    prompts_taken: int
+    scores: Scores
+    # every problem that the task gave for them, those of groups that were left out included, and which share of the
+    # responses to it was right
+    attempted: Sequence[tuple[Problem, float]]
     # that it took to sample and to reward them, of all rounds
     seconds: float
     # of all responses, where the objective reads the sampler's whole distributions
     reading: Reading | None = None
+    # of a curriculum, as these problems were drawn
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prompts_taken(self) -> int:
+        """How many prompts the task gave."""
+        return len(self.attempted)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Of each response, float32 [N]."""
+        return self.scores.rewards
 
     @property
     def group_size(self) -> int:
@@ -55,8 +68,13 @@ class Sampled:
             self,
             problems=[self.problems[group] for group in groups],
             rollout=jax.tree.map(lambda leaf: leaf[rows], self.rollout),
-            rewards=self.rewards[rows],
+            scores=self.scores.of_rows(rows),
         )
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it, by the names of metrics.jsonl."""
+        levels = {f"curriculum/{name}": float(level) for name, level in self.levels.items()}
+        return {"prompts_taken": self.prompts_taken} | self.scores.part_means() | levels
 
     @classmethod
     def joined(cls, parts: list[Sampled]) -> Sampled:
@@ -64,8 +82,8 @@ class Sampled:
         return cls(
             problems=[problem for part in parts for problem in part.problems],
             rollout=jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.rollout for part in parts)),
-            rewards=np.concatenate([part.rewards for part in parts]),
-            prompts_taken=sum(part.prompts_taken for part in parts),
+            scores=Scores.joined([part.scores for part in parts]),
+            attempted=[each for part in parts for each in part.attempted],
             seconds=sum(part.seconds for part in parts),
         )
 
@@ -92,9 +110,13 @@ class Draw:
         """
         key, rollout_key = jax.random.split(as_key(jnp.array(cursor.rollout_key, jnp.uint32)))
         self._check.begins(cursor.step)
-        sampled = self._once(serving, cursor.data_cursor, rollout_key)
+        problems, progress, levels = self._setup.problems, cursor.progress, {}
+        curriculum = problems if isinstance(problems, Curriculum) else None
+        if curriculum is not None:
+            problems, levels = curriculum.at(progress), curriculum.levels(progress)
+        sampled = self._once(serving, problems, cursor.data_cursor, rollout_key)
         if objective_of(self._setup.config).requires.mixed_groups:
-            sampled = self._without_equal_groups(sampled, serving, cursor.data_cursor, rollout_key)
+            sampled = self._without_equal_groups(sampled, serving, problems, cursor.data_cursor, rollout_key)
         if self._setup.config.self_checks and not self._setup.config.mismatch.raw_logps:
             self._check.sampled(sampled.rollout, sampled.group_size)
         if reads_sampler(self._setup.config):
@@ -104,10 +126,13 @@ class Draw:
             step=cursor.step + 1,
             data_cursor=cursor.data_cursor + sampled.prompts_taken,
             rollout_key=jax.random.key_data(key).tolist(),
+            progress=progress if curriculum is None else curriculum.after(progress, sampled.attempted),
         )
-        return sampled, following
+        return replace(sampled, levels=levels), following
 
-    def _without_equal_groups(self, sampled: Sampled, serving: Any, cursor: int, key: jax.Array) -> Sampled:
+    def _without_equal_groups(
+        self, sampled: Sampled, serving: Any, problems: Problems, cursor: int, key: jax.Array
+    ) -> Sampled:
         """Problems whose rewards differ within their group, of as many rounds as it takes (DAPO's dynamic sampling).
 
         What `SAMPLING_ROUNDS` cannot fill is filled with groups of equal rewards, which the objective drops.
@@ -120,17 +145,18 @@ class Draw:
             if (~equal).sum() >= wanted or len(rounds) == SAMPLING_ROUNDS:
                 # stable: groups that differ first, each kind in the order in which it was sampled
                 return joined.of_groups(np.argsort(equal, kind="stable")[:wanted])
-            rounds.append(self._once(serving, cursor + joined.prompts_taken, jax.random.fold_in(key, len(rounds))))
+            key_of_round = jax.random.fold_in(key, len(rounds))
+            rounds.append(self._once(serving, problems, cursor + joined.prompts_taken, key_of_round))
 
-    def _once(self, serving: Any, cursor: int, key: jax.Array) -> Sampled:
+    def _once(self, serving: Any, supply: Problems, cursor: int, key: jax.Array) -> Sampled:
         """One round: the responses to the next prompts, rewarded while others are still decoded."""
         setup, settings, engine = self._setup, self._setup.config.rollout, self._setup.engines["deployed"]
         began = time.perf_counter()
         if setup.config.self_checks:
             self._check.key(key)
         with span("data"):
-            with refusals_of(setup.config.task, setup.problems):
-                problems = setup.problems.problems("train", setup.config.seed, cursor, settings.prompts)
+            with refusals_of(setup.config.task, supply):
+                problems = supply.problems("train", setup.config.seed, cursor, settings.prompts)
             prompts = encode_prompts(setup.tokenizer, problems)
         collector = RewardCollector(setup.rewards, setup.tokenizer, problems, samples_per_prompt=settings.group_size)
         sampling = self._rollouts.begin(serving, prompts, key)
@@ -140,8 +166,13 @@ class Draw:
             self._preemption.check(engine.mesh)
         rollout = sampling.rollout()
         with span("rewards"):
-            rewards = gather(collector.result(), engine.mesh) + self._length_rewards(rollout)
-        return Sampled(problems, rollout, rewards, len(problems), time.perf_counter() - began)
+            scores = collector.result().of_all_processes(engine.mesh)
+            with refusals_of(setup.config.task):
+                solved = setup.config.task.solved(scores.graded)
+            scores = replace(scores, rewards=scores.rewards + self._length_rewards(rollout))
+        shares = np.mean(np.reshape(solved, (len(problems), -1)), axis=1).tolist()
+        attempted = list(zip(problems, shares, strict=True))
+        return Sampled(problems, rollout, scores, attempted, time.perf_counter() - began)
 
     def _length_rewards(self, rollout: Rollout) -> np.ndarray:
         config, lengths = self._setup.config, np.asarray(rollout.response_mask).sum(axis=1)

@@ -51,7 +51,7 @@ def responses(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[str]
 def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Params, version: int) -> list[Accuracy]:
     """One sample of each held-out prompt by each engine, from the same float32 masters; hosts share the scoring.
 
-    Which rewards make a response right, the task says (`Task.solved`).
+    Which rewards, or correctness parts of rewards, make a response right, the task says (`Task.solved`).
 
     Raises:
       RunError: a policy whose log-probs are not finite, or a reward that fails.
@@ -66,9 +66,9 @@ def evaluate(setup: Setup, engines: Mapping[PolicyName, Qwen3Engine], params: Pa
         rollout = _sample(engine, engine.sync(params, version), prompts, settings.temperature, collector)
         return_freed_memory()
         _require_finite(policy, rollout, engine)
-        scores = collector.result()
+        graded = collector.result().graded
         with refusals_of(setup.config.task):
-            solved = setup.config.task.solved(scores)
+            solved = setup.config.task.solved(graded)
         correct = total(int(np.sum(solved)), engine.mesh)
         interval = wilson_interval(correct, settings.prompts)
         accuracy = correct / settings.prompts

@@ -86,6 +86,7 @@ class RunLog:
                 prompt=sampled.problems[row // sampled.group_size].prompt,
                 response=text,
                 reward=float(sampled.rewards[row]),
+                parts=sampled.scores.parts_of(row),
                 finished=bool(sampled.rollout.finished[row]),
                 policy_version=int(sampled.rollout.versions[row, 0]),
             )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from dcjax.data.datasets import Example
 from dcjax.data.task import Problem, Problems, decode_responses
@@ -17,8 +20,8 @@ from dcjax.recipe.config import Config
 from dcjax.rewards.golds import unreadable
 from dcjax.rewards.in_process import Rewards
 from dcjax.rewards.pool import Pending, RewardError
-from dcjax.rewards.processes import Reward
-from dcjax.sharding.hosts import is_main, share
+from dcjax.rewards.processes import CORRECT, Reward
+from dcjax.sharding.hosts import gather, is_main, of_all_processes, share
 from dcjax.user_code import refusals_of
 
 if TYPE_CHECKING:
@@ -104,6 +107,51 @@ def tell_timeouts(timeouts: int, answers: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of N responses, and of those that consist of parts, each part by its name; NaN where one has none."""
+
+    rewards: Float32[np.ndarray, "N"]
+    parts: dict[str, Float32[np.ndarray, "N"]] = field(default_factory=dict)
+
+    @property
+    def graded(self) -> Float32[np.ndarray, "N"]:
+        """What accuracies are told by (`Task.solved`): the part `CORRECT`, or the reward of an answer without one."""
+        correct = self.parts.get(CORRECT, self.rewards)
+        return np.where(np.isnan(correct), self.rewards, correct)
+
+    def of_rows(self, rows: np.ndarray) -> Self:
+        """Those of some responses."""
+        return type(self)(self.rewards[rows], {name: part[rows] for name, part in self.parts.items()})
+
+    @classmethod
+    def joined(cls, scores: Sequence[Scores]) -> Self:
+        """One after the other."""
+        names = {name for each in scores for name in each.parts}
+        return cls(
+            np.concatenate([each.rewards for each in scores]),
+            {name: np.concatenate([each.part(name) for each in scores]) for name in sorted(names)},
+        )
+
+    def part(self, name: str) -> Float32[np.ndarray, "N"]:
+        """A part; NaN where none of the rewards has it."""
+        return self.parts.get(name, np.full(len(self.rewards), np.nan, np.float32))
+
+    def of_all_processes(self, mesh: Mesh) -> Self:
+        """Those of all processes, in order, on each of them; mesh as for `gather`."""
+        names = {name for each in of_all_processes({"names": list(self.parts)}, mesh) for name in each["names"]}
+        rewards, parts = gather((self.rewards, {name: self.part(name) for name in sorted(names)}), mesh)
+        return type(self)(rewards, parts)
+
+    def parts_of(self, row: int) -> dict[str, float]:
+        """The parts of one reward, by name."""
+        return {name: float(part[row]) for name, part in sorted(self.parts.items()) if not np.isnan(part[row])}
+
+    def part_means(self) -> dict[str, float]:
+        """The mean of each part over the responses that have it, by the names of metrics.jsonl."""
+        return {f"reward_parts/{name}": float(np.nanmean(part)) for name, part in sorted(self.parts.items())}
+
+
 class RewardCollector:
     """The scores of one rollout, begun as its samples end: of this process's share of the problems.
 
@@ -125,42 +173,43 @@ class RewardCollector:
         mine = share(len(problems))
         self._rewards, self._tokenizer = rewards, tokenizer
         self._first = mine.start * samples_per_prompt
-        self._golds = [problem.answer for problem in problems[mine] for _ in range(samples_per_prompt)]
+        self._asked = [problem for problem in problems[mine] for _ in range(samples_per_prompt)]
         self._begun: list[tuple[list[int], Pending]] = []
 
     def submit(self, ended: Ended) -> None:
         """Begins to reward samples that have ended."""
         places = ended.samples - self._first
-        mine = np.flatnonzero((places >= 0) & (places < len(self._golds)))
+        mine = np.flatnonzero((places >= 0) & (places < len(self._asked)))
         if not len(mine):
             return
         rows = places[mine].tolist()
         finished = ended.finished[mine]
         texts = decode_responses(self._tokenizer, [ended.responses[number] for number in mine], finished)
-        scores = self._rewards.submit(texts, [self._golds[row] for row in rows], finished)
+        asked = [self._asked[row] for row in rows]
+        known = [{name: getattr(problem, name, None) for name in self._rewards.asks} for problem in asked]
+        scores = self._rewards.submit(texts, [problem.answer for problem in asked], finished, known)
         self._begun.append((rows, scores))
 
-    def result(self) -> np.ndarray:
-        """Waits for the scores of all samples; float32, in their order, of this process's share.
+    def result(self) -> Scores:
+        """Waits for the scores of all samples, in their order, of this process's share.
 
         Raises:
           RunError: the reward raised on one of them, is not finite, or takes too long at its first call.
         """
-        scores, timeouts = np.zeros(len(self._golds), np.float32), 0
-        for rows, part in self._begun:
-            scores[rows] = self._result(rows, part)
-            timeouts += part.timeouts
-        tell_timeouts(timeouts, len(scores))
-        return scores
+        scores = Scores.joined([Scores(np.zeros(0, np.float32)), *(self._result(*part) for part in self._begun)])
+        tell_timeouts(sum(part.timeouts for _, part in self._begun), len(scores.rewards))
+        # every sample has ended once
+        order = np.argsort([row for rows, _ in self._begun for row in rows])
+        return scores.of_rows(order)
 
-    def _result(self, rows: list[int], part: Pending) -> np.ndarray:
+    def _result(self, rows: list[int], part: Pending) -> Scores:
         try:
-            return part.result()
+            return Scores(part.result(), part.parts)
         except RewardError as error:
             response = self._first + rows[error.answer]
             raise RunError(
-                f"the reward function failed on response {response}: {error.told}; a reward returns a number for "
-                "every text"
+                f"the reward function failed on response {response}: {error.told}; a reward returns a number, or its "
+                "parts by name, for every text"
             ) from error
         except RuntimeError as error:
             raise RunError(one_line(error)) from error

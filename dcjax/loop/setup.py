@@ -140,7 +140,7 @@ def begin(setup: Setup) -> tuple[TrainState, Cursor]:
     """The state before RL, fresh parameters warmed up, and the cursor at the first prompt."""
     config = setup.config
     with compiled_beside(config, setup.mesh, setup.engines):
-        params = warm_start(config, setup.mesh, setup.tokenizer)
+        params = warm_start(config, setup.mesh, setup.tokenizer, setup.problems)
     key = jax.random.fold_in(make_key(config.seed), 1)
     cursor = Cursor(step=0, data_cursor=0, rollout_key=jax.random.key_data(key).tolist())
     past = PastParams.needed_by(config)

@@ -72,7 +72,7 @@ class Updater:
         values = {name: value for name, value in values.items() if not name.startswith("check/")}
         if values.get("dual/saturated") == ALARM:
             self._warn_of_saturation(number, values["dual/multiplier"])
-        return state, values | settings | {"prompts_taken": sampled.prompts_taken}
+        return state, values | settings | sampled.metrics()
 
     def _with_reading(self, placed: Batch, packed: Batch, sampled: Sampled) -> Batch:
         """The batch with what the sampler's distributions are made of, in the order of its rows."""

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from dcjax.data.task import supervised_batch
+from dcjax.data.task import Problems, supervised_batch
 from dcjax.errors import RunError
 from dcjax.models.config import DtypeName, ModelConfig
 from dcjax.recipe.build import compile_step, initial_state, make_apply_fn, metrics_to_host, starting_params
@@ -35,7 +35,7 @@ LOG_EVERY = 10
 """Updates between lines of warm_start.jsonl."""
 
 
-def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -> Params:
+def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, problems: Problems) -> Params:
     """Starting parameters after `config.warm_start.steps` supervised updates; logs to warm_start.jsonl.
 
     Raises:
@@ -45,16 +45,18 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast) -
     params = starting_params(config, mesh)
     with _Log(config) as log:
         # without updates there is no need of an optimiser, whose moments are twice the parameters
-        return _imitate(config, mesh, tokenizer, params, log) if config.warm_start.steps else params
+        return _imitate(config, mesh, tokenizer, problems, params, log) if config.warm_start.steps else params
 
 
-def _imitate(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, params: Params, log: _Log) -> Params:
+def _imitate(
+    config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, problems: Problems, params: Params, log: _Log
+) -> Params:
     """The parameters after all updates; those that are given are donated."""
     settings, packing = config.warm_start, config.warm_start_packing()
     tx, update = _compile_update(config.model, settings, packing.bins, mesh)
     state = initial_state(config, mesh, tx, params)
     for count in range(1, settings.steps + 1):
-        batch = packing(_batch(config, tokenizer, count))
+        batch = packing(_batch(config, tokenizer, problems, count))
         state, metrics = update(state, place(batch, batch_sharding(mesh)))
         if count % LOG_EVERY == 0 or count == settings.steps:
             values = metrics_to_host(metrics)
@@ -112,11 +114,11 @@ def _optimizer(settings: WarmStartConfig, compute: DtypeName) -> optax.GradientT
     return optax.with_extra_args_support(scale_loss(descent, compute))
 
 
-def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
+def _batch(config: Config, tokenizer: PreTrainedTokenizerFast, problems: Problems, step: int) -> Batch:
     settings, rollout = config.warm_start, config.rollout
     early = step <= EARLY_SHARE * settings.steps
-    with refusals_of(config.task):
-        demonstrations = config.task.demonstrations(
+    with refusals_of(config.task, problems):
+        demonstrations = problems.demonstrations(
             seed=config.seed,
             step=step,
             count=settings.batch_size,

@@ -129,6 +129,7 @@ class Transcripts(StepLog):
         reward: float,
         finished: bool,
         policy_version: int,
+        parts: Mapping[str, float] | None = None,
         prob_diff_mean: float | None = None,
     ) -> None:
         """Writes one sample.
@@ -140,18 +141,21 @@ class Transcripts(StepLog):
           reward: the response's reward.
           finished: whether the response ended with an end token rather than at the length limit.
           policy_version: version of the weights that sampled the response: the number of updates before them.
+          parts: of the reward, by name; omitted where there are none.
           prob_diff_mean: mean of |p_train − p_infer| over the response's tokens; omitted if None.
 
         Raises:
           ValueError: if `reward` or `prob_diff_mean` is not finite.
         """
-        fields = {
+        fields: dict[str, Any] = {
             "prompt": prompt,
             "response": response,
             "reward": float(reward),
             "finished": bool(finished),
             "policy_version": int(policy_version),
         }
+        if parts:
+            fields["reward_parts"] = dict(parts)
         if prob_diff_mean is not None:
             fields["prob_diff_mean"] = float(prob_diff_mean)
         self.append(step, fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from dcjax.rewards.pool import Pending, RewardPool
-from dcjax.rewards.processes import Reward, describe, score
+from dcjax.rewards.processes import Reward, Score, asked_for, describe, score
 from dcjax.user_code import find
 
 
@@ -26,17 +26,29 @@ class InProcessRewards:
     counters: None = None
     """It has no limits whose effects could be counted."""
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What the reward is to be told beside its arguments."""
+        return asked_for(self.reward)
+
     def submit(
-        self, texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool] | Bool[np.ndarray, "N"]
+        self,
+        texts: Sequence[str],
+        golds: Sequence[str],
+        finished: Sequence[bool] | Bool[np.ndarray, "N"],
+        known: Sequence[Mapping[str, Any]] | None = None,
     ) -> Pending:
         """Like `RewardPool.submit`, but the rewards are computed before it returns."""
-        answers = zip(texts, golds, map(bool, finished), strict=True)
+        known = [{}] * len(texts) if known is None else known
+        answers = zip(texts, golds, map(bool, finished), known, strict=True)
         with _interrupts_noted() as interrupts:
             return Pending.of([self._score(*answer, interrupts) for answer in answers])
 
-    def _score(self, text: str, gold: str, finished: bool, interrupts: list[int]) -> float | str:
+    def _score(
+        self, text: str, gold: str, finished: bool, known: Mapping[str, Any], interrupts: list[int]
+    ) -> Score | str:
         try:
-            return score(self.reward, text, gold, finished)
+            return score(self.reward, text, gold, finished, known)
         except BaseException as error:
             if interrupts:
                 raise KeyboardInterrupt from error

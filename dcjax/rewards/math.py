@@ -43,7 +43,7 @@ def math_reward(text: str, gold: str, *, finished: bool) -> float:
       gold: the right answer in LaTeX, without its box.
       finished: whether the end token was generated; a response that was cut off scores 0.
     """
-    return _score(last_box(text), gold) if finished else 0.0
+    return _score(last_box(text) if finished else None, gold)
 
 
 def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
@@ -51,7 +51,7 @@ def answer_line_reward(text: str, gold: str, *, finished: bool) -> float:
 
     X is what `answer_line` finds. In all else it is `math_reward`.
     """
-    return _score(answer_line(text), gold) if finished else 0.0
+    return _score(answer_line(text) if finished else None, gold)
 
 
 def answer_line(text: str) -> str | None:
@@ -96,21 +96,25 @@ def readable(gold: str) -> bool:
     return read_number(gold) is not None or (not _is_hostile(gold) and verify.readable(gold))
 
 
-def _score(answer: str | None, gold: str) -> float:
-    """1.0 if there is an answer and it equals `gold`, else 0.0."""
-    answer, gold = (answer or "").strip(), gold.strip()
+def same_answer(answer: str, gold: str) -> bool:
+    """Whether an answer equals `gold`, both in LaTeX: the comparison of `math_reward`."""
+    answer, gold = answer.strip(), gold.strip()
     if not answer:
-        return 0.0
+        return False
     if answer == gold:
-        return 1.0
+        return True
     given, expected = read_number(answer), read_number(gold)
     if given is not None and expected is not None:
-        return float(same_number(given, expected))
+        return same_number(given, expected)
     if _is_hostile(answer):
-        return 0.0
+        return False
     if not readable(gold):
-        return float(_TOKEN.findall(answer) == _TOKEN.findall(gold))
-    return float(verify.equal(answer, gold))
+        return _TOKEN.findall(answer) == _TOKEN.findall(gold)
+    return verify.equal(answer, gold)
+
+
+def _score(answer: str | None, gold: str) -> float:
+    return float(answer is not None and same_answer(answer, gold))
 
 
 def _is_hostile(answer: str) -> bool:

@@ -10,18 +10,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from dcjax.rewards import processes
-from dcjax.rewards.processes import Reward
+from dcjax.rewards.processes import Reward, Score
 from dcjax.user_code import code_files_in, function_of
 
 PATIENCE = 10.0
@@ -62,6 +63,9 @@ class Pending:
     def __init__(self, size: int):
         self.timeouts = 0
         """How many answers have taken too long so far; final once there is a result."""
+        self.parts: dict[str, np.ndarray] = {}
+        """The parts of rewards that consist of such, by name, float32 [N], NaN where an answer has none; complete once
+        there is a result."""
         self._scores = np.zeros(size, np.float32)
         self._left = size
         self._raised: dict[int, str] = {}
@@ -71,7 +75,7 @@ class Pending:
             self._over.set()
 
     @classmethod
-    def of(cls, scores: Sequence[float | str]) -> Pending:
+    def of(cls, scores: Sequence[Score | str]) -> Pending:
         """Scores that are known already; in place of each that could not be computed, `processes.describe`."""
         pending = cls(len(scores))
         for index, score in enumerate(scores):
@@ -96,8 +100,11 @@ class Pending:
             raise RewardError(first, self._raised[first])
         return self._scores
 
-    def _set(self, index: int, score: float) -> None:
-        self._scores[index] = score
+    def _set(self, index: int, score: Score) -> None:
+        parts = score if isinstance(score, dict) else {}
+        for name, part in parts.items():
+            self.parts.setdefault(name, np.full(len(self._scores), np.nan, np.float32))[index] = part
+        self._scores[index] = sum(parts.values()) if isinstance(score, dict) else score
         self._left -= 1
         if not self._left:
             self._over.set()
@@ -117,7 +124,8 @@ class _Job:
 
     pending: Pending
     index: int
-    answer: tuple[str, str, bool]
+    # text, gold, whether it is finished, and what else is known
+    answer: tuple[str, str, bool, Mapping[str, Any]]
     deaths: int = 0
 
 
@@ -150,7 +158,10 @@ class _Worker:
             self.warm, self.deadline = True, time.monotonic() + self._timeout
             return True
         if reply.startswith(processes.SCORE):
-            job.pending._set(job.index, *processes.FLOAT64.unpack(reply[1:]))
+            try:
+                job.pending._set(job.index, processes.read_score(reply[1:]))
+            except (ValueError, RecursionError):
+                return False
         else:
             job.pending._set_error(job.index, reply[1:].decode())
         self.job, self.deadline = None, math.inf
@@ -244,6 +255,8 @@ class RewardPool:
             raise ValueError(
                 f"reward is {reward!r} of `__main__`, which workers do not import; give it a module of its own"
             )
+        self.asks = processes.asked_for(reward)
+        """What the reward is to be told beside its arguments."""
         self.counters = Counters()
         self._size, self._memory = workers, memory
         self._limits = {"timeout": timeout, "warm_up": warm_up}
@@ -267,7 +280,11 @@ class RewardPool:
         self._woken.close()
 
     def submit(
-        self, texts: Sequence[str], golds: Sequence[str], finished: Sequence[bool] | Bool[np.ndarray, "N"]
+        self,
+        texts: Sequence[str],
+        golds: Sequence[str],
+        finished: Sequence[bool] | Bool[np.ndarray, "N"],
+        known: Sequence[Mapping[str, Any]] | None = None,
     ) -> Pending:
         """Begins to score answers, after those submitted before, and returns at once.
 
@@ -275,17 +292,20 @@ class RewardPool:
           texts: N responses.
           golds: their N right answers.
           finished: whether each response's end token was generated.
+          known: of each, what the reward is told beside them (`processes.asked_for`); nothing where absent.
 
         Raises:
           ValueError: the lengths differ.
           RuntimeError: the pool is not open, or its processes could not be started.
         """
-        if not len(texts) == len(golds) == len(finished):
+        known = [{}] * len(texts) if known is None else known
+        if not len(texts) == len(golds) == len(finished) == len(known):
             raise ValueError(
-                f"{len(texts)} texts, {len(golds)} golds and {len(finished)} finished; give equally many of each"
+                f"{len(texts)} texts, {len(golds)} golds, {len(finished)} finished and {len(known)} known; give "
+                "equally many of each"
             )
         pending = Pending(len(texts))
-        answers = zip(texts, golds, map(bool, finished), strict=True)
+        answers = zip(texts, golds, map(bool, finished), known, strict=True)
         with self._lock:
             if self._over is not None:
                 raise RuntimeError(f"answers cannot be scored: {self._over}") from self._over

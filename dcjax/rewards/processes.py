@@ -11,6 +11,8 @@ pickled.
 from __future__ import annotations
 
 import gc
+import inspect
+import json
 import os
 import pickle
 import reprlib
@@ -19,7 +21,7 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
@@ -27,11 +29,21 @@ from typing import Any, cast
 
 from dcjax.user_code import failure, function_of
 
-Reward = Callable[..., float]
-"""Any picklable function (text, gold, *, finished) -> float.
+Score = float | dict[str, float]
+"""The reward of a response, or the named parts whose sum it is."""
+Reward = Callable[..., float | Mapping[str, float]]
+"""Any picklable function (text, gold, *, finished) -> a number, or numbers by the names of the reward's parts.
 
-text: the response, without special tokens; gold: the right answer; finished: whether the end token was generated.
+text: the response, without special tokens; gold: the right answer; finished: whether the end token was generated. One
+that also takes keywords of `KNOWN` is told them: prompt, the text that was continued, and record, what else the problem
+came with. The reward is the sum of its parts, of which `CORRECT`, if there is one, is what accuracies count.
 """
+KNOWN = ("prompt", "record")
+"""What a reward may ask for beside its arguments, by the names of a problem's members."""
+CORRECT = "correct"
+"""The part of a reward that says whether the answer is right."""
+MOST_PARTS = 32
+"""Of a reward."""
 
 RETIRED = 0
 """Exit status of a worker that has grown and ends after its reply, so that what SymPy keeps fails no answer."""
@@ -40,7 +52,7 @@ OUT_OF_MEMORY = 3
 
 FORK = "fork"
 SCORE, RAISED, WARM = b"=", b"!", b"~"
-"""The first byte of a reply: a float64 follows, or `describe`, or nothing when the reward's first call is over."""
+"""The first byte of a reply: the score in JSON follows, or `describe`, or nothing when the first call is over."""
 FLOAT64 = struct.Struct("d")
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 
@@ -109,7 +121,7 @@ def work(pool: Connection, reward: Reward, memory: int) -> int:
     the reward loads in that call counts towards the worker's own memory, and not towards the answer's time.
 
     Args:
-      pool: the connection that gives (text, gold, finished), and takes replies.
+      pool: the connection that gives (text, gold, finished, what else is known), and takes replies.
       reward: the reward function.
       memory: bytes of address space that the first call may add to those which the reward's imports take, and that
         answers may add to those which the first call leaves.
@@ -117,15 +129,14 @@ def work(pool: Connection, reward: Reward, memory: int) -> int:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, _address_space() + memory, for_good=False)
     try:
-        text, gold, finished = pool.recv()
-        _reply(reward, f"\\boxed{{{gold}}}\nAnswer: {gold}", gold, True)
+        text, gold, finished, known = pool.recv()
+        _reply(reward, f"\\boxed{{{gold}}}\nAnswer: {gold}", gold, True, known)
         pool.send_bytes(WARM)
         own = _address_space()
         _limit(resource.RLIMIT_AS, own + memory)
-        pool.send_bytes(_reply(reward, text, gold, finished))
+        pool.send_bytes(_reply(reward, text, gold, finished, known))
         while _address_space() - own <= memory // 2:
-            text, gold, finished = pool.recv()
-            pool.send_bytes(_reply(reward, text, gold, finished))
+            pool.send_bytes(_reply(reward, *pool.recv()))
     except MemoryError:
         return OUT_OF_MEMORY
     except (EOFError, OSError):
@@ -143,14 +154,38 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def score(reward: Reward, text: str, gold: str, finished: bool) -> float:
-    """The reward of a response.
+def asked_for(reward: Reward) -> tuple[str, ...]:
+    """Those of `KNOWN` that a reward takes as keywords."""
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # a function without one, such as some built-in ones
+        return ()
+    return tuple(name for name in KNOWN if name in parameters)
+
+
+def score(reward: Reward, text: str, gold: str, finished: bool, known: Mapping[str, Any]) -> Score:
+    """The reward of a response, or its parts.
 
     Raises:
-      TypeError: it is no number.
-      ValueError: it is not finite in float32.
+      TypeError: it is neither a number nor numbers by name.
+      ValueError: a number, or the sum of the parts, is not finite in float32; or there is no part, or too many.
     """
-    value = reward(text, gold, finished=finished)
+    value = reward(text, gold, finished=finished, **known)
+    if not isinstance(value, Mapping):
+        return _finite("the reward", value, gold)
+    if not 1 <= len(value) <= MOST_PARTS:
+        raise ValueError(f"the reward has {len(value)} parts, for gold {gold!r}; it must have 1 to {MOST_PARTS}")
+    for name in value:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise TypeError(
+                f"a part of the reward is called {name!r}; its name must be an identifier, like {CORRECT!r}"
+            )
+    parts = {name: _finite(f"the reward's part {name!r}", part, gold) for name, part in value.items()}
+    _finite("the reward", sum(parts.values()), gold)
+    return parts
+
+
+def _finite(what: str, value: Any, gold: str) -> float:
     try:
         (number,) = FLOAT64.unpack(FLOAT64.pack(value))
         is_number = getattr(value, "shape", ()) == ()
@@ -158,10 +193,23 @@ def score(reward: Reward, text: str, gold: str, finished: bool) -> float:
         number, is_number = 0.0, False
     if not is_number:
         found = f"{reprlib.repr(value)}, a {type(value).__name__}"
-        raise TypeError(f"the reward is {found}, for gold {gold!r}; it must be a finite number")
+        raise TypeError(f"{what} is {found}, for gold {gold!r}; it must be a finite number")
     if not abs(number) <= LARGEST:
-        raise ValueError(f"the reward is {number}, for gold {gold!r}; it must be a finite number")
+        raise ValueError(f"{what} is {number}, for gold {gold!r}; it must be a finite number")
     return number
+
+
+def read_score(told: bytes) -> Score:
+    """The score in a worker's reply, which is not trusted.
+
+    Raises:
+      ValueError: it is none.
+    """
+    score = json.loads(told)
+    parts = score.values() if isinstance(score, dict) else [score]
+    if not (1 <= len(parts) <= MOST_PARTS and all(type(part) is float and abs(part) <= LARGEST for part in parts)):
+        raise ValueError("no score")
+    return score
 
 
 def describe(error: BaseException, reward: Reward) -> str:
@@ -171,9 +219,9 @@ def describe(error: BaseException, reward: Reward) -> str:
     return f"{told}\n{''.join(traceback.format_exception(error))}"
 
 
-def _reply(reward: Reward, text: str, gold: str, finished: bool) -> bytes:
+def _reply(reward: Reward, text: str, gold: str, finished: bool, known: Mapping[str, Any]) -> bytes:
     try:
-        return SCORE + FLOAT64.pack(score(reward, text, gold, finished))
+        return SCORE + json.dumps(score(reward, text, gold, finished, known)).encode()
     except MemoryError:
         raise
     except BaseException as error:

@@ -199,11 +199,11 @@ def total(count: int, mesh: Mesh | None = None) -> int:
     return int(gather(np.array([count], np.int32), mesh).sum())
 
 
-def of_all_processes(described: dict) -> list[dict]:
-    """One JSON object of each process, in order."""
+def of_all_processes(described: dict, mesh: Mesh | None = None) -> list[dict]:
+    """One JSON object of each process, in order; `mesh` is as for `gather`."""
     written = np.frombuffer(json.dumps(described).encode(), np.uint8)
-    lengths = gather(np.array([len(written)], np.int32))
-    padded = gather(np.pad(written, (0, lengths.max() - len(written)))[None])
+    lengths = gather(np.array([len(written)], np.int32), mesh)
+    padded = gather(np.pad(written, (0, lengths.max() - len(written)))[None], mesh)
     return [json.loads(row[:length].tobytes()) for row, length in zip(padded, lengths, strict=True)]
 
 

@@ -35,7 +35,7 @@ def test_parquet_and_jsonl_hold_the_same_examples(name, tmp_path):
 
 def test_of_a_parquet_file_only_the_columns_in_use_are_read(tmp_path):
     path = write(tmp_path / "aime24.parquet", [{"ID": 1, "Problem": "a", "Solution": "long", "Answer": "1"}])
-    assert list(read_rows(AIME, path)) == [{"Problem": "a", "Answer": "1"}]
+    assert list(read_rows(path, AIME.columns)) == [{"Problem": "a", "Answer": "1"}]
 
 
 def test_each_question_is_kept_once_and_every_row_is_accounted_for(tmp_path):

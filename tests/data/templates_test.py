@@ -13,7 +13,13 @@ CHAT = (
 )
 PLAIN = byte_tokenizer()
 # what a response that follows the template ends in
-ENDINGS = {"boxed": "So it is $\\boxed{%s}$.", "dapo": "So it is.\nAnswer: %s"}
+ENDINGS = {
+    "boxed": "So it is $\\boxed{%s}$.",
+    "dapo": "So it is.\nAnswer: %s",
+    "tags": "So it is.\n<answer>%s</answer>.",
+    "last_line": "So it is.\n%s",
+    "bare": "%s",
+}
 QUESTIONS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -40,6 +46,11 @@ def test_the_reward_judges_what_the_template_asks_for(name):
     assert template.reward(response, "34", finished=False) == 0.0
 
 
+@pytest.mark.parametrize("name", templates)
+def test_an_answer_that_is_shown_is_found(name):
+    assert templates[name].extract(templates[name].show("34")) == "34"
+
+
 def test_one_templates_answer_is_none_to_the_other():
     assert templates["boxed"].extract(ENDINGS["dapo"] % 3) is None
     assert templates["dapo"].extract(ENDINGS["boxed"] % 3) is None
@@ -50,7 +61,9 @@ def test_one_templates_answer_is_none_to_the_other():
 def test_a_prompt_holds_the_question_whole(name, question):
     before, after = templates[name].message("\0").split("\0")
     prompt = templates[name].prompt(PLAIN, question)
-    assert prompt == before + question + after and (r"\boxed{}" in after or "Answer:" in after)
+    assert prompt == before + question + after
+    asks = {"boxed": r"\boxed{}", "dapo": "Answer:", "tags": "<answer>", "last_line": "last line", "bare": ""}
+    assert asks[name] in after
 
 
 def test_a_chat_template_makes_a_turn_of_the_message(chatty):

@@ -1,5 +1,7 @@
 """A run's iterations one at a time, without its directory; and what it samples, seen or changed."""
 
+from dataclasses import replace
+
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.rollouts import InProcess
 from dcjax.loop.setup import begin, check, set_up
@@ -9,10 +11,11 @@ from dcjax.sharding.hosts import Preemption
 
 
 class Stepper:
-    """What `dcjax train` steps with."""
+    """What `dcjax train` steps with; other problems than the config's, where they are given."""
 
-    def __init__(self, config, rewards):
-        self.config, self.setup = config, set_up(check(config), rewards)
+    def __init__(self, config, rewards, problems=None):
+        checked = check(config)
+        self.config, self.setup = config, set_up(replace(checked, problems=problems or checked.problems), rewards)
         self.mesh = self.setup.mesh
         self.sampler = make_sampler(self.setup, Preemption(), InProcess(self.setup))
         self.updater = Updater(self.setup)

@@ -9,10 +9,12 @@ import tiny
 from compiling import jit
 from stepping import Stepper
 
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.errors import RunError
 from dcjax.loop import evaluate, setup
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.draw import SAMPLING_ROUNDS, Draw, Sampled
+from dcjax.loop.reward_collector import Scores
 from dcjax.loop.rollouts import InProcess
 from dcjax.models import token_logps
 from dcjax.recipe.build import abstract_state
@@ -54,7 +56,8 @@ def sampled(cursor, rewards):
         log_mass=np.zeros((rows, T), np.float32),
     )
     problems = [CONFIG.task.problem("train", 0, int(number)) for number in numbers[::G]]
-    return Sampled(problems, rollout, np.array(rewards, np.float32), rows // G, 1.0)
+    scores = Scores(np.array(rewards, np.float32))
+    return Sampled(problems, rollout, scores, [(problem, 0.0) for problem in problems], 1.0)
 
 
 @pytest.fixture
@@ -65,13 +68,13 @@ def rounds_of(monkeypatch):
         checked = setup.set_up(setup.check(CONFIG), HERE)
         draw, asked = Draw(checked, Preemption(), InProcess(checked)), []
 
-        def sample_once(serving, cursor, key):
+        def sample_once(serving, problems, cursor, key):
             asked.append((cursor, jax.random.key_data(key).tolist()))
             return sampled(cursor, rewards[min(len(asked), len(rewards)) - 1])
 
         monkeypatch.setattr(draw, "_once", sample_once)
-        first = sample_once(None, 100, jax.random.key(0))
-        return draw._without_equal_groups(first, None, 100, jax.random.key(0)), asked
+        first = sample_once(None, None, 100, jax.random.key(0))
+        return draw._without_equal_groups(first, None, checked.problems, 100, jax.random.key(0)), asked
 
     return build
 
@@ -191,9 +194,9 @@ LEARNING = replace(
 class Alternating:
     """Every group's rewards differ, so that each iteration changes the parameters."""
 
-    counters = None
+    counters, asks = None, ()
 
-    def submit(self, texts, golds, finished):
+    def submit(self, texts, golds, finished, known):
         return Pending.of([float(number % 2) for number in range(len(texts))])
 
 
@@ -314,10 +317,12 @@ def test_ahead_of_the_trainer_a_run_is_resumed_to_the_same_bits(ahead, tmp_path)
 class Lengths:
     """Scores 1 for texts of odd length; counts its calls as what its limits have stopped, after three of before."""
 
+    asks = ()
+
     def __init__(self):
         self.counters = Counters(timeouts=3)
 
-    def submit(self, texts, golds, finished):
+    def submit(self, texts, golds, finished, known=None):
         self.counters.timeouts += 1
         return Pending.of([float(len(text) % 2) for text in texts])
 
@@ -340,6 +345,33 @@ def test_responses_are_judged_while_others_are_sampled_and_what_they_earn_does_n
     assert asked > 3 and asked == metrics["reward/timeouts"]
     np.testing.assert_array_equal(parts.rollout.tokens, whole.rollout.tokens)
     np.testing.assert_array_equal(parts.rewards, whole.rewards)
+
+
+class Ladder(FixedProblems):
+    """Problems that are asked by the step that success has reached."""
+
+    def at(self, progress):
+        return FixedProblems([TextProblem(f"{progress.get('step', 0)}=", "1")], self.heldout)
+
+    def after(self, progress, attempted):
+        return {"step": progress.get("step", 0) + 1, "shares": [share for _, share in attempted]}
+
+    def levels(self, progress):
+        return {"step": progress.get("step", 0)}
+
+
+def test_a_curriculum_stands_where_the_cursor_says_and_moves_with_what_was_right():
+    """Whatever was drawn before: the cursor alone says what is asked, so that a run resumes there."""
+    ladder = Ladder([TextProblem("0=", "1")], [TextProblem("9=", "1")])
+    stepper = Stepper(SMALL, Lengths(), ladder)
+    state, cursor = stepper.begin()
+    for step in range(2):
+        state, cursor, metrics, sampled = stepper.iterate(state, cursor)
+        assert {problem.prompt for problem in sampled.problems} == {f"{step}="}
+        assert metrics["curriculum/step"] == step
+        rewards = sampled.rewards.reshape(len(sampled.problems), -1)
+        assert 0 < rewards.mean() < 1
+        assert cursor.progress == {"step": step + 1, "shares": rewards.mean(axis=1).tolist()}
 
 
 def test_long_responses_cost_reward_but_no_accuracy():

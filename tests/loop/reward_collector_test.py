@@ -15,7 +15,7 @@ from dcjax.data.mathematics import MathTask
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.errors import RunError
-from dcjax.loop.reward_collector import TOLD, RewardCollector, check_golds, open_rewards
+from dcjax.loop.reward_collector import TOLD, RewardCollector, Scores, check_golds, open_rewards
 from dcjax.recipe.config import Config
 from dcjax.recipe.reward import RewardConfig
 from dcjax.recipe.rollout import RolloutConfig
@@ -50,7 +50,7 @@ def judged(*parts):
     collector = RewardCollector(InProcessRewards(integer_reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
     for part in parts:
         collector.submit(ended(part))
-    return collector.result()
+    return collector.result().rewards
 
 
 def test_whatever_token_ended_a_response_is_not_judged():
@@ -63,7 +63,7 @@ def test_whatever_token_ended_a_response_is_not_judged():
 
     collector = RewardCollector(InProcessRewards(reward), TOKENIZER, PROBLEMS, samples_per_prompt=G)
     collector.submit(ended(range(12), by=TOKENIZER("}", add_special_tokens=False)["input_ids"][0]))
-    assert collector.result().tolist() == RIGHT
+    assert collector.result().rewards.tolist() == RIGHT
     assert seen == [rf"it is \boxed{{{answer}}}" for answer, _ in ANSWERS]
 
 
@@ -154,7 +154,9 @@ def interrupts(): raise KeyboardInterrupt
 def returns(value):
     return lambda: value
 
-RETURNED = {"none": None, "mapping": {"score": 1.0}, "text": "1.0", "array": np.ones(1), "many": np.ones((9, 9))}
+RETURNED = {"none": None, "part": {"score": "1.0"}, "empty": {},
+    "unnamed": {"the score": 1.0}, "numbered": {1: 1.0}, "endless": {"a": 3e38, "b": 3e38},
+    "text": "1.0", "array": np.ones(1), "many": np.ones((9, 9))}
 
 def judge(text, gold, *, finished):
     return (globals().get(gold) or returns(RETURNED[gold]))()
@@ -174,11 +176,68 @@ FAILED = {
     "ends": "SystemExit",
     "interrupts": "KeyboardInterrupt",
     "none": "TypeError: the reward is None, a NoneType, for gold 'none'; it must be a finite number",
-    "mapping": "TypeError: the reward is {'score': 1.0}, a dict, for",
+    "part": "TypeError: the reward's part 'score' is '1.0', a str, for gold 'part'; it must be a finite number",
+    "empty": "ValueError: the reward has 0 parts, for gold 'empty'; it must have 1 to 32",
+    "unnamed": "TypeError: a part of the reward is called 'the score'; its name must be an identifier, like 'correct'",
+    "numbered": "TypeError: a part of the reward is called 1; its name must be an identifier",
+    "endless": "ValueError: the reward is 6e+38, for gold 'endless'; it must be a finite number",
     "text": "TypeError: the reward is '1.0', a str, for",
     "array": "TypeError: the reward is array([1.]), a ndarray, for",
     "many": "TypeError: the reward is array([[1., 1",
 }
+
+
+TELLING = """
+from dataclasses import dataclass
+from dcjax.recipe.reward import RewardConfig
+
+def judge(text, gold, *, finished, prompt, record):
+    correct = float(text.endswith(f"{{{gold}}}"))
+    if not finished:
+        return {"correct": 0.0}
+    return {"correct": correct, "format": record["worth"] * ("boxed" in text), "known": float(prompt == "say: " + gold)}
+
+@dataclass(frozen=True)
+class Telling(RewardConfig):
+    def verifier(self, task):
+        return judge
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reward_sees_prompt_and_record_and_returns_its_parts(tmp_path, workers):
+    file = tmp_path / "telling.py"
+    file.write_text(f"{TELLING}# {workers}\n")
+    problems = [
+        TextProblem(f"say: {problem.answer}", problem.answer, record={"worth": 0.25 * (number + 1)})
+        for number, problem in enumerate(PROBLEMS)
+    ]
+    with open_rewards(Config(reward=CodeFile.read(file).load().Telling(workers=workers))) as scorer:
+        collector = RewardCollector(scorer, TOKENIZER, problems, samples_per_prompt=G)
+        for part in ([11, 3, 5], [0, 1, 2, 4], [10, 9, 8, 7, 6]):
+            collector.submit(ended(part))
+        scores = collector.result()
+    finished = np.array([ends for _, ends in ANSWERS])
+    worth = np.repeat([0.25, 0.5, 0.75, 1], G).astype(np.float32)
+    np.testing.assert_array_equal(scores.parts["correct"], RIGHT)
+    np.testing.assert_array_equal(scores.parts["format"], np.where(finished, worth, np.nan))
+    np.testing.assert_array_equal(scores.parts["known"], np.where(finished, 1, np.nan))
+    np.testing.assert_array_equal(scores.rewards, np.where(finished, RIGHT + worth + 1, 0))
+    np.testing.assert_array_equal(scores.graded, RIGHT)
+    means = scores.part_means()
+    assert set(means) == {"reward_parts/correct", "reward_parts/format", "reward_parts/known"}
+    assert means["reward_parts/correct"] == pytest.approx(np.mean(RIGHT))
+    assert means["reward_parts/format"] == pytest.approx(worth[finished].mean())
+    unfinished = int(np.flatnonzero(~finished)[0])
+    assert scores.parts_of(unfinished) == {"correct": 0.0}
+
+
+def test_accuracies_count_the_reward_where_it_has_no_part_that_says_correct():
+    scores = Scores(np.float32([1, 2, 0]), {"correct": np.float32([0, np.nan, 0]), "length": np.float32([1, 2, 0])})
+    assert scores.graded.tolist() == [0, 2, 0]
+    assert Scores(np.float32([1, 2])).graded.tolist() == [1, 2]
+    joined = Scores.joined([scores, Scores(np.float32([1]))])
+    np.testing.assert_array_equal(joined.parts["length"], np.float32([1, 2, 0, np.nan]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -220,12 +279,12 @@ def test_what_is_no_function_is_refused(tmp_path):
 class Stopping:
     """Says that so many answers of each batch took too long."""
 
-    counters = None
+    counters, asks = None, ()
 
     def __init__(self, timeouts):
         self.timeouts = timeouts
 
-    def submit(self, texts, golds, finished):
+    def submit(self, texts, golds, finished, known=None):
         pending = Pending.of([0.0] * len(texts))
         pending.timeouts = self.timeouts
         return pending

@@ -7,13 +7,11 @@ import pytest
 import tiny
 
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.data.mathematics import MathTask
+from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.errors import RunError
 from dcjax.loop import warm_start as module
 from dcjax.loop.warm_start import warm_start
 from dcjax.recipe.build import starting_params
-from dcjax.recipe.reward import RewardConfig
-from dcjax.recipe.rollout import RolloutConfig
 from dcjax.reporting.record import read_metrics
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -22,11 +20,11 @@ pytestmark = pytest.mark.heavy
 CONFIG = tiny.CONFIG
 
 
-def warmed_up(directory, config=CONFIG, **settings):
+def warmed_up(directory, config=CONFIG, problems=CONFIG.task, **settings):
     """The parameters after a warm start, and its log."""
     settings = dataclasses.replace(config.warm_start, **settings)
     config = dataclasses.replace(config, run_dir=directory, warm_start=settings)
-    params = warm_start(config, make_mesh(config.mesh), build_tokenizer())
+    params = warm_start(config, make_mesh(config.mesh), build_tokenizer(), problems)
     return jax.device_get(params), read_metrics(directory / "warm_start.jsonl")
 
 
@@ -128,12 +126,8 @@ def test_a_learning_rate_that_is_too_large_stops_the_warm_start(tmp_path):
 
 
 def test_a_task_without_solutions_cannot_be_imitated(tmp_path):
-    rollout = RolloutConfig(prompts=4, group_size=4, max_prompt_length=1024)
-    optimizer = dataclasses.replace(CONFIG.optimizer, tokens_per_microbatch=None)
-    config = dataclasses.replace(
-        CONFIG, task=MathTask(), rollout=rollout, reward=RewardConfig(workers=1), optimizer=optimizer
-    )
+    problems = FixedProblems([TextProblem("1+1=", "2")], [TextProblem("1+2=", "3")])
     with pytest.raises(
         RunError, match=r"warm_start\.steps is 35; this task has no solutions to imitate, so it must be 0"
     ):
-        warmed_up(tmp_path, config)
+        warmed_up(tmp_path, problems=problems)

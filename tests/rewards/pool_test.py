@@ -240,7 +240,7 @@ def test_settings_out_of_range_are_told_of():
             obeying(**settings)
     with (
         obeying() as pool,
-        pytest.raises(ValueError, match="1 texts, 2 golds and 1 finished; give equally many of each"),
+        pytest.raises(ValueError, match="1 texts, 2 golds, 1 finished and 1 known; give equally many of each"),
     ):
         pool.submit(["7"], ["7", "8"], [True])
 

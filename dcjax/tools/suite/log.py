@@ -43,11 +43,15 @@ class Conditions:
     answer_start: str
     chat_template: str | None
     """The `template_digest` of the model's tokenizer."""
+    system_prompt: str = ""
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the conditions."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        described = asdict(self)
+        if not self.system_prompt:  # of which earlier versions' logs know nothing
+            del described["system_prompt"]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

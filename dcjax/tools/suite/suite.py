@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dcjax.data.chat_task import ChatTask
 from dcjax.data.datasets import Example
 from dcjax.data.mathematics import MathTask
 from dcjax.data.sources import require_files
@@ -91,6 +92,7 @@ class _Plan:
             max_response_length=self.max_response_length,
             stop_tokens=self.model.end_tokens,
             template=self.template,
+            system_prompt=self.asked.system_prompt,
             thinking=self.asked.thinking,
             answer_start=self.asked.answer_start,
             chat_template=self.model.chat_template,
@@ -192,10 +194,11 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
 
 def _template(model: OpenedModel, config: SuiteConfig) -> tuple[TemplateName, Template]:
     """The template by which problems are put: as the run was trained, unless the suite says otherwise."""
-    trained = model.config.task if isinstance(model.config.task, MathTask) else MathTask()
+    trained = model.config.task if isinstance(model.config.task, ChatTask) else MathTask()
     name = config.template or trained.template
     return name, replace(
         templates[name],
+        system_prompt=trained.system_prompt,
         thinking=config.thinking or trained.thinking,
         answer_start=trained.answer_start if config.answer_start is None else config.answer_start,
     )
@@ -271,6 +274,7 @@ def _result(plan: _Plan, directory: Path) -> SuiteResult:
         policies.append(score_policy(policy, plan.format(policy), scores))
     settings = asdict(plan.config) | {
         "template": plan.template,
+        "system_prompt": plan.asked.system_prompt,
         "thinking": plan.asked.thinking,
         "answer_start": plan.asked.answer_start,
         "chat_template": plan.model.chat_template,

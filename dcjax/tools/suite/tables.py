@@ -60,6 +60,7 @@ def _asked(settings: dict[str, Any]) -> str:
     """The template, and what was added to it; results of earlier versions do not say the latter."""
     thinking, start = settings.get("thinking") or "auto", settings.get("answer_start")
     told = f"template {settings['template']}" + ("" if thinking == "auto" else f", thinking {thinking}")
+    told += f", system prompt {system!r}" if (system := settings.get("system_prompt")) else ""
     return told + (f", answers begin with {start!r}" if start else "")
 
 

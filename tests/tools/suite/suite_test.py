@@ -88,7 +88,7 @@ class PoolInProcess:
     def __exit__(self, *error):
         pass
 
-    def submit(self, texts, golds, finished):
+    def submit(self, texts, golds, finished, known=None):
         answers = zip(texts, golds, finished, strict=True)
         scores = [self._reward(text, gold, finished=ended) for text, gold, ended in answers]
         return Pending.of(scores)
