@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +26,12 @@ from dcjax.rewards.processes import Reward
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-HASH_SEEDED = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"})
+HASH_SEEDED = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
 """Data sets of reasoning-gym 0.1.25 whose problems depend on Python's hash seed, which differs between processes."""
+NOWHERE = (0, 0, 0.0)
+"""A data set's level, the problems attempted there, and how many were right, where a curriculum begins."""
 DRAWS = 16
 """The most problems that are made for one that is neither held out nor too long."""
 
@@ -111,91 +115,45 @@ class GymTask(ChatTask):
           ValueError: it has no such data set or parameter, or a data set cannot be repeated in another process.
         """
         require_gym()
-        for written in (*self.datasets, *self.heldout_datasets):
-            _check(parse(written), curriculum=self.curriculum and written in self.datasets)
-        problems = (GymCurriculum if self.curriculum else GymProblems)(self, tokenizer)
-        problems.check()
-        return problems
+        sources = [parse(written) for written in self.datasets]
+        measured = [parse(written) for written in self.heldout_datasets]
+        for source in (*sources, *measured):
+            _check(source, curriculum=self.curriculum and source in sources)
+        training = Draws(self, tokenizer, sources, self.weights)
+        held_out = replace(training, sources=measured, weights=()) if measured else training
+        heldout = [held_out("heldout", 0, number) for number in range(self.heldout)]
+        training = replace(training, passed_over=frozenset(problem.question for problem in heldout))
+        for source in sources:  # what one of them cannot do should be known before training
+            replace(training, sources=[source], weights=())("train", 0, 0)
+        return (GymCurriculum if self.curriculum else GymProblems)(training, heldout)
 
 
-class GymProblems(Problems):
-    """Training problems without end, and held-out ones, which come round in their order.
+@dataclass(frozen=True)
+class Draws:
+    """Problems of data sets, endless streams of them: (stream, seed, number) -> a problem, a pure function."""
 
-    Args:
-      task: what is drawn.
-      tokenizer: of the model.
-    """
+    task: GymTask
+    tokenizer: PreTrainedTokenizerFast
+    sources: Sequence[Source]
+    weights: Sequence[float] = ()
+    passed_over: frozenset[str | None] = frozenset()
+    """Questions that are never drawn."""
 
-    def __init__(self, task: GymTask, tokenizer: PreTrainedTokenizerFast):
-        self._task, self._tokenizer = task, tokenizer
-        self._sources = [parse(written) for written in task.datasets]
-        measured = [parse(written) for written in task.heldout_datasets] or self._sources
-        weights = task.weights if not task.heldout_datasets else ()
-        self._heldout = [
-            self._make("heldout", 0, number, measured, weights, frozenset()) for number in range(task.heldout)
-        ]
-        self._measured = frozenset(problem.question for problem in self._heldout)
-
-    def problems(self, split: Split, seed: int, start: int, count: int) -> list[TextProblem]:
-        """Problems start, ..., start + count - 1 of a split: a pure function of the arguments.
-
-        Raises:
-          ValueError: a data set has nothing to train on that is neither held out nor too long.
-        """
-        if split == "heldout":
-            return [self._heldout[number % len(self._heldout)] for number in range(start, start + count)]
-        return [self._train(seed, number) for number in range(start, start + count)]
-
-    def check(self) -> None:
-        """Makes a problem of each data set, so that what it cannot do is known before training."""
-        for source in self._sources:
-            self._make("train", 0, 0, [source], (), self._measured)
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """The version of reasoning-gym, and a SHA-256 of the held-out problems."""
-        asked = json.dumps([(problem.question, problem.answer) for problem in self._heldout])
-        return {f"reasoning-gym {require_gym()}": f"SHA-256 {hashlib.sha256(asked.encode()).hexdigest()[:16]}"}
-
-    def demonstrations(self, *, seed: int, step: int, count: int, scratchpad_fraction: float) -> list[Demonstration]:
-        """Training problems of the data sets' own answers, put where the template asks for them; no reasoning.
+    def __call__(self, stream: str, seed: int, number: int) -> TextProblem:
+        """The first of `DRAWS` problems that is neither passed over nor too long.
 
         Raises:
-          ValueError: a data set has no answers that its verifier accepts.
+          ValueError: there is none.
         """
-        problems = [
-            self._make("demonstrations", seed, number, self._sources, self._task.weights, self._measured)
-            for number in range((step - 1) * count, step * count)
-        ]
-        for problem in problems:
-            record, shown = problem.record or {}, problem.solution or ""
-            if gym_reward(shown, problem.answer, finished=True, record=record, place=self._task.template) < 1:
-                raise ValueError(
-                    f"{record['source'].name} gives no right answers to imitate; warm_start.steps must be 0"
-                )
-        return [Demonstration(problem.prompt, problem.solution or "") for problem in problems]
-
-    def _train(self, seed: int, number: int) -> TextProblem:
-        return self._make("train", seed, number, self._sources, self._task.weights, self._measured)
-
-    def _make(
-        self,
-        stream: str,
-        seed: int,
-        number: int,
-        sources: Sequence[Source],
-        weights: Sequence[float],
-        passed_over: frozenset[str | None],
-    ) -> TextProblem:
-        """Problem `number` of a stream: the first of `DRAWS` that is neither passed over nor too long."""
         generator = np.random.default_rng([seed, number, *stream.encode()])
-        share = np.array(weights or [1.0] * len(sources))
-        source = sources[generator.choice(len(sources), p=share / share.sum())]
-        longest, too_long = self._task.max_prompt_tokens, 0
+        share = np.array(self.weights or [1.0] * len(self.sources))
+        source = self.sources[generator.choice(len(self.sources), p=share / share.sum())]
+        longest, too_long = self.task.max_prompt_tokens, 0
         for attempt in range(DRAWS):
             problem = self._problem(source, f"{stream} {seed} {source.name} {attempt}", number)
-            too_long += (is_too_long := len(encode(self._tokenizer, [problem.prompt])[0]) > longest)
-            if not is_too_long and problem.question not in passed_over:
+            if len(encode(self.tokenizer, [problem.prompt])[0]) > longest:
+                too_long += 1
+            elif problem.question not in self.passed_over:
                 return problem
         if too_long:
             raise ValueError(
@@ -203,7 +161,7 @@ class GymProblems(Problems):
                 "allow longer ones, or give it other parameters"
             )
         raise ValueError(
-            f"{source.name}: {DRAWS} of {DRAWS} problems are held out; lower task.heldout, {self._task.heldout}, or "
+            f"{source.name}: {DRAWS} of {DRAWS} problems are held out; lower task.heldout, {self.task.heldout}, or "
             "give it parameters with more problems"
         )
 
@@ -213,52 +171,80 @@ class GymProblems(Problems):
         entry = source.open(base + number // CHUNK * CHUNK)[number % CHUNK]
         question, answer = str(entry["question"]), str(entry["answer"] or "")
         return TextProblem(
-            self._task.asked.prompt(self._tokenizer, question),
+            self.task.asked.prompt(self.tokenizer, question),
             answer,
             question,
-            solution=self._task.asked.show(answer),
+            solution=self.task.asked.show(answer),
             record={"source": source, "entry": entry},
         )
 
 
+@dataclass(frozen=True)
+class GymProblems(Problems):
+    """Training problems without end, and held-out ones, which come round in their order."""
+
+    training: Draws
+    heldout: Sequence[TextProblem]
+
+    def problems(self, split: Split, seed: int, start: int, count: int) -> list[TextProblem]:
+        """Problems start, ..., start + count - 1 of a split: a pure function of the arguments.
+
+        Raises:
+          ValueError: a data set has nothing to train on that is neither held out nor too long.
+        """
+        numbers = range(start, start + count)
+        if split == "heldout":
+            return [self.heldout[number % len(self.heldout)] for number in numbers]
+        return [self.training("train", seed, number) for number in numbers]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The version of reasoning-gym, and a SHA-256 of the held-out problems."""
+        asked = json.dumps([(problem.question, problem.answer) for problem in self.heldout])
+        return {f"reasoning-gym {require_gym()}": f"SHA-256 {hashlib.sha256(asked.encode()).hexdigest()[:16]}"}
+
+    def demonstrations(self, *, seed: int, step: int, count: int, scratchpad_fraction: float) -> list[Demonstration]:
+        """Training problems with the data sets' own answers where the template asks for them, without reasoning.
+
+        Raises:
+          ValueError: a data set has no answers that its verifier accepts.
+        """
+        numbers, place = range((step - 1) * count, step * count), self.training.task.template
+        problems = [self.training("demonstrations", seed, number) for number in numbers]
+        for problem in problems:
+            record, shown = problem.record or {}, problem.solution or ""
+            if gym_reward(shown, problem.answer, finished=True, record=record, place=place) < 1:
+                raise ValueError(
+                    f"{record['source'].name} gives no right answers to imitate; warm_start.steps must be 0"
+                )
+        return [Demonstration(problem.prompt, problem.solution or "") for problem in problems]
+
+
+@dataclass(frozen=True)
 class GymCurriculum(GymProblems):
     """Training problems whose data sets' levels rise and fall with success (`dcjax.data.task.Curriculum`)."""
 
-    def at(self, progress: dict[str, Any]) -> Problems:
+    def at(self, progress: dict[str, Any]) -> GymProblems:
         """The problems at the levels there."""
-        return _Reached(self, [Source(each.name, each.parameters, _level(progress, each)) for each in self._sources])
+        reached = [replace(source, level=_level(progress, source)) for source in self.training.sources]
+        return replace(self, training=replace(self.training, sources=reached))
 
     def after(self, progress: dict[str, Any], attempted: Sequence[tuple[Problem, float]]) -> dict[str, Any]:
         """The levels after an iteration: each changes by one once `window` problems of its data set were attempted."""
-        following = dict(progress)
+        following, task = dict(progress), self.training.task
         for problem, share in attempted:
             source = problem.record["source"]  # pyrefly: ignore[missing-attribute]
-            level, seen, right = following.get(source.name, (0, 0, 0.0))
-            level, seen, right = level, seen + 1, right + share
-            if seen >= self._task.window:
-                step = (right / seen >= self._task.raise_at) - (right / seen <= self._task.lower_at)
+            level, seen, right = following.get(source.name, NOWHERE)
+            seen, right = seen + 1, right + share
+            if seen >= task.window:
+                step = (right / seen >= task.raise_at) - (right / seen <= task.lower_at)
                 level, seen, right = min(max(level + step, 0), source.levels - 1), 0, 0.0
             following[source.name] = [level, seen, right]
         return following
 
     def levels(self, progress: dict[str, Any]) -> dict[str, float]:
         """The level of each data set."""
-        return {source.name: float(_level(progress, source)) for source in self._sources}
-
-
-@dataclass(frozen=True)
-class _Reached(Problems):
-    """A curriculum's problems at given levels."""
-
-    of: GymCurriculum
-    sources: list[Source] = field(default_factory=list)
-
-    def problems(self, split: Split, seed: int, start: int, count: int) -> list[TextProblem]:
-        """As of `GymProblems`."""
-        if split == "heldout":
-            return self.of.problems(split, seed, start, count)
-        given = self.of._task.weights, self.of._measured
-        return [self.of._make(split, seed, number, self.sources, *given) for number in range(start, start + count)]
+        return {source.name: float(_level(progress, source)) for source in self.training.sources}
 
 
 def _check(source: Source, *, curriculum: bool) -> None:
@@ -289,4 +275,4 @@ def _check(source: Source, *, curriculum: bool) -> None:
 
 
 def _level(progress: dict[str, Any], source: Source) -> int:
-    return progress.get(source.name, (0, 0, 0.0))[0]
+    return progress.get(source.name, NOWHERE)[0]
