@@ -95,10 +95,12 @@ def _hear(reading: int, command: str) -> None:
 
 def _end_late() -> NoReturn:
     """Ends a command whose main thread has not come back, from a compilation for example, whose line is unfinished."""
-    told = "" if _last_words is None else f"; {_last_words()}"
-    os.write(2, b"\n")
-    _say(f"interrupted{told}")
-    leave(INTERRUPTED)
+    try:
+        told = "" if _last_words is None else f"; {_last_words()}"
+        os.write(2, b"\n")
+        _say(f"interrupted{told}")
+    finally:
+        leave(INTERRUPTED)
 
 
 def _say(line: str) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcjax.cli.arguments import add_recipe_code_option
 from dcjax.cli.session import jax_session
 from dcjax.reporting.progress import format_duration
 from dcjax.signals import last_words
+
+if TYPE_CHECKING:
+    from dcjax.tools.probe.source import Source
 
 
 def add_parser(commands) -> None:
@@ -72,13 +77,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run(options: argparse.Namespace) -> None:
     """Probes the source in each format, and writes and prints each result as soon as it is there."""
+    started = time.monotonic()
     with jax_session():
-        from dcjax.serving.formats import serving_format
-        from dcjax.tools.probe.probe import Probe, probe
         from dcjax.tools.probe.source import load_sources
-        from dcjax.tools.probe.tables import to_json, to_summary, to_text, write_probe
 
-        started = time.monotonic()
         sources = load_sources(
             options.source,
             formats=options.formats,
@@ -91,22 +93,30 @@ def run(options: argparse.Namespace) -> None:
             out=options.out,
             recipe_code=options.recipe_code,
         )
-        finished: list[Probe] = []
+        _probe_each(sources, options, started)
 
-        def summarise() -> str:
-            if finished and len(sources) > 1 and not options.json:
-                print(to_summary(finished), flush=True)
-            return f"formats finished: {len(finished)} of {len(sources)}"
 
-        with last_words(summarise):
-            for number, source in enumerate(sources, start=1):
-                if len(sources) > 1:
-                    name = serving_format(source.model.config.serving.format).name
-                    after = format_duration(time.monotonic() - started)
-                    print(f"format {number}/{len(sources)}: {name}, after {after}", file=sys.stderr)
-                result = probe(source, seed=options.seed)
-                data, picture = write_probe(result, source.out)
-                finished.append(result)
-                text = to_json(result) if options.json else f"{to_text(result)}\njson: {data}\nplot: {picture}"
-                print(text, flush=True)
-        summarise()
+def _probe_each(sources: Sequence[Source], options: argparse.Namespace, started: float) -> None:
+    from dcjax.serving.formats import serving_format
+    from dcjax.tools.probe.probe import Probe, probe
+    from dcjax.tools.probe.tables import to_json, to_summary, to_text, write_probe
+
+    finished: list[Probe] = []
+
+    def summarise() -> str:
+        if finished and len(sources) > 1 and not options.json:
+            print(to_summary(finished), flush=True)
+        return f"formats finished: {len(finished)} of {len(sources)}"
+
+    with last_words(summarise):
+        for number, source in enumerate(sources, start=1):
+            if len(sources) > 1:
+                name = serving_format(source.model.config.serving.format).name
+                after = format_duration(time.monotonic() - started)
+                print(f"format {number}/{len(sources)}: {name}, after {after}", file=sys.stderr)
+            result = probe(source, seed=options.seed)
+            data, picture = write_probe(result, source.out)
+            finished.append(result)
+            text = to_json(result) if options.json else f"{to_text(result)}\njson: {data}\nplot: {picture}"
+            print(text, flush=True)
+    summarise()
