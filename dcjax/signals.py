@@ -93,7 +93,7 @@ def _hear(reading: int, command: str) -> None:
             late.start()
 
 
-def _end_late() -> NoReturn:
+def _end_late() -> None:
     """Ends a command whose main thread has not come back, from a compilation for example, whose line is unfinished."""
     try:
         told = "" if _last_words is None else f"; {_last_words()}"
