@@ -43,6 +43,8 @@ QUESTIONS = (
     "Summarise how vaccines work for a ten-year-old.",
 )
 """What the model is asked; with a few of them, a mean of |p − q| is good to a fifth only."""
+LONGEST = 48
+"""Tokens of a response, at most."""
 COLUMNS = {"mean": "prob_diff_mean", "99%": "prob_diff_p99", "largest": "prob_diff_max", "KL (k3)": "k3"}
 """Of the table, by the probe's names."""
 
@@ -55,7 +57,8 @@ def probe(folder: Path) -> dict[str, Any]:
         lines = [json.dumps({"prompt": chat_prompt(tokenizer, question)}) for question in QUESTIONS]
         prompts.write_text("\n".join(lines))
         command = [sys.executable, "-m", "dcjax", "probe", folder, "--prompts-file", prompts, "--out", scratch]
-        return json.loads(subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE).stdout)
+        command += ["--max-response-length", str(LONGEST), "--json"]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def table(formats: dict[str, dict[str, Any]]) -> str:

@@ -6,10 +6,12 @@ may take minutes, is over. A thread of its own hears of each signal at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +20,8 @@ RESUMABLE, INTERRUPTED = 75, 130
 
 GRACE = 10.0
 """Seconds that an interrupted command has to end by itself, with what it has to write or to remove."""
+
+_last_words: Callable[[], str] | None = None
 
 
 def listen(command: str) -> None:
@@ -37,6 +41,27 @@ def listen(command: str) -> None:
             signal.signal(number, _before_the_loop)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_hear, args=(reading, command), name="signals", daemon=True).start()
+
+
+@contextlib.contextmanager
+def last_words(tell: Callable[[], str]) -> Iterator[None]:
+    """Around work of a command that SIGINT may end at any moment: what is to be told of it then.
+
+    Args:
+      tell: called where the work was interrupted, by another thread if the main one does not come back within `GRACE`;
+        it may print, and returns the rest of the line that says so.
+
+    Raises:
+      KeyboardInterrupt: with that text.
+    """
+    global _last_words
+    _last_words = tell
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(tell()) from None
+    finally:
+        _last_words = None
 
 
 def leave(status: int) -> NoReturn:
@@ -63,9 +88,19 @@ def _hear(reading: int, command: str) -> None:
             if beginning:
                 _say("interrupted; run the same command again to resume from the last checkpoint")
                 os._exit(INTERRUPTED)
-            late = threading.Timer(GRACE, os._exit, [INTERRUPTED])
+            late = threading.Timer(GRACE, _end_late)
             late.daemon = True
             late.start()
+
+
+def _end_late() -> None:
+    """Ends a command whose main thread has not come back, from a compilation for example, whose line is unfinished."""
+    try:
+        told = "" if _last_words is None else f"; {_last_words()}"
+        os.write(2, b"\n")
+        _say(f"interrupted{told}")
+    finally:
+        leave(INTERRUPTED)
 
 
 def _say(line: str) -> None:

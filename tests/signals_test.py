@@ -31,6 +31,23 @@ jax.jit(slow)(jnp.ones((8, 8)))
 """
 
 
+UNHEARD = """
+import dcjax.signals
+import jax, jax.numpy as jnp
+
+dcjax.signals.GRACE = 1.0
+dcjax.signals.listen("probe")
+
+def tell():
+    print("what is there")
+    return "formats finished: 1 of 2"
+
+with dcjax.signals.last_words(tell):
+    print("listening", flush=True)
+    jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: jnp.sin(x), x))(1.0).block_until_ready()
+"""
+
+
 def ended(process, number, expected):
     process.send_signal(number)
     started = time.monotonic()
@@ -56,6 +73,17 @@ def test_a_process_that_compiles_ends_at_once(number, status):
     errors, seconds = ended(process, number, status)
     assert seconds < 5
     assert errors.splitlines()[-1].startswith("dcjax: ") and "Traceback" not in errors
+
+
+def test_what_is_there_is_told_though_the_main_thread_never_comes_back():
+    command = [sys.executable, "-c", UNHEARD]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "listening\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (INTERRUPTED, "what is there\n")
+    assert errors.splitlines()[-1] == "dcjax: interrupted; formats finished: 1 of 2" and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def report_error(error: BaseException, command: str) -> int:
         case OSError():
             message, status = f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}", 2
         case KeyboardInterrupt():
-            message, status = f"interrupted{INTERRUPTION_HINTS.get(command, '')}", 130
+            told = f"; {error}" if error.args else INTERRUPTION_HINTS.get(command, "")
+            message, status = f"interrupted{told}", 130
         case _:
             traceback.print_exception(error)
             return 1

@@ -2,7 +2,7 @@
 
 from dcjax.models.config import ModelConfig, Precision, presets
 from dcjax.models.hf import load_hf
-from dcjax.models.hf_config import read_config, read_end_tokens
+from dcjax.models.hf_config import read_config, read_end_tokens, read_max_new_tokens
 from dcjax.models.hf_save import save_hf
 from dcjax.models.packed import packed_logps
 from dcjax.models.parameters import abstract_params, count_params, logical_axes
@@ -23,6 +23,7 @@ __all__ = [
     "presets",
     "read_config",
     "read_end_tokens",
+    "read_max_new_tokens",
     "save_hf",
     "token_logps",
 ]

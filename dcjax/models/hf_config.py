@@ -168,12 +168,25 @@ def read_end_tokens(path: Path | str) -> list[int]:
     values, where = read_fields(Path(path))
     vocab_size = _Fields(values, where).integer("vocab_size")
     ends = set(end_tokens_in(values, where, vocab_size=vocab_size))
-    generation = Path(path) / GENERATION_CONFIG
+    return sorted(ends | set(_generation_fields(Path(path)).token_ids("eos_token_id", vocab_size)))
+
+
+def read_max_new_tokens(path: Path | str) -> int | None:
+    """The longest response (tokens) that a folder's generation_config.json names; None if it names none.
+
+    Raises:
+      ValueError: it is no integer from 1, or the file is damaged; the message is one line, which quotes the value.
+      FileNotFoundError: the file is a dangling link.
+    """
+    fields = _generation_fields(Path(path))
+    return None if fields.get("max_new_tokens", None) is None else fields.integer("max_new_tokens")
+
+
+def _generation_fields(folder: Path) -> _Fields:
+    """The fields of generation_config.json; none if the folder lacks it."""
+    file = folder / GENERATION_CONFIG
     # a dangling link is an incomplete download, not a model that lacks the file
-    if os.path.lexists(generation):
-        published = read_json_object(generation, MAX_CONFIG_BYTES)
-        ends |= set(end_tokens_in(published, str(generation), vocab_size=vocab_size))
-    return sorted(ends)
+    return _Fields(read_json_object(file, MAX_CONFIG_BYTES) if os.path.lexists(file) else {}, str(file))
 
 
 def end_tokens_in(values: Mapping[str, Any], where: str, *, vocab_size: int, name: str = "eos_token_id") -> list[int]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.chat import dated, template_digest
+from dcjax.data.mathematics import MathTask
 from dcjax.data.tokenizers import load_tokenizer
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Part
@@ -25,6 +26,7 @@ from dcjax.recipe.architecture import with_pretrained_model
 from dcjax.recipe.build import abstract_state, starting_params
 from dcjax.recipe.config import Config, on_one_device
 from dcjax.recipe.engine import contract_of
+from dcjax.recipe.reward import RewardConfig
 from dcjax.rl.averaging import average_of
 from dcjax.serving.server.contract import Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh
@@ -171,7 +173,9 @@ def _open_run(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]
 
 
 def _open_folder(source: Path, mesh: Mesh, sections: Mapping[str, Mapping[str, Any]]) -> OpenedModel:
-    config = _placed(with_pretrained_model(_changed(Config(pretrained=source), sections)), mesh)
+    # A folder has no task, and may be asked for responses that are shorter than the default one's.
+    defaults = Config(pretrained=source, task=MathTask(max_prompt_tokens=1), reward=RewardConfig(workers=1))
+    config = _placed(with_pretrained_model(_changed(defaults, sections)), mesh)
     tokenizer = load_tokenizer(source)
     return OpenedModel(
         name=source.name,

@@ -256,7 +256,7 @@ def test_they_do_when_the_run_or_the_folder_is_probed(trained, published, monkey
     monkeypatch.setattr(dcjax.tools.probe.policies, "sample_responses", stop)
     (tmp_path / "prompts").write_text("1+2=\n")
     for command in ([str(trained[0])], [str(published), "--prompts-file", str(tmp_path / "prompts")]):
-        assert main(["probe", *command, "--format", "float32"]) == 2
+        assert main(["probe", *command, "--formats", "float32"]) == 2
     assert asked == [(ENDS, None)] * 2
 
 

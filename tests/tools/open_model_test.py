@@ -17,7 +17,7 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.convert import export_run
 from dcjax.tools.evaluate import evaluate_source
 from dcjax.tools.open_model import open_model
-from dcjax.tools.probe.source import load_source
+from dcjax.tools.probe.source import load_sources
 
 pytestmark = pytest.mark.heavy
 
@@ -110,7 +110,7 @@ def copied(run, tmp_path, without):
 OPENERS = {
     "open": open_model,
     "evaluate": evaluate_source,
-    "probe": load_source,
+    "probe": load_sources,
     "export": lambda source: export_run(source, source.with_name("out")),
 }
 
@@ -144,9 +144,9 @@ def test_where_only_a_run_will_do_a_folder_is_refused_with_what_takes_it(folder,
 
 
 def test_a_run_that_was_served_over_several_devices_is_probed_on_one(run):
-    source = load_source(run, prompts=2)
+    (source,) = load_sources(run, prompts=2)
     assert (source.model.config.serving.tensor, source.model.trained_on, len(source.prompts)) == (1, SPLIT, 2)
     assert (source.stale_step, source.weights.version, source.out) == (None, 7, run / "probe")
-    earlier = load_source(run, prompts=2, stale_step=3)
+    (earlier,) = load_sources(run, prompts=2, stale_step=3)
     assert (earlier.stale_step, earlier.weights.version) == (3, 3)
     assert (norm(earlier.weights.params), norm(earlier.weights.stale)) == (7, 3)

@@ -1,15 +1,19 @@
 """What refuses a tool is found before weights are read, which takes minutes for a large model."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 
 import dcjax.models.hf
 import dcjax.tools.convert
 from dcjax.cli import main
+from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.datasets import SAMPLES
+from dcjax.models import save_hf
 from dcjax.tools.open_model import OpenedModel
 
 pytestmark = pytest.mark.heavy
@@ -71,3 +75,12 @@ def test_a_run_whose_data_are_gone(finished_run, refusal, tmp_path, command):
     recorded["reward"]["workers"] = 2
     path.write_text(json.dumps(recorded))
     assert "no copy of dapo-math-17k in " in refusal(command, tmp_path / "run")
+
+
+def test_one_of_several_formats_that_the_model_cannot_be_served_in(refusal, tmp_path):
+    model = dataclasses.replace(tiny.DENSE, intermediate_size=72)
+    save_hf(tmp_path / "folder", model, tiny.masters(model))
+    build_tokenizer().save_pretrained(tmp_path / "folder")
+    (tmp_path / "prompts").write_text("1+2=\n")
+    options = ("--formats", "bf16,int4", "--prompts-file", tmp_path / "prompts", "--out", tmp_path / "out")
+    assert "down_proj is contracted over 72" in refusal("probe", tmp_path / "folder", *options)

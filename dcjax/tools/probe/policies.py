@@ -71,13 +71,28 @@ class Policies:
         self.config, self._end_tokens, self._mesh = config, end_tokens, make_mesh(config.mesh)
         self._engines: dict[Served, Qwen3Engine] = {}
 
+    def engine(self, served: Served) -> Qwen3Engine:
+        """What serves a policy.
+
+        Raises:
+          RunError: the model, the hardware or its memory cannot serve it.
+        """
+        served = replace(served, stale=False)
+        if served not in self._engines:
+            # One prompt is in each pass of the prefill: its cache's roundings then do not depend on those beside it.
+            most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
+            serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
+            config = replace(self.config, serving=serving, mismatch=served.mismatch)
+            self._engines[served] = build_engine(config, self._mesh, self._end_tokens)
+        return self._engines[served]
+
     def sample(self, served: Served, weights: Weights, prompts: Sequence[Sequence[int]], key: jax.Array) -> Rollout:
         """One response to each prompt.
 
         Raises:
           RunError: a prompt does not fit, or the policy cannot be served.
         """
-        engine, rollout = self._engine(served), self.config.rollout
+        engine, rollout = self.engine(served), self.config.rollout
         settings = {"temperature": rollout.temperature, "top_k": rollout.top_k, "top_p": rollout.top_p}
         try:
             return sample_responses(
@@ -103,7 +118,7 @@ class Policies:
         Raises:
           RunError: the model, the hardware or its memory cannot serve the policy, or a log-prob is not finite.
         """
-        engine = self._engine(served)
+        engine = self.engine(served)
         params, settings = _synced(engine, served, weights), self.config.rollout
         top_k, top_p = (settings.top_k, settings.top_p) if truncates else (0, 1.0)
         scores = score_responses(
@@ -114,7 +129,7 @@ class Policies:
 
     def read(self, served: Served, weights: Weights, rollout: Rollout) -> Logps:
         """As `score` without truncation, from one pass over each sequence; errors are the same."""
-        engine = self._engine(served)
+        engine = self.engine(served)
         logps = read_responses(engine, _synced(engine, served, weights), rollout)
         _require_finite(f"format {served.format.name}", logps)
         return logps
@@ -159,16 +174,6 @@ class Policies:
     def chunks(self, width: int) -> Chunks:
         """The run's own for sequences of so many tokens: as many as a microbatch of whole rows has room for."""
         return Chunks(max(1, self.config.packing().bins.columns // width), self.config.model.head_chunk)
-
-    def _engine(self, served: Served) -> Qwen3Engine:
-        served = replace(served, stale=False)
-        if served not in self._engines:
-            # One prompt is in each pass of the prefill: its cache's roundings then do not depend on those beside it.
-            most = min(self.config.serving.prefill_tokens, self.config.rollout.max_prompt_length)
-            serving = replace(self.config.serving, format=served.format, kv_cache=served.kv_cache, prefill_tokens=most)
-            config = replace(self.config, serving=serving, mismatch=served.mismatch)
-            self._engines[served] = build_engine(config, self._mesh, self._end_tokens)
-        return self._engines[served]
 
 
 def _synced(engine: Qwen3Engine, served: Served, weights: Weights) -> ServingParams:

@@ -50,6 +50,8 @@ class Probe:
     format: str
     kv_cache: KVCacheName
     responses: int
+    max_response_length: int
+    """The longest response that was allowed, in tokens."""
     tokens: int
     stages: list[Stage]
     total: Gap
@@ -114,15 +116,23 @@ def probe(source: Source, *, seed: int = 0) -> Probe:
     )
     climbed = {rung.served for rung in rungs}
     others = [served for format in _compared(config).values() if (served := Served.of(format)) not in climbed]
-    with Progress(len(rungs) + len(others) + 3, initial=0, description="policy") as progress:
+    total = len(rungs) + len(others) + 2
+    with Progress(total, initial=0, description="policy") as progress:
+
+        def begin(number: int, phase: str) -> None:
+            progress.update(number, format=rungs[-1].served.format.name, now=phase.replace("_", " "))
+
+        begin(0, "sampling, trainer")
         measured = _sample(source, rungs, make_key(seed))
-        progress.update(2, scored="sampled, trainer")
-        asked = [*((rung.name, rung.served) for rung in rungs), *((served.format.name, served) for served in others)]
-        for number, (name, served) in enumerate(asked):
-            (_score if number < len(rungs) else _read)(measured, served)
-            progress.update(number + 3, scored=name.replace("_", " "))
+        for number, rung in enumerate(rungs, start=1):
+            begin(number, rung.name)
+            _score(measured, rung.served)
+        for number, served in enumerate(others, start=len(rungs) + 1):
+            begin(number, f"beside it {served.format.name}")
+            _read(measured, served)
+        begin(total - 1, "layers, beside the ladder")
         result = _measure(measured)
-        progress.update(len(asked) + 3, scored="layers, beside the ladder")
+        begin(total, "measured")
     return result
 
 
@@ -184,6 +194,7 @@ def _measure(measured: _Measurement) -> Probe:
         format=measured.rungs[-1].served.format.name,
         kv_cache=measured.rungs[-1].served.kv_cache,
         responses=len(mask),
+        max_response_length=mask.shape[1],
         tokens=int(mask.sum()),
         stages=_stages(measured),
         total=gap(old_logps=old, rollout_logps=sampled, mask=mask),

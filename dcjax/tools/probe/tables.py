@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ def to_json(probe: Probe) -> str:
 
 
 def write_probe(probe: Probe, directory: Path) -> tuple[Path, Path]:
-    """Writes probe.json and probe.png into a directory, which is created if missing; returns their paths."""
+    """Writes probe-FORMAT.json and .png into a directory, which is created if missing; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    data, picture = directory / "probe.json", directory / "probe.png"
+    name = f"probe-{probe.format.replace('/', '-')}"
+    data, picture = directory / f"{name}.json", directory / f"{name}.png"
     write_atomically(data, to_json(probe).encode() + b"\n")
     write_atomically(picture, draw(probe))
     return data, picture
@@ -50,7 +51,7 @@ def to_text(probe: Probe) -> str:
     return "\n".join(
         [
             f"{probe.source}{at}, served in {probe.format} with a KV cache in {probe.kv_cache}: "
-            f"{probe.responses} responses, {probe.tokens} tokens",
+            f"{probe.responses} responses of at most {probe.max_response_length} tokens, {probe.tokens} in all",
             *_section("what each source adds", _stage_rows(probe)),
             *_section("beside them", _beside_rows(probe)),
             *_beside_notes(probe),
@@ -68,6 +69,15 @@ def to_text(probe: Probe) -> str:
             _budget(probe),
         ]
     )
+
+
+def to_summary(probes: Sequence[Probe]) -> str:
+    """The whole gap in each deployed format, on the tokens that it sampled itself, a line for each."""
+    rows = [
+        (probe.format, probe.total, "none" if probe.recommended_budget is None else f"{probe.recommended_budget:.3g}")
+        for probe in probes
+    ]
+    return "\n".join(_section("the gap that training sees", rows, extra="recommended budget"))
 
 
 def _budget(probe: Probe) -> str:

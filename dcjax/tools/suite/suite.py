@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,16 +157,13 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
     template, asked = _template(model, config)
     with refusals_of():
         require_files([benchmark.dataset for benchmark in config.benchmarks], data_dir, option="--data-dir")
-    problems, golds, notes = {}, [], []
+    problems, golds = {}, []
     for benchmark in config.benchmarks:
         with refusals_of():
             examples = load_examples(benchmark.dataset, data_dir)[: config.problems]
         problems[benchmark] = to_problems(model, asked, examples)
         golds += examples
-        if (count := len(problems[benchmark])) not in (published := published_counts(benchmark)):
-            notes.append(f"{benchmark.title}: {count} problems, not the published {published[0]}")
-        if (samples := config.samples_of(benchmark)) != benchmark.samples:
-            notes.append(f"{benchmark.title}: {samples} samples per problem, not {benchmark.samples}")
+    notes = _unlike_published(config, {benchmark: len(part) for benchmark, part in problems.items()})
     longest = max(len(problem.prompt) for part in problems.values() for problem in part)
     positions = model.config.model.longest_sequence
     if (room := positions - longest) < 1:
@@ -190,6 +187,17 @@ def _make_plan(model: OpenedModel, config: SuiteConfig, data_dir: Path) -> _Plan
         max_response_length=min(room, config.max_response_length),
         notes=notes,
     )
+
+
+def _unlike_published(config: SuiteConfig, problems: Mapping[Benchmark, int]) -> list[str]:
+    """A line on all benchmarks of which other numbers of problems or of samples are asked than the published ones."""
+    others = []
+    for benchmark, count in problems.items():
+        samples, published = config.samples_of(benchmark), published_counts(benchmark)
+        if count not in published or samples != benchmark.samples:
+            whole = count if count in published else published[0]
+            others.append(f"{benchmark.title} {count} × {samples}, not {whole} × {benchmark.samples}")
+    return [f"not as published (problems × samples of each): {'; '.join(others)}"] if others else []
 
 
 def _template(model: OpenedModel, config: SuiteConfig) -> tuple[TemplateName, Template]:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -14,9 +15,11 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import complaints
+from probes import RESULT
 
 import dcjax.tools.probe.policies
 import dcjax.tools.probe.probe
+import dcjax.tools.probe.tables
 from dcjax.cli import main
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.task import encode_prompts
@@ -41,7 +44,8 @@ from dcjax.tools.probe.gaps import (
 from dcjax.tools.probe.ladder import Served, ladder
 from dcjax.tools.probe.policies import Policies, Weights
 from dcjax.tools.probe.probe import PROBABILITIES, probe
-from dcjax.tools.probe.source import Source, load_source, read_prompts
+from dcjax.tools.probe.source import Source, load_sources, read_prompts
+from dcjax.tools.probe.tables import to_summary
 from dcjax.types import Rollout
 
 pytestmark = pytest.mark.heavy
@@ -563,7 +567,7 @@ def test_a_run_is_probed_with_the_weights_of_an_earlier_step(run, probed, monkey
     monkeypatch.setattr(
         dcjax.tools.probe.probe, "formats", {name: formats[name] for name in ("float32", "bf16", "int4")}
     )
-    found = probed(run, "--prompts", 11, "--format", "bf16", "--stale", 6)
+    found = probed(run, "--prompts", 11, "--formats", "bf16", "--stale", 6)
     assert (found["step"], found["format"], found["kv_cache"], found["responses"]) == (8, "bf16", "bf16", 11)
     means = {name: row["prob_diff_mean"] for name, row in found["formats"].items()}
     assert list(means) == ["float32", "bf16", "int4"] and means["float32"] < means["bf16"] < means["int4"]
@@ -598,25 +602,26 @@ def assert_consistent(found, run):
     assert found["stages"][-1]["cumulative"] == found["total"]
     assert sum(row["tokens"] for row in found["by_position"]) == found["tokens"]
     assert len(found["by_layer"]) == 2
-    assert json.loads((run / "probe" / "probe.json").read_text()) == found
-    assert (run / "probe" / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "probe" / f"probe-{found['format']}.json").read_text()) == found
+    assert (run / "probe" / f"probe-{found['format']}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_of_a_run_whose_weights_lag_those_it_kept_are_served(recipe, tmp_path, monkeypatch):
     pretend.install(monkeypatch)
     lagging = ["--mismatch.staleness", "2", "--warm_start.steps", "0", "--steps", "3", "--checkpoint.every", "1"]
     assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run"), *lagging]) == 0
-    newest, before = (load_source(tmp_path / "run" / "checkpoints" / str(step)) for step in (3, 1))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    ((newest,), (before,), (last,)) = map(load_sources, (checkpoints / "3", checkpoints / "1", tmp_path / "run"))
     assert (newest.model.step, newest.stale_step, newest.weights.version) == (3, 1, 1)
     assert (before.model.step, before.stale_step) == (1, 0)
-    jax.tree.map(np.testing.assert_array_equal, newest.weights.stale, load_source(tmp_path / "run").weights.stale)
+    jax.tree.map(np.testing.assert_array_equal, newest.weights.stale, last.weights.stale)
     norms = [float(np.asarray(params["norm"])[0]) for params in (newest.weights.params, newest.weights.stale)]
     assert norms[0] != norms[1]
 
 
 @pytest.mark.slow
 def test_other_weights_another_format_and_another_place_can_be_asked_for(run, probed, only_float32, tmp_path):
-    options = ("--prompts", 5, "--stale", 2, "--format", "float32", "--kv-cache", "fp8", "--out", tmp_path / "there")
+    options = ("--prompts", 5, "--stale", 2, "--formats", "float32", "--kv-cache", "fp8", "--out", tmp_path / "there")
     found = probed(run / "checkpoints" / "4", *options)
     assert (found["step"], found["format"], found["kv_cache"]) == (4, "float32", "fp8")
     assert [(stage["name"], stage["detail"]) for stage in found["stages"]] == [
@@ -627,7 +632,7 @@ def test_other_weights_another_format_and_another_place_can_be_asked_for(run, pr
     ]
     largest = max(found["stages"], key=lambda stage: stage["own"]["prob_diff_mean"])
     assert largest["name"] == "stale_weights"
-    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["probe.json", "probe.png"]
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["probe-float32.json", "probe-float32.png"]
 
 
 @pytest.fixture
@@ -644,11 +649,121 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_a_hugging_face_folder_is_probed_with_prompts_of_a_file(folder, probed, only_float32, capfd, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    found = probed("hf", "--format", "float32", "--prompts-file", "prompts", "--max-response-length", 3)
+    found = probed("hf", "--formats", "float32", "--prompts-file", "prompts", "--max-response-length", 3)
     assert (found["step"], found["format"], found["responses"]) == (None, "float32", 2)
     assert 2 <= found["tokens"] <= 6 and found["by_position"][-1]["to"] <= 4
     assert found["formats"]["float32"]["prob_diff_max"] <= 5e-5
-    assert (folder.parent / "probe" / "probe.json").exists()
+    assert (folder.parent / "probe" / "probe-float32.json").exists()
+
+
+@pytest.fixture
+def prompted(folder, monkeypatch):
+    """`load_sources` of the folder and of its prompts, the longest of which takes 14 tokens."""
+    monkeypatch.chdir(folder.parent)
+    return functools.partial(load_sources, Path("hf"), prompts_file=Path("prompts"))
+
+
+def rewrite(path, **fields):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+
+
+@pytest.mark.parametrize(
+    ("positions", "most", "given", "expected"),
+    [
+        (40_960, None, None, 256),
+        (40_960, 9, None, 9),
+        (40_960, 32_768, None, 256),
+        (28, None, None, 14),
+        (28, 9, None, 9),
+        (40_960, 9, 1000, 1000),
+        (28, None, 14, 14),
+        (15, None, None, 1),
+    ],
+)
+def test_the_longest_response_of_a_folder_follows_from_what_it_says_and_has(
+    folder, prompted, positions, most, given, expected
+):
+    rewrite(folder / "config.json", max_position_embeddings=positions)
+    rewrite(folder / "generation_config.json", max_new_tokens=most)
+    (source,) = prompted(max_response_length=given)
+    rollout = source.model.config.rollout
+    assert (rollout.max_prompt_length, rollout.max_response_length) == (14, expected)
+
+
+@pytest.mark.parametrize(
+    ("positions", "most", "given", "told"),
+    [
+        (28, None, 15, r"^max-response-length is 15; hf has 28 positions, of which the longest prompt leaves 14$"),
+        (14, None, None, r"^the longest prompt takes 14 tokens; hf has 14 positions, for a response too$"),
+        (28, None, 0, r"^rollout\.max_response_length is 0; it must be at least 1$"),
+        (28, "9", None, r"generation_config\.json: max_new_tokens is '9'; it must be an integer from 1 to \d+$"),
+    ],
+)
+def test_a_folders_length_that_cannot_be_is_refused(folder, prompted, positions, most, given, told):
+    rewrite(folder / "config.json", max_position_embeddings=positions)
+    rewrite(folder / "generation_config.json", max_new_tokens=most)
+    with pytest.raises(RunError, match=told):
+        prompted(max_response_length=given)
+
+
+def test_of_several_formats_what_does_not_depend_on_them_is_read_once(prompted, monkeypatch):
+    read, params = [], OpenedModel.params
+    monkeypatch.setattr(OpenedModel, "params", lambda self: read.append(self) or params(self))
+    sources = prompted(formats=["fp8", "bf16", "fp8"], kv_cache="fp16", slots=3)
+    served = [source.model.config.serving for source in sources]
+    assert [(each.format, each.kv_cache, each.slots) for each in served] == [("fp8", "fp16", 3), ("bf16", "fp16", 3)]
+    assert len(read) == 1
+    assert sources[0].weights is sources[1].weights and sources[0].prompts is sources[1].prompts
+
+
+@pytest.fixture
+def probing(folder, monkeypatch, capfd):
+    """Runs `dcjax probe FOLDER --formats bf16,int8,fp8` with results that are made up; the so manyth is interrupted."""
+
+    def run(*options, interrupted=None):
+        made = itertools.count(1)
+
+        def made_up(source, *, seed):
+            if next(made) == interrupted:
+                raise KeyboardInterrupt
+            return dataclasses.replace(RESULT, source="hf", step=None, format=source.model.config.serving.format)
+
+        monkeypatch.setattr(dcjax.tools.probe.probe, "probe", made_up)
+        monkeypatch.setattr(dcjax.tools.probe.tables, "draw", lambda probe: b"drawn")
+        monkeypatch.chdir(folder.parent)
+        capfd.readouterr()
+        status = main(["probe", "hf", "--prompts-file", "prompts", "--formats", "bf16, int8,fp8", *options])
+        output, errors = capfd.readouterr()
+        return status, output, complaints(errors), sorted(path.name for path in Path("probe").iterdir())
+
+    return run
+
+
+def test_each_format_is_printed_and_written_and_all_are_summed_up(probing):
+    status, output, told, written = probing()
+    assert (status, told) == (0, [])
+    headers = [line.split()[3] for line in output.splitlines() if line.startswith("hf, served in ")]
+    assert headers == ["bf16", "int8", "fp8"]
+    assert output.endswith("\n" + to_summary([dataclasses.replace(RESULT, format=name) for name in headers]) + "\n")
+    assert written == [f"probe-{name}.{kind}" for name in sorted(headers) for kind in ("json", "png")]
+
+
+def test_in_json_each_format_is_a_line(probing):
+    status, output, told, _ = probing("--json")
+    assert (status, told) == (0, [])
+    assert [json.loads(line)["format"] for line in output.splitlines()] == ["bf16", "int8", "fp8"]
+
+
+@pytest.mark.parametrize(("interrupted", "finished"), [(3, ["bf16", "int8"]), (1, [])])
+def test_of_an_interrupted_probe_what_is_finished_is_kept_and_summed_up(probing, interrupted, finished, tmp_path):
+    (tmp_path / "probe").mkdir()
+    status, output, told, written = probing(interrupted=interrupted)
+    assert (status, told) == (130, [f"dcjax: interrupted; formats finished: {len(finished)} of 3"])
+    assert written == [f"probe-{name}.{kind}" for name in finished for kind in ("json", "png")]
+    for name in finished:
+        assert json.loads((tmp_path / "probe" / f"probe-{name}.json").read_text())["format"] == name
+    summary = to_summary([dataclasses.replace(RESULT, format=name) for name in finished])
+    assert output.endswith(f"\n{summary}\n") if finished else output == ""
 
 
 @pytest.fixture
@@ -670,7 +785,8 @@ def refusal(capfd):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--format", "int3"], "serving.format is 'int3'; it must be one of float32"),
+        (["--formats", "bf16,int3"], "serving.format is 'int3'; it must be one of float32"),
+        (["--slots", "0"], "serving.slots is 0; it must be at least 1"),
         (["--kv-cache", "int3"], "serving.kv_cache is 'int3'; it must be one of auto"),
         (["--prompts", "0"], "prompts is 0; it must be at least 1"),
         (["--max-response-length", "0"], "rollout.max_response_length is 0; it must be at least 1"),

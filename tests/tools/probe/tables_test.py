@@ -6,58 +6,10 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from probes import RESULT, gap
 
-from dcjax.tools.probe.gaps import FIGURES, Stage
-from dcjax.tools.probe.probe import Probe
-from dcjax.tools.probe.tables import draw, stage_label, to_json, to_text, write_probe
+from dcjax.tools.probe.tables import draw, stage_label, to_json, to_summary, to_text, write_probe
 
-
-def gap(mean):
-    return dict.fromkeys(FIGURES, mean) | {"prob_diff_max": 10 * mean}
-
-
-RESULT = Probe(
-    source="run $x^",
-    step=40,
-    format="int8",
-    kv_cache="int8",
-    responses=3,
-    tokens=17,
-    stages=[
-        Stage("decode_path", "float32", gap(1e-7), gap(1e-7)),
-        Stage("kv_cache", "int8", gap(0.0123), gap(0.0456)),
-        Stage("as_sampled", "", gap(0.0), gap(0.0456)),
-    ],
-    total=gap(0.0456),
-    recommended_budget=0.0684,
-    formats={
-        "float32": gap(1e-7) | {"bytes": 4096, "float32_bytes": 4096, "quantized": []},
-        "int8": gap(0.0456) | {"bytes": 1024, "float32_bytes": 4096, "quantized": ["q_proj"]},
-        "int4": {"not_served": "groups of 32 do not fit"},
-    },
-    by_position=[{"from": 0, "to": 1, "tokens": 3, "prob_diff_mean": 0.1, "prob_diff_max": 0.2}],
-    by_probability=[{"from": 0.9, "to": 0.99, "tokens": 17, "prob_diff_mean": 0.03, "prob_diff_max": 0.2}],
-    by_layer=[{"layer": 0, "relative_error": 0.011}, {"layer": 1, "relative_error": 0.022}],
-    worst_tokens=[
-        {
-            "response": 1,
-            "position": 2,
-            "before": "1+2=",
-            "token": r"\x1b[",
-            "behind": "3",
-            "trained": 0.75,
-            "sampled": 0.25,
-            "prob_diff": 0.5,
-        }
-    ],
-    sharding={"not_measured": "one device"},
-    sampling={"temperature": 0.7, "top_k": 0, "top_p": 1.0} | gap(0.31),
-    chunks={
-        "sequences": {"own": 3, "other": 1} | gap(3e-6),
-        "head": {"own": 20, "other": 2} | gap(4e-6),
-    },
-    routing=None,
-)
 ROUTED = dataclasses.replace(
     RESULT,
     step=None,
@@ -90,6 +42,7 @@ def test_the_table_tells_what_was_not_measured_and_not_served():
     assert "recommended budget: objective.budget=0.0684 " in text
     assert r"1+2=[\x1b[]3" in text
     assert "run $x^ at step 40, served in int8" in text
+    assert "3 responses of at most 20 tokens, 17 in all" in text
 
 
 def test_the_table_of_a_model_with_experts_has_their_rows():
@@ -103,6 +56,14 @@ def test_the_table_of_a_model_with_experts_has_their_rows():
 @pytest.mark.parametrize("result", [RESULT, ROUTED])
 def test_no_line_is_wider_than_a_wide_terminal(result):
     assert max(map(len, to_text(result).splitlines())) <= 150
+
+
+def test_the_summary_has_a_row_for_each_deployed_format():
+    other = dataclasses.replace(RESULT, format="int4", total=gap(0.5), recommended_budget=None)
+    text = to_summary([RESULT, other])
+    assert row(text, "int8").split()[1] == "0.0456" and row(text, "int8").endswith("  0.0684")
+    assert row(text, "int4").split()[1] == "0.5" and row(text, "int4").endswith("  none")
+    assert len(text.splitlines()) == 4 and max(map(len, text.splitlines())) <= 150
 
 
 def test_json_is_one_line_that_reads_back_as_the_result():
@@ -131,6 +92,12 @@ def test_both_files_are_written(tmp_path):
     data, picture = write_probe(RESULT, tmp_path / "a" / "b")
     assert json.loads(data.read_text()) == json.loads(to_json(RESULT))
     assert picture.read_bytes() == draw(RESULT)
+    assert (data.name, picture.name) == ("probe-int8.json", "probe-int8.png")
+
+
+def test_a_format_of_the_readers_own_may_be_called_what_no_file_can_be(tmp_path):
+    data, _ = write_probe(dataclasses.replace(RESULT, format="e3/m2"), tmp_path)
+    assert data == tmp_path / "probe-e3-m2.json" and data.exists()
 
 
 def test_a_stage_reads_as_words():

@@ -34,7 +34,7 @@ from dcjax.tools.suite.answers import to_problems
 from dcjax.tools.suite.benchmarks import SUITES, Benchmark, SuiteConfig
 from dcjax.tools.suite.log import read_samples
 from dcjax.tools.suite.result import read_result
-from dcjax.tools.suite.suite import evaluate_suite
+from dcjax.tools.suite.suite import _unlike_published, evaluate_suite
 from dcjax.tools.suite.tables import to_markdown, write_result
 
 pytestmark = pytest.mark.heavy
@@ -182,8 +182,22 @@ def test_a_sample_is_right_if_it_ended_with_the_right_answer(whole):
 
 def test_notes_tell_what_is_not_as_published(whole):
     result, _ = whole
-    assert "AIME24: 8 problems, not the published 30" in result.notes
-    assert not any("cut" in note for note in result.notes)
+    told = "not as published (problems × samples of each): AIME24 8 × 4, not 30 × 4; AMC23 4 × 4, not 40 × 4"
+    assert result.notes == [told]
+
+
+def test_only_what_is_not_as_published_is_named_in_one_line():
+    # of Olympiad another publisher's copy, with a problem more
+    whole = dict(zip(SUITES["paper"], (30, 30, 40, 500, 272, 675), strict=True))
+    assert _unlike_published(SuiteConfig(), whole) == []
+    told = "not as published (problems × samples of each): "
+    aime = SUITES["paper"][0]
+    assert _unlike_published(SuiteConfig(), whole | {aime: 1}) == [told + "AIME24 1 × 32, not 30 × 32"]
+    assert _unlike_published(SuiteConfig(samples=4), whole) == [
+        told + "AIME24 30 × 4, not 30 × 32; AIME25 30 × 4, not 30 × 32; AMC23 40 × 4, not 40 × 32"
+    ]
+    (line,) = _unlike_published(SuiteConfig(samples=1), dict.fromkeys(whole, 1))
+    assert line.count(" 1 × 1, not ") == 6 and line.endswith("; Olympiad 1 × 1, not 674 × 4")
 
 
 # the second time, four problems were being scored
