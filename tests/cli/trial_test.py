@@ -1,9 +1,11 @@
 """`dcjax train RECIPE --trial`: a recipe is made small before a run of it begins, and says so."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from launching import ended, processes
 
 import dcjax.cli.trial
 import dcjax.loop.early
@@ -14,6 +16,7 @@ from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.models import ModelConfig, save_hf
 from dcjax.recipe.trial import Available
 from dcjax.reporting.record import read_metrics
+from dcjax.sharding.mesh import MeshConfig
 
 pytestmark = pytest.mark.heavy
 
@@ -141,3 +144,17 @@ def test_a_recipe_of_a_slice_runs_here(pretrained, folder, capfd, monkeypatch, d
     errors = capfd.readouterr().err
     phases = [errors.index(f"step 0/2  {phase} …") for phase in ("evaluation", "sampling", "update")]
     assert phases == sorted(phases) and errors.index("iterations: 2, each of ") < phases[0]
+
+
+@pytest.mark.slow
+def test_processes_find_each_other_before_devices_are_counted(directory):
+    """A mesh that the devices of one process alone could not hold, in one directory of all."""
+    config = replace(tiny.CONFIG, mesh=MeshConfig(data=2), warm_start=replace(tiny.CONFIG.warm_start, steps=0))
+    recipe = tiny.write_recipe(directory / "both.py", config)
+    with processes(recipe, directory / "run", "--trial") as both:
+        ends = [ended(process, within=300) for process in both]
+    assert [status for status, _ in ends] == [0, 0], ends
+    (_, told), (_, others) = ends
+    assert "trial: steps 8 -> 2" in told and not [line for line in others if line.startswith("trial: ")]
+    assert [path.name for path in directory.glob("run*")] == ["run-trial"]
+    assert [record["step"] for record in read_metrics(directory / "run-trial" / "metrics.jsonl")] == [0, 1, 2]
