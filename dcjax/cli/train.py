@@ -116,15 +116,18 @@ def _trial_of(arguments: list[str]) -> tuple[Config, CodeFile]:
     recipe = _find_recipe(path, source, recipe_code)
     # before the rest is imported, which takes seconds
     given = _call_recipe(recipe)
-    from dcjax.cli.trial import announce, look
-    from dcjax.recipe.trial import in_own_directory, shrink
+    from dcjax.cli.trial import announce, in_own_directory, look
+    from dcjax.recipe.architecture import with_pretrained_model
+    from dcjax.recipe.trial import check_fits, shrink
 
     if first := _before_trial(_as_flags(arguments)):
         given = _override_fields(given, source, first)
     available = look(given)
     shrunk = shrink(given, available)
-    config = in_own_directory(_override_fields(shrunk, source, arguments))
-    announce(given, shrunk, config, available)
+    config = with_pretrained_model(_override_fields(shrunk, source, arguments))
+    check_fits(config, available)
+    config = in_own_directory(config, recipe)
+    announce(given, shrunk, config)
     return config, recipe
 
 

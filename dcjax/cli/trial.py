@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import sys
+from pathlib import Path
 
 import jax
 
-from dcjax.recipe.architecture import with_pretrained_model
+from dcjax.errors import RunError
+from dcjax.loop.recipe_copy import kept_recipe
+from dcjax.loop.run_directory import goes_on
 from dcjax.recipe.config import Config
-from dcjax.recipe.trial import Available, changes, check_fits
+from dcjax.recipe.trial import Available, changes
 from dcjax.sharding.hosts import is_main, join
 from dcjax.sharding.mesh import memory_of
-from dcjax.user_code import refusals_of
+from dcjax.user_code import CodeFile, refusals_of
 
 REASONS = {
     "pretrained": "there is no such folder, so weights are random",
@@ -52,17 +57,30 @@ def _has_data(config: Config) -> bool:
     return True
 
 
-def announce(recipe: Config, shrunk: Config, config: Config, available: Available) -> None:
-    """Says what the trial changed and where it goes, on standard error, once it is seen to fit in memory.
+def in_own_directory(config: Config, recipe: CodeFile) -> Config:
+    """The config under NAME-trial, or NAME-trial-2 and so on: the first run directory that is not there yet, or that
+    the same trial was begun in, which goes on."""
+    ends = itertools.chain(["-trial"], (f"-trial-{number}" for number in itertools.count(2)))
+    run_dir = config.run_dir
+    trials = (
+        dataclasses.replace(
+            config, name=f"{config.name}{end}", run_dir=None if run_dir is None else Path(f"{run_dir}{end}")
+        )
+        for end in ends
+    )
+    return next(trial for trial in trials if not trial.directory.exists() or _is_begun(trial, recipe))
 
-    Args:
-      recipe, shrunk, config: as `changes` takes them.
-      available: what there is.
 
-    Raises:
-      RunError: the folder that it starts from holds no model, or one that does not fit.
-    """
-    check_fits(with_pretrained_model(config), available)
+def _is_begun(config: Config, recipe: CodeFile) -> bool:
+    try:
+        kept = kept_recipe(config.directory)
+        return kept is not None and kept.sha256 == recipe.sha256 and goes_on(config)
+    except RunError:
+        return False
+
+
+def announce(recipe: Config, shrunk: Config, config: Config) -> None:
+    """Says what the trial changed and where it goes, on standard error; the arguments are those of `changes`."""
     if not is_main():
         return
     for change in changes(recipe, shrunk, config):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dcjax.data.datasets import SAMPLES
@@ -103,17 +101,6 @@ def changes(recipe: Config, shrunk: Config, config: Config) -> list[str]:
     if config.pretrained is not None:
         names = [name for name in names if not name.startswith("model.")]
     return [f"{name} {before[name]} -> {after[name]}" for name in names]
-
-
-def in_own_directory(config: Config) -> Config:
-    """The config under NAME-trial, or NAME-trial-2 and so on, in a run directory that is not there yet."""
-    for number in itertools.count(1):
-        end = "-trial" if number == 1 else f"-trial-{number}"
-        run_dir = None if config.run_dir is None else Path(f"{config.run_dir}{end}")
-        own = dataclasses.replace(config, name=f"{config.name}{end}", run_dir=run_dir)
-        if not own.directory.exists():
-            return own
-    raise AssertionError("unreachable")
 
 
 def check_fits(config: Config, available: Available) -> None:

@@ -13,10 +13,12 @@ import dcjax.loop.train
 from dcjax.cli import main
 from dcjax.data.datasets import SAMPLES
 from dcjax.data.tokenizers import byte_tokenizer
+from dcjax.loop.run_directory import open_run
 from dcjax.models import ModelConfig, save_hf
 from dcjax.recipe.trial import Available
 from dcjax.reporting.record import read_metrics
 from dcjax.sharding.mesh import MeshConfig
+from dcjax.user_code import CodeFile
 
 pytestmark = pytest.mark.heavy
 
@@ -97,17 +99,32 @@ def test_data_that_are_given_are_used_whole(started, capfd, directory):
     assert not [line for line in told(capfd) if line.startswith("task.")]
 
 
-def test_a_second_trial_does_not_touch_the_first(started, directory):
-    for _ in range(2):
-        assert main(["train", "--trial", "--run-dir", str(directory / "mine")]) == 0
-        started[-1].directory.mkdir()
-    assert [config.directory.name for config in started] == ["mine-trial", "mine-trial-2"]
+def test_the_same_trial_goes_on_and_another_does_not_touch_it(started, directory):
+    recipe = tiny.write_recipe(directory / "mine.py")
+    given = ["train", str(recipe), "--trial", "--run-dir", str(directory / "mine")]
+
+    def begin(*others):
+        assert main([*given, *others]) == 0
+        config = started[-1]
+        with open_run(config, recipe=CodeFile.read(recipe)):
+            return config.directory.name
+
+    assert [begin(), begin(), begin("steps=5"), begin("steps=5"), begin()] == [
+        *["mine-trial"] * 2,
+        *["mine-trial-2"] * 2,
+        "mine-trial",
+    ]
+    recipe.write_text(recipe.read_text() + "# a mended line\n")
+    assert begin() == "mine-trial-3"
+    (directory / "mine-trial-4").mkdir()
+    assert begin("steps=7") == "mine-trial-5"
+    assert not (directory / "mine").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dcmdp_qwen3_8b", "--trial", "pretrained=none"], "none"),
+        (["dcmdp_qwen3_8b", "--trial", "pretrained=nowhere"], "nowhere"),
         (["run", "--trial"], "--trial is given, and run is a run; give the recipe that it was started from"),
         (["dcmdp_qwen3_8b", "--trial", "--no-recipe-code"], "--no-recipe-code is given; dcmdp_qwen3_8b is a recipe"),
         (

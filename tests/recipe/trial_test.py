@@ -1,6 +1,5 @@
 """A trial: every recipe as small as the devices, the memory and the files that are there ask for."""
 
-import dataclasses
 import math
 import runpy
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.plain import flatten, to_dict
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
-from dcjax.recipe.trial import Available, changes, check_fits, in_own_directory, shrink
+from dcjax.recipe.trial import Available, changes, check_fits, shrink
 from dcjax.sharding.mesh import MeshConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -239,15 +238,3 @@ def test_a_model_that_cannot_fit_is_refused_in_one_line():
     check_fits(replace(config, mesh=MeshConfig(fsdp=2)), replace(HOST, memory=62 * GIB))
     with pytest.raises(RunError, match=r"^the model has 8,190,\d{3},\d{3} .*; choose a smaller model$"):
         check_fits(replace(config, pretrained=None), HOST)
-
-
-def test_a_trial_writes_where_nothing_is(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = Config(name="mine")
-    for name in ("mine-trial", "mine-trial-2", "mine-trial-3"):
-        trial = in_own_directory(config)
-        assert (trial.name, trial.directory) == (name, Path("runs") / name)
-        trial.directory.mkdir(parents=True)
-    given = in_own_directory(replace(config, run_dir=Path("here")))
-    assert (given.name, given.directory) == ("mine-trial", Path("here-trial"))
-    assert dataclasses.replace(given, name="mine", run_dir=Path("here")) == replace(config, run_dir=Path("here"))
