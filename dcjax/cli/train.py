@@ -37,6 +37,12 @@ PROFILE_FLAG = "--profile"
 PROFILE_HELP = (
     f"{PROFILE_FLAG} STEPS: trace the first STEPS iterations into RUN/profile, and tell where their time went"
 )
+TRIAL_FLAG = "--trial"
+TRIAL_HELP = (
+    f"{TRIAL_FLAG}: shrink what is not given to minutes on this machine, say what changed, and write to NAME-trial"
+)
+BEFORE_TRIAL = ("pretrained", "task.data_dir", "task.dataset", "task.heldout", "distributed.")
+"""How overrides begin that say what there is for a trial to use; the others are of what it makes of the recipe."""
 
 
 def add_parser(commands) -> None:
@@ -51,8 +57,11 @@ def add_parser(commands) -> None:
 def run(arguments: list[str]) -> None:
     """Trains by the recipe or resumes the run that the arguments name, with the fields that the others override."""
     profile, arguments = _without_profile(arguments)
-    config, recipe = config_of(arguments)
+    others = [argument for argument in arguments if argument != TRIAL_FLAG]
+    # a trial counts devices, for which JAX is set up first
+    found = config_of(others) if others == arguments else None
     with leave_on_failure("train"), jax_session(), _log_to_stderr():
+        config, recipe = found or _trial_of(others)
         # before the rest is imported, which takes seconds
         from dcjax.loop.early import refuse_early
 
@@ -72,20 +81,61 @@ def config_of(arguments: list[str]) -> tuple[Config, CodeFile | None]:
     Raises:
       RunError: there is none, or an override does not fit.
     """
+    source, path, arguments, recipe_code = _source_of(arguments)
+    if (path / "config.json").is_file():
+        return _resumed(path, source, arguments, recipe_code)
+    return _begun(_find_recipe(path, source, recipe_code), source, arguments)
+
+
+def _source_of(arguments: list[str]) -> tuple[str, Path, list[str], bool]:
+    """The recipe or run that is named, its path if it is one, the overrides, and whether its code may be executed.
+
+    Raises:
+      RunError: it is a path that cannot be used.
+    """
     recipe_code = NO_RECIPE_CODE_FLAG not in arguments
     arguments = [argument for argument in arguments if argument != NO_RECIPE_CODE_FLAG]
     source = DEFAULT_RECIPE
     if arguments and not arguments[0].startswith("-") and not ASSIGNMENT.fullmatch(arguments[0]):
         source, *arguments = arguments
     try:
-        path = local_path(source)
+        return source, local_path(source), arguments, recipe_code
     except ValueError as error:
         raise RunError(f"the recipe {error}") from None
+
+
+def _trial_of(arguments: list[str]) -> tuple[Config, CodeFile]:
+    """The config of a trial of a recipe, and its file; says what is smaller than in the recipe.
+
+    Raises:
+      RunError: as `config_of`; it is a run; or its model is given, and does not fit.
+    """
+    source, path, arguments, recipe_code = _source_of(arguments)
     if (path / "config.json").is_file():
-        return _resumed(path, source, arguments, recipe_code)
-    if not recipe_code:
-        raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
-    return _begun(path, source, arguments)
+        raise RunError(f"{TRIAL_FLAG} is given, and {source} is a run; give the recipe that it was started from")
+    recipe = _find_recipe(path, source, recipe_code)
+    # before the rest is imported, which takes seconds
+    given = _call_recipe(recipe)
+    from dcjax.cli.trial import announce, in_own_directory, look
+    from dcjax.recipe.architecture import with_pretrained_model
+    from dcjax.recipe.trial import check_fits, shrink
+
+    if first := _before_trial(_as_flags(arguments)):
+        given = _override_fields(given, source, first)
+    available = look(given)
+    shrunk = shrink(given, available)
+    config = with_pretrained_model(_override_fields(shrunk, source, arguments))
+    check_fits(config, available)
+    config = in_own_directory(config, recipe)
+    announce(given, shrunk, config)
+    return config, recipe
+
+
+def _before_trial(flags: list[str]) -> list[str]:
+    """The overrides of `BEFORE_TRIAL` among flags, each of which has one value."""
+    names = tuple(f"__{name}" for name in BEFORE_TRIAL)
+    pairs = (pair for pair in itertools.pairwise(flags) if pair[0].replace("-", "_").startswith(names))
+    return list(itertools.chain.from_iterable(pairs))
 
 
 def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:
@@ -108,9 +158,8 @@ def _without_profile(arguments: list[str]) -> tuple[int | None, list[str]]:
     return steps, others
 
 
-def _begun(path: Path, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:
+def _begun(recipe: CodeFile, source: str, arguments: list[str]) -> tuple[Config, CodeFile | None]:
     """The config of a recipe, and its file; of a run that it began and that it has changed since, the run's own."""
-    recipe = _find_recipe(path, source)
     config = _override_fields(_call_recipe(recipe), source, arguments)
     from dcjax.loop.recipe_copy import changed_recipe, kept_recipe
 
@@ -130,8 +179,14 @@ def _resumed(directory: Path, source: str, arguments: list[str], recipe_code: bo
     return _override_fields(config, source, arguments), kept_recipe(directory)
 
 
-def _find_recipe(path: Path, source: str) -> CodeFile:
-    """The recipe that is given as a Python file, or as the name of one in `RECIPES`."""
+def _find_recipe(path: Path, source: str, recipe_code: bool) -> CodeFile:
+    """The recipe that is given as a Python file, or as the name of one in `RECIPES`.
+
+    Raises:
+      RunError: there is none, or its code must not be executed.
+    """
+    if not recipe_code:
+        raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
     folders = (RECIPES, Path(dcjax.__file__).parents[1] / RECIPES)
     paths = [path] if source.endswith(".py") else [folder / f"{source}.py" for folder in folders]
     if found := next((path for path in paths if path.is_file()), None):
@@ -176,7 +231,7 @@ def _override_fields(config: Config, source: str, arguments: list[str]) -> Confi
                 use_underscores=True,
                 prog=f"dcjax train {source}",
                 description=f"{type(config).__doc__} {NO_CACHE_HELP} {NO_RECIPE_CODE_FLAG}: {NO_RECIPE_CODE_HELP}. "
-                f"{PROFILE_HELP}.",
+                f"{PROFILE_HELP}. {TRIAL_HELP}.",
             )
             return _original(overridden, originals)
     except SystemExit as exit:

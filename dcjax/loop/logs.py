@@ -53,15 +53,25 @@ class RunLog:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
+    def phase(self, name: str) -> None:
+        """Shows what is done from now on."""
+        if is_main():
+            self._progress.phase(name)
+
     def write(self, step: int, metrics: dict[str, float], sampled: Sampled | None = None) -> None:
-        """Logs a step, and the first response of some prompts where it was evaluated; shows it if it was trained."""
+        """Logs a step, and the first response of some prompts where it was evaluated; shows it if it was trained.
+
+        What was not trained is step 0, behind which the first one begins.
+        """
         self._deployed_accuracy = metrics.get("eval/deployed_accuracy", self._deployed_accuracy)
         if not is_main():
             return
         if sampled is not None and "eval/deployed_accuracy" in metrics:
             self._transcribe(step, sampled)
         self._metrics.write(step, metrics)
-        if sampled is not None:
+        if sampled is None:
+            self._progress.begin()
+        else:
             self._progress.update(step, **self._shown(metrics))
 
     def _logs(self) -> tuple[MetricsLog, Transcripts]:

@@ -15,7 +15,7 @@ from dcjax.errors import Interrupted, RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor
 from dcjax.loop.draw import Draw, Sampled
 from dcjax.loop.early import join_others
-from dcjax.loop.environment import describe
+from dcjax.loop.environment import describe, outline
 from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.profiler import Profiler
@@ -85,7 +85,9 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
     config, preemption = setup.config, Preemption()
     restored = checkpoints.restore_latest(abstract_state(config, setup.mesh))
     if is_main():
-        print("\n".join(describe(config, setup.mesh, setup.engines["deployed"])), file=sys.stderr)
+        done = restored[1].step if restored else 0
+        told = describe(config, setup.mesh, setup.engines["deployed"]) + outline(config, setup.mesh, done)
+        print("\n".join(told), file=sys.stderr)
     updater = Updater(setup)
     state, cursor = restored or begin(setup)
     last_step = cursor.step if restored else None
@@ -96,20 +98,24 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
         preemption,
     ):
         if not restored:
+            log.phase("evaluation")
             log.write(0, evaluate_state(setup, state))
             checkpoints.save(state, cursor)
         while cursor.step < config.steps:
             with profiler.iteration(cursor.step + 1):
                 stopwatch = Stopwatch(setup)
+                log.phase("sampling")
                 try:
                     sampled, following = sampler(state, cursor)
                 except Stopped:
                     _stop(checkpoints, state, cursor)
                 stopwatch.sampled()
+                log.phase("update")
                 state, metrics = updater(state, sampled)
                 cursor = following
                 metrics |= stopwatch.updated(sampled)
                 if _due(cursor.step, config.evaluation.every, config.steps):
+                    log.phase("evaluation")
                     sampler.settle()
                     with span("evaluation"):
                         metrics |= evaluate_state(setup, state)
@@ -119,6 +125,7 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
                 if preemption.announced(setup.mesh):
                     _stop(checkpoints, state, cursor)
                 if _due(cursor.step, config.checkpoint.every, config.steps):
+                    log.phase("checkpoint")
                     with span("checkpoint"):
                         checkpoints.save(state, cursor)
 

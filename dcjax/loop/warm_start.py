@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from functools import cache
 from types import TracebackType
@@ -29,6 +30,8 @@ from dcjax.sharding.rules import batch_sharding
 from dcjax.types import Batch, Bins, Params, Sequences
 from dcjax.user_code import refusals_of
 
+_log = logging.getLogger(__name__)
+
 EARLY_SHARE = 0.8
 """Share of the updates before the share of scratchpads changes."""
 LOG_EVERY = 10
@@ -42,6 +45,8 @@ def warm_start(config: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, p
       RunError: the loss is not finite, the pretrained weights cannot be loaded, or the task has nothing to imitate that
         fits.
     """
+    if config.pretrained is not None:
+        _log.info("loading the weights of %s", config.pretrained)
     params = starting_params(config, mesh)
     with _Log(config) as log:
         # without updates there is no need of an optimiser, whose moments are twice the parameters
@@ -55,6 +60,7 @@ def _imitate(
     settings, packing = config.warm_start, config.warm_start_packing()
     tx, update = _compile_update(config.model, settings, packing.bins, mesh)
     state = initial_state(config, mesh, tx, params)
+    log.phase("update")
     for count in range(1, settings.steps + 1):
         batch = packing(_batch(config, tokenizer, problems, count))
         state, metrics = update(state, place(batch, batch_sharding(mesh)))
@@ -95,6 +101,10 @@ class _Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.__exit__(kind, error, trace)
+
+    def phase(self, name: str) -> None:
+        if is_main():
+            self._progress.phase(name)
 
     def write(self, count: int, values: dict[str, float]) -> None:
         if is_main():

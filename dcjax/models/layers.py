@@ -72,6 +72,34 @@ def _product_backward(arithmetic, out, saved, gradient):
 product.defvjp(_product_forward, _product_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def table_product(
+    rows: Float[Array, "*N K"], table: Float[Array, "M K"], arithmetic: Arithmetic, out: jnp.dtype
+) -> Float[Array, "*N M"]:
+    """rows @ tableᵀ, otherwise as `product`.
+
+    The table's gradient is computed as the table lies. XLA on CPUs makes one product of another one's transpose, which
+    jaxlib 0.10 then cannot run in bf16 ("Unsupported element type for DotThunk").
+    """
+    return jnp.matmul(rows, table.astype(rows.dtype).T, **arithmetic.of(rows.dtype)).astype(out)
+
+
+def _table_product_forward(rows, table, arithmetic, out):
+    return table_product(rows, table, arithmetic, out), (rows, table)
+
+
+def _table_product_backward(arithmetic, out, saved, gradient):
+    rows, table = saved
+    gradient = gradient.astype(rows.dtype)
+    to_rows = jnp.matmul(gradient, table.astype(rows.dtype), **arithmetic.of(rows.dtype))
+    merged = tuple(range(rows.ndim - 1))
+    to_table = jnp.tensordot(gradient, rows, (merged, merged), **arithmetic.of(rows.dtype))
+    return to_rows.astype(rows.dtype), to_table.astype(table.dtype)
+
+
+table_product.defvjp(_table_product_forward, _table_product_backward)
+
+
 def dense(
     x: Float[Array, "... K"], kernel: Float[Array, "K N"], arithmetic: Arithmetic = EXACT
 ) -> Float[Array, "... N"]:

@@ -317,5 +317,5 @@ def logits(
     # constrained where it is used, so that its gradient is divided too, chunk by chunk
     table = layout.constrain(head_kernel(config, params), TABLE)
     arithmetic = layers.Arithmetic(DTYPES[config.precision.accumulation], config.precision.float32)
-    out = layers.product(rows, table.T, arithmetic, jnp.dtype(jnp.float32))
+    out = layers.table_product(rows, table, arithmetic, jnp.dtype(jnp.float32))
     return layout.constrain(out, LOGITS)

@@ -31,7 +31,10 @@ class Progress:
     A plain line looks like `step 12/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  ETA 0:31`, where `step` is the
     description. The bar shows the remaining time before the values, because a narrow terminal cuts lines off at the
     right. The remaining time is estimated from the last 20 steps, so that compilation and a slow start are soon
-    forgotten.
+    forgotten; behind the first step, from that one.
+
+    Between steps `phase` says what is done: beside the step's number in the bar, and in plain lines until the first
+    step is done.
 
     If the stream's encoding lacks δ̄ and λ (`LANG=C`), they are called `gap` and `lambda`, the bar is drawn in ASCII,
     and other characters that cannot be encoded become question marks.
@@ -50,6 +53,8 @@ class Progress:
         self._description = description
         self._stream = sys.stderr if stream is None else stream
         self._recent: deque[tuple[int, float]] = deque(maxlen=_TIMED_STEPS + 1)
+        self._done, self._values = initial, []
+        self._began = initial, time.monotonic()
         self._printed_at = -math.inf
         self._pending_line: str | None = None
         self._unicode = _can_encode(self._stream, "δ̄λ█")
@@ -59,16 +64,28 @@ class Progress:
         """Shows that `step` is done, and formatted values by name, in the order given."""
         now = time.monotonic()
         self._recent.append((step, now))
-        head = f"{self._description} {step}/{self._total}"
         columns = [f"{self._display_name(name)} {value}" for name, value in values.items()]
         remaining = f"ETA {self._remaining_time(step)}"
+        self._done, self._values = step, [remaining, *columns]
         if self._bar is not None:
-            self._bar.set_description_str(self._encodable("  ".join([head, remaining, *columns])), refresh=False)
+            self._bar.set_description_str(self._line(*self._values), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        self._pending_line = self._encodable("  ".join([head, *columns, remaining]))
+        self._pending_line = self._line(*columns, remaining)
         if step >= self._total or now - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._print(now)
+
+    def phase(self, name: str) -> None:
+        """Shows what is done from now on, until a step is done or another phase begins."""
+        if self._bar is not None:
+            self._bar.set_description_str(self._line(name, *self._values))
+        elif not self._recent:
+            self._stream.write(f"{self._line(name)} {'…' if self._unicode else '...'}\n")
+            self._stream.flush()
+
+    def begin(self) -> None:
+        """The first step begins now, rather than when this was made."""
+        self._began = self._done, time.monotonic()
 
     def close(self) -> None:
         """Shows the last step if it has not been shown, and ends the line; a second call does nothing."""
@@ -91,12 +108,15 @@ class Progress:
         return tqdm(
             total=self._total,
             initial=initial,
-            desc=self._encodable(f"{self._description} {initial}/{self._total}"),
+            desc=self._line(),
             bar_format="|{bar:16}| {desc}",
             ascii=not self._unicode,
             dynamic_ncols=True,
             file=self._stream,
         )
+
+    def _line(self, *columns: str) -> str:
+        return self._encodable("  ".join([f"{self._description} {self._done}/{self._total}", *columns]))
 
     def _print(self, now: float) -> None:
         self._stream.write(f"{self._pending_line}\n")
@@ -105,7 +125,8 @@ class Progress:
         self._pending_line = None
 
     def _remaining_time(self, step: int) -> str:
-        (first_step, started), (last_step, ended) = self._recent[0], self._recent[-1]
+        first = self._recent[0] if len(self._recent) > 1 else self._began
+        (first_step, started), (last_step, ended) = first, self._recent[-1]
         if step >= self._total:
             return format_duration(0)
         if last_step <= first_step:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from dcjax.serving.mismatch import NO_MISMATCH, MismatchConfig
 from dcjax.serving.parallel import COPIES, EVERYWHERE, SHARED_CACHE, named, serving_mesh
 from dcjax.serving.sampling import SamplingParams
 from dcjax.serving.sync import Conversion, ServingParams, abstract_serving, make_sync, served_shardings
-from dcjax.sharding.mesh import MeshConfig, make_mesh
+from dcjax.sharding.mesh import MeshConfig, make_mesh, memory_of
 from dcjax.sharding.rules import with_shardings
 from dcjax.types import Array, Params
 
@@ -252,7 +251,7 @@ class Qwen3Engine(engine_api.Engine):
             weight_noise=mismatch.weight_noise,
             rounded_masters=mismatch.rounded_masters,
         )
-        self._require_memory(_memory_of(self._mesh.devices.flat[0]) if memory is None else memory, prompts, keep)
+        self._require_memory(memory_of(self._mesh.devices.flat[0]) if memory is None else memory, prompts, keep)
 
     # --- JetStream's interface ---
 
@@ -499,13 +498,6 @@ def _bytes(tree, placed) -> int:
     """Bytes that a tree of arrays takes on one of the devices that share it."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
-
-
-def _memory_of(device: jax.Device) -> int:
-    """Bytes that a process may use on a device; those of a CPU share the machine's."""
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    return device.memory_stats()["bytes_limit"]
 
 
 def _require_within(name: str, values: Any, low: int | float, high: int | float = math.inf) -> None:

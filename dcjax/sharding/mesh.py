@@ -116,6 +116,13 @@ def _is_box(chips: Sequence[jax.Device]) -> bool:
     return len(places) == math.prod(max(along) + 1 for along in zip(*places, strict=True))
 
 
+def memory_of(device: jax.Device) -> int:
+    """Bytes that a process may use on a device; those of a CPU share the machine's."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return device.memory_stats()["bytes_limit"]
+
+
 HOSTS, OWN = "hosts", "own"
 """The axes of `by_host`."""
 

@@ -49,7 +49,8 @@ def processes(
 def complaints(errors):
     """Lines of stderr that tell neither what a command is on, nor how far it is, nor what Gloo says of connections."""
     quiet = ("platform: ", "training: ", "serving: ", "compiling ", "warm start ", "step ", "policy ", "[Gloo]")
-    quiet += ("format ", "where the time went: ", "  ", "meanwhile ", "trace and times: ")
+    quiet += ("iterations: ", "evaluations: ", "checkpoints: ", "memory: ", "format ")
+    quiet += ("where the time went: ", "  ", "meanwhile ", "trace and times: ")
     return [line for line in errors.splitlines() if not line.startswith(quiet)]
 
 

@@ -1,6 +1,7 @@
 """What a run says of itself before it starts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import tiny
 
 from dcjax.errors import RunError
+from dcjax.loop import environment
 from dcjax.loop.early import training_mesh
-from dcjax.loop.environment import describe
-from dcjax.models import presets
+from dcjax.loop.environment import describe, outline
+from dcjax.models import count_params, presets
 from dcjax.recipe.build import build_engine, params_shardings
 from dcjax.recipe.engine import rollout_mesh
 from dcjax.recipe.serving import ServingConfig
@@ -46,6 +48,36 @@ def test_experts_and_devices_that_only_serve_are_told():
     _, training, serves = described(dataclasses.replace(CONFIG, model=presets["tiny-moe"], serving=serving))
     assert "attention xla, experts by blocks of rows;" in training
     assert "copies of the model: 2, on 2 devices of their own each;" in serves
+
+
+@pytest.mark.parametrize(("free", "short"), [(3 * 2**20, ""), (2**16, ", which is too little")])
+def test_what_a_run_will_do_is_told(free, short, tmp_path, monkeypatch):
+    optimizer = dataclasses.replace(CONFIG.optimizer, updates=2)
+    config = dataclasses.replace(CONFIG, run_dir=tmp_path, optimizer=optimizer)
+    mesh = make_mesh(config.mesh)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(environment, "memory_of", lambda device: 2**34)
+    iterations, evaluations, checkpoints, memory = outline(config, mesh, 0)
+    assert iterations == (
+        "iterations: 8, each of 4 prompts with 4 responses: 16 sequences, 416 tokens at most, in 2 updates"
+    )
+    assert evaluations == "evaluations: 16 prompts by each policy, at step 0, every 2 steps and the last"
+    # float32 weights and two moments; the newest 4 of five
+    saved = 12 * count_params(config.model) / 2**20
+    assert checkpoints == (
+        f"checkpoints: every 2 steps and the last, {saved:.1f} MiB each; the newest 4 are kept, {4 * saved:.1f} MiB of "
+        f"{free / 2**20:.1f} MiB that are free{short}"
+    )
+    # four devices share nearly all
+    held = float(memory.split("take ")[1].split(" MiB of a device's 16.0 GiB")[0])
+    assert saved / 4 - 0.05 <= held <= saved / 3 + 0.05
+
+
+def test_a_resumed_run_tells_what_is_left(tmp_path):
+    config = dataclasses.replace(CONFIG, run_dir=tmp_path)
+    iterations, evaluations, *_ = outline(config, make_mesh(config.mesh), 6)
+    assert iterations.startswith("iterations: 2 behind 6, each of ")
+    assert "at step 0" not in evaluations
 
 
 def test_a_kernel_that_the_platform_does_not_run_is_refused():

@@ -137,6 +137,21 @@ def test_gradients_of_a_product_are_those_of_matmul():
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_table_in_bf16_has_gradients_on_a_cpu_as_of_float32_sums():
+    """They are of what a product with the table's transpose would have, which jaxlib 0.10 does not run there."""
+    rows, table, weights = normal(7, 1, 400, 64).astype(BF16), normal(8, 32, 64), normal(9, 1, 400, 32)
+
+    def loss(rows, table):
+        return jnp.sum(layers.table_product(rows, table, layers.EXACT, FLOAT32) * weights)
+
+    to_rows, to_table = jax.jit(jax.grad(loss, argnums=(0, 1)))(rows, table)
+    assert (to_rows.dtype, to_table.dtype) == (BF16, FLOAT32)
+    flat, scaled = (np.asarray(each.astype(BF16), np.float64)[0] for each in (rows, weights))
+    np.testing.assert_allclose(to_table, scaled.T @ flat, rtol=1e-5, atol=1e-4)
+    exact = scaled @ table.astype(BF16).astype(np.float64)
+    np.testing.assert_allclose(np.asarray(to_rows, np.float64)[0], exact, rtol=2**-8, atol=2**-8)
+
+
 def test_wrong_shapes_are_caught_while_testing():
     with pytest.raises(TypeCheckError):
         layers.rms_norm(np.ones((2, 3), np.float32), np.ones(4, np.float32), 1e-6)

@@ -32,8 +32,8 @@ def clock(monkeypatch):
     return clock
 
 
-def run_steps(stream, clock, steps, *, total, seconds_a_step, **shown):
-    with Progress(total, initial=0, description="step", stream=stream) as bar:
+def run_steps(stream, clock, steps, *, total, seconds_a_step, initial=0, **shown):
+    with Progress(total, initial=initial, description="step", stream=stream) as bar:
         for step in steps:
             clock.now += seconds_a_step
             bar.update(step, **shown)
@@ -55,9 +55,9 @@ def test_format_duration_refuses_what_is_no_duration(seconds):
 
 def test_plain_line_reads_in_order(clock):
     stream = io.StringIO()
-    run_steps(stream, clock, [11, 12], total=70, seconds_a_step=6.0, **SHOWN)
+    run_steps(stream, clock, [11, 12], total=70, seconds_a_step=6.0, initial=10, **SHOWN)
     assert stream.getvalue().splitlines() == [
-        "step 11/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  tok/s 8123  ETA ?",
+        "step 11/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  tok/s 8123  ETA 5:54",
         "step 12/70  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18  tok/s 8123  ETA 5:48",
     ]
 
@@ -95,6 +95,29 @@ def test_time_left_forgets_a_slow_start(clock):
     assert stream.getvalue().splitlines()[-1] == "step 50/100  ETA 1:40"
 
 
+def test_behind_the_first_step_time_left_is_reckoned_from_that_one_alone(clock):
+    stream = io.StringIO()
+    with Progress(5, initial=0, description="step", stream=stream) as bar:
+        clock.now += 900.0  # an evaluation, say
+        bar.begin()
+        clock.now += 40.0
+        bar.update(1)
+        clock.now += 10.0
+        bar.update(2)
+    assert stream.getvalue().splitlines() == ["step 1/5  ETA 2:40", "step 2/5  ETA 0:30"]
+
+
+def test_phases_are_lines_until_the_first_step_is_done(clock):
+    stream = io.StringIO()
+    with Progress(9, initial=3, description="step", stream=stream) as bar:
+        bar.phase("sampling")
+        bar.phase("update")
+        clock.now += 10.0
+        bar.update(4)
+        bar.phase("sampling")
+    assert stream.getvalue().splitlines() == ["step 3/9  sampling …", "step 3/9  update …", "step 4/9  ETA 0:50"]
+
+
 def test_names_fall_back_where_the_encoding_is_ascii(clock):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
@@ -115,6 +138,7 @@ ON_TERMINAL = """
 from dcjax.reporting.progress import Progress
 with Progress(3, initial=1, description="step") as bar:
     for step in (2, 3):
+        bar.phase("sampling")
         bar.update(step, **{"reward": "0.69", "δ̄": "0.0014/0.0010", "λ": "0.18"})
 """
 
@@ -141,6 +165,13 @@ def test_a_terminal_gets_a_live_bar():
     first, *_, last = on_terminal(120, "utf-8").strip("\r\n").split("\r")
     assert first == "|█████▎          | step 1/3"
     assert last.rstrip() == "|████████████████| step 3/3  ETA 0:00  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18"
+
+
+def test_a_terminal_shows_the_phase_beside_the_last_values():
+    shown = [part.rstrip() for part in on_terminal(120, "utf-8").strip("\r\n").split("\r")]
+    assert "|█████▎          | step 1/3  sampling" in shown
+    (beside,) = (part for part in shown if "step 2/3  sampling" in part)
+    assert beside.endswith("step 2/3  sampling  ETA 0:00  reward 0.69  δ̄ 0.0014/0.0010  λ 0.18")
 
 
 def test_a_narrow_terminal_keeps_the_line_and_the_time_left():
