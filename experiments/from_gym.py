@@ -1,6 +1,6 @@
 """DC-GRPO of a chat model on data sets of reasoning-gym (`pip install 'dcjax[tasks]'`), int8 rollouts.
 
-    dcjax train reasoning_gym --pretrained FOLDER --task.datasets "chain_sum(min_terms=2, max_terms=2)" leg_counting
+    dcjax train from_gym --pretrained FOLDER --task.datasets "chain_sum(min_terms=2, max_terms=2)" leg_counting
 
 Sized for a model of some hundred million parameters and a machine without an accelerator; a larger one needs a mesh.
 """
@@ -19,7 +19,7 @@ from dcjax.recipe.serving import ServingConfig
 def config() -> Config:
     """Groups of equal rewards are dropped, and λ's budget follows the gap that the run begins with."""
     return Config(
-        name="reasoning_gym",
+        name="from_gym",
         steps=100,
         pretrained=Path("model"),
         task=GymTask(datasets=("chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=2)",)),
