@@ -24,7 +24,7 @@ def config() -> Config:
         pretrained=Path("model"),
         task=FileTask(),
         warm_start=WarmStartConfig(steps=0),
-        rollout=RolloutConfig(prompts=8, group_size=8, max_prompt_length=512, max_response_length=256),
+        rollout=RolloutConfig(prompts=16, group_size=4, max_prompt_length=512, max_response_length=256),
         reward=RewardConfig(workers=2),
         serving=ServingConfig(format="int8", slots=32),
         objective=ObjectiveConfig(budget="auto", zero_variance="drop"),

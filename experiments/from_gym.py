@@ -24,7 +24,7 @@ def config() -> Config:
         pretrained=Path("model"),
         task=GymTask(datasets=("chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=2)",)),
         warm_start=WarmStartConfig(steps=0),
-        rollout=RolloutConfig(prompts=8, group_size=8, max_prompt_length=512, max_response_length=64),
+        rollout=RolloutConfig(prompts=16, group_size=4, max_prompt_length=512, max_response_length=64),
         reward=RewardConfig(workers=2),
         serving=ServingConfig(format="int8", slots=32),
         objective=ObjectiveConfig(budget="auto", zero_variance="drop"),

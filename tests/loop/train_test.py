@@ -776,9 +776,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_logged_or_saved(
     result = RewardCollector.result
 
     def infinite(judging):
-        rewards = result(judging)
-        rewards[3] = np.inf
-        return rewards
+        scores = result(judging)
+        scores.rewards[3] = np.inf
+        return scores
 
     with monkeypatch.context() as patched:
         patched.setattr(RewardCollector, "result", infinite)
