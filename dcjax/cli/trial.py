@@ -13,6 +13,7 @@ import jax
 from dcjax.errors import RunError
 from dcjax.loop.recipe_copy import kept_recipe
 from dcjax.loop.run_directory import goes_on
+from dcjax.models import ModelConfig, read_config
 from dcjax.recipe.config import Config
 from dcjax.recipe.trial import Available, changes
 from dcjax.sharding.hosts import is_main, join
@@ -30,22 +31,30 @@ def look(config: Config) -> Available:
     """What there is for a trial of a recipe; waits for the other processes.
 
     Raises:
-      RunError: as `join`, or a task of the reader's own fails.
+      RunError: as `join`, the folder of weights holds no model that is supported, or a task of the reader's own fails.
     """
     join(config.distributed)
     devices = jax.devices()
-    pretrained = config.pretrained is not None and config.pretrained.is_dir()
+    folder = config.pretrained
+    is_there = folder is not None and folder.is_dir()
     with refusals_of(config.task):
-        tokens = 0 if pretrained else len(config.task.build_tokenizer(None))
+        tokens = 0 if is_there else len(config.task.build_tokenizer(None))
     return Available(
         devices=len(devices),
         memory=memory_of(devices[0]),
         cores=len(os.sched_getaffinity(0)),
         processes=jax.process_count(),
         data=_has_data(config),
-        pretrained=pretrained,
+        pretrained=_architecture(folder) if is_there else None,
         tokens=tokens,
     )
+
+
+def _architecture(folder: Path) -> ModelConfig:
+    try:
+        return read_config(folder)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _has_data(config: Config) -> bool:

@@ -68,7 +68,7 @@ def outline(config: Config, mesh: Mesh, done: int) -> list[str]:
     behind, first = (f" behind {done}", "") if done else ("", "at step 0, ")
     return [
         f"iterations: {config.steps - done}{behind}, each of {rollout.prompts} prompts with {rollout.group_size} "
-        f"responses: {rollout.sequences} sequences, {tokens:,} tokens at most, in {config.optimizer.updates} updates",
+        f"responses: {rollout.sequences} sequences, {tokens:,} tokens at most; updates {config.optimizer.updates}",
         f"evaluations: {evaluation.prompts} prompts by each policy, {first}every {evaluation.every} steps and the last",
         f"checkpoints: every {checkpoint.every} steps and the last, {_size(saved)} each; the newest {kept} are kept, "
         f"{_size(saved * kept)} of {_size(free)} that are free{short}",

@@ -11,6 +11,7 @@ from dcjax.data.datasets import SAMPLES
 from dcjax.errors import RunError
 from dcjax.models.config import DTYPES, ModelConfig
 from dcjax.models.layers import round_up
+from dcjax.models.parallel.forward import check_model
 from dcjax.models.parameters import count_params, parameters
 from dcjax.recipe.build import PastParams, objective_of, optimizer_of
 from dcjax.recipe.config import Config
@@ -44,8 +45,8 @@ class Available:
     processes: int = 1
     data: bool = True
     """Whether the files of the recipe's task are there."""
-    pretrained: bool = True
-    """Whether the folder of weights is there, if the recipe names one."""
+    pretrained: ModelConfig | None = None
+    """The architecture in the recipe's folder of weights; None where there is no folder."""
     tokens: int = 0
     """Of the tokenizer that the task has without a folder, where there is none."""
 
@@ -56,8 +57,9 @@ def shrink(config: Config, available: Available) -> Config:
     Nothing grows, except that slots are a multiple of the copies of the model. A section of a reader's own is changed
     in those fields that it shares with the built-in one.
     """
-    mesh, serving_devices = _devices(config, available)
-    serving, shares = _serving(config, mesh, serving_devices), split(asdict(mesh), "batch")
+    model = available.pretrained or config.model
+    mesh, serving_devices = _devices(config, model, available)
+    serving, shares = _serving(config, model, mesh, serving_devices), split(asdict(mesh), "batch")
     task = config.task if available.data else _on_samples(config.task)
     # microbatches follow from the lengths, which are smaller and may be overridden
     optimizer = _with(config.optimizer, tokens_per_microbatch=None)
@@ -73,7 +75,7 @@ def shrink(config: Config, available: Available) -> Config:
     return dataclasses.replace(
         config,
         steps=min(config.steps, STEPS),
-        pretrained=config.pretrained if available.pretrained else None,
+        pretrained=None if available.pretrained is None else config.pretrained,
         task=task,
         model=_fitting_model(config, mesh, serving.tensor, available),
         warm_start=_warm_start(config.warm_start, shares),
@@ -183,8 +185,8 @@ def _warm_start(section: Any, shares: int) -> Any:
     return _at_most(section, steps=WARM_START_STEPS, batch_size=round_up(WARM_START_BATCH, shares))
 
 
-def _devices(config: Config, available: Available) -> tuple[MeshConfig, int]:
-    """The mesh, and how many devices only serve: as many as there are, of each axis a divisor."""
+def _devices(config: Config, model: ModelConfig, available: Available) -> tuple[MeshConfig, int]:
+    """The mesh, and how many devices only serve: as many as there are and divide the model, of each axis a divisor."""
     sizes, serving = asdict(config.mesh), config.serving.devices
     training = math.prod(sizes.values())
     if training + serving > available.devices:
@@ -194,13 +196,27 @@ def _devices(config: Config, available: Available) -> tuple[MeshConfig, int]:
     for name in ("data", "fsdp", "context", "expert", "tensor"):
         while math.prod(sizes.values()) > available.devices - serving and sizes[name] > 1:
             sizes[name] = _largest_divisor(sizes[name], sizes[name] - 1)
+    # first each axis by itself, then those that split the same heads together
+    for others in (dict.fromkeys(sizes, 1), sizes):
+        for name in ("fsdp", "expert", "tensor", "context"):
+            while sizes[name] > 1 and not _divides(model, others | {name: sizes[name]}):
+                sizes[name] = _largest_divisor(sizes[name], sizes[name] - 1)
     return MeshConfig(**sizes), serving
 
 
-def _serving(config: Config, mesh: MeshConfig, devices: int) -> Any:
-    """The serving section on devices of its own, or, with 0, on those of the mesh."""
+def _divides(model: ModelConfig, sizes: dict[str, int]) -> bool:
+    try:
+        check_model(model, sizes)
+    except ValueError:
+        return False
+    return True
+
+
+def _serving(config: Config, model: ModelConfig, mesh: MeshConfig, devices: int) -> Any:
+    """The serving section on devices of its own, or, with 0, on those of the mesh; they share what they divide."""
     count = devices or math.prod(asdict(mesh).values())
-    tensor = math.gcd(config.serving.tensor, count)
+    shared = (model.num_kv_heads, model.vocab_size, model.intermediate_size, model.num_experts)
+    tensor = math.gcd(config.serving.tensor, count, *shared)
     slots = round_up(min(config.serving.slots, SLOTS), count // tensor)
     section = dataclasses.replace(config.serving, devices=devices, tensor=tensor, slots=slots)
     return _at_most(section, prefill_tokens=PREFILL_TOKENS)

@@ -22,7 +22,7 @@ from dcjax.user_code import CodeFile
 
 pytestmark = pytest.mark.heavy
 
-PLACE = Available(devices=1, memory=2**34, cores=2, data=False, pretrained=False, tokens=258)
+PLACE = Available(devices=1, memory=2**34, cores=2, data=False, tokens=258)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,9 @@ def started(monkeypatch):
 
 @pytest.fixture
 def folder(directory):
-    """A Hugging Face folder of a small model."""
-    model = ModelConfig(vocab_size=258, hidden_size=32, intermediate_size=32, num_layers=1, head_dim=16)
+    """A Hugging Face folder of a small model, made for sequences that are shorter than the recipes' are."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 32, "num_layers": 1}
+    model = ModelConfig(**sizes, max_position_embeddings=2048)
     byte_tokenizer().save_pretrained(directory / "words")
     save_hf(directory / "small", model, tiny.masters(model), tokenizer_from=directory / "words")
     return directory / "small"
@@ -154,7 +155,8 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_compiled(started,
 @pytest.mark.parametrize("pretrained", [False, True], ids=["random", "pretrained"])
 def test_a_recipe_of_a_slice_runs_here(pretrained, folder, capfd, monkeypatch, directory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
-    given = ["--pretrained", str(folder)] if pretrained else []
+    # a mesh of the eight devices, and one of them
+    given = ["--pretrained", str(folder), "mesh.fsdp=1", "serving.tensor=1"] if pretrained else []
     assert main(["train", "dcmdp_qwen3_8b", "--trial", *given]) == 0
     records = read_metrics(Path("runs/dcmdp_qwen3_8b-trial/metrics.jsonl"))
     assert [record["step"] for record in records] == [0, 1, 2]

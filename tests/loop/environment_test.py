@@ -59,7 +59,7 @@ def test_what_a_run_will_do_is_told(free, short, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "memory_of", lambda device: 2**34)
     iterations, evaluations, checkpoints, memory = outline(config, mesh, 0)
     assert iterations == (
-        "iterations: 8, each of 4 prompts with 4 responses: 16 sequences, 416 tokens at most, in 2 updates"
+        "iterations: 8, each of 4 prompts with 4 responses: 16 sequences, 416 tokens at most; updates 2"
     )
     assert evaluations == "evaluations: 16 prompts by each policy, at step 0, every 2 steps and the last"
     # float32 weights and two moments; the newest 4 of five
