@@ -72,20 +72,28 @@ def _product_backward(arithmetic, out, saved, gradient):
 product.defvjp(_product_forward, _product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def table_product(
     rows: Float[Array, "*N K"], table: Float[Array, "M K"], arithmetic: Arithmetic, out: jnp.dtype
 ) -> Float[Array, "*N M"]:
-    """rows @ tableᵀ, otherwise as `product`.
+    """rows @ tableᵀ, otherwise as `product`, which it is unless the rows are bf16.
 
-    The table's gradient is computed as the table lies. XLA on CPUs makes one product of another one's transpose, which
-    jaxlib 0.10 then cannot run in bf16 ("Unsupported element type for DotThunk").
+    In bf16 the table's gradient is computed as the table lies. XLA on CPUs makes one product of another one's
+    transpose, which jaxlib 0.10 then cannot run in bf16 ("Unsupported element type for DotThunk").
     """
+    if rows.dtype == jnp.bfloat16:
+        return _table_product(rows, table, arithmetic, out)
+    return product(rows, table.T, arithmetic, out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _table_product(
+    rows: Float[Array, "*N K"], table: Float[Array, "M K"], arithmetic: Arithmetic, out: jnp.dtype
+) -> Float[Array, "*N M"]:
     return jnp.matmul(rows, table.astype(rows.dtype).T, **arithmetic.of(rows.dtype)).astype(out)
 
 
 def _table_product_forward(rows, table, arithmetic, out):
-    return table_product(rows, table, arithmetic, out), (rows, table)
+    return _table_product(rows, table, arithmetic, out), (rows, table)
 
 
 def _table_product_backward(arithmetic, out, saved, gradient):
@@ -97,7 +105,7 @@ def _table_product_backward(arithmetic, out, saved, gradient):
     return to_rows.astype(rows.dtype), to_table.astype(table.dtype)
 
 
-table_product.defvjp(_table_product_forward, _table_product_backward)
+_table_product.defvjp(_table_product_forward, _table_product_backward)
 
 
 def dense(

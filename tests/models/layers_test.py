@@ -137,6 +137,19 @@ def test_gradients_of_a_product_are_those_of_matmul():
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_table_in_float32_is_a_product_with_its_transpose_to_the_bit():
+    """Gradients too: runs of before go on as they were."""
+    rows, table, weights = normal(7, 1, 400, 64), normal(8, 32, 64), normal(9, 1, 400, 32)
+
+    def gradients(multiply):
+        loss = lambda rows, table: jnp.sum(multiply(rows, table) * weights)  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(rows, table)
+
+    ours = gradients(lambda rows, table: layers.table_product(rows, table, layers.EXACT, FLOAT32))
+    theirs = gradients(lambda rows, table: layers.product(rows, table.T, layers.EXACT, FLOAT32))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_a_table_in_bf16_has_gradients_on_a_cpu_as_of_float32_sums():
     """They are of what a product with the table's transpose would have, which jaxlib 0.10 does not run there."""
     rows, table, weights = normal(7, 1, 400, 64).astype(BF16), normal(8, 32, 64), normal(9, 1, 400, 32)
