@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 
 from dcjax.cli import main
+from dcjax.data.tokenizers import byte_tokenizer
+from dcjax.models import ModelConfig, init_params, save_hf
 from dcjax.reporting.record import read_metrics
 
 pytestmark = pytest.mark.heavy
@@ -45,7 +48,16 @@ def files():
 
 
 def test_the_pages_have_a_complete_file_each():
-    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py", "small_floats.py"}
+    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py", "small_floats.py", "sums.py"}
+
+
+def make_chat_model(folder):
+    """A tiny model's folder, with a tokenizer of bytes and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}:"
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = ModelConfig(vocab_size=260, hidden_size=32, intermediate_size=64)
+    save_hf(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
 
 
 EVERY_DAY = "known_tokens.py"
@@ -59,7 +71,14 @@ EVERY_DAY = "known_tokens.py"
 def test_a_file_of_the_documentation_trains(source, name, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(source)
-    sizes = SMALL if name == "reversal.py" else SMALL | OF_ARITHMETIC
+    match name:
+        case "reversal.py":
+            sizes = SMALL
+        case "sums.py":
+            sizes = SMALL | {"warm_start.steps": 0}
+            make_chat_model(Path("FOLDER"))
+        case _:
+            sizes = SMALL | OF_ARITHMETIC
     overrides = [f"{field}={value}" for field, value in sizes.items()]
     assert main(["train", *command.split(), "--run-dir", "run", *overrides]) == 0
     records = read_metrics(Path("run") / "metrics.jsonl")

@@ -9,12 +9,12 @@ import select
 import sys
 from collections.abc import Sequence
 
-from dcjax.cli import convert, data, evaluate, plan, probe, report, serve, train
+from dcjax.cli import convert, data, evaluate, lab, plan, probe, report, serve, train
 from dcjax.cli.arguments import NO_CACHE_FLAG, NO_CACHE_HELP, Parser
 from dcjax.cli.session import report_error
 from dcjax.errors import RunError
 
-COMMANDS = (train, plan, serve, evaluate, probe, report, convert, data)
+COMMANDS = (train, plan, serve, evaluate, probe, report, lab, convert, data)
 """The modules of the commands, in the order of `dcjax --help`."""
 
 

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,14 @@ class GymTask(ChatTask):
     def reward(self) -> Reward:
         """The verifier of the data set that a problem is of."""
         return functools.partial(gym_reward, place=self.template)
+
+    def reasoning(self, entry: Mapping[str, Any]) -> str:
+        """What a demonstration with a scratchpad says before the answer: "" here, as data sets give none.
+
+        Args:
+          entry: the problem as reasoning-gym makes it: question, answer, metadata.
+        """
+        return ""
 
     def check_files(self) -> None:
         """Looks for the package.
@@ -204,20 +212,26 @@ class GymProblems(Problems):
         return {f"reasoning-gym {require_gym()}": f"SHA-256 {hashlib.sha256(asked.encode()).hexdigest()[:16]}"}
 
     def demonstrations(self, *, seed: int, step: int, count: int, scratchpad_fraction: float) -> list[Demonstration]:
-        """Training problems with the data sets' own answers where the template asks for them, without reasoning.
+        """Training problems with the data sets' own answers where the template asks for them.
+
+        The task's `reasoning` stands before the answer with probability `scratchpad_fraction`.
 
         Raises:
           ValueError: a data set has no answers that its verifier accepts.
         """
-        numbers, place = range((step - 1) * count, step * count), self.training.task.template
-        problems = [self.training("demonstrations", seed, number) for number in numbers]
-        for problem in problems:
-            record, shown = problem.record or {}, problem.solution or ""
-            if gym_reward(shown, problem.answer, finished=True, record=record, place=place) < 1:
+        numbers, task = range((step - 1) * count, step * count), self.training.task
+        thinks = np.random.default_rng([seed, step, *b"reasoning"]).random(count) < scratchpad_fraction
+        shown = []
+        for number, thought in zip(numbers, thinks.tolist(), strict=True):
+            problem = self.training("demonstrations", seed, number)
+            record = problem.record or {}
+            response = (task.reasoning(record["entry"]) if thought else "") + (problem.solution or "")
+            if gym_reward(response, problem.answer, finished=True, record=record, place=task.template) < 1:
                 raise ValueError(
                     f"{record['source'].name} gives no right answers to imitate; warm_start.steps must be 0"
                 )
-        return [Demonstration(problem.prompt, problem.solution or "") for problem in problems]
+            shown.append(Demonstration(problem.prompt, response))
+        return shown
 
 
 @dataclass(frozen=True)

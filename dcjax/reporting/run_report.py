@@ -2,15 +2,19 @@
 
 import base64
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcjax.reporting.curves import Records, accuracy_interval, draw_curves, series, show_control_characters
 from dcjax.reporting.record import read_metrics, read_object, read_transcripts, write_atomically
+from dcjax.reporting.statistics import welch_interval
 from dcjax.reporting.times import PROFILE, TIMES, Times, read_times, times_title
 
 _SAMPLES_SHOWN = 4
+_ENDS = 5
+"""Iterations at either end of a run whose rewards are compared."""
 _ENVIRONMENT_KEYS = ("versions", "platform", "recipe", "directory")
 
 
@@ -125,8 +129,19 @@ def _final_figures(records: Records) -> list[tuple[str, float, str]]:
     for key, label in _FINAL_FIGURES:
         record = next((record for record in reversed(records) if key in record), None)
         if record is not None:
-            figures.append((label, record[key], f"step {record['step']}{_remark(record, key)}"))
+            remark = _gain(records) if key == "reward" else _remark(record, key)
+            figures.append((label, record[key], f"step {record['step']}{remark}"))
     return figures
+
+
+def _gain(records: Records) -> str:
+    """How far the rewards of the last iterations lie above those of the first; "" where there are too few."""
+    _, rewards = series(records, "reward")
+    first, last = rewards[:_ENDS], rewards[-_ENDS:]
+    if len(rewards) < 2 * _ENDS or len({*first, *last}) == 1:
+        return ""
+    gain, (lower, upper) = statistics.fmean(last) - statistics.fmean(first), welch_interval(first, last)
+    return f"; last {_ENDS} less first {_ENDS}: {gain:+.3f}, 95% {lower:+.3f} to {upper:+.3f}"
 
 
 def _remark(record: Mapping[str, Any], key: str) -> str:

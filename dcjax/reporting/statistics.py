@@ -190,6 +190,52 @@ def paired_bootstrap(differences: Sequence[Float[np.ndarray, "P"]], *, seed: int
     )
 
 
+def paired_t(differences: Sequence[float]) -> Difference:
+    """The mean of paired differences with Student's 95% interval and two-sided p-value.
+
+    Args:
+      differences: at least two. Where all are equal, the interval has no width, and p is 0, or 1 where they are 0.
+    """
+    from scipy import stats
+
+    values = np.asarray(differences, np.float64)
+    mean, error = float(values.mean()), float(stats.sem(values))
+    half_width = error * float(stats.t.ppf(0.975, len(values) - 1))
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1)) if error else float(mean == 0)
+    return Difference(mean, (mean - half_width, mean + half_width), p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: rejecting those below α keeps the chance of any false rejection below α.
+
+    References:
+      S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def welch_interval(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of mean(last) − mean(first) by Welch's t, as of independent values with variances of their own.
+
+    Args:
+      first, last: at least two values each, the mean rewards of some iterations, say; not all of them equal.
+
+    Returns:
+      (lower, upper).
+
+    References:
+      B. L. Welch, The generalization of 'Student's' problem, Biometrika 34 (1947).
+    """
+    from scipy import stats
+
+    lower, upper = stats.ttest_ind(last, first, equal_var=False).confidence_interval(0.95)
+    return float(lower), float(upper)
+
+
 def bootstrap_weights(problems: int, generator: np.random.Generator) -> Float[np.ndarray, "draws W"]:
     """Dirichlet weights of W = problems + 2 scores, with parameter 1 per problem and 1/2 for the two ends."""
     problem_weights = generator.standard_exponential((DRAWS, problems))

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -85,6 +86,25 @@ def test_demonstrations_are_right_answers_in_their_place(mixed):
     assert all(one.response.startswith("<answer>") and one.response.endswith("</answer>") for one in shown)
     assert shown == mixed.demonstrations(seed=1, step=2, count=6, scratchpad_fraction=0.0)
     assert shown != mixed.demonstrations(seed=1, step=3, count=6, scratchpad_fraction=0.0)
+
+
+def test_reasoning_stands_before_the_answer_in_a_share_of_the_demonstrations():
+    @dataclass(frozen=True)
+    class Thinking(GymTask):
+        def reasoning(self, entry):
+            return f"{entry['metadata']['expression']}, so "
+
+    problems = Thinking(datasets=(SMALL,), heldout=2, max_prompt_tokens=4096).open(byte_tokenizer())
+    every, some, none = (
+        problems.demonstrations(seed=0, step=1, count=100, scratchpad_fraction=share) for share in (1.0, 0.3, 0.0)
+    )
+    for thought, plain in zip(every, none, strict=True):
+        before, so, after = thought.response.partition(", so ")
+        assert so and after == plain.response
+        assert f": {before} =" in thought.prompt == plain.prompt
+    thinking = [", so " in each.response for each in some]
+    assert 15 < sum(thinking) < 45
+    assert some == [both[not thought] for both, thought in zip(zip(every, none, strict=True), thinking, strict=True)]
 
 
 def test_a_data_set_without_answers_has_nothing_to_imitate():

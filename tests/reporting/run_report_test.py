@@ -195,6 +195,17 @@ def test_page_shows_final_figures_with_intervals(tmp_path):
     assert any(text == "step 40, budget 0.001" for text in page.texts)
 
 
+def test_page_says_how_much_was_learnt(tmp_path):
+    # Each end has a mean of .2 or .8 and a variance of .025: 8 degrees of freedom, t = 2.306, half width 2.306 * .1.
+    rewards = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    write_run(tmp_path / "long", [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)])
+    assert "step 11; last 5 less first 5: +0.600, 95% +0.369 to +0.831" in Page(page_of(tmp_path / "long")).texts
+    write_run(tmp_path / "short", [{"step": step, "reward": reward} for step, reward in enumerate(rewards[:9], 1)])
+    assert "step 9" in Page(page_of(tmp_path / "short")).texts
+    write_run(tmp_path / "still", [{"step": step, "reward": 0.5} for step in range(1, 20)])
+    assert "step 19" in Page(page_of(tmp_path / "still")).texts
+
+
 def test_table_gives_first_best_and_last(tmp_path):
     values = [(1, 0.25, 0.004, 90.0), (2, 0.75, 0.001, 120.0), (3, 0.5, 0.002, 12345.6)]
     write_run(

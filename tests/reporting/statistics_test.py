@@ -14,6 +14,7 @@ from dcjax.reporting.statistics import (
     majority_at_k,
     paired_bootstrap,
     pass_at_k,
+    welch_interval,
     wilson_interval,
 )
 
@@ -221,3 +222,10 @@ def test_equal_policies_are_told_apart_5_times_of_100(problems, samples, mean):
     ours, theirs = (rng.binomial(samples, law) / samples for law in (accuracies, swapped))
     told = [paired_bootstrap([row]).p_value < 0.05 for row in ours - theirs]
     assert np.mean(told) <= 0.07 + 0.03
+
+
+def test_difference_of_means_by_hand():
+    # Means 2 and 6, variances 1 and 4 of three values each: s² = 1/3 + 4/3, ν = (5/3)² / ((1/9 + 16/9) / 2) = 50/17.
+    lower, upper = welch_interval([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
+    half_width = stats.t.ppf(0.975, 50 / 17) * math.sqrt(5 / 3)
+    assert (lower, upper) == (pytest.approx(4 - half_width), pytest.approx(4 + half_width))

@@ -1,0 +1,145 @@
+"""Runs what a study still needs, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from dcjax.errors import RunError
+from dcjax.reporting.progress import Progress
+from dcjax.reporting.record import read_metrics
+from dcjax.tools.lab.results import Result, Results, summarise
+from dcjax.tools.lab.schedule import needed, total, waiting
+from dcjax.tools.lab.study import Cell, Study
+
+LOCK = ".lock"
+KEPT_OF_CONFIG = ("versions", "platform")
+
+
+class Runner:
+    """Makes runs by `dcjax train`, in folders of their own, which are removed once their results are kept."""
+
+    def __init__(self, study: Study, folder: Path, *, commit: str, workers: int):
+        """Divides the cores among the runs that are made at a time.
+
+        Args:
+          study: whose runs they are.
+          folder: of the runs' folders and the warm starts.
+          commit: of the code, as it is recorded.
+          workers: how many runs are made at a time.
+        """
+        self._study, self._folder, self._commit = study, folder, commit
+        self._cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+        cores = sorted(os.sched_getaffinity(0))
+        for first in range(workers):
+            self._cores.put(set(cores[first::workers]) or set(cores))
+        self._starting: dict[Cell, threading.Lock] = {}
+        self._guard = threading.Lock()
+        self._children: set[subprocess.Popen[str]] = set()
+
+    def __call__(self, cell: Cell) -> Result:
+        """Makes one run, or goes on with what a stopped one left.
+
+        Raises:
+          RunError: it failed, with its own last line.
+        """
+        began, directory = time.monotonic(), self._directory(cell)
+        _wait_for_orphan(directory)
+        settings = (f"run_dir={directory}", f"pretrained={self._start(cell.start)}", "warm_start.steps=0")
+        self._dcjax("train", self._study.task(cell.task).recipe, *self._study.settings(cell), *settings)
+        try:
+            figures, curves = summarise(read_metrics(directory / "metrics.jsonl"))
+        except KeyError as error:
+            raise RunError(f"{directory} logged no {error.args[0]}, which the study compares") from None
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        made_by = {name: config[name] for name in KEPT_OF_CONFIG if name in config}
+        made_by |= {"commit": self._commit, "seconds": round(time.monotonic() - began, 1)}
+        shutil.rmtree(directory)
+        return Result(cell, self._study.identity(cell), figures, curves, made_by)
+
+    def stop(self) -> None:
+        """Ends what is running; each run goes on from its last checkpoint another time."""
+        with self._guard:
+            for child in self._children:
+                child.terminate()
+
+    def _directory(self, cell: Cell) -> Path:
+        """The settings' identity is in the name, so that no run goes on with what others left."""
+        return self._folder / f"{cell.name}_{self._study.identity(cell)}"
+
+    def _start(self, cell: Cell) -> Path:
+        """The folder of a warm start's weights, which is made once."""
+        with self._guard:
+            lock = self._starting.setdefault(cell, threading.Lock())
+        directory = self._directory(cell)
+        with lock:
+            if not (weights := directory / "weights").exists():
+                recipe = self._study.task(cell.task).recipe
+                run_dir = directory / "run"
+                _wait_for_orphan(run_dir)
+                self._dcjax("train", recipe, *self._study.settings(cell), "steps=0", f"run_dir={run_dir}")
+                self._dcjax("convert", "export", str(run_dir), str(weights))
+                shutil.rmtree(run_dir)
+        return weights
+
+    def _dcjax(self, *arguments: str) -> None:
+        """Runs a command on a share of the cores; raises RunError where it fails."""
+        command, cores = [sys.executable, "-m", "dcjax", *arguments], self._cores.get()
+        with self._guard:
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            os.sched_setaffinity(child.pid, cores)  # before it has imported anything that counts them
+            self._children.add(child)
+        try:
+            _, told = child.communicate()
+        finally:
+            self._cores.put(cores)
+            with self._guard:
+                self._children.discard(child)
+        if child.returncode:
+            last = (told.strip().splitlines() or ["it said nothing"])[-1]
+            raise RunError(f"dcjax {' '.join(arguments)} ended with {child.returncode}: {last}")
+
+
+def _wait_for_orphan(run_dir: Path) -> None:
+    """Waits until nobody trains in a folder any more: a killed study may have left a run that still goes on."""
+    if (run_dir / LOCK).exists():
+        with (run_dir / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def run_study(study: Study, results: Results, runner: Callable[[Cell], Result], *, workers: int) -> None:
+    """Makes all runs that a study still needs, each once, and keeps each result as it comes.
+
+    Args:
+      study: whose runs they are.
+      results: those there are; the others are added.
+      runner: makes one run; called in threads.
+      workers: how many runs are made at a time.
+
+    Raises:
+      RunError: a run failed. What was running meanwhile is left in its folder, from which the next call takes it.
+    """
+    done = results.of(study)
+    made = len(needed(study, done)) - len(waiting(study, done))
+    running: dict[Future[Result], Cell] = {}
+    with ThreadPoolExecutor(workers) as pool, Progress(total(study), initial=made, description="run") as progress:
+        while True:
+            following = [cell for cell in waiting(study, results.of(study)) if cell not in running.values()]
+            running |= {pool.submit(runner, cell): cell for cell in following[: workers - len(running)]}
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, result = running.pop(future), future.result()
+                results.add(result)
+                made += 1
+                progress.update(made, last=cell.name, **{study.metric: f"{result.figures[study.metric]:.3f}"})

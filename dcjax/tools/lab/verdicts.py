@@ -1,0 +1,116 @@
+"""What follows from a study's results: paired differences, their differences from the twins, and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dcjax.reporting.statistics import Difference, holm, paired_t
+from dcjax.tools.lab.schedule import Figures, tuned_rates
+from dcjax.tools.lab.study import Cell, Claim, Study
+
+Verdict = Literal["reproduces", "does not", "inconclusive", "no verdict", "not run"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How one arm differs from another on one task at one format."""
+
+    claim: str
+    task: str
+    format: str
+    arm: str
+    against: str
+    seeds: int
+    """How many seeds both arms were run with, at the format and at its twin."""
+    mean: float | None = None
+    """Of the arm's metric."""
+    gain: Difference | None = None
+    """The arm's metric less the other's, in pairs of equal seeds; p-values are Holm's within the claim."""
+    twin: Difference | None = None
+    """The same without a mismatch."""
+    interaction: Difference | None = None
+    """The gain less the twin's: what is gained from the mismatch. p-values are Holm's within the claim."""
+    verdict: Verdict = "not run"
+
+
+def effects_of(study: Study, done: Mapping[Cell, Figures]) -> list[Effect]:
+    """The effects of all claims, with verdicts.
+
+    A claim with verdicts is judged once all of its runs are made. It *reproduces* on a task at a format if both
+    the gain and the interaction are above zero, Holm-adjusted over all tests of the claim at .05. It *does not* if the
+    95% interval of either lies below the study's margin, so that a gain that matters is excluded. Otherwise it is
+    inconclusive.
+    """
+    rates = tuned_rates(study, done)
+    return [effect for claim in study.claims for effect in _judge(study, claim, _measure(study, claim, done, rates))]
+
+
+def _measure(
+    study: Study, claim: Claim, done: Mapping[Cell, Figures], rates: Mapping[tuple[str, str], float]
+) -> list[Effect]:
+    effects = []
+    for task in claim.tasks:
+        for format in claim.formats:
+            for arm, other in claim.pairs:
+                effect = Effect(claim.key, task, format, arm, other, seeds=0)
+                values = _paired(study, done, rates, claim, effect)
+                if len(values) > 1:
+                    ours, theirs, ours_twin, theirs_twin = (list(column) for column in zip(*values, strict=True))
+                    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+                    twins = [a - b for a, b in zip(ours_twin, theirs_twin, strict=True)]
+                    effect = replace(
+                        effect,
+                        seeds=len(values),
+                        mean=sum(ours) / len(ours),
+                        gain=paired_t(gains),
+                        twin=paired_t(twins),
+                        interaction=paired_t([a - b for a, b in zip(gains, twins, strict=True)]),
+                    )
+                effects.append(effect)
+    return effects
+
+
+def _paired(
+    study: Study, done: Mapping[Cell, Figures], rates: Mapping[tuple[str, str], float], claim: Claim, effect: Effect
+) -> list[tuple[float, ...]]:
+    """The metric of (arm, other) at the format and at the twin, for each seed that has all four."""
+    if not all((effect.task, name) in rates for name in (effect.arm, effect.against)):
+        return []
+    rows = []
+    for seed in study.seeds_of(claim):
+        cells = [
+            Cell(effect.task, seed, name, format, rates[effect.task, name])
+            for format in (effect.format, study.twin)
+            for name in (effect.arm, effect.against)
+        ]
+        if all(cell in done for cell in cells):
+            rows.append(tuple(done[cell][study.metric] for cell in cells))
+    return rows
+
+
+def _judge(study: Study, claim: Claim, effects: Sequence[Effect]) -> list[Effect]:
+    measured = [effect for effect in effects if effect.gain is not None and effect.interaction is not None]
+    tests = [test for effect in measured for test in (effect.gain, effect.interaction)]
+    adjusted = iter(holm([test.p_value for test in tests if test is not None]))
+    seeds = len(study.seeds_of(claim))
+    whole = claim.verdict and all(effect.seeds == seeds for effect in effects)
+    judged = []
+    for effect in effects:
+        if effect.gain is None or effect.interaction is None:
+            judged.append(effect)
+            continue
+        gain = replace(effect.gain, p_value=next(adjusted))
+        interaction = replace(effect.interaction, p_value=next(adjusted))
+        verdict = _verdict((gain, interaction), study.margin) if whole else "no verdict"
+        judged.append(replace(effect, gain=gain, interaction=interaction, verdict=verdict))
+    return judged
+
+
+def _verdict(tests: Sequence[Difference], margin: float) -> Verdict:
+    if all(test.difference > 0 and test.p_value < 0.05 for test in tests):
+        return "reproduces"
+    if any(test.interval[1] < margin for test in tests):
+        return "does not"
+    return "inconclusive"

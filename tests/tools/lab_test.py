@@ -1,0 +1,232 @@
+"""Studies: which runs they need, that none is made twice, and verdicts against hand-worked and simulated numbers."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dcjax.errors import RunError
+from dcjax.reporting.statistics import holm, paired_t
+from dcjax.tools.lab.results import Result, Results, summarise
+from dcjax.tools.lab.runner import run_study
+from dcjax.tools.lab.schedule import needed, total, tuned_rates, waiting
+from dcjax.tools.lab.study import Arm, Cell, Claim, LabTask, Study
+from dcjax.tools.lab.table import render
+from dcjax.tools.lab.verdicts import effects_of
+
+STUDY = Study(
+    name="small",
+    tasks=(LabTask("chains", "quickstart", ("warm_start.steps=1",)),),
+    arms=(Arm("grpo"), Arm("dc", ("objective.algorithm=dc_grpo",)), Arm("fixed", rates=(1e-3,))),
+    formats=("int8", "int4"),
+    claims=(
+        Claim("A4", "The penalty helps.", ("dc",), ("grpo",), ("chains",), ("int8", "int4")),
+        Claim("X", "So does the other.", ("fixed",), ("grpo", "dc"), ("chains",), ("int4",), verdict=False),
+    ),
+    seeds=tuple(range(10)),
+    few_seeds=(0, 1),
+    tuning_seeds=(100, 101),
+    rates=(1e-4, 2e-4),
+)
+BEST = {"grpo": 2e-4, "dc": 1e-4, "fixed": 1e-3}
+
+
+def made(cell, figures=None):
+    """A result with the metric that makes the rates of `BEST` best."""
+    metric = 0.5 - 0.1 * (cell.rate != BEST[cell.arm])
+    return Result(cell, STUDY.identity(cell), {"deployed_ema": metric} | (figures or {}), {})
+
+
+def all_done(metric):
+    """The figures of all runs of the study, by a function of (arm, format, seed)."""
+    done = {cell: made(cell).figures for cell in waiting(STUDY, {})}
+    for cell in waiting(STUDY, done):
+        done[cell] = {"deployed_ema": metric(cell.arm, cell.format, cell.seed)}
+    assert not waiting(STUDY, done)
+    return done
+
+
+def test_every_run_that_a_study_needs_is_made_once():
+    lock, seen = threading.Lock(), []
+
+    def run(cell):
+        with lock:
+            assert cell not in seen
+            seen.append(cell)
+        return made(cell)
+
+    results = Results_in_memory()
+    run_study(STUDY, results, run, workers=3)
+    # tuning: 2 arms x 2 rates x 2 formats x 2 seeds; judged: 2 arms x 3 formats x 10 seeds, 1 x 2 formats x 2 seeds
+    assert len(seen) == total(STUDY) == 2 * 2 * 2 * 2 + 2 * 3 * 10 + 1 * 2 * 2
+    assert tuned_rates(STUDY, results.of(STUDY)) == {("chains", arm): rate for arm, rate in BEST.items()}
+    assert all(cell.rate == BEST[cell.arm] for cell in seen if cell.seed < 100)
+
+
+class Results_in_memory:
+    def __init__(self):
+        self.made = {}
+
+    def of(self, study):
+        return dict(self.made)
+
+    def add(self, result):
+        self.made[result.cell] = result.figures
+
+
+def test_tuning_comes_first_and_each_seed_of_all_arms_before_the_next():
+    first = needed(STUDY, {})
+    assert {cell.seed for cell in first if cell.arm != "fixed"} == {100, 101}
+    done = {cell: made(cell).figures for cell in first if cell.arm != "fixed"}
+    judged = [cell for cell in waiting(STUDY, done) if cell.arm != "fixed"]
+    assert [cell.seed for cell in judged] == sorted(cell.seed for cell in judged)
+
+
+def test_a_stopped_study_goes_on_and_failures_are_told(tmp_path):
+    file, calls = tmp_path / "results.jsonl", []
+
+    def fails_at_the_fifth(cell):
+        calls.append(cell)
+        if len(calls) == 5:
+            raise RunError("the machine is on fire")
+        return made(cell)
+
+    with pytest.raises(RunError, match="on fire"):
+        run_study(STUDY, Results(file), fails_at_the_fifth, workers=1)
+    again = []
+    run_study(STUDY, Results(file), lambda cell: again.append(cell) or made(cell), workers=1)
+    assert len(again) == total(STUDY) - 4
+    assert not {*again} & {*calls[:4]}
+
+
+def test_results_survive_a_torn_line_and_name_a_damaged_one(tmp_path):
+    file, cell = tmp_path / "results.jsonl", Cell("chains", 100, "dc", "int8", 1e-4)
+    Results(file).add(made(cell))
+    whole = file.read_text()
+    file.write_text(whole + whole[:50])
+    assert Results(file).of(STUDY) == {cell: {"deployed_ema": 0.5}}
+    assert file.read_text() == whole
+    file.write_text("{}\n" + whole)
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1 is no result: '{}'"):
+        Results(file)
+
+
+def test_results_of_other_settings_do_not_count(tmp_path):
+    results, cell = Results(tmp_path / "results.jsonl"), Cell("chains", 100, "dc", "int8", 1e-4)
+    results.add(made(cell))
+    assert cell in results.of(STUDY)
+    for other in (
+        replace(STUDY, common=("steps=7",)),
+        replace(STUDY, start_settings=("warm_start.batch_size=7",)),
+        replace(STUDY, tasks=(replace(STUDY.tasks[0], recipe="another"),)),
+        replace(STUDY, arms=(STUDY.arms[0], Arm("dc", ("objective.dual_lr=3",)), STUDY.arms[2])),
+    ):
+        assert not results.of(other)
+
+
+def test_figures_and_curves_of_a_runs_lines():
+    accuracies = {f"eval/{who}_accuracy{which}": 0.25 for who in ("deployed", "training") for which in ("", "_ema")}
+    recent = ("reward", "mismatch/prob_diff_mean", "dual/multiplier", "response_length", "grad_norm")
+    lines = [
+        {"step": 0, **accuracies},
+        *({"step": step, **dict.fromkeys(recent, float(step))} for step in range(1, 41)),
+    ]
+    lines[-1] |= {name: 0.75 for name in accuracies}
+    figures, curves = summarise(lines)
+    assert (figures["start"], figures["deployed"], figures["training_ema"]) == (0.25, 0.75, 0.75)
+    assert figures["gap"] == np.mean(range(31, 41))
+    assert curves["step"] == list(range(2, 41, 2))
+    assert curves["reward"] == [step - 0.5 for step in curves["step"]]
+
+
+NOISE = np.random.default_rng(7).normal(0, 0.01, 10)
+
+
+@pytest.mark.parametrize(
+    ("gain", "twin", "verdict"),
+    [
+        (0.05, 0.0, "reproduces"),
+        (0.05, 0.05, "does not"),  # as much without a mismatch
+        (0.0, 0.0, "does not"),
+        (-0.05, 0.0, "does not"),
+    ],
+)
+def test_verdicts_follow_gain_and_interaction(gain, twin, verdict):
+    def metric(arm, format, seed):
+        effect = {"dc": twin if format == "float32" else gain}.get(arm, 0.0)
+        return 0.8 + effect + NOISE[seed] * (arm == "dc") * (0.3 if format == "float32" else 0.5)
+
+    for effect in effects_of(STUDY, all_done(metric))[:2]:
+        assert (effect.claim, effect.arm, effect.against, effect.seeds) == ("A4", "dc", "grpo", 10)
+        assert effect.verdict == verdict
+        assert effect.gain.difference == pytest.approx(gain + 0.5 * NOISE.mean())
+        assert effect.interaction.difference == pytest.approx(gain - twin + 0.2 * NOISE.mean())
+
+
+def test_wide_intervals_are_inconclusive_and_few_seeds_have_no_verdict():
+    def noisy(arm, format, seed):
+        return 0.8 + (0.02 + 10 * NOISE[seed] if arm == "dc" and format != "float32" else 0.0)
+
+    effects = effects_of(STUDY, all_done(noisy))
+    assert {effect.verdict for effect in effects if effect.claim == "A4"} == {"inconclusive"}
+    assert {(effect.verdict, effect.seeds) for effect in effects if effect.claim == "X"} == {("no verdict", 2)}
+
+
+def test_a_claim_is_judged_only_when_all_its_runs_are_made():
+    done = all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc" and format != "float32") + 1e-3 * NOISE[seed])
+    done.pop(Cell("chains", 9, "dc", "int4", BEST["dc"]))
+    judged = {effect.format: effect for effect in effects_of(STUDY, done) if effect.claim == "A4"}
+    assert (judged["int8"].seeds, judged["int4"].seeds) == (10, 9)
+    assert {effect.verdict for effect in judged.values()} == {"no verdict"}
+    assert {effect.verdict for effect in effects_of(STUDY, {})} == {"not run"}
+
+
+def test_paired_t_is_that_of_scipy_and_knows_equal_values():
+    ours, theirs = NOISE + 0.01, np.zeros(10)
+    expected = stats.ttest_rel(ours, theirs)
+    found = paired_t(list(ours - theirs))
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval()))
+    assert (paired_t([0.0, 0.0]).p_value, paired_t([0.5, 0.5]).p_value) == (1.0, 0.0)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"formats": ("int8", "int4", "float32")}, "formats has 'float32', which is the twin's"),
+        ({"tuning_seeds": (3, 100)}, "tuning_seeds has 3, by which claims are judged"),
+        ({"rates": ()}, "arm 'grpo' has no rates"),
+        (
+            {"claims": (replace(STUDY.claims[0], arms=("dcc",)),)},
+            "claim A4 names 'dcc' among its arms",
+        ),
+        ({"claims": (replace(STUDY.claims[0], tasks=("legs",)),)}, "names 'legs' among its tasks"),
+    ],
+)
+def test_studies_that_cannot_be_are_refused(change, told):
+    with pytest.raises(ValueError) as refused:
+        replace(STUDY, **change)
+    assert told in str(refused.value)
+
+
+def test_some_claims_and_a_quick_look():
+    assert [claim.key for claim in STUDY.only(("X",)).claims] == ["X"]
+    with pytest.raises(ValueError, match="claim 'Y' is none of the study's: A4, X"):
+        STUDY.only(("Y",))
+    assert total(STUDY.quick()) == 16 + 2 * 3 * 2 + 4
+
+
+def test_the_table_has_a_row_an_effect():
+    table = render(effects_of(STUDY, all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc")))).splitlines()
+    assert len(table) == 2 + 4
+    assert table[2].startswith("| A4 | chains | int8 | dc | grpo | 10 | .900 | +.100 [+.100, +.100], p 0.000 |")
+    assert json.dumps(table)  # plain text
