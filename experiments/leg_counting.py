@@ -25,6 +25,7 @@ class LegCounting(GymTask):
 
     datasets: tuple[str, ...] = ("leg_counting(min_animals=2, max_animals=4, max_instances=3)",)
     template: TemplateName = "last_line"
+    heldout: int = 512
     max_prompt_tokens: int = 52
 
     @property

@@ -48,7 +48,13 @@ def files():
 
 
 def test_the_pages_have_a_complete_file_each():
-    assert {name for _, name, _ in files()} == {"known_tokens.py", "restarts.py", "reversal.py", "small_floats.py", "sums.py"}
+    assert {name for _, name, _ in files()} == {
+        "known_tokens.py",
+        "restarts.py",
+        "reversal.py",
+        "small_floats.py",
+        "sums.py",
+    }
 
 
 def make_chat_model(folder):

@@ -1,0 +1,93 @@
+"""`dcjax lab`: real runs in processes of their own, killed, resumed and made again to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dcjax.cli import main
+
+SMALL = """
+from dcjax.tools.lab.study import Arm, Claim, LabTask, Study
+
+SIZES = (
+    *("model.hidden_size=32", "model.intermediate_size=64", "rollout.prompts=4", "rollout.group_size=4"),
+    *("serving.slots=8", "evaluation.prompts=8", "evaluation.every=100"),
+)
+
+def study():
+    return Study(
+        name="small",
+        tasks=(LabTask("chains", "quickstart", SIZES),),
+        arms=(Arm("grpo", ("objective.algorithm=grpo",)), Arm("dc")),
+        formats=("int4",),
+        claims=(Claim("A4", "It helps.", ("dc",), ("grpo",), ("chains",), ("int4",)),),
+        seeds=(5, 6),
+        few_seeds=(5,),
+        tuning_seeds=(),
+        rates=(1e-3,),
+        common=("steps=3", "optimizer.ema_decay=0.5"),
+        start_settings=("warm_start.steps=2", "warm_start.batch_size=8"),
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "told"),
+    [
+        (None, [], "study.py: No such file or directory"),
+        ("def study(:", [], "SyntaxError"),
+        ("x = 1", [], "AttributeError"),
+        ("def study():\n    return 3", [], "returned int; it must return a Study"),
+        ("def study():\n    raise OSError('no')", [], "OSError: no"),
+        (SMALL, ["--claims", "B9"], "claim 'B9' is none of the study's: A4"),
+        (SMALL, ["--workers", "0"], "--workers is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(source, arguments, told, tmp_path, capfd):
+    path = tmp_path / "study.py"
+    if source is not None:
+        path.write_text(source)
+    assert main(["lab", str(path), *arguments]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dcjax: error: ") and told in line
+
+
+def test_a_dry_run_makes_nothing(tmp_path, capfd):
+    (tmp_path / "study.py").write_text(SMALL)
+    assert main(["lab", str(tmp_path / "study.py"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    out, err = capfd.readouterr()
+    assert "0 runs are made; the study has 8" in err
+    assert out.splitlines()[-1].endswith("| not run |")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_a_killed_study_goes_on_and_its_runs_can_be_made_again(tmp_path):
+    (tmp_path / "study.py").write_text(SMALL)
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "dcjax", "lab", "study.py", "--quick", "--out", "out"]
+    first = subprocess.Popen(command, cwd=tmp_path)
+    while not (results.exists() and results.read_text().count("\n")):
+        assert first.poll() is None
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = results.read_text()
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert results.read_text().startswith(kept)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len({line["identity"] for line in lines}) == len(lines) == 4
+    assert "| A4 | chains | int4 | dc | grpo | 0 |" in second.stdout  # one seed has no interval
+    assert not [path for path in (tmp_path / "out").iterdir() if "start" not in path.name]
+    again = subprocess.run([*command, "--check", "2"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert again.stdout.count("the same to the bit") == 2
+    lines[0]["figures"]["reward"] += 1e-6
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = subprocess.run([*command, "--check", "4"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert other.returncode == 2 and "reward is" in other.stderr
