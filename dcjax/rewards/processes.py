@@ -45,9 +45,10 @@ CORRECT = "correct"
 MOST_PARTS = 32
 """Of a reward."""
 
-RETIRED = 0
+# rare ones: a reward may exit by itself, with 0 or a small number
+RETIRED = 93
 """Exit status of a worker that has grown and ends after its reply, so that what SymPy keeps fails no answer."""
-OUT_OF_MEMORY = 3
+OUT_OF_MEMORY = 94
 """Exit status of a worker whose answer needs more memory than it may have."""
 
 FORK = "fork"

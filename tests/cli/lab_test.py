@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,12 @@ def test_a_killed_study_goes_on_and_its_runs_can_be_made_again(tmp_path):
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     other = subprocess.run([*command, "--check", "4"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert other.returncode == 2 and "reward is" in other.stderr
+
+
+def test_the_study_of_the_documentation_is_complete(tmp_path, capfd):
+    page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    (source,) = re.findall(r"^```python\n(# study\.py.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "study.py").write_text(source)
+    assert main(["lab", str(tmp_path / "study.py"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    # 2 arms x 2 rates tune; 2 arms x 2 formats x 5 seeds judge
+    assert "0 runs are made; the study has 24" in capfd.readouterr().err

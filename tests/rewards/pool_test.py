@@ -135,7 +135,10 @@ def test_what_a_reward_does_at_its_first_call_is_in_no_answers_time():
     [
         ("slow_at_first", "60", r"took more than warm_up, 0\.5 s; raise reward\.warm_up, or load less in it"),
         ("large_at_first", str(1 << 29), r"needs more than 256 MiB; raise reward\.memory"),
-        ("dies_at_first", "", "ended 2 workers, the last with status 7; try it in a process of its own"),
+        *(
+            ("dies_at_first", status, f"ended 2 workers, the last with status {status}; try it in a process of its own")
+            for status in ("0", "3", "7")
+        ),
     ],
 )
 def test_a_first_call_that_fails_ends_the_pool_clearly(reward, gold, told):
@@ -166,10 +169,10 @@ def test_a_worker_that_has_grown_is_replaced_and_loses_nothing():
     assert pool.counters == Counters(restarts=1)
 
 
-@pytest.mark.parametrize("deed", ["die", "leave"])
+@pytest.mark.parametrize("deed", [("die", ""), ("leave", "0"), ("leave", "3")], ids=" ".join)
 def test_an_answer_at_which_two_workers_die_scores_zero(deed):
     with obeying() as pool:
-        scores = tell(pool, ("length", "12"), (deed, ""), ("length", "123"))
+        scores = tell(pool, ("length", "12"), deed, ("length", "123"))
     assert scores == [2.0, 0.0, 3.0]
     assert pool.counters == Counters(restarts=2)
 

@@ -50,8 +50,8 @@ def die(_: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave(_: str) -> None:
-    os._exit(5)
+def leave(status: str) -> None:
+    os._exit(int(status))
 
 
 def die_at_first(path: str) -> float:
@@ -101,7 +101,7 @@ def large_at_first(text: str, gold: str, *, finished: bool) -> float:
 
 
 def dies_at_first(text: str, gold: str, *, finished: bool) -> float:
-    os._exit(7)
+    os._exit(int(gold))
 
 
 DEEDS = {
