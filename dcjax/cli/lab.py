@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise RunError(f"--workers is {options.workers}; it must be at least 1")
     study = _load(options.study)
+    from dcjax.tools.lab.page import write_page
     from dcjax.tools.lab.results import Results
     from dcjax.tools.lab.runner import Runner, run_study
     from dcjax.tools.lab.schedule import total
@@ -81,6 +82,10 @@ def run(options: argparse.Namespace) -> None:
             raise
     print(f"{len(results.of(study))} runs are made; the study has {total(study)}", file=sys.stderr)
     print(render(effects_of(study, results.of(study))))
+    if not options.dry_run:
+        page = folder / "page.html"
+        write_page(page, study, results.whole(study), command=f"dcjax lab {options.study}")
+        print(f"page: {page}")
 
 
 def _load(path: Path) -> Study:

@@ -11,20 +11,44 @@ TASKS = (
     LabTask("legs", "leg_counting", ("steps=80", "task.heldout=1024")),
 )
 GRPO = "objective.algorithm=grpo"
-PENALTY = ("objective.dual_lr=20", "objective.budget=auto")
+AUTO = "objective.budget=auto"
+PENALTY = ("objective.dual_lr=20", AUTO)
+DC = ("objective.algorithm=dc_grpo", "objective.dual_lr=20")
 
 ARMS = (
     Arm("grpo", (GRPO,)),
-    Arm("dc", ("objective.algorithm=dc_grpo", *PENALTY)),
-    Arm("dc_tight", ("objective.algorithm=dc_grpo", "objective.dual_lr=20", "objective.budget=0.0015")),
+    Arm("dc", (*DC, AUTO)),
+    Arm("dc_tight", (*DC, "objective.budget=0.0015")),
     Arm("tis", (GRPO, "objective.correction=token_tis")),
     Arm("score", (GRPO, "objective.score_centering=true")),
-    Arm("centred", ("objective.algorithm=dc_grpo", "objective.penalty_form=state_centred", *PENALTY)),
+    Arm("centred", (*DC, AUTO, "objective.penalty_form=state_centred")),
     Arm("served", (GRPO, "serving.in_training=all")),
     Arm("direct", ("objective.algorithm=dc_direct", *PENALTY)),
     Arm("constant", (GRPO, "optimizer.decay=constant")),
     Arm("cosine", (GRPO, "optimizer.decay=cosine")),
     Arm("length", (GRPO, "optimizer.decay=length", "optimizer.surge_ratio=1.5")),
+    # looked at with three seeds, without verdicts
+    *(Arm(name, (GRPO, f"objective.correction={name}")) for name in ("sequence_tis", "token_mis", "sequence_mis")),
+    *(Arm(f"dc_{budget}", (*DC, f"objective.budget={budget}")) for budget in (0.0005, 0.005, 0.015)),
+    *(
+        Arm(shape, (*DC, "objective.budget=0.005", f"objective.penalty={shape}"))
+        for shape in ("shifted", "hinge", "gate")
+    ),
+    *(Arm(f"dc_{signal}", (*DC, AUTO, f"objective.signal={signal}")) for signal in ("ratio", "log_probability")),
+    Arm("fixed", ("objective.algorithm=dual_grpo", "objective.initial_multiplier=0.3")),
+    *(Arm(f"dc_start_{start}", (*DC, AUTO, f"objective.initial_multiplier={start}")) for start in (0.05, 0.2)),
+    *(Arm(f"dc_dual_{rate}", (*DC, AUTO, f"objective.dual_lr={rate}")) for rate in (10, 40)),
+    *(Arm(method, (GRPO, f"objective.method={method}")) for method in ("dppo_tv", "ipo", "kpop")),
+    *(
+        Arm(f"direct_{signal}", ("objective.algorithm=dc_direct", *PENALTY, f"objective.signal={signal}"))
+        for signal in ("total_variation", "kl_from_sampler")
+    ),
+    *(Arm(f"by_{what}", (GRPO, f"optimizer.decay={what}")) for what in ("discrepancy", "dual")),
+    Arm("ess", (GRPO, "optimizer.ess_base=1.0")),
+    *(
+        Arm(f"constant_{name}", (GRPO, "optimizer.decay=constant", f"objective.correction={name}"))
+        for name in ("token_tis", "token_mis", "sequence_tis", "sequence_mis")
+    ),
 )
 
 BOTH, FORMATS = ("chains", "legs"), ("int8", "int4")
@@ -44,6 +68,44 @@ CLAIMS = (
         *(("length",), ("constant", "grpo", "cosine"), BOTH, FORMATS),
     ),
     Claim("N1", "A differentiable constraint ends better than GRPO.", ("direct",), ("grpo",), BOTH, FORMATS),
+    *(
+        Claim(key, hypothesis, arms, against, ("chains",), FORMATS, verdict=False)
+        for key, hypothesis, arms, against in (
+            *(
+                ("B3", "Corrections end better.", ("tis", "sequence_tis", "token_mis", "sequence_mis"), ("grpo",)),
+                ("A3", "The penalty needs a tolerance.", ("dc_0.0005", "dc_tight", "dc_0.005", "dc_0.015"), ("grpo",)),
+                ("A3s", "Its shape matters.", ("shifted", "hinge", "gate"), ("dc_0.005",)),
+                (
+                    "A1",
+                    "The difference of probabilities is the best signal.",
+                    ("dc",),
+                    ("dc_ratio", "dc_log_probability"),
+                ),
+                ("A7", "A budget from the run itself does as well as a given one.", ("dc",), ("dc_tight", "dc_0.005")),
+                ("A2", "A penalty without condition does harm.", ("fixed",), ("grpo", "dc")),
+                (
+                    "A5",
+                    "λ0 and its rate hardly matter.",
+                    ("dc_start_0.05", "dc_start_0.2", "dc_dual_10", "dc_dual_40"),
+                    ("dc",),
+                ),
+                ("N9", "This year's methods end better.", ("dppo_tv", "ipo", "kpop"), ("grpo",)),
+                (
+                    "N8",
+                    "Whole distributions are the better constraint.",
+                    ("direct_total_variation", "direct_kl_from_sampler"),
+                    ("direct",),
+                ),
+                ("N3", "Rates that react end better.", ("by_discrepancy", "by_dual", "ess"), ("grpo",)),
+                (
+                    "B6",
+                    "At a constant rate, corrections only postpone the collapse.",
+                    tuple(f"constant_{name}" for name in ("token_tis", "token_mis", "sequence_tis", "sequence_mis")),
+                    ("constant",),
+                ),
+            ),
+        )
+    ),
 )
 
 
@@ -60,7 +122,8 @@ def study() -> Study:
         tuning_seeds=(100, 101),
         rates=(3e-4, 6e-4, 1.2e-3),
         common=(
-            *("optimizer.decay=linear", "optimizer.ema_decay=0.97", "evaluation.every=1000"),
+            # a number, which arms without a multiplier need; those that ascend say their own
+            *("objective.budget=0.0015", "optimizer.decay=linear", "optimizer.ema_decay=0.97", "evaluation.every=1000"),
             *("evaluation.prompts=1024", "checkpoint.every=1000", "checkpoint.keep=1"),
         ),
     )

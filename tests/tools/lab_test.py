@@ -10,6 +10,7 @@ from scipy import stats
 
 from dcjax.errors import RunError
 from dcjax.reporting.statistics import holm, paired_t
+from dcjax.tools.lab.page import write_page
 from dcjax.tools.lab.results import Result, Results, summarise
 from dcjax.tools.lab.runner import run_study
 from dcjax.tools.lab.schedule import needed, total, tuned_rates, waiting
@@ -223,6 +224,24 @@ def test_some_claims_and_a_quick_look():
     with pytest.raises(ValueError, match="claim 'Y' is none of the study's: A4, X"):
         STUDY.only(("Y",))
     assert total(STUDY.quick()) == 16 + 2 * 3 * 2 + 4
+
+
+def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):
+    study = replace(STUDY, claims=(replace(STUDY.claims[0], hypothesis="<b>It</b> helps."), STUDY.claims[1]))
+    names = ("reward", "gap", "multiplier", "length", "grad_norm")
+    curves = {"step": [1.0, 2.0], **{name: [0.1, 0.2] for name in names}}
+    figures = {name: 0.5 for name in ("deployed", "training", "training_ema", "gap")}
+    made_all = {
+        cell: Result(cell, study.identity(cell), figures | done, curves, {"commit": "abc"})
+        for cell, done in all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc") + NOISE[seed]).items()
+    }
+    for known in ({}, made_all):
+        write_page(tmp_path / "page.html", study, known, command="dcjax lab study.py")
+        page = (tmp_path / "page.html").read_text()
+        assert "&lt;b&gt;It&lt;/b&gt; helps." in page and "<script" not in page
+        assert page.count("data:image/png;base64,") == 3 and page.count("<details") == 4
+    assert "84 of 84 runs are made" in page and "abc" in page
+    assert page.count("does not") == 2  # the metric's table alone has verdicts
 
 
 def test_the_table_has_a_row_an_effect():

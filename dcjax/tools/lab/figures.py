@@ -60,7 +60,8 @@ def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
                     columns = zip(*(result.curves[name] for result in runs), strict=True)
                     axes.plot(runs[0].curves["step"], [statistics.fmean(column) for column in columns], label=arm.name)
     handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -75,10 +76,13 @@ def draw_doses(study: Study, made: Mapping[Cell, Result], baseline: str) -> byte
                 twin = made.get(Cell(cell.task, cell.seed, cell.arm, study.twin, cell.rate))
                 if (cell.task, cell.arm, cell.format) == (task.name, baseline, format) and twin is not None:
                     points.append((result.figures["gap"], twin.figures[study.metric] - result.figures[study.metric]))
-            axes.scatter(*zip(*points, strict=True) if points else ([], []), label=format, s=14)
-        axes.set(xscale="log", xlabel=LABELS["gap"], ylabel="accuracy lost to the mismatch")
+            if points:
+                axes.scatter(*zip(*points, strict=True), label=format, s=14)
+                axes.set_xscale("log")
+        axes.set(xlabel=LABELS["gap"], ylabel="accuracy lost to the mismatch")
         axes.axhline(0, color="0.5", linewidth=1)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -23,13 +23,20 @@ HEADER = (
 
 
 def render(effects: Sequence[Effect]) -> str:
-    """A row an effect: the means of paired differences with their 95% intervals, and Holm's p-values."""
-    rows = [_line(HEADER), _line(["---"] * len(HEADER))]
-    for effect in effects:
-        cells = [effect.claim, effect.task, effect.format, effect.arm, effect.against, str(effect.seeds)]
-        cells += [_number(effect.mean).removeprefix("+"), _cell(effect.gain, p=True), _cell(effect.twin)]
-        rows.append(_line([*cells, _cell(effect.interaction, p=True), effect.verdict]))
-    return "\n".join(rows)
+    """The table, a row an effect."""
+    return "\n".join(_line(cells) for cells in (HEADER, ["---"] * len(HEADER), *rows_of(effects)))
+
+
+def rows_of(effects: Sequence[Effect]) -> list[list[str]]:
+    """The cells of each effect: means of paired differences with their 95% intervals, and Holm's p-values."""
+    return [
+        [
+            *(effect.claim, effect.task, effect.format, effect.arm, effect.against, str(effect.seeds)),
+            *(_number(effect.mean).removeprefix("+"), _cell(effect.gain, p=True), _cell(effect.twin)),
+            *(_cell(effect.interaction, p=True), effect.verdict),
+        ]
+        for effect in effects
+    ]
 
 
 def _cell(difference: Difference | None, *, p: bool = False) -> str:

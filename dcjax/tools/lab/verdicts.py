@@ -35,8 +35,8 @@ class Effect:
     verdict: Verdict = "not run"
 
 
-def effects_of(study: Study, done: Mapping[Cell, Figures]) -> list[Effect]:
-    """The effects of all claims, with verdicts.
+def effects_of(study: Study, done: Mapping[Cell, Figures], *, figure: str | None = None) -> list[Effect]:
+    """The effects of all claims, with verdicts; with another figure than the study's metric, without.
 
     A claim with verdicts is judged once all of its runs are made. It *reproduces* on a task at a format if both
     the gain and the interaction are above zero, Holm-adjusted over all tests of the claim at .05. It *does not* if the
@@ -44,18 +44,31 @@ def effects_of(study: Study, done: Mapping[Cell, Figures]) -> list[Effect]:
     inconclusive.
     """
     rates = tuned_rates(study, done)
-    return [effect for claim in study.claims for effect in _judge(study, claim, _measure(study, claim, done, rates))]
+    measured = Measured(study, done, rates, figure or study.metric)
+    return [
+        effect
+        for claim in study.claims
+        for effect in _judge(measured, claim, _measure(measured, claim), verdicts=claim.verdict and figure is None)
+    ]
 
 
-def _measure(
-    study: Study, claim: Claim, done: Mapping[Cell, Figures], rates: Mapping[tuple[str, str], float]
-) -> list[Effect]:
+@dataclass(frozen=True)
+class Measured:
+    """What effects are taken from."""
+
+    study: Study
+    done: Mapping[Cell, Figures]
+    rates: Mapping[tuple[str, str], float]
+    figure: str
+
+
+def _measure(measured: Measured, claim: Claim) -> list[Effect]:
     effects = []
     for task in claim.tasks:
         for format in claim.formats:
             for arm, other in claim.pairs:
                 effect = Effect(claim.key, task, format, arm, other, seeds=0)
-                values = _paired(study, done, rates, claim, effect)
+                values = _paired(measured, claim, effect)
                 if len(values) > 1:
                     ours, theirs, ours_twin, theirs_twin = (list(column) for column in zip(*values, strict=True))
                     gains = [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -72,30 +85,29 @@ def _measure(
     return effects
 
 
-def _paired(
-    study: Study, done: Mapping[Cell, Figures], rates: Mapping[tuple[str, str], float], claim: Claim, effect: Effect
-) -> list[tuple[float, ...]]:
-    """The metric of (arm, other) at the format and at the twin, for each seed that has all four."""
-    if not all((effect.task, name) in rates for name in (effect.arm, effect.against)):
+def _paired(measured: Measured, claim: Claim, effect: Effect) -> list[tuple[float, ...]]:
+    """The figure of (arm, other) at the format and at the twin, for each seed that has all four."""
+    names, rates, done = (effect.arm, effect.against), measured.rates, measured.done
+    if not all((effect.task, name) in rates for name in names):
         return []
     rows = []
-    for seed in study.seeds_of(claim):
+    for seed in measured.study.seeds_of(claim):
         cells = [
             Cell(effect.task, seed, name, format, rates[effect.task, name])
-            for format in (effect.format, study.twin)
-            for name in (effect.arm, effect.against)
+            for format in (effect.format, measured.study.twin)
+            for name in names
         ]
         if all(cell in done for cell in cells):
-            rows.append(tuple(done[cell][study.metric] for cell in cells))
+            rows.append(tuple(done[cell][measured.figure] for cell in cells))
     return rows
 
 
-def _judge(study: Study, claim: Claim, effects: Sequence[Effect]) -> list[Effect]:
-    measured = [effect for effect in effects if effect.gain is not None and effect.interaction is not None]
-    tests = [test for effect in measured for test in (effect.gain, effect.interaction)]
-    adjusted = iter(holm([test.p_value for test in tests if test is not None]))
-    seeds = len(study.seeds_of(claim))
-    whole = claim.verdict and all(effect.seeds == seeds for effect in effects)
+def _judge(measured: Measured, claim: Claim, effects: Sequence[Effect], *, verdicts: bool) -> list[Effect]:
+    """The effects with Holm's p-values, and verdicts where all runs of the claim are made."""
+    tests = [test for effect in effects for test in (effect.gain, effect.interaction) if test is not None]
+    adjusted = iter(holm([test.p_value for test in tests]))
+    seeds = len(measured.study.seeds_of(claim))
+    whole = verdicts and all(effect.seeds == seeds for effect in effects)
     judged = []
     for effect in effects:
         if effect.gain is None or effect.interaction is None:
@@ -103,7 +115,7 @@ def _judge(study: Study, claim: Claim, effects: Sequence[Effect]) -> list[Effect
             continue
         gain = replace(effect.gain, p_value=next(adjusted))
         interaction = replace(effect.interaction, p_value=next(adjusted))
-        verdict = _verdict((gain, interaction), study.margin) if whole else "no verdict"
+        verdict = _verdict((gain, interaction), measured.study.margin) if whole else "no verdict"
         judged.append(replace(effect, gain=gain, interaction=interaction, verdict=verdict))
     return judged
 
