@@ -12,6 +12,7 @@ import argparse
 import json
 import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
