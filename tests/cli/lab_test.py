@@ -85,8 +85,8 @@ def test_a_killed_study_goes_on_and_its_runs_can_be_made_again(tmp_path):
     assert results.read_text().startswith(kept)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert len({line["identity"] for line in lines}) == len(lines) == 4
-    assert "| A4 | chains | int4 | dc | grpo | 0 |" in second.stdout  # one seed has no interval
-    assert not [path for path in (tmp_path / "out").iterdir() if "start" not in path.name]
+    assert "| A4 | chains | int4 | dc | grpo | 1 |" in second.stdout  # one seed has no interval
+    assert not [path for path in (tmp_path / "out").iterdir() if "_start_" not in path.name and path.is_dir()]
     again = subprocess.run([*command, "--check", "2"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert again.stdout.count("the same to the bit") == 2
     lines[0]["figures"]["reward"] += 1e-6

@@ -22,7 +22,7 @@ class Effect:
     format: str
     arm: str
     against: str
-    seeds: int
+    seeds: int = 0
     """How many seeds both arms were run with, at the format and at its twin."""
     mean: float | None = None
     """Of the arm's metric."""
@@ -67,15 +67,15 @@ def _measure(measured: Measured, claim: Claim) -> list[Effect]:
     for task in claim.tasks:
         for format in claim.formats:
             for arm, other in claim.pairs:
-                effect = Effect(claim.key, task, format, arm, other, seeds=0)
+                effect = Effect(claim.key, task, format, arm, other)
                 values = _paired(measured, claim, effect)
+                effect = replace(effect, seeds=len(values))
                 if len(values) > 1:
                     ours, theirs, ours_twin, theirs_twin = (list(column) for column in zip(*values, strict=True))
                     gains = [a - b for a, b in zip(ours, theirs, strict=True)]
                     twins = [a - b for a, b in zip(ours_twin, theirs_twin, strict=True)]
                     effect = replace(
                         effect,
-                        seeds=len(values),
                         mean=sum(ours) / len(ours),
                         gain=paired_t(gains),
                         twin=paired_t(twins),
