@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
         "study", nargs="?", type=Path, default=STUDY, metavar="STUDY", help=f"file with study() (default: {STUDY})"
     )
     parser.add_argument("--claims", nargs="+", metavar="KEY", help="of these claims alone (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few seeds, and no verdicts")
+    parser.add_argument("--quick", action="store_true", help="few seeds, the middle rate, the last format, no verdicts")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time (default: one a core)"
     )

@@ -121,6 +121,7 @@ def study() -> Study:
         few_seeds=(200, 201, 202),
         tuning_seeds=(100, 101),
         rates=(3e-4, 6e-4, 1.2e-3),
+        metric="deployed",
         common=(
             # a number, which arms without a multiplier need; those that ascend say their own
             *("objective.budget=0.0015", "optimizer.decay=linear", "optimizer.ema_decay=0.97", "evaluation.every=1000"),

@@ -38,14 +38,14 @@ BEST = {"grpo": 2e-4, "dc": 1e-4, "fixed": 1e-3}
 def made(cell, figures=None):
     """A result with the metric that makes the rates of `BEST` best."""
     metric = 0.5 - 0.1 * (cell.rate != BEST[cell.arm])
-    return Result(cell, STUDY.identity(cell), {"deployed_ema": metric} | (figures or {}), {})
+    return Result(cell, STUDY.identity(cell), {"deployed": metric} | (figures or {}), {})
 
 
 def all_done(metric):
     """The figures of all runs of the study, by a function of (arm, format, seed)."""
     done = {cell: made(cell).figures for cell in waiting(STUDY, {})}
     for cell in waiting(STUDY, done):
-        done[cell] = {"deployed_ema": metric(cell.arm, cell.format, cell.seed)}
+        done[cell] = {"deployed": metric(cell.arm, cell.format, cell.seed)}
     assert not waiting(STUDY, done)
     return done
 
@@ -108,7 +108,7 @@ def test_results_survive_a_torn_line_and_name_a_damaged_one(tmp_path):
     Results(file).add(made(cell))
     whole = file.read_text()
     file.write_text(whole + whole[:50])
-    assert Results(file).of(STUDY) == {cell: {"deployed_ema": 0.5}}
+    assert Results(file).of(STUDY) == {cell: {"deployed": 0.5}}
     assert file.read_text() == whole
     file.write_text("{}\n" + whole)
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1 is no result: '{}'"):
@@ -223,14 +223,17 @@ def test_some_claims_and_a_quick_look():
     assert [claim.key for claim in STUDY.only(("X",)).claims] == ["X"]
     with pytest.raises(ValueError, match="claim 'Y' is none of the study's: A4, X"):
         STUDY.only(("Y",))
-    assert total(STUDY.quick()) == 16 + 2 * 3 * 2 + 4
+    quick = STUDY.quick()
+    assert {cell.format for cell in needed(quick, {})} == {"int4", "float32"}
+    assert {cell.rate for cell in needed(quick, {})} == {2e-4, 1e-3}
+    assert total(quick) == 3 * 2 * 2
 
 
 def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):
     study = replace(STUDY, claims=(replace(STUDY.claims[0], hypothesis="<b>It</b> helps."), STUDY.claims[1]))
     names = ("reward", "gap", "multiplier", "length", "grad_norm")
     curves = {"step": [1.0, 2.0], **{name: [0.1, 0.2] for name in names}}
-    figures = {name: 0.5 for name in ("deployed", "training", "training_ema", "gap")}
+    figures = {name: 0.5 for name in ("deployed_ema", "training", "training_ema", "gap")}
     made_all = {
         cell: Result(cell, study.identity(cell), figures | done, curves, {"commit": "abc"})
         for cell, done in all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc") + NOISE[seed]).items()

@@ -27,7 +27,7 @@ KEPT_OF_CONFIG = ("versions", "platform")
 
 
 class Runner:
-    """Makes runs by `dcjax train`, in folders of their own, which are removed once their results are kept."""
+    """Makes runs by `dcjax train`, in folders of their own, which are removed once their results are read."""
 
     def __init__(self, study: Study, folder: Path, *, commit: str, workers: int):
         """Divides the cores among the runs that are made at a time.

@@ -106,7 +106,7 @@ class Study:
     """Of every warm start."""
     twin: str = "float32"
     """The format without a mismatch."""
-    metric: str = "deployed_ema"
+    metric: str = "deployed"
     """The figure that rates are chosen by, and that claims are judged by."""
     margin: float = 0.01
     """The smallest difference of the metric that would matter."""
@@ -177,8 +177,14 @@ class Study:
         return replace(self, claims=tuple(claim for claim in self.claims if claim.key in keys))
 
     def quick(self) -> Study:
-        """The study with few seeds, and without verdicts."""
-        return replace(self, claims=tuple(replace(claim, verdict=False) for claim in self.claims))
+        """The study in little: few seeds, the middle rate of each arm, the last format alone, and no verdicts."""
+        claims = (replace(claim, formats=self.formats[-1:], verdict=False) for claim in self.claims)
+        arms = (replace(arm, rates=(_middle(arm.rates or self.rates),)) for arm in self.arms)
+        return replace(self, formats=self.formats[-1:], arms=tuple(arms), claims=tuple(claims))
+
+
+def _middle(rates: tuple[float, ...]) -> float:
+    return sorted(rates)[len(rates) // 2]
 
 
 def cells_of(study: Study, claim: Claim, rates: dict[tuple[str, str], float]) -> Iterator[Cell]:
