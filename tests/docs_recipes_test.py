@@ -61,9 +61,9 @@ def make_chat_model(folder):
     """A tiny model's folder, with a tokenizer of bytes and a chat template."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}:"
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained("tokenizer")
     config = ModelConfig(vocab_size=260, hidden_size=32, intermediate_size=64)
-    save_hf(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
+    save_hf(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=Path("tokenizer"))
 
 
 EVERY_DAY = "known_tokens.py"

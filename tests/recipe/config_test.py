@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import runpy
 import typing
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dcjax.serving.formats import FormatName, formats
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import DistributedConfig
 from dcjax.sharding.mesh import MeshConfig
+from dcjax.user_code import CodeFile
 
 SECTIONS = {
     "task": ArithmeticTask,
@@ -612,4 +612,4 @@ def test_every_recipe_is_one():
         "length_decay_qwen3_8b",
     }
     for path in recipes:
-        assert runpy.run_path(str(path))["config"]().name == path.stem
+        assert CodeFile.read(path).load().config().name == path.stem

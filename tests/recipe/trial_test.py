@@ -1,7 +1,6 @@
 """A trial: every recipe as small as the devices, the memory and the files that are there ask for."""
 
 import math
-import runpy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.recipe.trial import Available, changes, check_fits, shrink
 from dcjax.sharding.mesh import MeshConfig
+from dcjax.user_code import CodeFile
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = [path for path in sorted(EXPERIMENTS.glob("*.py")) if "def config(" in path.read_text()]
-RECIPES = {path.stem: runpy.run_path(str(path))["config"]() for path in FILES}
+RECIPES = {path.stem: CodeFile.read(path).load().config() for path in FILES}
 GIB = 2**30
 LAPTOP = Available(devices=1, memory=16 * GIB, cores=2, data=False, tokens=258)
 HOST = Available(devices=4, memory=64 * GIB, cores=16)
