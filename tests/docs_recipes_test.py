@@ -87,6 +87,7 @@ def test_a_file_of_the_documentation_trains(source, name, command, tmp_path, mon
             sizes = SMALL | OF_ARITHMETIC
     overrides = [f"{field}={value}" for field, value in sizes.items()]
     assert main(["train", *command.split(), "--run-dir", "run", *overrides]) == 0
-    records = read_metrics(Path("run") / "metrics.jsonl")
+    (metrics,) = Path().glob("run*/metrics.jsonl")  # a trial has a folder of its own
+    records = read_metrics(metrics)
     assert [record["step"] for record in records] == [0, 1, 2]
     assert ("silenced" in records[-1]) == (name == "known_tokens.py")
