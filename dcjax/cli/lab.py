@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dcjax
 from dcjax.errors import RunError
 from dcjax.user_code import CodeFile, failure
 
@@ -124,9 +126,12 @@ def _check(study: Study, results: Results, runner: Runner, count: int) -> None:
 
 
 def _commit() -> str:
-    """Of the working directory, with + where files differ from it; "" outside a checkout."""
-    told = [
-        subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-        for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "dcjax"))
-    ]
-    return told[0] + ("+" if told[1] else "")
+    """Of the checkout that the code lies in, with + where its files differ from it; "" where there is none."""
+    if shutil.which("git") is None:
+        return ""
+    git = ("git", "-C", str(Path(dcjax.__file__).parent))
+    head, changed = (
+        subprocess.run([*git, *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
+    )
+    return head + ("+" if changed else "")

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from dcjax.cli import main
+from dcjax.cli.train import config_of
+from dcjax.tools.lab.study import Cell
+from dcjax.user_code import CodeFile
 
 SMALL = """
 from dcjax.tools.lab.study import Arm, Claim, LabTask, Study
@@ -102,3 +105,19 @@ def test_the_study_of_the_documentation_is_complete(tmp_path, capfd):
     assert main(["lab", str(tmp_path / "study.py"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
     # 2 arms x 2 rates tune; 2 arms x 2 formats x 5 seeds judge
     assert "0 runs are made; the study has 24" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_laboratory_makes_a_config():
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym needs a C compiler where it is installed")
+    study = CodeFile.read(Path(__file__).parents[2] / "experiments" / "lab" / "study.py").load().study()
+    made = set()
+    for task in study.tasks:
+        for arm in study.arms:
+            for format in (*study.formats, study.twin):
+                settings = study.settings(Cell(task.name, 1, arm.name, format, 3e-4))
+                config, _ = config_of([task.recipe, *settings])
+                assert (config.serving.format, config.optimizer.learning_rate) == (format, 3e-4)
+                made.add((task.name, config.serving.format, config.objective, config.optimizer, config.serving))
+    # no two arms are the same
+    assert len(made) == len(study.tasks) * len(study.arms) * 3
