@@ -117,6 +117,10 @@ def _check(study: Study, results: Results, runner: Runner, count: int) -> None:
     made = results.whole(study)
     for cell in random.Random(0).sample(sorted(made), min(count, len(made))):
         again, before = runner(cell), made[cell]
+        if (ours := again.made_by["start"]) != (theirs := before.made_by.get("start")):
+            raise RunError(
+                f"{cell.name}: its warm start is {ours}; it was {theirs}. Only the same machine makes the same bits"
+            )
         for kind in ("figures", "curves"):
             ours, theirs = getattr(again, kind), getattr(before, kind)
             if differs := [name for name in theirs if ours.get(name) != theirs[name]]:

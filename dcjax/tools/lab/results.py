@@ -43,7 +43,7 @@ class Result:
     curves: dict[str, list[float]]
     """By name; `step` holds the iterations."""
     made_by: dict[str, Any] = field(default_factory=dict)
-    """Versions, platform, commit and seconds."""
+    """Versions, platform, commit, seconds, and the digest of the weights that it began with."""
 
 
 def summarise(lines: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, list[float]]]:

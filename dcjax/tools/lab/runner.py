@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import queue
@@ -55,7 +56,8 @@ class Runner:
         """
         began, directory = time.monotonic(), self._directory(cell)
         _wait_for_orphan(directory)
-        settings = (f"run_dir={directory}", f"pretrained={self._start(cell.start)}", "warm_start.steps=0")
+        start = self._start(cell.start)
+        settings = (f"run_dir={directory}", f"pretrained={start}", "warm_start.steps=0")
         self._dcjax("train", self._study.task(cell.task).recipe, *self._study.settings(cell), *settings)
         try:
             figures, curves = summarise(read_metrics(directory / "metrics.jsonl"))
@@ -63,7 +65,7 @@ class Runner:
             raise RunError(f"{directory} logged no {error.args[0]}, which the study compares") from None
         config = json.loads((directory / "config.json").read_text("utf-8"))
         made_by = {name: config[name] for name in KEPT_OF_CONFIG if name in config}
-        made_by |= {"commit": self._commit, "seconds": round(time.monotonic() - began, 1)}
+        made_by |= {"commit": self._commit, "start": _digest(start), "seconds": round(time.monotonic() - began, 1)}
         shutil.rmtree(directory)
         return Result(cell, self._study.identity(cell), figures, curves, made_by)
 
@@ -108,6 +110,11 @@ class Runner:
         if child.returncode:
             last = (told.strip().splitlines() or ["it said nothing"])[-1]
             raise RunError(f"dcjax {' '.join(arguments)} ended with {child.returncode}: {last}")
+
+
+def _digest(weights: Path) -> str:
+    """16 hexadecimal digits of a warm start's weights, which another processor makes otherwise."""
+    return hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _wait_for_orphan(run_dir: Path) -> None:
