@@ -77,11 +77,7 @@ def run(options: argparse.Namespace) -> None:
         _check(study, results, runner, options.check)
         return
     if not options.dry_run:
-        try:
-            run_study(study, results, runner, workers=options.workers)
-        except BaseException:
-            runner.stop()
-            raise
+        run_study(study, results, runner, workers=options.workers, stop=runner.stop)
     print(f"{len(results.of(study))} runs are made; the study has {total(study)}", file=sys.stderr)
     print(render(effects_of(study, results.of(study))))
     if not options.dry_run:

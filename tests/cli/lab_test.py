@@ -1,5 +1,6 @@
 """`dcjax lab`: real runs in processes of their own, killed, resumed and made again to the bit."""
 
+import fcntl
 import json
 import os
 import re
@@ -105,6 +106,29 @@ def test_the_study_of_the_documentation_is_complete(tmp_path, capfd):
     assert main(["lab", str(tmp_path / "study.py"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
     # 2 arms x 2 rates tune; 2 arms x 2 formats x 5 seeds judge
     assert "0 runs are made; the study has 24" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_an_interrupted_study_ends_its_runs(tmp_path):
+    (tmp_path / "study.py").write_text(SMALL)
+    study = subprocess.Popen(
+        [sys.executable, "-m", "dcjax", "lab", "study.py", "--quick", "--out", "out"], cwd=tmp_path
+    )
+    while not (made := list(tmp_path.glob("out/*_start_*/run/.lock"))):
+        assert study.poll() is None
+        time.sleep(0.2)
+    os.kill(study.pid, signal.SIGINT)
+    assert study.wait(timeout=60) == 130
+    with made[0].open() as lock:
+        for _ in range(100):  # the run has been told, and ends by itself
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+        else:
+            pytest.fail("the run goes on")
 
 
 @pytest.mark.slow

@@ -50,6 +50,10 @@ def all_done(metric):
     return done
 
 
+def never():
+    raise AssertionError("nothing failed")
+
+
 def test_every_run_that_a_study_needs_is_made_once():
     lock, seen = threading.Lock(), []
 
@@ -60,7 +64,7 @@ def test_every_run_that_a_study_needs_is_made_once():
         return made(cell)
 
     results = Results_in_memory()
-    run_study(STUDY, results, run, workers=3)
+    run_study(STUDY, results, run, workers=3, stop=never)
     # tuning: 2 arms x 2 rates x 2 formats x 2 seeds; judged: 2 arms x 3 formats x 10 seeds, 1 x 2 formats x 2 seeds
     assert len(seen) == total(STUDY) == 2 * 2 * 2 * 2 + 2 * 3 * 10 + 1 * 2 * 2
     assert tuned_rates(STUDY, results.of(STUDY)) == {("chains", arm): rate for arm, rate in BEST.items()}
@@ -87,7 +91,7 @@ def test_tuning_comes_first_and_each_seed_of_all_arms_before_the_next():
 
 
 def test_a_stopped_study_goes_on_and_failures_are_told(tmp_path):
-    file, calls = tmp_path / "results.jsonl", []
+    file, calls, stopped = tmp_path / "results.jsonl", [], []
 
     def fails_at_the_fifth(cell):
         calls.append(cell)
@@ -96,9 +100,10 @@ def test_a_stopped_study_goes_on_and_failures_are_told(tmp_path):
         return made(cell)
 
     with pytest.raises(RunError, match="on fire"):
-        run_study(STUDY, Results(file), fails_at_the_fifth, workers=1)
+        run_study(STUDY, Results(file), fails_at_the_fifth, workers=1, stop=lambda: stopped.append(True))
+    assert stopped == [True]
     again = []
-    run_study(STUDY, Results(file), lambda cell: again.append(cell) or made(cell), workers=1)
+    run_study(STUDY, Results(file), lambda cell: again.append(cell) or made(cell), workers=1, stop=never)
     assert len(again) == total(STUDY) - 4
     assert not {*again} & {*calls[:4]}
 

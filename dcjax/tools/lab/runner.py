@@ -124,7 +124,9 @@ def _wait_for_orphan(run_dir: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def run_study(study: Study, results: Results, runner: Callable[[Cell], Result], *, workers: int) -> None:
+def run_study(
+    study: Study, results: Results, runner: Callable[[Cell], Result], *, workers: int, stop: Callable[[], None]
+) -> None:
     """Makes all runs that a study still needs, each once, and keeps each result as it comes.
 
     Args:
@@ -132,21 +134,26 @@ def run_study(study: Study, results: Results, runner: Callable[[Cell], Result], 
       results: those there are; the others are added.
       runner: makes one run; called in threads.
       workers: how many runs are made at a time.
+      stop: ends the runs that are being made, where one fails or the study is interrupted.
 
     Raises:
-      RunError: a run failed. What was running meanwhile is left in its folder, from which the next call takes it.
+      RunError: a run failed. What was running meanwhile is left in its folder, where the next call goes on with it.
     """
     done = results.of(study)
     made = len(needed(study, done)) - len(waiting(study, done))
     running: dict[Future[Result], Cell] = {}
     with ThreadPoolExecutor(workers) as pool, Progress(total(study), initial=made, description="run") as progress:
-        while True:
-            following = [cell for cell in waiting(study, results.of(study)) if cell not in running.values()]
-            running |= {pool.submit(runner, cell): cell for cell in following[: workers - len(running)]}
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, result = running.pop(future), future.result()
-                results.add(result)
-                made += 1
-                progress.update(made, last=cell.name, **{study.metric: f"{result.figures[study.metric]:.3f}"})
+        try:
+            while True:
+                following = [cell for cell in waiting(study, results.of(study)) if cell not in running.values()]
+                running |= {pool.submit(runner, cell): cell for cell in following[: workers - len(running)]}
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell, result = running.pop(future), future.result()
+                    results.add(result)
+                    made += 1
+                    progress.update(made, last=cell.name, **{study.metric: f"{result.figures[study.metric]:.3f}"})
+        except BaseException:
+            stop()  # before the pool waits for them
+            raise
