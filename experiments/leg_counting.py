@@ -21,7 +21,7 @@ TOKEN = r" ?[A-Za-z]+|[\s\S]"
 
 @dataclass(frozen=True)
 class LegCounting(GymTask):
-    """ "How many legs are there in total if you have 3 dogs, 2 crabs?", with a token for each word and digit."""
+    """Legs of some animals, as of "3 dogs, 2 crabs", with a token for each word and digit."""
 
     datasets: tuple[str, ...] = ("leg_counting(min_animals=2, max_animals=4, max_instances=3)",)
     template: TemplateName = "last_line"

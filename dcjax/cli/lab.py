@@ -55,13 +55,14 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the study, and prints the table of its effects."""
-    if options.workers < 1:
-        raise RunError(f"--workers is {options.workers}; it must be at least 1")
+    for name in ("workers", "check"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise RunError(f"--{name} is {value}; it must be at least 1")
     study = _load(options.study)
     from dcjax.tools.lab.page import write_page
     from dcjax.tools.lab.results import Results
     from dcjax.tools.lab.runner import Runner, run_study
-    from dcjax.tools.lab.schedule import total
+    from dcjax.tools.lab.schedule import count_made, total
     from dcjax.tools.lab.table import render
     from dcjax.tools.lab.verdicts import effects_of
 
@@ -78,8 +79,9 @@ def run(options: argparse.Namespace) -> None:
         return
     if not options.dry_run:
         run_study(study, results, runner, workers=options.workers, stop=runner.stop)
-    print(f"{len(results.of(study))} runs are made; the study has {total(study)}", file=sys.stderr)
-    print(render(effects_of(study, results.of(study))))
+    done = results.of(study)
+    print(f"{count_made(study, done)} runs are made; the study has {total(study)}", file=sys.stderr)
+    print(render(effects_of(study, done)))
     if not options.dry_run:
         page = folder / "page.html"
         write_page(page, study, results.whole(study), command=f"dcjax lab {options.study}")
@@ -108,9 +110,10 @@ def _check(study: Study, results: Results, runner: Runner, count: int) -> None:
     """Makes some finished runs again.
 
     Raises:
-      RunError: one came out otherwise.
+      RunError: one came out otherwise, or there is none.
     """
-    made = results.whole(study)
+    if not (made := results.whole(study)):
+        raise RunError("there are no finished runs to check; dcjax lab without --check makes them")
     for cell in random.Random(0).sample(sorted(made), min(count, len(made))):
         again, before = runner(cell), made[cell]
         if (ours := again.made_by["start"]) != (theirs := before.made_by.get("start")):

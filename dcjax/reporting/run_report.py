@@ -138,7 +138,7 @@ def _gain(records: Records) -> str:
     """How far the rewards of the last iterations lie above those of the first; "" where there are too few."""
     _, rewards = series(records, "reward")
     first, last = rewards[:_ENDS], rewards[-_ENDS:]
-    if len(rewards) < 2 * _ENDS or len({*first, *last}) == 1:
+    if len(rewards) < 2 * _ENDS:
         return ""
     gain, (lower, upper) = statistics.fmean(last) - statistics.fmean(first), welch_interval(first, last)
     return f"; last {_ENDS} less first {_ENDS}: {gain:+.3f}, 95% {lower:+.3f} to {upper:+.3f}"

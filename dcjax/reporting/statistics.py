@@ -222,16 +222,18 @@ def welch_interval(first: Sequence[float], last: Sequence[float]) -> tuple[float
     """The 95% interval of mean(last) − mean(first) by Welch's t, as of independent values with variances of their own.
 
     Args:
-      first, last: at least two values each, the mean rewards of some iterations, say; not all of them equal.
+      first, last: at least two values each, the mean rewards of some iterations, say.
 
     Returns:
-      (lower, upper).
+      (lower, upper); without a width where neither side varies.
 
     References:
       B. L. Welch, The generalization of 'Student's' problem, Biometrika 34 (1947).
     """
     from scipy import stats
 
+    if len({*first}) == len({*last}) == 1:
+        return last[0] - first[0], last[0] - first[0]
     lower, upper = stats.ttest_ind(last, first, equal_var=False).confidence_interval(0.95)
     return float(lower), float(upper)
 

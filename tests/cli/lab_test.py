@@ -52,6 +52,8 @@ def study():
         ("def study():\n    raise OSError('no')", [], "OSError: no"),
         (SMALL, ["--claims", "B9"], "claim 'B9' is none of the study's: A4"),
         (SMALL, ["--workers", "0"], "--workers is 0; it must be at least 1"),
+        (SMALL, ["--check", "-1"], "--check is -1; it must be at least 1"),
+        (SMALL, ["--check", "2"], "there are no finished runs to check"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(source, arguments, told, tmp_path, capfd):

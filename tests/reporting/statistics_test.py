@@ -229,3 +229,4 @@ def test_difference_of_means_by_hand():
     lower, upper = welch_interval([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
     half_width = stats.t.ppf(0.975, 50 / 17) * math.sqrt(5 / 3)
     assert (lower, upper) == (pytest.approx(4 - half_width), pytest.approx(4 + half_width))
+    assert welch_interval([0.0, 0.0], [1.0, 1.0]) == (1.0, 1.0)

@@ -13,7 +13,7 @@ from dcjax.reporting.statistics import holm, paired_t
 from dcjax.tools.lab.page import write_page
 from dcjax.tools.lab.results import Result, Results, summarise
 from dcjax.tools.lab.runner import run_study
-from dcjax.tools.lab.schedule import needed, total, tuned_rates, waiting
+from dcjax.tools.lab.schedule import count_made, needed, total, tuned_rates, waiting
 from dcjax.tools.lab.study import Arm, Cell, Claim, LabTask, Study
 from dcjax.tools.lab.table import render
 from dcjax.tools.lab.verdicts import effects_of
@@ -232,6 +232,13 @@ def test_some_claims_and_a_quick_look():
     assert {cell.format for cell in needed(quick, {})} == {"int4", "float32"}
     assert {cell.rate for cell in needed(quick, {})} == {2e-4, 1e-3}
     assert total(quick) == 3 * 2 * 2
+
+
+def test_runs_of_other_claims_and_formats_are_not_counted():
+    done = all_done(lambda arm, format, seed: 0.8)
+    assert count_made(STUDY, done) == total(STUDY) == 80
+    assert count_made(STUDY.only(("X",)), done) == total(STUDY.only(("X",)))
+    assert count_made(STUDY, {}) == 0 < count_made(STUDY.quick(), done) < total(STUDY.quick())
 
 
 def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from dcjax.reporting.record import write_atomically
 from dcjax.tools.lab.figures import draw_curves, draw_doses, draw_gains
 from dcjax.tools.lab.results import AT_THE_END, Result
-from dcjax.tools.lab.schedule import total, tuned_rates
+from dcjax.tools.lab.schedule import count_made, total, tuned_rates
 from dcjax.tools.lab.study import Cell, Study
 from dcjax.tools.lab.table import HEADER, rows_of
 from dcjax.tools.lab.verdicts import effects_of
@@ -36,7 +36,7 @@ def write_page(path: Path, study: Study, made: Mapping[Cell, Result], *, command
     text = page.from_string(_PAGE).render(
         study=study,
         command=command,
-        made=len(made),
+        made=count_made(study, done),
         total=total(study),
         header=HEADER,
         tables={study.metric: rows_of(effects)}

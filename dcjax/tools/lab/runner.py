@@ -20,7 +20,7 @@ from dcjax.errors import RunError
 from dcjax.reporting.progress import Progress
 from dcjax.reporting.record import read_metrics
 from dcjax.tools.lab.results import Result, Results, summarise
-from dcjax.tools.lab.schedule import needed, total, waiting
+from dcjax.tools.lab.schedule import count_made, total, waiting
 from dcjax.tools.lab.study import Cell, Study
 
 LOCK = ".lock"
@@ -139,8 +139,7 @@ def run_study(
     Raises:
       RunError: a run failed. What was running meanwhile is left in its folder, where the next call goes on with it.
     """
-    done = results.of(study)
-    made = len(needed(study, done)) - len(waiting(study, done))
+    made = count_made(study, results.of(study))
     running: dict[Future[Result], Cell] = {}
     with ThreadPoolExecutor(workers) as pool, Progress(total(study), initial=made, description="run") as progress:
         try:

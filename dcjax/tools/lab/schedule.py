@@ -57,6 +57,11 @@ def waiting(study: Study, done: Mapping[Cell, Figures]) -> list[Cell]:
     return [cell for cell in needed(study, done) if cell not in done]
 
 
+def count_made(study: Study, done: Mapping[Cell, Figures]) -> int:
+    """How many of the runs that a study needs are done; a file may hold those of other claims too."""
+    return sum(cell in done for cell in needed(study, done))
+
+
 def total(study: Study) -> int:
     """How many runs there will have been when all are done, without warm starts."""
     first = {(task, arm): study.rates_of(arm)[0] for task, arm in _task_arms(study)}
