@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise RunError(f"--{name} is {value}; it must be at least 1")
     study = _load(options.study)
+    from dcjax.cli import main
     from dcjax.tools.lab.page import write_page
     from dcjax.tools.lab.results import Results
     from dcjax.tools.lab.runner import Runner, run_study
@@ -73,12 +74,12 @@ def run(options: argparse.Namespace) -> None:
         raise RunError(str(error)) from None
     study = study.quick() if options.quick else study
     folder = options.out or Path("runs/lab") / study.name
-    runner = Runner(study, folder, commit=_commit(), workers=options.workers)
-    if options.check is not None:
-        _check(study, results, runner, options.check)
-        return
-    if not options.dry_run:
-        run_study(study, results, runner, workers=options.workers, stop=runner.stop)
+    with Runner(study, folder, main, commit=_commit(), workers=options.workers) as runner:
+        if options.check is not None:
+            _check(study, results, runner, options.check)
+            return
+        if not options.dry_run:
+            run_study(study, results, runner, workers=options.workers, stop=runner.stop)
     done = results.of(study)
     print(f"{count_made(study, done)} runs are made; the study has {total(study)}", file=sys.stderr)
     print(render(effects_of(study, done)))

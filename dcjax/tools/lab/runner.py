@@ -1,4 +1,4 @@
-"""Runs what a study still needs, several at a time, each in a process of its own."""
+"""Runs what a study still needs, several at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import os
 import queue
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
 
 from dcjax.errors import RunError
 from dcjax.reporting.progress import Progress
@@ -22,31 +21,46 @@ from dcjax.reporting.record import read_metrics
 from dcjax.tools.lab.results import Result, Results, summarise
 from dcjax.tools.lab.schedule import count_made, total, waiting
 from dcjax.tools.lab.study import Cell, Study
+from dcjax.tools.lab.worker import Command, Worker
 
 LOCK = ".lock"
 KEPT_OF_CONFIG = ("versions", "platform")
 
 
 class Runner:
-    """Makes runs by `dcjax train`, in folders of their own, which are removed once their results are read."""
+    """Makes runs by `dcjax train`, in folders of their own, which are removed once their results are read.
 
-    def __init__(self, study: Study, folder: Path, *, commit: str, workers: int):
+    A context manager; leaving it ends the processes.
+    """
+
+    def __init__(self, study: Study, folder: Path, command: Command, *, commit: str, workers: int):
         """Divides the cores among the runs that are made at a time.
 
         Args:
           study: whose runs they are.
-          folder: of the runs' folders and the warm starts.
+          folder: of the runs' folders, the warm starts and the workers' logs.
+          command: what runs the commands of dcjax, in the workers' processes.
           commit: of the code, as it is recorded.
           workers: how many runs are made at a time.
         """
         self._study, self._folder, self._commit = study, folder, commit
-        self._cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         cores = sorted(os.sched_getaffinity(0))
-        for first in range(workers):
-            self._cores.put(set(cores[first::workers]) or set(cores))
+        self._workers = [
+            Worker(command, set(cores[first::workers]) or set(cores), folder / f"worker_{first}.log")
+            for first in range(workers)
+        ]
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last one has what the next run needs
+        for worker in self._workers:
+            self._idle.put(worker)
         self._starting: dict[Cell, threading.Lock] = {}
         self._guard = threading.Lock()
-        self._children: set[subprocess.Popen[str]] = set()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for worker in self._workers:
+            worker.close()
 
     def __call__(self, cell: Cell) -> Result:
         """Makes one run, or goes on with what a stopped one left.
@@ -71,9 +85,8 @@ class Runner:
 
     def stop(self) -> None:
         """Ends what is running; each run goes on from its last checkpoint another time."""
-        with self._guard:
-            for child in self._children:
-                child.terminate()
+        for worker in self._workers:
+            worker.stop()
 
     def _directory(self, cell: Cell) -> Path:
         """The settings' identity is in the name, so that no run goes on with what others left."""
@@ -95,21 +108,12 @@ class Runner:
         return weights
 
     def _dcjax(self, *arguments: str) -> None:
-        """Runs a command on a share of the cores; raises RunError where it fails."""
-        command, cores = [sys.executable, "-m", "dcjax", *arguments], self._cores.get()
-        with self._guard:
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            os.sched_setaffinity(child.pid, cores)  # before it has imported anything that counts them
-            self._children.add(child)
+        """Runs a command in an idle worker; raises RunError where it fails."""
+        worker = self._idle.get()
         try:
-            _, told = child.communicate()
+            worker(*arguments)
         finally:
-            self._cores.put(cores)
-            with self._guard:
-                self._children.discard(child)
-        if child.returncode:
-            last = (told.strip().splitlines() or ["it said nothing"])[-1]
-            raise RunError(f"dcjax {' '.join(arguments)} ended with {child.returncode}: {last}")
+            self._idle.put(worker)
 
 
 def _digest(weights: Path) -> str:
