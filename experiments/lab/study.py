@@ -6,9 +6,23 @@ dcjax lab --claims A4 --quick  # a first look at one claim
 
 from dcjax.tools.lab.study import Arm, Claim, LabTask, Study
 
+LONG = (
+    "task.min_operations=6",
+    "task.max_operations=9",
+    "rollout.max_prompt_length=21",
+    "rollout.max_response_length=80",
+)
+EXPERTS = ("model.num_experts=8", "model.num_experts_per_tok=2", "model.moe_intermediate_size=96")
 TASKS = (
     LabTask("chains", "quickstart", ("steps=100",)),
     LabTask("legs", "leg_counting", ("steps=80", "task.heldout=1024")),
+    LabTask("long", "quickstart", ("steps=100", *LONG)),
+    LabTask("updates", "quickstart", ("steps=100", "optimizer.updates=4")),
+    LabTask("experts", "quickstart", ("steps=100", *EXPERTS)),
+    *(
+        LabTask(half, "quickstart", ("steps=100", f"model.precision.compute={half}", f"model.precision.head={half}"))
+        for half in ("bf16", "fp16")
+    ),
 )
 GRPO = "objective.algorithm=grpo"
 AUTO = "objective.budget=auto"
@@ -49,9 +63,22 @@ ARMS = (
         Arm(f"constant_{name}", (GRPO, "optimizer.decay=constant", f"objective.correction={name}"))
         for name in ("token_tis", "token_mis", "sequence_tis", "sequence_mis")
     ),
+    *(Arm(f"prompts_{prompts}", (GRPO, f"rollout.prompts={prompts}")) for prompts in (8, 16)),
+    *(
+        Arm(f"period_{period}", (GRPO, "optimizer.decay=period", f"optimizer.decay_period={period}"))
+        for period in (12, 24, 48, 96)
+    ),
+    *(
+        Arm(f"{name}_{temperature}", (*settings, f"rollout.temperature={temperature}"))
+        for name, settings in (("grpo", (GRPO,)), ("dc", (*DC, AUTO)))
+        for temperature in (0.6, 1.2)
+    ),
+    Arm("replay", (GRPO, "rollout.replay_routing=true")),
 )
 
 BOTH, FORMATS = ("chains", "legs"), ("int8", "int4")
+ON_CHAINS = (("chains",), FORMATS, "")
+METHODS = ("dc", "centred", "score", "served", "direct", "tis", "length")
 CLAIMS = (
     Claim("A4", "DC-GRPO ends better than GRPO under mismatch.", ("dc", "dc_tight"), ("grpo",), BOTH, FORMATS),
     Claim(
@@ -103,6 +130,35 @@ CLAIMS = (
                     tuple(f"constant_{name}" for name in ("token_tis", "token_mis", "sequence_tis", "sequence_mis")),
                     ("constant",),
                 ),
+            ),
+        )
+    ),
+    # at the rate that is GRPO's best without a mismatch
+    *(
+        Claim(key, hypothesis, arms, against, tasks, formats, verdict=False, rate=6e-4, metric=metric)
+        for key, hypothesis, arms, against, tasks, formats, metric in (
+            ("D1", "What pays where the gap is that of fp8?", METHODS, ("grpo",), ("chains",), ("fp8",), ""),
+            ("D2", "What pays with four updates an iteration?", METHODS, ("grpo",), ("updates",), FORMATS, ""),
+            ("D3", "What pays with responses twice as long?", METHODS, ("grpo",), ("long",), FORMATS, ""),
+            (
+                *("N4", "Replaying the engine's choice of experts ends better."),
+                *(("replay",), ("grpo",), ("experts",), FORMATS, ""),
+            ),
+            (
+                *("B1", "The gap grows with the noise of gradients."),
+                *(("prompts_8", "prompts_16", "constant"), ("grpo",), ("chains",), FORMATS, "gap"),
+            ),
+            (
+                *("B5", "A rate that is halved often enough ends better than a constant one."),
+                *(("period_12", "period_24", "period_48", "period_96"), ("constant",), ("chains",), FORMATS, ""),
+            ),
+            *(
+                ("A6", f"The penalty pays at temperature {heat}.", (f"dc_{heat}",), (f"grpo_{heat}",), *ON_CHAINS)
+                for heat in (0.6, 1.2)
+            ),
+            *(
+                ("B7", f"A rate that decays ends better in {half}.", ("length",), ("constant",), (half,), (half,), "")
+                for half in ("bf16", "fp16")
             ),
         )
     ),

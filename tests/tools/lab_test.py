@@ -21,31 +21,31 @@ from dcjax.tools.lab.verdicts import effects_of
 STUDY = Study(
     name="small",
     tasks=(LabTask("chains", "quickstart", ("warm_start.steps=1",)),),
-    arms=(Arm("grpo"), Arm("dc", ("objective.algorithm=dc_grpo",)), Arm("fixed", rates=(1e-3,))),
+    arms=(Arm("grpo"), Arm("dc", ("objective.algorithm=dc_grpo",)), Arm("fixed", ("objective.algorithm=dual_grpo",))),
     formats=("int8", "int4"),
     claims=(
         Claim("A4", "The penalty helps.", ("dc",), ("grpo",), ("chains",), ("int8", "int4")),
-        Claim("X", "So does the other.", ("fixed",), ("grpo", "dc"), ("chains",), ("int4",), verdict=False),
+        Claim("X", "So does the other.", ("fixed",), ("grpo", "dc"), ("chains",), ("int4",), verdict=False, rate=1e-3),
     ),
     seeds=tuple(range(10)),
     few_seeds=(0, 1),
     tuning_seeds=(100, 101),
     rates=(1e-4, 2e-4),
 )
-BEST = {"grpo": 2e-4, "dc": 1e-4, "fixed": 1e-3}
+BEST = {"grpo": 2e-4, "dc": 1e-4}
 
 
-def made(cell, figures=None):
+def made(cell):
     """A result with the metric that makes the rates of `BEST` best."""
-    metric = 0.5 - 0.1 * (cell.rate != BEST[cell.arm])
-    return Result(cell, STUDY.identity(cell), {"deployed": metric} | (figures or {}), {})
+    metric = 0.5 - 0.1 * (cell.rate != BEST.get(cell.arm, cell.rate))
+    return Result(cell, STUDY.identity(cell), {"deployed": metric, "gap": 0.01}, {})
 
 
 def all_done(metric):
     """The figures of all runs of the study, by a function of (arm, format, seed)."""
     done = {cell: made(cell).figures for cell in waiting(STUDY, {})}
     for cell in waiting(STUDY, done):
-        done[cell] = {"deployed": metric(cell.arm, cell.format, cell.seed)}
+        done[cell] = {"deployed": metric(cell.arm, cell.format, cell.seed), "gap": 0.01}
     assert not waiting(STUDY, done)
     return done
 
@@ -65,10 +65,10 @@ def test_every_run_that_a_study_needs_is_made_once():
 
     results = Results_in_memory()
     run_study(STUDY, results, run, workers=3, stop=never)
-    # tuning: 2 arms x 2 rates x 2 formats x 2 seeds; judged: 2 arms x 3 formats x 10 seeds, 1 x 2 formats x 2 seeds
-    assert len(seen) == total(STUDY) == 2 * 2 * 2 * 2 + 2 * 3 * 10 + 1 * 2 * 2
+    # tuning: 2 arms x 2 rates x 2 formats x 2 seeds; judged: 2 arms x 3 formats x 10 seeds, 3 x 2 formats x 2 seeds
+    assert len(seen) == total(STUDY) == 2 * 2 * 2 * 2 + 2 * 3 * 10 + 3 * 2 * 2
     assert tuned_rates(STUDY, results.of(STUDY)) == {("chains", arm): rate for arm, rate in BEST.items()}
-    assert all(cell.rate == BEST[cell.arm] for cell in seen if cell.seed < 100)
+    assert all(cell.rate in (BEST.get(cell.arm), 1e-3) for cell in seen if cell.seed < 100)
 
 
 class Results_in_memory:
@@ -82,12 +82,16 @@ class Results_in_memory:
         self.made[result.cell] = result.figures
 
 
-def test_tuning_comes_first_and_each_seed_of_all_arms_before_the_next():
+def test_a_claim_is_tuned_first_and_each_seed_of_its_arms_comes_before_the_next_claim_after_it():
     first = needed(STUDY, {})
-    assert {cell.seed for cell in first if cell.arm != "fixed"} == {100, 101}
-    done = {cell: made(cell).figures for cell in first if cell.arm != "fixed"}
-    judged = [cell for cell in waiting(STUDY, done) if cell.arm != "fixed"]
-    assert [cell.seed for cell in judged] == sorted(cell.seed for cell in judged)
+    tuning = [cell for cell in first if cell.seed >= 100]
+    assert first[: len(tuning)] == tuning
+    assert {cell.rate for cell in first[len(tuning) :]} == {1e-3}  # of the claim that needs no tuning
+    judged = waiting(STUDY, {cell: made(cell).figures for cell in tuning})
+    of_claims = [cell.rate == 1e-3 for cell in judged]
+    assert of_claims == sorted(of_claims)
+    seeds = [cell.seed for cell in judged if cell.rate != 1e-3]
+    assert seeds == sorted(seeds)
 
 
 def test_a_stopped_study_goes_on_and_failures_are_told(tmp_path):
@@ -113,7 +117,7 @@ def test_results_survive_a_torn_line_and_name_a_damaged_one(tmp_path):
     Results(file).add(made(cell))
     whole = file.read_text()
     file.write_text(whole + whole[:50])
-    assert Results(file).of(STUDY) == {cell: {"deployed": 0.5}}
+    assert Results(file).of(STUDY) == {cell: {"deployed": 0.5, "gap": 0.01}}
     assert file.read_text() == whole
     file.write_text("{}\n" + whole)
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1 is no result: '{}'"):
@@ -172,6 +176,16 @@ def test_verdicts_follow_gain_and_interaction(gain, twin, verdict):
         assert effect.interaction.difference == pytest.approx(gain - twin + 0.2 * NOISE.mean())
 
 
+def test_a_claim_may_be_about_another_figure_and_tells_the_gap_it_answers():
+    study = replace(STUDY, claims=(replace(STUDY.claims[0], metric="gap", verdict=False),))
+    done = all_done(lambda arm, format, seed: 0.8)
+    for cell in [cell for cell in done if cell.seed < 100]:
+        done[cell] = {"deployed": 0.8, "gap": 0.01 * (1 + (cell.arm == "dc")) * (cell.format != "float32")}
+    for effect in effects_of(study, done):
+        assert (effect.mean, effect.gap) == pytest.approx((0.02, 0.01))
+        assert effect.gain.difference == effect.interaction.difference == pytest.approx(0.01)
+
+
 def test_wide_intervals_are_inconclusive_and_few_seeds_have_no_verdict():
     def noisy(arm, format, seed):
         return 0.8 + (0.02 + 10 * NOISE[seed] if arm == "dc" and format != "float32" else 0.0)
@@ -209,8 +223,10 @@ def test_holm_by_hand():
     ("change", "told"),
     [
         ({"formats": ("int8", "int4", "float32")}, "formats has 'float32', which is the twin's"),
+        ({"claims": (replace(STUDY.claims[1], formats=("float32",)),)}, "formats has 'float32', which is the twin's"),
+        ({"arms": (*STUDY.arms, Arm("same"))}, "arms 'grpo' and 'same' have the same settings"),
         ({"tuning_seeds": (3, 100)}, "tuning_seeds has 3, by which claims are judged"),
-        ({"rates": ()}, "arm 'grpo' has no rates"),
+        ({"rates": ()}, "claim A4 has no rate, and the study has none to choose from"),
         (
             {"claims": (replace(STUDY.claims[0], arms=("dcc",)),)},
             "claim A4 names 'dcc' among its arms",
@@ -231,12 +247,12 @@ def test_some_claims_and_a_quick_look():
     quick = STUDY.quick()
     assert {cell.format for cell in needed(quick, {})} == {"int4", "float32"}
     assert {cell.rate for cell in needed(quick, {})} == {2e-4, 1e-3}
-    assert total(quick) == 3 * 2 * 2
+    assert total(quick) == 2 * 2 * 2 + 3 * 2 * 2
 
 
 def test_runs_of_other_claims_and_formats_are_not_counted():
     done = all_done(lambda arm, format, seed: 0.8)
-    assert count_made(STUDY, done) == total(STUDY) == 80
+    assert count_made(STUDY, done) == total(STUDY) == 88
     assert count_made(STUDY.only(("X",)), done) == total(STUDY.only(("X",)))
     assert count_made(STUDY, {}) == 0 < count_made(STUDY.quick(), done) < total(STUDY.quick())
 
@@ -255,7 +271,7 @@ def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):
         page = (tmp_path / "page.html").read_text()
         assert "&lt;b&gt;It&lt;/b&gt; helps." in page and "<script" not in page
         assert page.count("data:image/png;base64,") == 3 and page.count("<details") == 4
-    assert "80 of 80 runs are made" in page and "abc" in page
+    assert "88 of 88 runs are made" in page and "abc" in page
     assert page.count("does not") == 2  # the metric's table alone has verdicts
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dcjax.reporting.statistics import Difference
 from dcjax.tools.lab.results import RECENT, Result
 from dcjax.tools.lab.schedule import tuned_rates
 from dcjax.tools.lab.study import Cell, Study
@@ -65,24 +67,34 @@ def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
     return _png(figure)
 
 
-def draw_doses(study: Study, made: Mapping[Cell, Result], baseline: str) -> bytes:
-    """A PNG of what a gap costs: each run of an arm, its gap against how far it ends below its twin."""
-    figure = _figure(4.5 * len(study.tasks), 3.6)
-    for axes, task in zip(figure.subplots(1, len(study.tasks), squeeze=False)[0], study.tasks, strict=True):
-        axes.set_title(f"{task.name}: {baseline}", fontsize=9, loc="left")
-        for format in study.formats:
-            points = []
-            for cell, result in made.items():
-                twin = made.get(Cell(cell.task, cell.seed, cell.arm, study.twin, cell.rate))
-                if (cell.task, cell.arm, cell.format) == (task.name, baseline, format) and twin is not None:
-                    points.append((result.figures["gap"], twin.figures[study.metric] - result.figures[study.metric]))
-            if points:
-                axes.scatter(*zip(*points, strict=True), label=format, s=14)
-                axes.set_xscale("log")
-        axes.set(xlabel=LABELS["gap"], ylabel="accuracy lost to the mismatch")
+def draw_doses(effects: Sequence[Effect], baseline: str) -> bytes:
+    """A PNG of what pays at which gap: each arm's gain from the mismatch against the gap that the baseline has."""
+    points: dict[str, dict[str, list[tuple[float, Difference]]]] = {}
+    for effect in effects:
+        if effect.against == baseline and effect.gap is not None and effect.interaction is not None:
+            point = (effect.gap, effect.interaction)
+            points.setdefault(effect.arm, {}).setdefault(effect.task, []).append(point)
+    gaps = [gap for tasks in points.values() for doses in tasks.values() for gap, _ in doses] or [1.0]
+    lowest, highest = max(min(gaps), 1e-7), max(*gaps, 1e-7)
+    columns = 4
+    rows = max(1, math.ceil(len(points) / columns))
+    figure = _figure(3.2 * columns, 2.6 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(points) :]:
+        axes.set_visible(False)
+    for axes, (arm, tasks) in zip(grid.flat, points.items(), strict=False):
+        axes.set(title=arm, xscale="log", xlim=(lowest / 2, highest * 2))
         axes.axhline(0, color="0.5", linewidth=1)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        for task, doses in tasks.items():
+            gaps, gains = zip(*sorted(doses, key=lambda dose: dose[0]), strict=True)
+            middles, errors = (
+                [gain.difference for gain in gains],
+                [gain.interval[1] - gain.difference for gain in gains],
+            )
+            axes.errorbar(gaps, middles, yerr=errors, fmt="o-", ms=4, lw=1, label=task)
+        axes.legend(frameon=False, fontsize=7)
+    figure.supxlabel(f"{LABELS['gap']} of {baseline}", fontsize=9)
+    figure.supylabel("accuracy gained from the mismatch, 95%", fontsize=9)
     return _png(figure)
 
 

@@ -30,7 +30,7 @@ def write_page(path: Path, study: Study, made: Mapping[Cell, Result], *, command
     effects = effects_of(study, done)
     pictures = {"Gains": draw_gains(effects)}
     pictures |= {f"Curves: {task.name}": draw_curves(study, made, task.name) for task in study.tasks}
-    pictures |= {"What a gap costs": draw_doses(study, made, study.claims[0].against[0])}
+    pictures |= {"What pays at which gap": draw_doses(effects, study.claims[0].against[0])}
     others = [name for name in AT_THE_END if name != study.metric]
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(_PAGE).render(

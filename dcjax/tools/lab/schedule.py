@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
-from dcjax.tools.lab.study import Cell, Study, cells_of
+from dcjax.tools.lab.study import Cell, Claim, Study, cells_of
 
 Figures = Mapping[str, float]
 """What came of a run, by name."""
@@ -16,7 +16,7 @@ def tuning_cells(study: Study, task: str, arm: str) -> list[Cell]:
     return [
         Cell(task, seed, arm, format, rate)
         for seed in study.tuning_seeds
-        for rate in study.rates_of(arm)
+        for rate in study.rates
         for format in study.formats
     ]
 
@@ -24,14 +24,15 @@ def tuning_cells(study: Study, task: str, arm: str) -> list[Cell]:
 def tuned_rates(study: Study, done: Mapping[Cell, Figures]) -> dict[tuple[str, str], float]:
     """The rate of each (task, arm) whose tuning runs are all done: the best mean of the metric over formats and seeds.
 
-    Of equal means the lower rate is taken. An arm with one rate needs no tuning.
+    Of equal means the lower rate is taken. Where a study has one rate, there is nothing to tune.
     """
+    rates = sorted(study.rates)
+    if len(rates) == 1:
+        return dict.fromkeys(_tuned(study), rates[0])
     chosen = {}
-    for task, arm in _task_arms(study):
-        rates, cells = sorted(study.rates_of(arm)), tuning_cells(study, task, arm)
-        if len(rates) == 1:
-            chosen[task, arm] = rates[0]
-        elif all(cell in done for cell in cells):
+    for task, arm in _tuned(study):
+        cells = tuning_cells(study, task, arm)
+        if all(cell in done for cell in cells):
             means = {
                 rate: statistics.fmean(done[cell][study.metric] for cell in cells if cell.rate == rate)
                 for rate in rates
@@ -43,13 +44,12 @@ def tuned_rates(study: Study, done: Mapping[Cell, Figures]) -> dict[tuple[str, s
 def needed(study: Study, done: Mapping[Cell, Figures]) -> list[Cell]:
     """The runs of a study as far as they are known, in the order in which they should be made, each once.
 
-    Tuning comes before what depends on it, and claims come in the study's order. Warm starts are made by the runs that
-    need them.
+    Claims come in the study's order, and of each the runs that tune its arms before those that depend on them. Warm
+    starts are made by the runs that need them.
     """
     rates = tuned_rates(study, done)
-    tuning = (cell for pair in _tuned(study) for cell in tuning_cells(study, *pair))
-    judged = (cell for claim in study.claims for cell in cells_of(study, claim, rates))
-    return list(dict.fromkeys((*tuning, *judged)))
+    ordered = (cell for claim in study.claims for cell in (*_tuning(study, claim), *cells_of(study, claim, rates)))
+    return list(dict.fromkeys(ordered))
 
 
 def waiting(study: Study, done: Mapping[Cell, Figures]) -> list[Cell]:
@@ -63,21 +63,22 @@ def count_made(study: Study, done: Mapping[Cell, Figures]) -> int:
 
 
 def total(study: Study) -> int:
-    """How many runs there will have been when all are done, without warm starts."""
-    first = {(task, arm): study.rates_of(arm)[0] for task, arm in _task_arms(study)}
-    judged = {cell for claim in study.claims for cell in cells_of(study, claim, first)}
-    return len(judged) + sum(len(tuning_cells(study, *pair)) for pair in _tuned(study))
+    """How many runs there will have been when all are done, without warm starts.
+
+    There will be fewer where a rate that is tuned turns out to be one that a claim gives.
+    """
+    later = dict.fromkeys(_tuned(study), 0.0)
+    return len({cell for claim in study.claims for cell in (*_tuning(study, claim), *cells_of(study, claim, later))})
+
+
+def _tuning(study: Study, claim: Claim) -> list[Cell]:
+    """The runs by which the rates of a claim's arms are chosen."""
+    if claim.rate is not None or len(study.rates) == 1:
+        return []
+    return [cell for task in claim.tasks for arm in claim.all_arms for cell in tuning_cells(study, task, arm)]
 
 
 def _tuned(study: Study) -> list[tuple[str, str]]:
-    """(task, arm) of those that have several rates."""
-    return [(task, arm) for task, arm in _task_arms(study) if len(study.rates_of(arm)) > 1]
-
-
-def _task_arms(study: Study) -> list[tuple[str, str]]:
-    """(task, arm) of all claims, each once."""
-    return list(
-        dict.fromkeys(
-            (task, arm) for claim in study.claims for task in claim.tasks for pair in claim.pairs for arm in pair
-        )
-    )
+    """(task, arm) of all claims without a rate of their own, each once."""
+    claims = [claim for claim in study.claims if claim.rate is None]
+    return list(dict.fromkeys((task, arm) for claim in claims for task in claim.tasks for arm in claim.all_arms))

@@ -26,12 +26,10 @@ class LabTask:
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: what it changes in the recipe, and the learning rates that it may be tuned to."""
+    """A method: what it changes in the recipe."""
 
     name: str
     settings: Settings = ()
-    rates: tuple[float, ...] = ()
-    """Rates that it is tuned over; the study's where there are none."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,22 @@ class Claim:
     formats: tuple[str, ...]
     verdict: bool = True
     """Whether there are seeds enough to judge it; without, its effects are shown, and no verdict."""
+    rate: float | None = None
+    """The learning rate of all its runs; where None, each arm's own, which is tuned on each task."""
+    metric: str = ""
+    """The figure that it is about; the study's where empty."""
+    full: tuple[str, ...] = ()
+    """Recipes of the models and slices that it is about, whose fields the arms' settings are too."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """(arm, the arm it is held against), all of them."""
         return tuple((arm, other) for arm in self.arms for other in self.against if arm != other)
+
+    @property
+    def all_arms(self) -> tuple[str, ...]:
+        """Those of both sides, each once."""
+        return tuple(dict.fromkeys(arm for pair in self.pairs for arm in pair))
 
 
 @dataclass(frozen=True, order=True)
@@ -83,15 +92,15 @@ class Study:
     """All that is compared.
 
     Raises:
-      ValueError: a claim names an arm, task or format that there is not; the twin is among the formats; seeds that
-        tune are seeds that judge; or there is nothing to choose a rate from.
+      ValueError: two arms are the same; a claim names an arm or task that there is not; the twin is among the formats;
+        seeds that tune are seeds that judge; or there is nothing to choose a rate from.
     """
 
     name: str
     tasks: tuple[LabTask, ...]
     arms: tuple[Arm, ...]
     formats: tuple[str, ...]
-    """Serving formats with a mismatch."""
+    """Serving formats with a mismatch that rates are tuned for; a claim may have others."""
     claims: tuple[Claim, ...]
     seeds: tuple[int, ...]
     """Of the runs that claims are judged by."""
@@ -112,26 +121,25 @@ class Study:
     """The smallest difference of the metric that would matter."""
 
     def __post_init__(self):
-        known = {
-            "arms": {arm.name for arm in self.arms},
-            "tasks": {task.name for task in self.tasks},
-            "formats": set(self.formats),
-        }
+        named_by: dict[Settings, str] = {}
+        for arm in self.arms:
+            if (other := named_by.setdefault(arm.settings, arm.name)) != arm.name:
+                raise ValueError(f"arms {other!r} and {arm.name!r} have the same settings; they must differ")
+        known = {"arms": {arm.name for arm in self.arms}, "tasks": {task.name for task in self.tasks}}
         for claim in self.claims:
-            named = {"arms": {*claim.arms, *claim.against}, "tasks": {*claim.tasks}, "formats": {*claim.formats}}
+            named = {"arms": {*claim.arms, *claim.against}, "tasks": {*claim.tasks}}
             for kind, names in named.items():
                 if unknown := sorted(names - known[kind]):
                     raise ValueError(
                         f"claim {claim.key} names {unknown[0]!r} among its {kind}; the study has "
                         f"{', '.join(sorted(known[kind]))}"
                     )
-        if self.twin in self.formats:
-            raise ValueError(f"formats has {self.twin!r}, which is the twin's; it must be none of them")
+            if self.twin in (*self.formats, *claim.formats):
+                raise ValueError(f"formats has {self.twin!r}, which is the twin's; it must be none of them")
+            if claim.rate is None and not self.rates:
+                raise ValueError(f"claim {claim.key} has no rate, and the study has none to choose from")
         if both := {*self.seeds, *self.few_seeds} & {*self.tuning_seeds}:
             raise ValueError(f"tuning_seeds has {min(both)}, by which claims are judged; they must be others")
-        for arm in self.arms:
-            if not (arm.rates or self.rates):
-                raise ValueError(f"arm {arm.name!r} has no rates, and the study has none")
 
     def task(self, name: str) -> LabTask:
         """The task of a name."""
@@ -140,10 +148,6 @@ class Study:
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
-
-    def rates_of(self, arm: str) -> tuple[float, ...]:
-        """The rates that an arm is tuned over."""
-        return self.arm(arm).rates or self.rates
 
     def seeds_of(self, claim: Claim) -> tuple[int, ...]:
         """The seeds that a claim is looked at with."""
@@ -177,14 +181,10 @@ class Study:
         return replace(self, claims=tuple(claim for claim in self.claims if claim.key in keys))
 
     def quick(self) -> Study:
-        """The study in little: few seeds, the middle rate of each arm, the last format alone, and no verdicts."""
-        claims = (replace(claim, formats=self.formats[-1:], verdict=False) for claim in self.claims)
-        arms = (replace(arm, rates=(_middle(arm.rates or self.rates),)) for arm in self.arms)
-        return replace(self, formats=self.formats[-1:], arms=tuple(arms), claims=tuple(claims))
-
-
-def _middle(rates: tuple[float, ...]) -> float:
-    return sorted(rates)[len(rates) // 2]
+        """The study in little: few seeds, the middle rate, each claim's last format alone, and no verdicts."""
+        claims = (replace(claim, formats=claim.formats[-1:], verdict=False) for claim in self.claims)
+        middle = sorted(self.rates)[len(self.rates) // 2 :][:1]
+        return replace(self, formats=self.formats[-1:], rates=tuple(middle), claims=tuple(claims))
 
 
 def cells_of(study: Study, claim: Claim, rates: dict[tuple[str, str], float]) -> Iterator[Cell]:
@@ -195,10 +195,9 @@ def cells_of(study: Study, claim: Claim, rates: dict[tuple[str, str], float]) ->
       claim: of the study.
       rates: by (task, arm), for the arms that are tuned already; the others' runs are left out.
     """
-    arms = dict.fromkeys(name for pair in claim.pairs for name in pair)
     for seed in study.seeds_of(claim):
         for task in claim.tasks:
             for format in (*claim.formats, study.twin):
-                for arm in arms:
-                    if (task, arm) in rates:
-                        yield Cell(task, seed, arm, format, rates[task, arm])
+                for arm in claim.all_arms:
+                    if (rate := claim.rate or rates.get((task, arm))) is not None:
+                        yield Cell(task, seed, arm, format, rate)

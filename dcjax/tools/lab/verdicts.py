@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from dcjax.reporting.statistics import Difference, holm, paired_t
@@ -26,6 +27,8 @@ class Effect:
     """How many seeds both arms were run with, at the format and at its twin."""
     mean: float | None = None
     """Of the arm's metric."""
+    gap: float | None = None
+    """Of a token, of the other arm: the dose that the arm answers."""
     gain: Difference | None = None
     """The arm's metric less the other's, in pairs of equal seeds; p-values are Holm's within the claim."""
     twin: Difference | None = None
@@ -43,8 +46,7 @@ def effects_of(study: Study, done: Mapping[Cell, Figures], *, figure: str | None
     95% interval of either lies below the study's margin, so that a gain that matters is excluded. Otherwise it is
     inconclusive.
     """
-    rates = tuned_rates(study, done)
-    measured = Measured(study, done, rates, figure or study.metric)
+    measured = Measured(study, done, tuned_rates(study, done), figure)
     return [
         effect
         for claim in study.claims
@@ -59,46 +61,53 @@ class Measured:
     study: Study
     done: Mapping[Cell, Figures]
     rates: Mapping[tuple[str, str], float]
-    figure: str
+    figure: str | None
+    """None for what each claim is about."""
 
 
 def _measure(measured: Measured, claim: Claim) -> list[Effect]:
-    effects = []
-    for task in claim.tasks:
-        for format in claim.formats:
-            for arm, other in claim.pairs:
-                effect = Effect(claim.key, task, format, arm, other)
-                values = _paired(measured, claim, effect)
-                effect = replace(effect, seeds=len(values))
-                if len(values) > 1:
-                    ours, theirs, ours_twin, theirs_twin = (list(column) for column in zip(*values, strict=True))
-                    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-                    twins = [a - b for a, b in zip(ours_twin, theirs_twin, strict=True)]
-                    effect = replace(
-                        effect,
-                        mean=sum(ours) / len(ours),
-                        gain=paired_t(gains),
-                        twin=paired_t(twins),
-                        interaction=paired_t([a - b for a, b in zip(gains, twins, strict=True)]),
-                    )
-                effects.append(effect)
-    return effects
+    """The effects of a claim, with p-values of each test alone."""
+    return [
+        _effect(measured, claim, Effect(claim.key, task, format, *pair))
+        for task in claim.tasks
+        for format in claim.formats
+        for pair in claim.pairs
+    ]
 
 
-def _paired(measured: Measured, claim: Claim, effect: Effect) -> list[tuple[float, ...]]:
-    """The figure of (arm, other) at the format and at the twin, for each seed that has all four."""
-    names, rates, done = (effect.arm, effect.against), measured.rates, measured.done
-    if not all((effect.task, name) in rates for name in names):
-        return []
+def _effect(measured: Measured, claim: Claim, effect: Effect) -> Effect:
+    """An effect with its numbers, as far as there are runs."""
+    pairs = _paired(measured, claim, effect)
+    effect = replace(effect, seeds=len(pairs))
+    if len(pairs) < 2:
+        return effect
+    name = measured.figure or claim.metric or measured.study.metric
+    ours, theirs, ours_twin, theirs_twin = ([each[name] for each in column] for column in zip(*pairs, strict=True))
+    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+    twins = [a - b for a, b in zip(ours_twin, theirs_twin, strict=True)]
+    return replace(
+        effect,
+        mean=fmean(ours),
+        gap=fmean(other["gap"] for _, other, *_ in pairs),
+        gain=paired_t(gains),
+        twin=paired_t(twins),
+        interaction=paired_t([a - b for a, b in zip(gains, twins, strict=True)]),
+    )
+
+
+def _paired(measured: Measured, claim: Claim, effect: Effect) -> list[tuple[Figures, ...]]:
+    """The figures of (arm, other) at the format and at the twin, for each seed that has all four."""
+    names = (effect.arm, effect.against)
+    rates = [claim.rate or measured.rates.get((effect.task, name)) for name in names]
     rows = []
     for seed in measured.study.seeds_of(claim):
         cells = [
-            Cell(effect.task, seed, name, format, rates[effect.task, name])
+            Cell(effect.task, seed, name, format, rate)
             for format in (effect.format, measured.study.twin)
-            for name in names
+            for name, rate in zip(names, rates, strict=True)
         ]
-        if all(cell in done for cell in cells):
-            rows.append(tuple(done[cell][measured.figure] for cell in cells))
+        if all(cell in measured.done for cell in cells):
+            rows.append(tuple(measured.done[cell] for cell in cells))
     return rows
 
 
