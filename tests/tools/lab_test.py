@@ -142,14 +142,14 @@ def test_figures_and_curves_of_a_runs_lines():
     recent = ("reward", "mismatch/prob_diff_mean", "dual/multiplier", "response_length", "grad_norm")
     lines = [
         {"step": 0, **accuracies},
-        *({"step": step, **dict.fromkeys(recent, float(step))} for step in range(1, 41)),
+        *({"step": step, **dict.fromkeys(recent, float(step))} for step in range(1, 49)),
     ]
     lines[-1] |= {name: 0.75 for name in accuracies}
     figures, curves = summarise(lines)
     assert (figures["start"], figures["deployed"], figures["training_ema"]) == (0.25, 0.75, 0.75)
-    assert figures["gap"] == np.mean(range(31, 41))
-    assert curves["step"] == list(range(2, 41, 2))
-    assert curves["reward"] == [step - 0.5 for step in curves["step"]]
+    assert figures["gap"] == np.mean(range(39, 49))
+    assert curves["step"] == list(range(4, 49, 4))
+    assert curves["reward"] == [step - 1.5 for step in curves["step"]]
 
 
 NOISE = np.random.default_rng(7).normal(0, 0.01, 10)

@@ -13,8 +13,8 @@ from dcjax.tools.lab.study import Cell, Study
 
 LAST = 10
 """Iterations over which what varies from batch to batch is averaged."""
-POINTS = 20
-"""Iterations of a curve that are kept."""
+POINTS = 12
+"""Of a curve: each is a mean over as many iterations as the others."""
 AT_THE_END = {
     "deployed": "eval/deployed_accuracy",
     "deployed_ema": "eval/deployed_accuracy_ema",
@@ -41,9 +41,9 @@ class Result:
     """What was chosen for it (`Study.identity`)."""
     figures: dict[str, float]
     curves: dict[str, list[float]]
-    """By name; `step` holds the iterations."""
+    """By name; `step` holds the iterations. Runs that only tune keep none."""
     made_by: dict[str, Any] = field(default_factory=dict)
-    """Versions, platform, commit, seconds, and the digest of the weights that it began with."""
+    """Versions, commit, seconds, and the digest of the weights that it began with."""
 
 
 def summarise(lines: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -58,9 +58,9 @@ def summarise(lines: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], d
     figures |= {name: statistics.fmean(line[key] for line in steps[-LAST:]) for name, key in RECENT.items()}
     every = max(1, len(steps) // POINTS)
     groups = [steps[first : first + every] for first in range(0, len(steps), every)]
-    curves = {"step": [float(group[-1]["step"]) for group in groups]}
+    curves = {"step": [group[-1]["step"] for group in groups]}
     for name, key in RECENT.items():
-        curves[name] = [float(f"{statistics.fmean(line[key] for line in group):.4g}") for group in groups]
+        curves[name] = [float(f"{statistics.fmean(line[key] for line in group):.3g}") for group in groups]
     return figures, curves
 
 
@@ -91,7 +91,7 @@ class Results:
         self._by_identity[result.identity] = result
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+            file.write(json.dumps(asdict(result), ensure_ascii=False, separators=(",", ":")) + "\n")
 
     def of(self, study: Study) -> dict[Cell, dict[str, float]]:
         """The figures of the runs that were made with the study's settings as they are now."""

@@ -24,7 +24,8 @@ from dcjax.tools.lab.study import Cell, Study
 from dcjax.tools.lab.worker import Command, Worker
 
 LOCK = ".lock"
-KEPT_OF_CONFIG = ("versions", "platform")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "python")
+"""Those that results depend on, beside the commit."""
 
 
 class Runner:
@@ -78,10 +79,11 @@ class Runner:
         except KeyError as error:
             raise RunError(f"{directory} logged no {error.args[0]}, which the study compares") from None
         config = json.loads((directory / "config.json").read_text("utf-8"))
-        made_by = {name: config[name] for name in KEPT_OF_CONFIG if name in config}
+        made_by = {"versions": {name: config["versions"][name] for name in VERSIONS}}
         made_by |= {"commit": self._commit, "start": _digest(start), "seconds": round(time.monotonic() - began, 1)}
         shutil.rmtree(directory)
-        return Result(cell, self._study.identity(cell), figures, curves, made_by)
+        kept = {} if cell.seed in self._study.tuning_seeds else curves
+        return Result(cell, self._study.identity(cell), figures, kept, made_by)
 
     def stop(self) -> None:
         """Ends what is running; each run goes on from its last checkpoint another time."""
