@@ -71,6 +71,14 @@ class Setup:
         return jax.random.fold_in(jax.random.key(self.config.seed), number + 2)
 
 
+def open_setup(config: Config | None, rounds: int) -> Setup:
+    """Of a run's config, or of the quickstart's."""
+    config = config or runpy.run_path(str(QUICKSTART))["config"]()
+    tokenizer = build_tokenizer()
+    problems = list(open_problems(config, tokenizer).problems("train", config.seed, 0, config.rollout.prompts))
+    return Setup(config, make_mesh(config.mesh), tokenizer, problems, rounds)
+
+
 # --- weights ---
 
 
@@ -83,10 +91,11 @@ def load_weights(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
             last = steps[-1]
             state, _ = checkpoints.restore(last, build.abstract_state(setup.config, setup.mesh))
         return {f"{args.run_dir}, step {last}": state.params}
-    return {f"{share:.0%} scratchpads": _warmed_up(setup, share, args.warm_start_steps) for share in args.scratchpads}
+    return {f"{share:.0%} scratchpads": warmed_up(setup, share, args.warm_start_steps) for share in args.scratchpads}
 
 
-def _warmed_up(setup: Setup, share: float, steps: int):
+def warmed_up(setup: Setup, share: float, steps: int):
+    """Parameters behind a warm start that ends on a share of long responses."""
     with tempfile.TemporaryDirectory() as folder:
         settings = dataclasses.replace(setup.config.warm_start, steps=steps, late_scratchpads=share)
         config = dataclasses.replace(setup.config, run_dir=Path(folder), warm_start=settings)
@@ -108,6 +117,16 @@ def engine_loop(setup: Setup, params, format: FormatName | Format) -> Callable[[
     )
 
 
+def padded_prompts(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [P, W], padded on the left, and the mask of those that are real."""
+    prompts = encode_prompts(setup.tokenizer, setup.problems)
+    tokens = np.zeros((len(prompts), setup.config.rollout.max_prompt_length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for number, prompt in enumerate(prompts):
+        tokens[number, -len(prompt) :], mask[number, -len(prompt) :] = prompt, True
+    return tokens, mask
+
+
 def static_batches(setup: Setup, params, noise_ahead: bool) -> Callable[[int], tuple[np.ndarray, ...]]:
     """The plain rollout of the same prompts with the same keys: tokens, log-probs and lengths on the host."""
     config, limits = setup.config, setup.config.rollout
@@ -119,11 +138,7 @@ def static_batches(setup: Setup, params, noise_ahead: bool) -> Callable[[int], t
         end_token=setup.tokenizer.eos_token_id,
         noise_ahead=noise_ahead,
     )
-    prompts = encode_prompts(setup.tokenizer, setup.problems)
-    tokens = np.zeros((len(prompts), limits.max_prompt_length), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for number, prompt in enumerate(prompts):
-        tokens[number, -len(prompt) :], mask[number, -len(prompt) :] = prompt, True
+    tokens, mask = padded_prompts(setup)
     weights, temperature = plain_jax.unstack(config.model, params), np.float32(limits.temperature)
     longest = np.full(limits.sequences, limits.max_response_length, np.int32)
     return lambda number: jax.device_get(rollout(weights, tokens, mask, setup.key(number), temperature, longest))
@@ -324,10 +339,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
       RunError: the run directory cannot be read.
       ValueError: a size that does not fit the recipe.
     """
-    config = load_config(args.run_dir) if args.run_dir else runpy.run_path(str(QUICKSTART))["config"]()
-    tokenizer = build_tokenizer()
-    problems = list(open_problems(config, tokenizer).problems("train", config.seed, 0, config.rollout.prompts))
-    setup = Setup(config, make_mesh(config.mesh), tokenizer, problems, args.rounds)
+    setup = open_setup(load_config(args.run_dir) if args.run_dir else None, args.rounds)
     weights = load_weights(setup, args)
     comparisons = [compare_rollouts(setup, label, params) for label, params in weights.items()]
     params = list(weights.values())[-1]

@@ -45,6 +45,9 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="warm starts and unfinished runs (default: runs/lab/NAME)"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="DIR", help="the page of findings and its pictures (default: that of --out)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say how many runs are missing, and print what there is")
     what.add_argument(
@@ -83,9 +86,8 @@ def run(options: argparse.Namespace) -> None:
     done = results.of(study)
     print(f"{count_made(study, done)} runs are made; the study has {total(study)}", file=sys.stderr)
     print(render(effects_of(study, done)))
-    if not options.dry_run:
-        page = folder / "page.html"
-        write_page(page, study, results.whole(study), command=f"dcjax lab {options.study}")
+    if options.page or not options.dry_run:
+        page = write_page(options.page or folder, study, results.whole(study), command=f"dcjax lab {options.study}")
         print(f"page: {page}")
 
 

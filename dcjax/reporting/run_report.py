@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcjax.reporting.curves import Records, accuracy_interval, draw_curves, series, show_control_characters
+from dcjax.reporting.html import render_page
 from dcjax.reporting.record import read_metrics, read_object, read_transcripts, write_atomically
 from dcjax.reporting.statistics import welch_interval
 from dcjax.reporting.times import PROFILE, TIMES, Times, read_times, times_title
@@ -104,12 +105,12 @@ def _load_metrics(run_dir: Path) -> Records:
 def _render(
     name: str, records: Records, config: dict[str, Any], samples: Records, picture: bytes, times: Times | None
 ) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     # Everything that comes from a run is escaped, because a model's text may contain markup.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_format_number, visible=show_control_characters)
-    return environment.from_string(_PAGE).render(
+    return render_page(
+        _BODY,
+        style=_STYLE,
+        filters={"number": _format_number, "visible": show_control_characters},
+        title=f"{show_control_characters(name)}: report",
         name=name,
         last_step=records[-1]["step"],
         figures=_final_figures(records),
@@ -198,42 +199,20 @@ def _format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ name | visible }}: report</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c1e21; --faint: #5f6670; --page: #fff; --card: #f4f5f7; --rule: #d9dce1 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --faint: #9aa2ad; --page: #16181c; --card: #21242a; --rule: #3a3f47 }
-}
-body { margin: 0 auto; padding: 1.5rem; max-width: 75rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif }
-h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin-top: 2.5rem }
-small, .faint { color: var(--faint) }
+_STYLE = """\
 .figures { display: flex; flex-wrap: wrap; gap: .75rem }
 .figures div { padding: .6rem 1rem; border-radius: .5rem; background: var(--card) }
 .figures b { display: block; font-size: 1.5rem }
 .figures small { display: block }
-img { box-sizing: border-box; width: 100%; padding: .5rem; border-radius: .5rem; background: #fff }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .9rem }
 article { margin: 1rem 0; padding: .75rem 1rem; border-radius: .5rem; background: var(--card) }
 .text { max-height: 22rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
   font: .9rem/1.45 ui-monospace, monospace; margin: .4rem 0 }
 .response { padding-left: .8rem; border-left: 3px solid var(--faint) }
-</style>
-</head>
-<body>
+"""
+
+_BODY = """\
 <h1>{{ name | visible }}</h1>
 <p class="faint">after step {{ last_step }}</p>
 <div class="figures">
@@ -311,6 +290,4 @@ article { margin: 1rem 0; padding: .75rem 1rem; border-radius: .5rem; background
 {% endif %}
 {% endif %}
 {% endfor %}
-</body>
-</html>
 """

@@ -261,16 +261,16 @@ def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):
     study = replace(STUDY, claims=(replace(STUDY.claims[0], hypothesis="<b>It</b> helps."), STUDY.claims[1]))
     names = ("reward", "gap", "multiplier", "length", "grad_norm")
     curves = {"step": [1.0, 2.0], **{name: [0.1, 0.2] for name in names}}
-    figures = {name: 0.5 for name in ("deployed_ema", "training", "training_ema", "gap")}
+    figures = {name: 0.5 for name in ("deployed_ema", "training", "training_ema", "gap", "grad_norm")}
     made_all = {
         cell: Result(cell, study.identity(cell), figures | done, curves, {"commit": "abc"})
         for cell, done in all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc") + NOISE[seed]).items()
     }
     for known in ({}, made_all):
-        write_page(tmp_path / "page.html", study, known, command="dcjax lab study.py")
-        page = (tmp_path / "page.html").read_text()
+        page = write_page(tmp_path, study, known, command="dcjax lab study.py").read_text()
         assert "&lt;b&gt;It&lt;/b&gt; helps." in page and "<script" not in page
-        assert page.count("data:image/png;base64,") == 3 and page.count("<details") == 4
+        assert page.count("data:image/png;base64,") == len([*tmp_path.glob("*.png")]) == 5
+        assert page.count("<details") == 4
     assert "88 of 88 runs are made" in page and "abc" in page
     assert page.count("does not") == 2  # the metric's table alone has verdicts
 

@@ -43,14 +43,18 @@ def draw_gains(effects: Sequence[Effect]) -> bytes:
 
 
 def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
-    """A PNG of all arms on a task at their tuned rates: a row a format, a column a quantity, means over seeds."""
+    """A PNG of the arms that are judged, on a task at their tuned rates: means over seeds.
+
+    A row is a format, a column a quantity.
+    """
+    judged = {arm for claim in study.claims if claim.verdict for arm in claim.all_arms}
     formats, rates = (study.twin, *study.formats), tuned_rates(study, _figures(made))
     figure = _figure(3.6 * len(RECENT), 2.7 * len(formats))
     grid = figure.subplots(len(formats), len(RECENT), squeeze=False)
     for row, format in zip(grid, formats, strict=True):
         for axes, name in zip(row, RECENT, strict=True):
             axes.set_title(f"{format}: {LABELS[name]}", fontsize=9, loc="left")
-            for arm in study.arms:
+            for arm in (arm for arm in study.arms if arm.name in judged):
                 runs = [
                     result
                     for cell, result in made.items()
@@ -95,6 +99,22 @@ def draw_doses(effects: Sequence[Effect], baseline: str) -> bytes:
         axes.legend(frameon=False, fontsize=7)
     figure.supxlabel(f"{LABELS['gap']} of {baseline}", fontsize=9)
     figure.supylabel("accuracy gained from the mismatch, 95%", fontsize=9)
+    return _png(figure)
+
+
+def draw_noise(study: Study, made: Mapping[Cell, Result]) -> bytes:
+    """A PNG of all runs that judge: the gradient norm at the end against the gap, each format in a colour."""
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for format in dict.fromkeys(format for claim in study.claims for format in claim.formats):
+        runs = [result for cell, result in made.items() if cell.format == format and result.curves]
+        points = [(result.figures["grad_norm"], result.figures["gap"]) for result in runs]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, label=format)
+            axes.set(xscale="log", yscale="log")
+    axes.set(xlabel=LABELS["grad_norm"], ylabel=LABELS["gap"])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

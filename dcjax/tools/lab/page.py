@@ -1,4 +1,4 @@
-"""A study's results as one self-contained page: the table of effects, the same of the other figures, and pictures."""
+"""A study's results in a folder: one self-contained page, its pictures as files, and the table of effects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 
+from dcjax.reporting.html import render_page
 from dcjax.reporting.record import write_atomically
-from dcjax.tools.lab.figures import draw_curves, draw_doses, draw_gains
+from dcjax.tools.lab.figures import draw_curves, draw_doses, draw_gains, draw_noise
 from dcjax.tools.lab.results import AT_THE_END, Result
 from dcjax.tools.lab.schedule import count_made, total, tuned_rates
 from dcjax.tools.lab.study import Cell, Study
@@ -15,60 +16,67 @@ from dcjax.tools.lab.table import HEADER, rows_of
 from dcjax.tools.lab.verdicts import effects_of
 
 
-def write_page(path: Path, study: Study, made: Mapping[Cell, Result], *, command: str) -> None:
-    """Writes the page of what has been run so far.
+def write_page(folder: Path, study: Study, made: Mapping[Cell, Result], *, command: str) -> Path:
+    """Writes what has been found so far: `page.html`, and a PNG file a picture.
 
     Args:
-      path: of the HTML file.
+      folder: it is made if it is not there.
       study: whose results they are.
       made: the finished runs.
       command: that makes the runs, as a reader would type it.
-    """
-    from jinja2 import Environment, StrictUndefined
 
+    Returns:
+      the page's path.
+    """
     done = {cell: result.figures for cell, result in made.items()}
-    effects = effects_of(study, done)
-    pictures = {"Gains": draw_gains(effects)}
-    pictures |= {f"Curves: {task.name}": draw_curves(study, made, task.name) for task in study.tasks}
-    pictures |= {"What pays at which gap": draw_doses(effects, study.claims[0].against[0])}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(study, made)
+    for name, (_, picture) in pictures.items():
+        write_atomically(folder / f"{name}.png", picture)
     others = [name for name in AT_THE_END if name != study.metric]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = page.from_string(_PAGE).render(
+    text = render_page(
+        _BODY,
+        style=_STYLE,
+        title=f"{study.name}: findings",
         study=study,
         command=command,
         made=count_made(study, done),
         total=total(study),
         header=HEADER,
-        tables={study.metric: rows_of(effects)}
+        tables={study.metric: rows_of(effects_of(study, done))}
         | {name: rows_of(effects_of(study, done, figure=name)) for name in others},
         rates=sorted(tuned_rates(study, done).items()),
-        pictures={title: base64.b64encode(picture).decode("ascii") for title, picture in pictures.items()},
+        pictures={title: base64.b64encode(picture).decode("ascii") for title, picture in pictures.values()},
         made_by=sorted(
             {f"{result.made_by.get('commit')} {result.made_by.get('versions')}" for result in made.values()}
         ),
     )
-    write_atomically(path, text.encode())
+    write_atomically(path := folder / "page.html", text.encode())
+    return path
 
 
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ study.name }}: findings</title>
-<style>
-:root { color-scheme: light dark }
-body { margin: 0 auto; padding: 1.5rem; max-width: 80rem; font: 1rem/1.5 system-ui, sans-serif }
-img { max-width: 100%; background: #fff }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8886; text-align: left; white-space: nowrap }
-</style>
-</head>
-<body>
-<h1>{{ study.name }}</h1>
+def _pictures(study: Study, made: Mapping[Cell, Result]) -> dict[str, tuple[str, bytes]]:
+    """Titles and PNGs by the names of their files."""
+    effects = effects_of(study, {cell: result.figures for cell, result in made.items()})
+    judged = {claim.key for claim in study.claims if claim.verdict}
+    pictures = {
+        "gains": ("Gains", draw_gains([effect for effect in effects if effect.claim in judged])),
+        "first_looks": ("First looks", draw_gains([effect for effect in effects if effect.claim not in judged])),
+        "doses": ("What pays at which gap", draw_doses(effects, study.claims[0].against[0])),
+        "noise": ("Gap and gradient norm", draw_noise(study, made)),
+    }
+    for task in dict.fromkeys(task for claim in study.claims if claim.verdict for task in claim.tasks):
+        pictures[f"curves_{task}"] = (f"Curves: {task}", draw_curves(study, made, task))
+    return pictures
+
+
+_STYLE = """\
+table { font-size: .85rem }
+th, td { padding-right: .8rem; white-space: nowrap }
+"""
+
+_BODY = """\
+<h1>{{ title }}</h1>
 <p>{{ made }} of {{ total }} runs are made. <code>{{ command }}</code> makes the others.</p>
 <h2>Claims</h2>
 <ul>
@@ -97,6 +105,4 @@ th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8886; text-alig
 {% endfor %}
 <h2>Made by</h2>
 <ul>{% for each in made_by %}<li>{{ each }}</li>{% endfor %}</ul>
-</body>
-</html>
 """
