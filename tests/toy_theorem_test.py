@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.heavy
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "experiments/toy_theorem.py"
-FIGURES = ("figure6.png", "figure7.png", "eq13.png")
+FIGURES = ("figure6.png", "figure7.png", "theorem31.png", "eq13.png")
 
 
 def run(*arguments):
@@ -48,6 +49,15 @@ def test_it_prints_every_form_and_spends_the_budget(finished):
         assert beta > 0 and spent == pytest.approx(0.2, abs=1e-4) and gain > 0
         # six figures, each rounded to four places
         assert sum(policy) == pytest.approx(1, abs=3e-4)
+
+
+def test_a_gap_of_all_states_grows_with_the_length_and_one_of_each_state_alone_does_not(finished):
+    lines = finished[0].stdout.partition("Theorem 3.1)")[2].splitlines()[2:6]
+    lengths, own, own_bound, shared, shared_bound = np.array([line.split() for line in lines], float).T
+    assert lengths.tolist() == [1, 2, 4, 8]
+    assert np.all(own < own_bound) and np.all(shared < shared_bound)
+    assert np.all(np.diff(shared) > 0) and shared[-1] > 3 * shared[0]
+    assert own[-1] < 1.5 * own[0]
 
 
 def test_the_forms_differ_as_the_paper_says(finished):

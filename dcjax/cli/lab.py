@@ -45,9 +45,6 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="warm starts and unfinished runs (default: runs/lab/NAME)"
     )
-    parser.add_argument(
-        "--page", type=Path, metavar="DIR", help="the page of findings and its pictures (default: that of --out)"
-    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say how many runs are missing, and print what there is")
     what.add_argument(
@@ -86,8 +83,8 @@ def run(options: argparse.Namespace) -> None:
     done = results.of(study)
     print(f"{count_made(study, done)} runs are made; the study has {total(study)}", file=sys.stderr)
     print(render(effects_of(study, done)))
-    if options.page or not options.dry_run:
-        page = write_page(options.page or folder, study, results.whole(study), command=f"dcjax lab {options.study}")
+    if not options.dry_run:
+        page = write_page(folder, study, results.whole(study), command=f"dcjax lab {options.study}")
         print(f"page: {page}")
 
 

@@ -324,7 +324,6 @@ PATHS = {
     "lab STUDY": ["lab", ...],
     "lab --results": ["lab", "x", "--results", ...],
     "lab --out": ["lab", "x", "--out", ...],
-    "lab --page": ["lab", "x", "--page", ...],
     "convert import SOURCE": ["convert", "import", ..., "x"],
     "convert import OUT": ["convert", "import", "x", ...],
     "convert export RUN_OR_STEP": ["convert", "export", ..., "x"],
