@@ -1,6 +1,7 @@
 """Plans of the recipes at full scale on the slices that they name, for docs/papers.md and the recipes' docstrings.
 
     python benchmarks/plans.py [RECIPE ...]
+    python benchmarks/plans.py --claims      # the full recipes of the laboratory's claims, into results/claims.json
 
 Each is compiled for its slice, which takes two to five minutes, with responses half as long as they may be on average,
 and written to results/plans.json with its config. Printed are the rows of the table and the docstrings' sentences.
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dcjax.cli.session import jax_session
+from dcjax.cli.train import config_of
 from dcjax.recipe.plain import flatten, to_dict
 from dcjax.tools.plan.plan import make_plan
 from dcjax.tools.plan.tables import to_json
 
 EXPERIMENTS, RESULTS = Path(__file__).parents[1] / "experiments", Path(__file__).parent / "results" / "plans.json"
+CLAIMS = RESULTS.with_name("claims.json")
 RECIPES = (
     "dcmdp_qwen3_8b",
     "dcmdp_qwen3_30b_a3b",
@@ -46,6 +49,28 @@ def planned(recipe: str) -> dict[str, Any]:
     config = runpy.run_path(str(EXPERIMENTS / f"{recipe}.py"))["config"]()
     plan = make_plan(config, topology, told=lambda line: print(f"{recipe}: {line}", file=sys.stderr, flush=True))
     return {"config": fields, "steps": config.steps, "plan": json.loads(to_json(plan))}
+
+
+def plan_claims() -> None:
+    """Plans the full recipe of each claim that has no plan yet, and prints a row of docs/findings.md for each."""
+    study = runpy.run_path(str(EXPERIMENTS / "lab" / "study.py"))["study"]()
+    results = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else {}
+    lines = list(dict.fromkeys(line for claim in study.claims for line in claim.full))
+    for line in (line for line in lines if line not in results):
+        config, _ = config_of(line.split())
+        _, topology = described(line.split()[0])
+        plan = json.loads(to_json(make_plan(config, topology, told=lambda told: print(told, file=sys.stderr))))
+        results[line] = {
+            "topology": topology,
+            "gib": round(most_held(plan), 1),
+            "iteration_seconds": round(plan["iteration_seconds"]["all"], 1),
+            "compile_seconds": round(sum(program["compile_seconds"] for program in plan["programs"].values())),
+        }
+        CLAIMS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    for line in lines:
+        of_line = results[line]
+        claims = ", ".join(dict.fromkeys(claim.key for claim in study.claims if line in claim.full))
+        print(f"| {claims} | `{line}` | {of_line['topology']} | {of_line['gib']} | {of_line['iteration_seconds']} |")
 
 
 def sentence(of_recipe: dict[str, Any]) -> str:
@@ -86,6 +111,9 @@ def main(recipes: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with jax_session():
+        if recipes == ["--claims"]:
+            plan_claims()
+            return
         for recipe in recipes or RECIPES:
             results[recipe] = planned(recipe)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -179,7 +179,7 @@ def draw_bias(found: dict[str, np.ndarray]) -> Figure:
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
         axes.minorticks_off()
         axes.set(xlabel="tokens of a response, T", ylabel="‖∇J_actual − ∇J‖, median of 40 pairs")
-        axes.set_title("Theorem 3.1: a gap of all states grows with T", loc="left", fontweight="bold")
+        axes.set_title("Theorem 3.1: the bias of a shared gap grows with T", loc="left", fontweight="bold")
         axes.grid(color="0.9", linewidth=0.8)
         axes.legend(frameon=False)
     return figure

@@ -4,6 +4,8 @@ dcjax lab                      # what is missing; the same line goes on with wha
 dcjax lab --claims A4 --quick  # a first look at one claim
 """
 
+from dataclasses import replace
+
 from dcjax.tools.lab.study import Arm, Claim, LabTask, Study
 
 LONG = (
@@ -164,6 +166,36 @@ CLAIMS = (
     ),
 )
 
+EIGHT, FOUR, EXPERT = "dcmdp_qwen3_8b", "length_decay_qwen3_4b", "dcmdp_qwen3_30b_a3b"
+FULL = {
+    "A4": (f"{EIGHT} serving.format=int8 {AUTO}", f"{EXPERT} serving.format=int8 {AUTO}"),
+    "N6": (f"{EIGHT} {GRPO} objective.score_centering=true serving.format=int8",),
+    "N10": (f"{EIGHT} objective.penalty_form=state_centred serving.format=int8 {AUTO}",),
+    "N7": (f"{EIGHT} {GRPO} serving.in_training=all serving.format=int8",),
+    "B4": (f"{FOUR} optimizer.decay=length",),
+    "N1": (f"{EIGHT} objective.algorithm=dc_direct serving.format=int8 {AUTO}",),
+    "B3": (f"{FOUR} objective.correction=token_tis",),
+    "A3": (f"{EIGHT} objective.budget=0.0027",),
+    "A3s": (f"{EIGHT} objective.penalty=hinge",),
+    "A1": (f"{EIGHT} objective.signal=ratio",),
+    "A7": (f"{EIGHT} {AUTO}",),
+    "A2": (f"{EIGHT} objective.algorithm=dual_grpo",),
+    "A5": (f"{EIGHT} objective.initial_multiplier=0.05",),
+    "N9": (f"{EIGHT} {GRPO} objective.method=dppo_tv",),
+    "N8": (f"{EIGHT} objective.algorithm=dc_direct objective.signal=total_variation {AUTO}",),
+    "N3": (f"{FOUR} optimizer.decay=discrepancy",),
+    "B6": (f"{FOUR} optimizer.decay=constant objective.correction=sequence_mis",),
+    "D1": (f"{EIGHT} serving.format=fp8 {AUTO}",),
+    "D2": (f"{EIGHT} optimizer.updates=8 {AUTO}",),
+    "D3": (f"{EIGHT} rollout.max_response_length=16384 optimizer.tokens_per_microbatch=34816 {AUTO}",),
+    "N4": (f"{EXPERT} {GRPO} rollout.replay_routing=true",),
+    "B1": (f"{FOUR} rollout.prompts=16",),
+    "B5": (f"{FOUR} optimizer.decay_period=125",),
+    "A6": ("case_study_1_5b rollout.temperature=0.6",),
+    "B7": (f"{FOUR} model.precision.compute=fp16 model.precision.head=fp16 serving.format=fp16",),
+}
+"""The same question at the papers' scale: a recipe and its fields, by claim."""
+
 
 def study() -> Study:
     """All of it: ten fresh seeds, two that tune, three for a first look."""
@@ -172,7 +204,7 @@ def study() -> Study:
         tasks=TASKS,
         arms=ARMS,
         formats=FORMATS,
-        claims=CLAIMS,
+        claims=tuple(replace(claim, full=FULL[claim.key]) for claim in CLAIMS),
         seeds=tuple(range(200, 210)),
         few_seeds=(200, 201, 202),
         tuning_seeds=(100, 101),

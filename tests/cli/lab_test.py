@@ -147,3 +147,12 @@ def test_every_arm_of_the_laboratory_makes_a_config():
                 made.add((task.name, config.serving.format, config.objective, config.optimizer, config.serving))
     # no two arms are the same
     assert len(made) == len(study.tasks) * len(study.arms) * 3
+
+
+def test_every_claim_has_a_recipe_at_full_scale():
+    study = CodeFile.read(Path(__file__).parents[2] / "experiments" / "lab" / "study.py").load().study()
+    for claim in study.claims:
+        assert claim.full
+        for line in claim.full:
+            config, _ = config_of(line.split())
+            assert config.pretrained is not None and config.mesh.fsdp > 1, line

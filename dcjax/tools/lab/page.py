@@ -81,7 +81,9 @@ _BODY = """\
 <h2>Claims</h2>
 <ul>
 {% for claim in study.claims %}
-<li><b>{{ claim.key }}</b> {{ claim.hypothesis }}{% if not claim.verdict %} (a first look, no verdict){% endif %}</li>
+<li><b>{{ claim.key }}</b> {{ claim.hypothesis }}{% if not claim.verdict %} (a first look, no verdict){% endif %}
+
+{% for line in claim.full %}<br><code>dcjax train {{ line }}</code>{% endfor %}</li>
 {% endfor %}
 </ul>
 {% for name, rows in tables.items() %}

@@ -51,7 +51,7 @@ class Claim:
     metric: str = ""
     """The figure that it is about; the study's where empty."""
     full: tuple[str, ...] = ()
-    """Recipes of the models and slices that it is about, whose fields the arms' settings are too."""
+    """The same question at full scale: recipes and their fields, as `dcjax train` and `dcjax plan` take them."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
