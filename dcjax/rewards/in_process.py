@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class InProcessRewards:
     counters: None = None
     """It has no limits whose effects could be counted."""
 
-    @property
+    @functools.cached_property
     def asks(self) -> tuple[str, ...]:
         """What the reward is to be told beside its arguments."""
         return asked_for(self.reward)
