@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 
 from dcjax.cli import main
 from dcjax.cli.train import config_of
+from dcjax.tools.lab.results import Results
 from dcjax.tools.lab.study import Cell
 from dcjax.user_code import CodeFile
+
+REPOSITORY = Path(__file__).parents[2]
 
 SMALL = """
 from dcjax.tools.lab.study import Arm, Claim, LabTask, Study
@@ -102,7 +106,7 @@ def test_a_killed_study_goes_on_and_its_runs_can_be_made_again(tmp_path):
 
 
 def test_the_study_of_the_documentation_is_complete(tmp_path, capfd):
-    page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    page = (REPOSITORY / "docs" / "lab.md").read_text()
     (source,) = re.findall(r"^```python\n(# study\.py.*?)^```$", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "study.py").write_text(source)
     assert main(["lab", str(tmp_path / "study.py"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
@@ -136,7 +140,7 @@ def test_an_interrupted_study_ends_its_runs(tmp_path):
 @pytest.mark.slow
 def test_every_arm_of_the_laboratory_makes_a_config():
     pytest.importorskip("reasoning_gym", reason="reasoning-gym needs a C compiler where it is installed")
-    study = CodeFile.read(Path(__file__).parents[2] / "experiments" / "lab" / "study.py").load().study()
+    study = CodeFile.read(REPOSITORY / "experiments" / "lab" / "study.py").load().study()
     made = set()
     for task in study.tasks:
         for arm in study.arms:
@@ -150,9 +154,21 @@ def test_every_arm_of_the_laboratory_makes_a_config():
 
 
 def test_every_claim_has_a_recipe_at_full_scale():
-    study = CodeFile.read(Path(__file__).parents[2] / "experiments" / "lab" / "study.py").load().study()
+    study = CodeFile.read(REPOSITORY / "experiments" / "lab" / "study.py").load().study()
     for claim in study.claims:
         assert claim.full
         for line in claim.full:
             config, _ = config_of(line.split())
             assert config.pretrained is not None and config.mesh.fsdp > 1, line
+
+
+def test_the_findings_are_those_of_the_results():
+    """`python experiments/lab/findings.py` writes them."""
+    script = runpy.run_path(str(REPOSITORY / "experiments" / "lab" / "findings.py"))
+    study = CodeFile.read(REPOSITORY / "experiments" / "lab" / "study.py").load().study()
+    text = script["DOCUMENT"].read_text("utf-8")
+    tables = script["tables"](study, Results(REPOSITORY / "experiments" / "lab" / "results.jsonl"))
+    assert script["filled"](text, tables) == text
+    assert "| A4 | chains | int4 | dc | grpo |" in text
+    with pytest.raises(ValueError, match="no place for 'verdict'"):
+        script["filled"](text, {"verdict": ""})

@@ -129,6 +129,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
+    """The figure in at most 64 colours, which takes a third of the bytes: such files are committed."""
+    from PIL import Image
+
+    drawn, stream = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)
     return stream.getvalue()
