@@ -30,6 +30,8 @@ GRPO = "objective.algorithm=grpo"
 AUTO = "objective.budget=auto"
 PENALTY = ("objective.dual_lr=20", AUTO)
 DC = ("objective.algorithm=dc_grpo", "objective.dual_lr=20")
+THREE = ("dppo_tv", "ipo", "kpop")
+OTHERS = ("dppo_kl", "ipo_squared", "drpo", "opsm", "vexact", "seq_mask_tis", "m2po")
 
 ARMS = (
     Arm("grpo", (GRPO,)),
@@ -54,7 +56,7 @@ ARMS = (
     Arm("fixed", ("objective.algorithm=dual_grpo", "objective.initial_multiplier=0.3")),
     *(Arm(f"dc_start_{start}", (*DC, AUTO, f"objective.initial_multiplier={start}")) for start in (0.05, 0.2)),
     *(Arm(f"dc_dual_{rate}", (*DC, AUTO, f"objective.dual_lr={rate}")) for rate in (10, 40)),
-    *(Arm(method, (GRPO, f"objective.method={method}")) for method in ("dppo_tv", "ipo", "kpop")),
+    *(Arm(method, (GRPO, f"objective.method={method}")) for method in (*THREE, *OTHERS)),
     *(
         Arm(f"direct_{signal}", ("objective.algorithm=dc_direct", *PENALTY, f"objective.signal={signal}"))
         for signal in ("total_variation", "kl_from_sampler")
@@ -118,7 +120,7 @@ CLAIMS = (
                     ("dc_start_0.05", "dc_start_0.2", "dc_dual_10", "dc_dual_40"),
                     ("dc",),
                 ),
-                ("N9", "This year's methods end better.", ("dppo_tv", "ipo", "kpop"), ("grpo",)),
+                ("N9", "This year's methods end better.", THREE, ("grpo",)),
                 (
                     "N8",
                     "Whole distributions are the better constraint.",
@@ -142,6 +144,7 @@ CLAIMS = (
             ("D1", "What pays where the gap is that of fp8?", METHODS, ("grpo",), ("chains",), ("fp8",), ""),
             ("D2", "What pays with four updates an iteration?", METHODS, ("grpo",), ("updates",), FORMATS, ""),
             ("D3", "What pays with responses twice as long?", METHODS, ("grpo",), ("long",), FORMATS, ""),
+            ("N9o", "This year's other methods end better.", OTHERS, ("grpo",), *ON_CHAINS),
             (
                 *("N4", "Replaying the engine's choice of experts ends better."),
                 *(("replay",), ("grpo",), ("experts",), FORMATS, ""),
@@ -182,6 +185,7 @@ FULL = {
     "A2": (f"{EIGHT} objective.algorithm=dual_grpo",),
     "A5": (f"{EIGHT} objective.initial_multiplier=0.05",),
     "N9": (f"{EIGHT} {GRPO} objective.method=dppo_tv",),
+    "N9o": (f"{EIGHT} {GRPO} objective.method=m2po",),
     "N8": (f"{EIGHT} objective.algorithm=dc_direct objective.signal=total_variation {AUTO}",),
     "N3": (f"{FOUR} optimizer.decay=discrepancy",),
     "B6": (f"{FOUR} optimizer.decay=constant objective.correction=sequence_mis",),
