@@ -13,8 +13,8 @@ from dcjax.tools.lab.page import write_page
 from dcjax.tools.lab.results import Results
 from dcjax.tools.lab.schedule import count_made, total
 from dcjax.tools.lab.study import Study
-from dcjax.tools.lab.table import render
-from dcjax.tools.lab.verdicts import effects_of
+from dcjax.tools.lab.table import render, render_candidates, render_summary
+from dcjax.tools.lab.verdicts import candidates, effects_of
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "findings.md"
@@ -23,12 +23,15 @@ DOCUMENT = HERE.parents[1] / "docs" / "findings.md"
 def tables(study: Study, results: Results) -> dict[str, str]:
     """What stands in the document between `<!-- NAME -->` and the next `<!-- end -->`, by name."""
     done = results.of(study)
-    effects = [effect for effect in effects_of(study, done) if effect.seeds > 1]
+    effects = effects_of(study, done)
+    shown = [effect for effect in effects if effect.seeds > 1]
     judged = {claim.key for claim in study.claims if claim.verdict}
     return {
         "progress": f"{count_made(study, done)} of {total(study)} runs are made.",
-        "judged": render([effect for effect in effects if effect.claim in judged]),
-        "first looks": render([effect for effect in effects if effect.claim not in judged]),
+        "claims": render_summary(study, effects, "dcjax lab"),
+        "judged": render([effect for effect in shown if effect.claim in judged]),
+        "candidates": render_candidates(candidates(effects, "grpo"), study.margin),
+        "first looks": render([effect for effect in shown if effect.claim not in judged]),
     }
 
 

@@ -15,8 +15,8 @@ from dcjax.tools.lab.results import Result, Results, summarise
 from dcjax.tools.lab.runner import run_study
 from dcjax.tools.lab.schedule import count_made, needed, total, tuned_rates, waiting
 from dcjax.tools.lab.study import Arm, Cell, Claim, LabTask, Study
-from dcjax.tools.lab.table import render
-from dcjax.tools.lab.verdicts import effects_of
+from dcjax.tools.lab.table import render, render_candidates, render_summary
+from dcjax.tools.lab.verdicts import candidates, effects_of
 
 STUDY = Study(
     name="small",
@@ -280,3 +280,27 @@ def test_the_table_has_a_row_an_effect():
     assert len(table) == 2 + 4
     assert table[2].startswith("| A4 | chains | int8 | dc | grpo | 10 | .900 | +.100 [+.100, +.100], p 0.000 |")
     assert json.dumps(table)  # plain text
+
+
+def test_a_setting_wins_that_pays_everywhere_and_loses_nothing_without_a_mismatch():
+    def found(int8, int4, twin):
+        gains = {"int8": int8, "int4": int4, "float32": twin}
+        done = all_done(lambda arm, format, seed: 0.8 + (arm == "dc") * (gains[format] + 0.1 * NOISE[seed]))
+        (candidate,) = candidates(effects_of(STUDY, done), "grpo")
+        return candidate
+
+    both = found(0.05, 0.04, -0.005)
+    assert (both.arm, both.pays, both.of) == ("dc", 2, 2)
+    assert both.lost == pytest.approx(0.005 - 0.1 * NOISE.mean())
+    assert both.wins(0.01) and not both.wins(0.001)
+    assert found(0.05, 0.0, 0.0).pays == 1 and not found(0.05, 0.0, 0.0).wins(0.01)
+    assert found(0.05, 0.05, 0.05).pays == 0  # as much without a mismatch
+    assert render_candidates([both], 0.01).endswith("lose at most 0.01: dc.")
+    assert candidates(effects_of(STUDY, {}), "grpo") == []
+
+
+def test_the_summary_has_a_row_a_claim():
+    effects = effects_of(STUDY, all_done(lambda arm, format, seed: 0.8 + 0.1 * (arm == "dc")))
+    rows = render_summary(STUDY, effects, "dcjax lab").splitlines()[2:]
+    assert rows[0] == "| A4 | The penalty helps. | does not 2 | 10 | `dcjax lab --claims A4` |"
+    assert rows[1] == "| X | So does the other. | no verdict 2 | 2 | `dcjax lab --claims X` |"

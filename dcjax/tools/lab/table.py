@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 from dcjax.reporting.statistics import Difference
-from dcjax.tools.lab.verdicts import Effect
+from dcjax.tools.lab.study import Study
+from dcjax.tools.lab.verdicts import Candidate, Effect
 
 HEADER = (
     "claim",
@@ -37,6 +40,27 @@ def rows_of(effects: Sequence[Effect]) -> list[list[str]]:
         ]
         for effect in effects
     ]
+
+
+def render_summary(study: Study, effects: Sequence[Effect], command: str) -> str:
+    """A table in Markdown, a row a claim: what it says, its verdicts, and the command that makes its runs."""
+    lines = [_line(("claim", "hypothesis", "verdicts", "n", "command")), _line(["---"] * 5)]
+    for key, claims in itertools.groupby(study.claims, key=lambda claim: claim.key):
+        verdicts = Counter(effect.verdict for effect in effects if effect.claim == key)
+        counted = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
+        seeds = str(min(effect.seeds for effect in effects if effect.claim == key))
+        said = " ".join(claim.hypothesis for claim in claims)
+        lines.append(_line((key, said, counted, seeds, f"`{command} --claims {key}`")))
+    return "\n".join(lines)
+
+
+def render_candidates(found: Sequence[Candidate], margin: float) -> str:
+    """A table in Markdown of the arms that are judged, and a sentence on those that win."""
+    heads = ("arm", "pays at (task, format)", "of", "lost without a mismatch")
+    rows = [(each.arm, str(each.pays), str(each.of), _number(each.lost)) for each in found]
+    winners = [each.arm for each in found if each.wins(margin)]
+    told = f"Settings that pay everywhere and lose at most {margin:g}: {', '.join(winners) or 'none'}."
+    return "\n".join([_line(heads), _line(["---"] * len(heads)), *map(_line, rows), "", told])
 
 
 def _cell(difference: Difference | None, *, p: bool = False) -> str:

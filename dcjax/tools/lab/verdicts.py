@@ -135,3 +135,37 @@ def _verdict(tests: Sequence[Difference], margin: float) -> Verdict:
     if any(test.interval[1] < margin for test in tests):
         return "does not"
     return "inconclusive"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An arm that is judged against the baseline, and whether it pays wherever there is a mismatch."""
+
+    arm: str
+    pays: int
+    """At how many tasks and formats the intervals of both the gain and the interaction lie above zero."""
+    of: int
+    """How many there are."""
+    lost: float
+    """The mean loss of the metric without a mismatch, on the task where it is largest; below zero it is a gain."""
+
+    def wins(self, margin: float) -> bool:
+        """Whether it pays everywhere, and loses at most the margin where there is no mismatch."""
+        return self.pays == self.of and self.lost <= margin
+
+
+def candidates(effects: Sequence[Effect], baseline: str) -> list[Candidate]:
+    """The arms with verdicts against the baseline, as far as all of their runs are made."""
+    judged: dict[str, list[Effect]] = {}
+    for effect in effects:
+        if effect.against == baseline and effect.verdict not in ("no verdict", "not run"):
+            judged.setdefault(effect.arm, []).append(effect)
+    return [
+        Candidate(
+            arm,
+            pays=sum(all(test.interval[0] > 0 for test in (each.gain, each.interaction) if test) for each in of_arm),
+            of=len(of_arm),
+            lost=max(-each.twin.difference for each in of_arm if each.twin),
+        )
+        for arm, of_arm in judged.items()
+    ]
