@@ -14,8 +14,7 @@ from dcjax.models import Precision, abstract_params, forward
 from dcjax.models.attention import causal_attention
 from dcjax.recipe import build
 from dcjax.serving import engine as engines
-from dcjax.serving import rollout as rollouts
-from dcjax.serving import scoring
+from dcjax.serving import scheduler, scoring
 from dcjax.serving.parallel import serving_mesh
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 
@@ -96,9 +95,10 @@ def serving_programs(engine, masters):
     yield engines._programs(decoder).generate.trace(decoder, served, slots, engine.steps_per_call)
     prefix = jax.eval_shape(decoder.prefill, served, tokens, lengths)
     requests = engine.make_requests(np.zeros((total, 2)))
-    state = jax.eval_shape(rollouts._programs(decoder).begin, decoder, total, total)
-    sampled = served, prefix, np.zeros(total, np.int32), requests, np.int32(1), state
-    yield rollouts._programs(decoder).decode.trace(decoder, engine.steps_per_call, *sampled)
+    state = jax.eval_shape(scheduler.programs(decoder).begin, decoder, total, total)
+    numbers = np.zeros(total, np.int32)
+    sampled = served, prefix, numbers, requests, numbers, np.int32(total), np.int32(1), state
+    yield scheduler.programs(decoder).decode.trace(decoder, engine.steps_per_call, *sampled)
     yield scoring._score.trace(decoder, False, served, prefix, requests, np.zeros((3, total), np.int32))
 
 

@@ -4,54 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from dcjax.keys import require_key
-from dcjax.serving.decoder import NO_EXCESS_PRECISION, Decoder, DecodeState, Emitted, Prefix, Requests
+from dcjax.serving.decoder import Requests
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.parallel import EVERYWHERE, named, pinned
+from dcjax.serving.scheduler import Samples, Scheduler, programs
 from dcjax.serving.sync import ServingParams
 from dcjax.spans import span
 from dcjax.types import Array, Params, Rollout
 
 REFILLS_PER_CALL = 64
 """How often one call refills the slots and decodes `steps_per_call` tokens before it returns to the host."""
-
-
-@flax.struct.dataclass
-class Samples:
-    """What N samples have so far; `types.Rollout` explains the fields."""
-
-    tokens: Int[Array, "N T"]
-    logps: Float[Array, "N T"]
-    versions: Int[Array, "N T"]
-    log_mass: Float[Array, "N T"]
-    candidate_tokens: Int[Array, "N T K"]
-    sampler_tokens: Int[Array, "N T H"] | None
-    sampler_logps: Float[Array, "N T H"] | None
-    # those of the token before each one
-    experts: Int[Array, "N T M k"] | None
-    lengths: Int[Array, "N"]
-
-
-@flax.struct.dataclass
-class RolloutState:
-    """The engine's slots, which samples are in them, and what has been sampled."""
-
-    decode: DecodeState
-    samples: Samples
-    # the number of the sample in each slot; N if there is none
-    running: Int[Array, "slots"]
-    # how many samples have begun; they begin in order
-    started: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +104,16 @@ class Sampling:
         self._requests = engine.make_requests(
             keys, temperatures=temperature, top_ks=top_k, top_ps=top_p, stop_tokens=stop_tokens
         )
-        self._state = _programs(engine.decoder).begin(engine.decoder, engine.slots_for(len(keys)), len(keys))
-        self._ended = self._taken = np.zeros(len(keys), bool)
+        self._scheduler = Scheduler(engine, self._prefix, self._rows, self._requests)
+        self._scheduler.wait(range(len(keys)))
+        self._left, self._ended = len(keys), [np.zeros(0, np.int64)]
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended; returns whether they have."""
-        engine = self._engine
-        inputs = (params, self._prefix, self._rows, self._requests, np.int32(REFILLS_PER_CALL), self._state)
         with span("decode"):
-            self._state, ended = _programs(engine.decoder).decode(engine.decoder, engine.steps_per_call, *inputs)
-            self._ended = np.asarray(ended)
-        return bool(self._ended.all())
+            self._ended.append(self._scheduler.advance(params, REFILLS_PER_CALL))
+        self._left -= len(self._ended[-1])
+        return not self._left
 
     def as_they_end(self, params: ServingParams) -> Iterator[Ended]:
         """Decodes to the end; yields every sample once, soon after it has ended."""
@@ -156,9 +124,9 @@ class Sampling:
 
     def take_ended(self) -> Ended:
         """The samples that have ended and were not taken before."""
-        samples, self._taken = np.flatnonzero(self._ended & ~self._taken), self._ended
+        samples, self._ended = np.sort(np.concatenate(self._ended)), [np.zeros(0, np.int64)]
         with span("decode"):
-            tokens, lengths = jax.device_get((self._state.samples.tokens, self._state.samples.lengths))
+            tokens, lengths = jax.device_get((self._scheduler.samples.tokens, self._scheduler.samples.lengths))
         return Ended(
             samples=samples,
             responses=[tokens[sample, : lengths[sample]] for sample in samples],
@@ -168,7 +136,7 @@ class Sampling:
     def rollout(self) -> Rollout:
         """All samples, on the host."""
         with span("decode"):
-            samples, experts = jax.device_get((self._state.samples, self._prefix.experts))
+            samples, experts = jax.device_get((self._scheduler.samples, self._prefix.experts))
         width = self._engine.max_prompt_length
         return assemble(self._prompts, self._rows, self._requests, samples, experts, width)
 
@@ -196,159 +164,12 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
     decoder, total = engine.decoder, prompts * samples_per_prompt
     params = engine.compile_sync(masters)
     prefix = engine.compile_prefill(params, prompts)
-    programs, slots = _programs(decoder), engine.slots_for(total)
-    programs.begin.lower(decoder, slots, total).compile()
-    state = jax.eval_shape(programs.begin, decoder, slots, total)
-    inputs = (
-        params,
-        prefix,
-        np.zeros(total, np.int32),
-        engine.make_requests(np.zeros((total, 2))),
-        np.int32(REFILLS_PER_CALL),
-    )
-    programs.decode.lower(decoder, engine.steps_per_call, *inputs, state).compile()
-
-
-class _Programs(NamedTuple):
-    """The programs that sample batches; all states have the same shardings, so that every call runs the same one."""
-
-    begin: Any
-    decode: Any
-
-
-@cache
-def _programs(decoder: Decoder) -> _Programs:
-    everywhere: Any = named(decoder.mesh, EVERYWHERE)
-    places = RolloutState(decoder.state_places, everywhere, everywhere, everywhere)
-    return _Programs(
-        begin=jax.jit(_begin, static_argnums=(0, 1, 2), out_shardings=places),
-        decode=jax.jit(
-            decode,
-            static_argnums=(0, 1),
-            donate_argnums=7,
-            compiler_options=NO_EXCESS_PRECISION,
-            out_shardings=(places, everywhere),
-        ),
-    )
-
-
-def _begin(decoder: Decoder, slots: int, total: int) -> RolloutState:
-    shape = (total, decoder.max_response_length)
-    config = decoder.config
-    chosen, head = (sum(config.sparse_layers), config.num_experts_per_tok), (*shape, decoder.head)
-    return RolloutState(
-        decode=decoder.empty(slots),
-        samples=_everywhere(
-            decoder,
-            Samples(
-                tokens=jnp.zeros(shape, jnp.int32),
-                logps=jnp.zeros(shape, jnp.float32),
-                versions=jnp.full(shape, -1, jnp.int32),
-                log_mass=jnp.zeros(shape, jnp.float32),
-                candidate_tokens=jnp.full((*shape, decoder.max_candidates), -1, jnp.int32),
-                sampler_tokens=jnp.full(head, -1, jnp.int32) if decoder.head else None,
-                sampler_logps=jnp.zeros(head, jnp.float32) if decoder.head else None,
-                experts=jnp.zeros((*shape, *chosen), jnp.int16) if decoder.records_experts else None,
-                lengths=jnp.zeros(total, jnp.int32),
-            ),
-        ),
-        running=_everywhere(decoder, jnp.full(slots, total, jnp.int32)),
-        started=_everywhere(decoder, jnp.int32(0)),
-    )
-
-
-def _everywhere(decoder: Decoder, tree: Any) -> Any:
-    """Places what has been sampled, and which samples are in the slots, whole on every device."""
-    return pinned(decoder.mesh, tree, EVERYWHERE)
-
-
-def decode(
-    decoder: Decoder,
-    steps_per_call: int,
-    params: ServingParams,
-    prefix: Prefix,
-    rows: Int[Array, "N"],
-    requests: Requests,
-    turns: Int[Array, ""],
-    state: RolloutState,
-) -> tuple[RolloutState, Bool[Array, "N"]]:
-    """Refills slots and decodes `steps_per_call` tokens, up to `turns` times; also returns which samples have ended.
-
-    `rows` are the samples' rows of the prefix.
-    """
-    total = requests.limits.shape[0]
-
-    def ended(state: RolloutState) -> Array:
-        running = jnp.where(_everywhere(decoder, state.decode.active), state.running, total)
-        begun = jnp.arange(total) < state.started
-        return _everywhere(decoder, begun.at[running].set(False, mode="drop"))
-
-    def turn(carry):
-        count, state = carry
-        state = _refill(decoder, prefix, rows, requests, state)
-        before = state.decode.generated
-        decode, emitted = decoder.steps(params, state.decode, steps_per_call)
-        before, emitted = _everywhere(decoder, (before, emitted))
-        samples = _record(state.samples, state.running, before, emitted, params.version)
-        return count + 1, dataclasses.replace(state, decode=decode, samples=samples)
-
-    def unfinished(carry):
-        count, state = carry
-        return (count < turns) & ~jnp.all(ended(state))
-
-    _, state = lax.while_loop(unfinished, turn, (jnp.int32(0), state))
-    return state, ended(state)
-
-
-def _refill(
-    decoder: Decoder, prefix: Prefix, rows: Int[Array, "N"], requests: Requests, state: RolloutState
-) -> RolloutState:
-    """Starts the next samples in the slots that are free."""
-
-    total = requests.limits.shape[0]
-
-    def has_room(state: RolloutState) -> Array:
-        return (state.started < total) & ~jnp.all(state.decode.active)
-
-    def start(state: RolloutState) -> RolloutState:
-        free = ~_everywhere(decoder, state.decode.active)
-        sample = state.started + jnp.cumsum(free) - 1
-        starting = free & (sample < total)
-        sample = jnp.minimum(sample, total - 1)
-        asked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[sample], requests)
-        return dataclasses.replace(
-            state,
-            decode=decoder.start(state.decode, starting, prefix, rows[sample], asked),
-            running=jnp.where(starting, sample, state.running),
-            started=state.started + jnp.sum(starting),
-        )
-
-    # a loop of at most one iteration, because a branch would copy the caches
-    return lax.while_loop(has_room, start, state)
-
-
-def _record(samples: Samples, running: Array, before: Array, emitted: Emitted, version: Array) -> Samples:
-    """Appends one turn's tokens to the samples that ran in its slots."""
-    steps, slots = emitted.valid.shape
-    rows = jnp.broadcast_to(running, (steps, slots))
-    # invalid tokens get a column outside the arrays, and are dropped
-    columns = jnp.where(emitted.valid, before + jnp.arange(steps)[:, None], samples.tokens.shape[1])
-
-    def put(held: Array, new: Array) -> jax.Array:
-        return jnp.asarray(held).at[rows, columns].set(new, mode="drop")
-
-    return Samples(
-        tokens=put(samples.tokens, emitted.tokens),
-        logps=put(samples.logps, emitted.logps),
-        versions=put(samples.versions, jnp.broadcast_to(version, rows.shape)),
-        log_mass=put(samples.log_mass, emitted.log_mass),
-        candidate_tokens=put(samples.candidate_tokens, emitted.candidate_tokens),
-        # None on both sides unless recorded
-        sampler_tokens=jax.tree.map(put, samples.sampler_tokens, emitted.head_tokens),
-        sampler_logps=jax.tree.map(put, samples.sampler_logps, emitted.head_logps),
-        experts=jax.tree.map(put, samples.experts, emitted.experts),
-        lengths=jnp.asarray(samples.lengths).at[running].add(jnp.sum(emitted.valid, axis=0), mode="drop"),
-    )
+    compiled, slots, numbers = programs(decoder), engine.slots_for(total), np.zeros(total, np.int32)
+    compiled.begin.lower(decoder, slots, total).compile()
+    state = jax.eval_shape(compiled.begin, decoder, slots, total)
+    asked = engine.make_requests(np.zeros((total, 2)))
+    inputs = (params, prefix, numbers, asked, numbers, np.int32(total), np.int32(REFILLS_PER_CALL))
+    compiled.decode.lower(decoder, engine.steps_per_call, *inputs, state).compile()
 
 
 def assemble(

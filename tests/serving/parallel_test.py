@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from dcjax.models import ModelConfig, init_params, logical_axes
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.rollout import REFILLS_PER_CALL, Sampling, _programs, sample_responses
+from dcjax.serving.rollout import REFILLS_PER_CALL, Sampling, sample_responses
+from dcjax.serving.scheduler import programs
 from dcjax.serving.scoring import score_responses
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
@@ -126,15 +127,16 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     params = served(engine, MIXED)
     settings = {"samples_per_prompt": G, "key": KEY, "temperature": 1.0, "top_k": 4}
     sampling = Sampling(engine, params, PROMPTS, **settings)
-    state, prefix = sampling._state, sampling._prefix
+    state, prefix = sampling._scheduler._state, sampling._prefix
     # two of eight slots, and four of eight heads; a prefix on all copies
     assert {leaf.sharding.shard_shape(leaf.shape)[:2] for leaf in jax.tree.leaves(state.decode.caches)} == {(2, 4)}
     assert {leaf.sharding.shard_shape(leaf.shape)[:2] for leaf in jax.tree.leaves(prefix.caches)} == {(9, 4)}
     layer = params.weights["layers"][1]
     assert layer["experts_up_proj"].values.sharding.shard_shape((8, 64, 32)) == (4, 64, 32)
     assert layer["o_proj"].values.sharding.spec == PartitionSpec("tensor", None)
-    given = (params, prefix, sampling._rows, sampling._requests, np.int32(REFILLS_PER_CALL), state)
-    text = _programs(engine.decoder).decode.lower(engine.decoder, 4, *given).compile().as_text()
+    queue, rows = np.arange(len(sampling._rows), dtype=np.int32), sampling._rows
+    given = (params, prefix, rows, sampling._requests, queue, np.int32(len(rows)), np.int32(REFILLS_PER_CALL), state)
+    text = programs(engine.decoder).decode.lower(engine.decoder, 4, *given).compile().as_text()
     # arrays of one copy alone: nothing has the cache of all slots, or of all heads
     capacity = P + T
     assert f"s8[2,4,{capacity},8]" in text

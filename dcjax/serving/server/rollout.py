@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.rollout import Ended, Samples, assemble, sample_keys
+from dcjax.serving.rollout import Ended, assemble, sample_keys
+from dcjax.serving.scheduler import Samples
 from dcjax.serving.server.client import Client, Request
 from dcjax.serving.server.wire import STOP, Asked
 from dcjax.spans import span
