@@ -1,4 +1,4 @@
-"""`dcjax serve`: the deployed policy behind JetStream's orchestrator, over gRPC."""
+"""`dcjax serve`: the deployed policy over gRPC, behind JetStream's orchestrator, or over HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dcjax.cli.arguments import add_recipe_code_option, given_options
 from dcjax.cli.session import jax_session
+from dcjax.errors import RunError
 
 SERVING_OPTIONS = ("format", "kv_cache", "slots", "steps_per_call")
 LENGTH_OPTIONS = ("max_prompt_length", "max_response_length")
@@ -18,10 +19,9 @@ def add_parser(commands) -> None:
     """Adds the command's options."""
     parser = commands.add_parser(
         "serve",
-        help="serve a policy over gRPC as it was trained to be served",
-        description="Loads a policy, compiles, and serves it over JetStream's gRPC interface until SIGTERM or Ctrl-C, "
-        "which let running requests end. Newer checkpoints of a run are served as they are saved. docs/server.md "
-        "explains what requests may ask for.",
+        help="serve a policy over gRPC or HTTP as it was trained to be served",
+        description="Loads a policy, compiles, and serves it until SIGTERM or Ctrl-C, which let running requests end. "
+        "Newer checkpoints of a run are served as they are saved. docs/server.md explains what requests may ask for.",
     )
     parser.add_argument(
         "source",
@@ -29,7 +29,15 @@ def add_parser(commands) -> None:
         metavar="SOURCE",
         help="a run directory, one of its checkpoints (RUN/checkpoints/STEP), or a Hugging Face folder",
     )
-    parser.add_argument("--protocol", choices=("grpc",), default="grpc", help="protocol to serve (default: grpc)")
+    parser.add_argument(
+        "--protocol",
+        choices=("grpc", "http"),
+        default="grpc",
+        help="grpc is JetStream's service, http OpenAI's completions and chat (default: grpc)",
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="what HTTP clients must send as bearer token (default: nothing)"
+    )
     parser.add_argument("--host", help="address to listen at (default: 127.0.0.1, which only this machine reaches)")
     parser.add_argument("--port", type=int, help="port to listen at; 0 takes any that is free (default: 9000)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port of Prometheus' metrics (default: none)")
@@ -68,10 +76,10 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Serves the source until the process is told to stop."""
     with jax_session():
-        from dcjax.serving.server.server import ServerConfig
+        from dcjax.serving.server.served import ServerConfig
         from dcjax.tools.serve import load_served, serve
 
-        server = ServerConfig(**given_options(options, *SERVER_OPTIONS))
+        server = ServerConfig(**given_options(options, *SERVER_OPTIONS), token=_token(options))
         served = load_served(
             options.source,
             serving={name: getattr(options, name) for name in SERVING_OPTIONS},
@@ -79,5 +87,25 @@ def run(options: argparse.Namespace) -> None:
             other_format=options.other_format,
             devices=options.devices,
             recipe_code=options.recipe_code,
+            protocol=options.protocol,
         )
-        serve(served, server, told=lambda line: print(f"serving: {line}", file=sys.stderr, flush=True))
+        serve(
+            served, server, options.protocol, told=lambda line: print(f"serving: {line}", file=sys.stderr, flush=True)
+        )
+
+
+def _token(options: argparse.Namespace) -> str | None:
+    """What is in the file of the bearer token.
+
+    Raises:
+      RunError: it is empty, or given beside a protocol that has none; or metrics are asked for at a port of their own.
+    """
+    if options.protocol == "http" and options.metrics_port is not None:
+        raise RunError("--metrics-port is of gRPC; over HTTP, metrics are at /metrics of --port")
+    if options.token_file is None:
+        return None
+    if options.protocol == "grpc":
+        raise RunError("--token-file is given, and gRPC is served without a token; give --protocol http")
+    if not (token := options.token_file.read_text("utf-8").strip()):
+        raise RunError(f"{options.token_file} is empty; it must hold the token")
+    return token

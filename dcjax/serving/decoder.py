@@ -79,6 +79,18 @@ class DecodeState:
 
 
 @flax.struct.dataclass
+class Told:
+    """What the model itself gives to a sampled token and to its most probable ones, beside what was sampled from."""
+
+    # natural logs, at temperature 1 and over all tokens
+    logps: Float[Array, "slots"]
+    # the model's most probable tokens, and their log-probs under the model and under what was sampled from
+    top_tokens: Int[Array, "slots H"]
+    top_logps: Float[Array, "slots H"]
+    top_sampled_logps: Float[Array, "slots H"]
+
+
+@flax.struct.dataclass
 class Emitted:
     """One token from every slot, with what training needs to know about it; meaningless where not `valid`."""
 
@@ -97,6 +109,8 @@ class Emitted:
     experts: Int[Array, "slots M k"] | None
     # the residual stream after each layer; None unless requested
     residuals: Float[Array, "L slots E"] | None
+    # None unless told
+    told: Told | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,8 @@ class Decoder:
     mesh: Mesh
     # how many of the most probable tokens are recorded with their log-probs, whatever the truncation; 0 records none
     head: int = 0
+    # how many of the model's most probable tokens are told, and whether it is asked at all; None asks nothing
+    tells: int | None = None
     # whether layers are looped over, with weights and caches from `models.cache.stack_layers`; only on one device
     loops: bool = False
 
@@ -318,6 +334,21 @@ class Decoder:
 
         return lax.map(column, (before.swapaxes(0, 1), targets.T)).T
 
+    def read_model(
+        self, params: ServingParams, tokens: Int[Array, "1 S"], top: int
+    ) -> tuple[Float[Array, "S-1"], Int[Array, "S-1 H"], Float[Array, "S-1 H"]]:
+        """What the model gives to each token of a sequence behind the first, and its `top` most probable ones there."""
+        length = tokens.shape[1] - 1
+        before = self.hidden(params, tokens, jnp.ones(1, jnp.int32), length)[0]
+
+        def column(of_one: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            hidden, target = of_one
+            model = sampling.plain(self._head(params, hidden[None]))
+            logps, most_probable = parallel.head(self.mesh, model, max(top, 1))
+            return sampling.log_probs(model, target[None])[0], most_probable[0, :top], logps[0, :top]
+
+        return lax.map(column, (before, tokens[0, 1:]))
+
     def _steps(
         self,
         params: ServingParams,
@@ -365,6 +396,7 @@ class Decoder:
             head_logps=head_logps,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
+            told=None if self.tells is None else self._told(logits, drawn_from, tokens),
         )
         active = state.active & ~stopped & (generated < requests.limits)
         following = dataclasses.replace(
@@ -377,6 +409,12 @@ class Decoder:
             active=active,
         )
         return self._placed(following), emitted
+
+    def _told(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> Told:
+        model = sampling.plain(logits)
+        logps, top = parallel.head(self.mesh, model, max(self.tells or 0, 1))
+        sampled = sampling.log_probs_of(drawn_from, top)
+        return Told(sampling.log_probs(model, tokens), *(leaf[:, : self.tells] for leaf in (top, logps, sampled)))
 
     @property
     def state_places(self) -> Any:

@@ -121,6 +121,17 @@ def log_probs(drawn_from: Distribution, tokens: Int[Array, "B"]) -> Float[Array,
     return jnp.where(drawn_from.greedy & jnp.isfinite(total), 0.0, chosen - total)
 
 
+def log_probs_of(drawn_from: Distribution, tokens: Int[Array, "B H"]) -> Float[Array, "B H"]:
+    """Natural logs of several tokens' probabilities in each row: -inf for one that cannot be drawn.
+
+    In greedy rows the most probable token has 0, and all others -inf.
+    """
+    chosen = jnp.take_along_axis(drawn_from.logits, tokens, axis=-1)
+    logps = chosen - jax.nn.logsumexp(drawn_from.logits, axis=-1, keepdims=True)
+    first = tokens == jnp.argmax(drawn_from.logits, axis=-1)[:, None]
+    return jnp.where(drawn_from.greedy[:, None], jnp.where(first, 0.0, -jnp.inf), logps)
+
+
 def head(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B H"], Int[Array, "B H"]]:
     """Log-probs and ids of the most probable tokens, from a `Distribution`'s logits; 0 and -1 where fewer can be drawn.
 

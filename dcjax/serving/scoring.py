@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dcjax.arguments import as_sequences
 from dcjax.models.parameters import head_name
@@ -110,6 +111,34 @@ def read_responses(engine: Qwen3Engine, params: ServingParams, rollout: Rollout)
     return np.where(rollout.response_mask, np.concatenate(parts)[: len(tokens)], 0.0)
 
 
+class ModelScores(NamedTuple):
+    """What the served model gives to the tokens of a sequence behind the first; natural logs, at temperature 1."""
+
+    logps: Float[np.ndarray, "S-1"]
+    # the most probable tokens in the place of each, and their log-probs
+    top_tokens: Int[np.ndarray, "S-1 H"]
+    top_logps: Float[np.ndarray, "S-1 H"]
+
+
+def score_sequence(engine: Qwen3Engine, params: ServingParams, tokens: Sequence[int], top: int) -> ModelScores:
+    """Reads a sequence in one pass, with the numerics of `read_responses`.
+
+    Args:
+      engine: the engine.
+      params: from `engine.sync`.
+      tokens: the sequence, as long as a prompt at most.
+      top: how many of the most probable tokens are told.
+
+    Raises:
+      ValueError: the engine does not accept the sequence.
+    """
+    padded, _ = engine.padded([tokens])
+    decoder, params = engine.for_one_pass(params)
+    width = max(engine.width_of(tokens), 2)
+    scores = jax.device_get(_read_model(decoder, params, padded[:, :width], top))
+    return ModelScores(*(leaf[: len(tokens) - 1] for leaf in scores))
+
+
 class Reading(NamedTuple):
     """What the sampler's distributions at N responses are made of, on the devices that train."""
 
@@ -163,6 +192,7 @@ def _moved(tree: Any, places: Any, old: Mesh, new: Mesh) -> Any:
 
 
 _hidden = jax.jit(Decoder.hidden, static_argnums=(0, 4), compiler_options=NO_EXCESS_PRECISION)
+_read_model = jax.jit(Decoder.read_model, static_argnums=(0, 3), compiler_options=NO_EXCESS_PRECISION)
 _read = jax.jit(Decoder.read, static_argnums=(0, 5), compiler_options=NO_EXCESS_PRECISION)
 
 

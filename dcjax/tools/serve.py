@@ -16,7 +16,7 @@ from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract, read_contract
-from dcjax.serving.server.server import Served, ServerConfig, run_server
+from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.sync import ServingParams
 from dcjax.tools.open_model import OpenedModel, open_model
 
@@ -28,16 +28,20 @@ SAMPLING = ("temperature", "top_k", "top_p", "max_prompt_length", "max_response_
 """The fields of a contract that are of the recipe's sections `serving` and `rollout`."""
 
 
-def serve(served: Served, server: ServerConfig, told: Callable[[str], None]) -> None:
+PROTOCOLS = ("grpc", "http")
+
+
+def serve(served: Served, server: ServerConfig, protocol: str, told: Callable[[str], None]) -> None:
     """Serves until the process is told to stop.
 
     Args:
       served: from `load_served`.
       server: how it is reached.
+      protocol: one of `PROTOCOLS`.
       told: called with lines on what is served and where.
 
     Raises:
-      RunError: the address cannot be listened at, or the engine fails.
+      RunError: the address cannot be listened at, what serves this protocol is not installed, or the engine fails.
     """
     contract = served.contract
 
@@ -45,9 +49,21 @@ def serve(served: Served, server: ServerConfig, told: Callable[[str], None]) -> 
         step = "" if contract.step is None else f" step {contract.step}"
         newer = "" if served.newer is None else ", and newer checkpoints as they are saved"
         told(f"{served.name}{step} in {contract.format}, {served.engine.slots} slots{newer}")
-        told(f"listening at grpc://{server.host}:{port}")
+        told(f"listening at {protocol}://{server.host}:{port}")
 
-    run_server(served, server, ready)
+    _runner(protocol)(served, server, ready)
+
+
+def _runner(protocol: str) -> Callable[[Served, ServerConfig, Callable[[int], None]], None]:
+    if protocol == "grpc":
+        from dcjax.serving.server.server import run_server
+
+        return run_server
+    try:
+        from dcjax.serving.http.server import run_server
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is needed to serve over HTTP: pip install 'dcjax[serve]'") from None
+    return run_server
 
 
 def load_served(
@@ -58,6 +74,7 @@ def load_served(
     other_format: bool = False,
     devices: int = 1,
     recipe_code: bool = True,
+    protocol: str = "grpc",
 ) -> Served:
     """Loads a policy and compiles the programs that serve it.
 
@@ -69,6 +86,7 @@ def load_served(
       other_format: whether a format other than the one that the policy was trained for may be served.
       devices: how many share the model.
       recipe_code: whether code of a run's own may be executed.
+      protocol: that it will be served by; HTTP tells of the most probable tokens.
 
     Raises:
       RunError: there is no such source, or it cannot be served so.
@@ -87,7 +105,7 @@ def load_served(
         _check_numerics(contract, trained, source)
     engine = make_engine(config.model, section, limits, config.mismatch, model.mesh, end_tokens=model.end_tokens)
     params = engine.sync(model.params(), version)
-    engine.rehearse(params)
+    engine.rehearse(params, tells=engine.most_told if protocol == "http" else None)
     return Served(
         name=model.name,
         engine=engine,

@@ -318,6 +318,7 @@ PATHS = {
     "evaluate --against": ["evaluate", "x", "--suite", "paper", "--against", ...],
     "evaluate --out": ["evaluate", "x", "--suite", "paper", "--out", ...],
     "serve SOURCE": ["serve", ...],
+    "serve --token-file": ["serve", "x", "--protocol", "http", "--token-file", ...],
     "probe SOURCE": ["probe", ...],
     "probe --prompts-file": ["probe", "x", "--prompts-file", ...],
     "probe --out": ["probe", "x", "--out", ...],

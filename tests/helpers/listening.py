@@ -7,7 +7,8 @@ import grpc
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from dcjax.serving.server.client import event_loop
-from dcjax.serving.server.server import ServerConfig, serving
+from dcjax.serving.server.served import ServerConfig
+from dcjax.serving.server.server import serving
 from dcjax.serving.server.wire import MAX_METADATA, Answer, Asked
 
 

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import openai
 import pytest
 import tiny
 from launching import fake_devices
@@ -15,10 +16,10 @@ from dcjax.cli import main
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
 from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
-from dcjax.serving.server.server import ServerConfig
+from dcjax.serving.server.served import ServerConfig
 from dcjax.tools.convert import export_run, import_model
 from dcjax.tools.open_model import open_model
-from dcjax.tools.serve import load_served
+from dcjax.tools.serve import load_served, serve
 
 pytestmark = pytest.mark.heavy
 
@@ -123,6 +124,41 @@ def test_refusals_of_the_command_are_one_line(tmp_path, capfd):
     assert "no run in" in capfd.readouterr().err
     assert main(["serve", str(tmp_path), "--protocol", "carrier-pigeon"]) == 2
     assert "carrier-pigeon" in capfd.readouterr().err
+    (empty := tmp_path / "token").write_text("\n")
+    for arguments, told in (
+        (["--token-file", str(empty)], "gRPC is served without a token; give --protocol http"),
+        (["--protocol", "http", "--token-file", str(empty)], "is empty; it must hold the token"),
+        (["--protocol", "http", "--metrics-port", "1"], "metrics are at /metrics of --port"),
+    ):
+        assert main(["serve", str(tmp_path), *arguments]) == 2
+        assert told in capfd.readouterr().err
+
+
+def test_what_http_needs_is_named_where_it_is_not_installed(finished_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "dcjax.serving.http.server", raising=False)
+    with pytest.raises(RunError, match=r"uvicorn is needed to serve over HTTP: pip install 'dcjax\[serve\]'"):
+        serve(load(finished_run), ServerConfig(port=0), "http", told=print)
+
+
+def test_http_is_served_until_the_process_is_told_to_stop_and_what_runs_is_finished(finished_run):
+    command = [sys.executable, "-m", "dcjax", "serve", str(finished_run), "--port", "0", "--protocol", "http"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=fake_devices(1)) as process:
+        try:
+            told = []
+            while not told or "listening" not in told[-1]:
+                told.append(process.stderr.readline())
+                assert told[-1], told
+            address = f"http://127.0.0.1:{int(told[-1].rpartition(':')[2])}/v1"
+            with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+                asked = {"model": finished_run.name, "prompt": "1+2=", "seed": 1}
+                whole = client.completions.create(**asked)
+                stream = client.completions.create(stream=True, **asked)
+                process.send_signal(signal.SIGTERM)
+                assert "".join(part.choices[0].text for part in stream) == whole.choices[0].text
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_the_command_serves_until_it_is_told_to_stop(finished_run):

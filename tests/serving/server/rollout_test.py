@@ -19,7 +19,7 @@ from dcjax.recipe.engine import contract_of
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.server.client import Client, Request
 from dcjax.serving.server.rollout import ServedSampling
-from dcjax.serving.server.server import Served
+from dcjax.serving.server.served import Served
 from dcjax.serving.server.wire import Asked
 
 pytestmark = pytest.mark.heavy

@@ -25,7 +25,7 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.serving.server import server, service
 from dcjax.serving.server.contract import Contract
 from dcjax.serving.server.driver import ServedEngine
-from dcjax.serving.server.server import Served
+from dcjax.serving.server.served import Served
 from dcjax.serving.server.wire import CONTRACT, Asked
 
 pytestmark = pytest.mark.heavy

@@ -1,0 +1,1 @@
+"""The deployed policy over HTTP, as OpenAI's clients speak it."""
