@@ -31,6 +31,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping.",
     }.items()
 }
+ANSWERS: dict[int | str, dict[str, Any]] = ERRORS | {
+    200: {
+        "description": "The answers, as one object, or as server-sent events where `stream` is true.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 
 
 def make_app(service: Service, metrics: Metrics) -> FastAPI:
@@ -43,13 +49,13 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
     app = FastAPI(title="dcjax", description="The deployed policy, and log-probs that mean something.")
     created = int(time.time())
 
-    @app.post("/v1/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/completions", responses=ANSWERS, response_model=None)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         writer = CompletionWriter(service, asked, await service.prompts_of(asked))
         top, limit = asked.logprobs or 0, asked.max_tokens
         return await answered(request, writer, asked, service.answers(asked, writer.prompts, limit=limit, top=top))
 
-    @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         writer = ChatWriter(service, asked, [await service.prompt_of(asked)])
         top, limit = asked.top_logprobs or 0, asked.max_completion_tokens or asked.max_tokens
@@ -161,4 +167,6 @@ def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    return _refusal(Refused(error.status_code, str(error.detail)))
+    answer = _refusal(Refused(error.status_code, str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer

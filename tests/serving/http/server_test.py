@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -327,3 +329,14 @@ def test_a_contract_models_metrics_and_a_description(served, address, client):
     assert set(described["paths"]["/v1/completions"]["post"]["responses"]) == {"200", "400", "404", "413", "429", "503"}
     assert ask(address, "/nowhere")[0] == 404
     assert ask(address, "/v1/completions", method="GET")[0] == 405
+
+
+@pytest.mark.slow
+def test_whatever_its_description_allows_or_not_is_answered(address):
+    checks = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "unsupported_method")
+    asked = ("--max-examples", "200", "--checks", ",".join(checks))
+    command = ["-m", "schemathesis.cli", "run", f"{address}/openapi.json", *asked]
+    fuzzed = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert fuzzed.returncode == 0, fuzzed.stdout[-4000:]
+    assert "Tested: 6" in fuzzed.stdout
+    assert ask(address, "/health")[0] == 200
