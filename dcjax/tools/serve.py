@@ -16,6 +16,7 @@ from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract, read_contract
+from dcjax.serving.server.life import Serving, run_server
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.sync import ServingParams
 from dcjax.tools.open_model import OpenedModel, open_model
@@ -28,16 +29,13 @@ SAMPLING = ("temperature", "top_k", "top_p", "max_prompt_length", "max_response_
 """The fields of a contract that are of the recipe's sections `serving` and `rollout`."""
 
 
-PROTOCOLS = ("grpc", "http")
-
-
 def serve(served: Served, server: ServerConfig, protocol: str, told: Callable[[str], None]) -> None:
     """Serves until the process is told to stop.
 
     Args:
       served: from `load_served`.
       server: how it is reached.
-      protocol: one of `PROTOCOLS`.
+      protocol: grpc or http.
       told: called with lines on what is served and where.
 
     Raises:
@@ -51,19 +49,19 @@ def serve(served: Served, server: ServerConfig, protocol: str, told: Callable[[s
         told(f"{served.name}{step} in {contract.format}, {served.engine.slots} slots{newer}")
         told(f"listening at {protocol}://{server.host}:{port}")
 
-    _runner(protocol)(served, server, ready)
+    run_server(_serving_by(protocol), served, server, ready)
 
 
-def _runner(protocol: str) -> Callable[[Served, ServerConfig, Callable[[int], None]], None]:
+def _serving_by(protocol: str) -> Serving:
     if protocol == "grpc":
-        from dcjax.serving.server.server import run_server
+        from dcjax.serving.server.server import serving
 
-        return run_server
+        return serving
     try:
-        from dcjax.serving.http.server import run_server
+        from dcjax.serving.http.server import serving
     except ModuleNotFoundError as error:
         raise RunError(f"{error.name} is needed to serve over HTTP: pip install 'dcjax[serve]'") from None
-    return run_server
+    return serving
 
 
 def load_served(

@@ -4,16 +4,42 @@ import asyncio
 import contextlib
 
 import grpc
+import tiny
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+from served import END, T, engine_of, params_of
 
+from dcjax.data.arithmetic import build_tokenizer
 from dcjax.serving.server.client import event_loop
-from dcjax.serving.server.served import ServerConfig
+from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.server.server import serving
 from dcjax.serving.server.wire import MAX_METADATA, Answer, Asked
 
+CONTRACT = Contract(
+    format="float32",
+    kv_cache="auto",
+    keep=(),
+    temperature=0.8,
+    top_k=0,
+    top_p=1.0,
+    max_prompt_length=tiny.PROMPT_LENGTH,
+    max_response_length=T,
+    end_tokens=(END,),
+    run="a run",
+    step=7,
+)
+
+
+def small_policy(*, tells=False):
+    """A policy that is served by `CONTRACT`, its programs compiled."""
+    engine = engine_of("float32", max_candidates=0)
+    params = params_of(engine)
+    engine.rehearse(params, tells=engine.most_told if tells else None)
+    return Served("tests", engine, 7, params, build_tokenizer(), CONTRACT, newer=None, prompts=2)
+
 
 @contextlib.contextmanager
-def listening(served, **settings):
+def listening(served, serving=serving, **settings):
     """The port of a server that is stopped at the end; a thread of its that failed fails the test."""
     failures = []
 

@@ -25,6 +25,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": told}
     for status, told in {
         400: "What cannot be served, and what can.",
+        401: "A bearer token is needed; it is missing or wrong.",
         404: "Another model than the one that is served.",
         413: "The body is too large.",
         429: "Too many requests wait.",

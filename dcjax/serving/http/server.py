@@ -1,12 +1,10 @@
-"""A server's life: it loads, serves, takes newer weights, finishes what runs, and ends."""
+"""The server over HTTP: the engine's thread, the application behind its guard, and newer weights."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
@@ -16,15 +14,13 @@ from dcjax.serving.http.app import make_app
 from dcjax.serving.http.engine_thread import EngineThread
 from dcjax.serving.http.guard import Guard
 from dcjax.serving.http.service import Service
+from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.server.weights import Reloader, Weights
 
-LARGEST_BODY = 2**24
+LARGEST_BODY = 2**22
 """Bytes of a request's body, at most."""
-
-LINGER = 1.0
-"""Seconds in which a server that stops still refuses requests."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -33,42 +29,6 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def run_server(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what runs; a second signal ends it at once.
-
-    Args:
-      served: what is served.
-      config: how.
-      ready: called with the port once requests are taken.
-
-    Raises:
-      RunError: the address cannot be listened at, or the engine has failed.
-    """
-    asyncio.run(_run(served, config, ready))
-
-
-async def _run(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
-    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
-    failures: list[BaseException] = []
-
-    def fail(error: BaseException) -> None:
-        failures.append(error)
-        loop.call_soon_threadsafe(stopping.set)
-
-    async with serving(served, config, on_failure=fail) as (port, stop):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        ready(port)
-        await stopping.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        if failures:
-            stop.set()
-    if failures:
-        traceback.print_exception(failures[0])
-        raise RunError(f"the engine has failed: {type(failures[0]).__name__}: {failures[0]}")
 
 
 @contextlib.asynccontextmanager
@@ -104,18 +64,11 @@ async def serving(
             yield listening.getsockname()[1], at_once
         finally:
             service.stopping = True
-            await _until(lambda: at_once.is_set() or not service.running, config.grace)
+            await until(lambda: at_once.is_set() or not service.running, config.grace)
             if not at_once.is_set():
                 await asyncio.sleep(LINGER)  # requests that have come since are refused rather than cut off
             server.should_exit, server.force_exit = True, at_once.is_set()
             await running
-
-
-async def _until(condition: Callable[[], bool], seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.02)
 
 
 def _listen(config: ServerConfig) -> socket.socket:

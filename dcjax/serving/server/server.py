@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,13 +19,11 @@ from prometheus_client import start_http_server
 
 from dcjax.errors import RunError
 from dcjax.serving.server.driver import Driver, ServedEngine
+from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.server.service import Orchestrator
 from dcjax.serving.server.weights import Reloader, Weights
-
-LINGER = 1.0
-"""Seconds in which a server that stops still refuses calls."""
 
 PING_INTERVAL = 10_000
 """Milliseconds between the pings of a client that waits; gRPC itself takes more than one in five minutes for an attack,
@@ -56,42 +52,6 @@ class UnreadableAsEmpty(grpc.aio.ServerInterceptor):
                 return read(b"")
 
         return handler._replace(request_deserializer=read_or_empty)
-
-
-def run_server(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what runs; a second signal ends it at once.
-
-    Args:
-      served: what is served.
-      config: how.
-      ready: called with the port once requests are taken.
-
-    Raises:
-      RunError: the address cannot be listened at, or the engine has failed.
-    """
-    asyncio.run(_run(served, config, ready))
-
-
-async def _run(served: Served, config: ServerConfig, ready: Callable[[int], None]) -> None:
-    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
-    failures: list[BaseException] = []
-
-    def fail(error: BaseException) -> None:
-        failures.append(error)
-        loop.call_soon_threadsafe(stopping.set)
-
-    async with serving(served, config, on_failure=fail) as (port, stop):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        ready(port)
-        await stopping.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        if failures:
-            stop.set()
-    if failures:
-        traceback.print_exception(failures[0])
-        raise RunError(f"the engine has failed: {type(failures[0]).__name__}: {failures[0]}")
 
 
 @contextlib.asynccontextmanager
@@ -137,16 +97,9 @@ async def serving(
         finally:
             await healthy.enter_graceful_shutdown()
             service.stopping = True
-            await _until(lambda: at_once.is_set() or not driver.running, config.grace)
+            await until(lambda: at_once.is_set() or not driver.running, config.grace)
             # calls that have come since are refused rather than cut off
             await server.stop(0 if at_once.is_set() else LINGER)
-
-
-async def _until(condition: Callable[[], bool], seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.02)
 
 
 def _listen(server: Any, config: ServerConfig) -> int:

@@ -1,6 +1,7 @@
 """The server over a real port, asked by OpenAI's own client and by hand."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import subprocess
@@ -15,40 +16,32 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from http_serving import http_server
-from served import END, PROMPTS, SLOTS, T, engine_of, params_of
+from listening import CONTRACT, listening, small_policy
+from served import END, PROMPTS, SLOTS, T
 
 from dcjax.data.arithmetic import build_tokenizer
+from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.http.engine_thread import EngineThread
+from dcjax.serving.http.server import LARGEST_BODY, serving
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import score_sequence
-from dcjax.serving.server.contract import Contract
 from dcjax.serving.server.served import Served
 
 pytestmark = pytest.mark.heavy
 
 TOKENIZER = build_tokenizer()
-CONTRACT = Contract(
-    format="float32",
-    kv_cache="auto",
-    keep=(),
-    temperature=0.8,
-    top_k=0,
-    top_p=1.0,
-    max_prompt_length=tiny.PROMPT_LENGTH,
-    max_response_length=T,
-    end_tokens=(END,),
-    run="a run",
-    step=7,
-)
+
+
+@contextlib.contextmanager
+def http_server(served, **settings):
+    """The address of a server."""
+    with listening(served, serving, **settings) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
 def served():
-    engine = engine_of("float32", max_candidates=0)
-    params = params_of(engine)
-    engine.rehearse(params, tells=engine.most_told)
-    return Served("tests", engine, 7, params, TOKENIZER, CONTRACT, newer=None, prompts=2)
+    return small_policy(tells=True)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +250,7 @@ def test_who_knows_no_token_is_refused(served):
 
 
 def test_bodies_have_a_limit_whether_they_say_their_length_or_not(address):
-    large = b'{"prompt": "' + b"1" * 2**24 + b'"}'
+    large = b'{"prompt": "' + b"1" * LARGEST_BODY + b'"}'
     assert ask(address, body=large)[0] == 413
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -266,7 +259,7 @@ def test_bodies_have_a_limit_whether_they_say_their_length_or_not(address):
             b"transfer-encoding: chunked\r\n\r\n"
         )
         try:
-            for _ in range(40):
+            for _ in range(LARGEST_BODY // 0x80000 + 1):
                 connection.sendall(b"80000\r\n" + b"1" * 0x80000 + b"\r\n")
         except OSError:
             pass  # it hangs up
@@ -309,6 +302,30 @@ def test_more_than_can_wait_are_refused_and_those_who_leave_make_room(served, ga
         held.close()
 
 
+def test_who_leaves_in_the_midst_of_a_stream_frees_the_slot_behind_the_turn(served, monkeypatch):
+    turns, generate = threading.Semaphore(1), Qwen3Engine.generate
+
+    def counted(*arguments):
+        assert turns.acquire(timeout=30)
+        return generate(*arguments)
+
+    monkeypatch.setattr(Qwen3Engine, "generate", counted)
+    with http_server(served) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+
+        def running():
+            with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+                (line,) = [line for line in answer.read().decode().splitlines() if line.startswith("dcjax_running ")]
+            return float(line.split()[1])
+
+        # no end token, so that it would go on for five turns
+        stream = complete(client, PROMPTS[0], stream=True, stop_token_ids=[0], max_tokens=T)
+        assert next(iter(stream)).choices[0].finish_reason is None
+        assert running() == 1
+        stream.close()
+        turns.release(2)
+        poll(running, lambda found: found == 0)
+
+
 def poll(get, wanted, seconds=20.0):
     """The first answer that is wanted."""
     until = time.monotonic() + seconds
@@ -326,7 +343,9 @@ def test_a_contract_models_metrics_and_a_description(served, address, client):
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
         assert "dcjax_tokens_total" in answer.read().decode()
     _, described = ask(address, "/openapi.json")
-    assert set(described["paths"]["/v1/completions"]["post"]["responses"]) == {"200", "400", "404", "413", "429", "503"}
+    assert set(described["paths"]["/v1/completions"]["post"]["responses"]) == {
+        *map(str, (200, 400, 401, 404, 413, 429, 503))
+    }
     assert ask(address, "/nowhere")[0] == 404
     assert ask(address, "/v1/completions", method="GET")[0] == 405
 

@@ -15,8 +15,9 @@ import tiny
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 from launching import free_port
-from listening import ask, connected, listening, message
-from served import END, PROMPTS, SLOTS, T, engine_of, params_of
+from listening import CONTRACT as CONTRACT_OF_TESTS
+from listening import ask, connected, listening, message, small_policy
+from served import END, PROMPTS, SLOTS
 
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.task import decode_responses
@@ -25,33 +26,16 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.serving.server import server, service
 from dcjax.serving.server.contract import Contract
 from dcjax.serving.server.driver import ServedEngine
-from dcjax.serving.server.served import Served
 from dcjax.serving.server.wire import CONTRACT, Asked
 
 pytestmark = pytest.mark.heavy
 
 TOKENIZER = build_tokenizer()
-CONTRACT_OF_TESTS = Contract(
-    format="float32",
-    kv_cache="auto",
-    keep=(),
-    temperature=0.8,
-    top_k=0,
-    top_p=1.0,
-    max_prompt_length=tiny.PROMPT_LENGTH,
-    max_response_length=T,
-    end_tokens=(END,),
-    run="a run",
-    step=7,
-)
 
 
 @pytest.fixture(scope="module")
 def served():
-    engine = engine_of("float32", max_candidates=0)
-    params = params_of(engine)
-    engine.rehearse(params)
-    return Served("tests", engine, 7, params, TOKENIZER, CONTRACT_OF_TESTS, newer=None, prompts=2)
+    return small_policy()
 
 
 @pytest.fixture(scope="module")
