@@ -11,7 +11,7 @@ from jetstream.engine import engine_api, tokenizer_pb2
 from scipy import stats
 
 from dcjax.models import ModelConfig, abstract_params, forward
-from dcjax.serving import Qwen3Engine, rollout
+from dcjax.serving import Qwen3Engine, scheduler
 from dcjax.serving import engine as module
 from dcjax.serving.decoder import Decoder
 from dcjax.serving.engine import SampledTokens
@@ -372,9 +372,10 @@ def test_the_loop_that_decodes_and_refills_updates_the_cache_in_place(masters, n
     params = engine.sync(masters, 0)
     prefix = engine.prefill_many(params, PROMPTS)
     requests = engine.make_requests(sample_keys(jax.random.key(0), np.arange(12)))
-    programs, turns = rollout._programs(engine.decoder), np.int32(rollout.REFILLS_PER_CALL)
+    programs, queue = scheduler.programs(engine.decoder), np.arange(12, dtype=np.int32)
     state = programs.begin(engine.decoder, SLOTS, 12)
-    given = (params, prefix, np.repeat(np.arange(6, dtype=np.int32), 2), requests, turns, state)
+    rows, sizes = np.repeat(np.arange(6, dtype=np.int32), 2), (np.int32(12), np.int32(64))
+    given = (params, prefix, rows, requests, queue, *sizes, state)
     compiled = programs.decode.lower(engine.decoder, STEPS, *given).compile()
     shape = state.decode.caches[0].k.shape
     assert copies(compiled, shape) == 0
