@@ -176,12 +176,12 @@ def dc_grpo(
 ) -> Objective:
     """Ã = A − λ · δ, λ ← clip(λ + η_λ (δ̄ − c), 0, max) once per iteration (paper A, eqs. 8-11, with its values for 8B).
 
-    Seen on a model of 100 thousand parameters: at 8 bits λ rises, δ̄ falls under the budget and λ anneals to 0;
-    accuracy is the same as without the penalty. At 4 bits, where the gap cannot fall under the budget, λ saturates
-    while δ̄ rises, and accuracy collapses (fp4: .055 against GRPO's .731): watch `dual/multiplier` and
-    `dual/discrepancy` together. A real model's gap is another: SmolLM2-135M's mean is some .008 in int8 and .035 in
-    w8a8, above the paper's budgets, so that "auto" is the budget to begin with. The paper reports gains at 8B and 30B
-    in bf16 and fp8.
+    Seen on a model of 100 thousand parameters (docs/findings.md, claim A4, ten seeds on two tasks): at 8 bits λ rises,
+    δ̄ falls under the budget and λ anneals to 0; nothing of the accuracy is gained from the mismatch. At 4 bits, where
+    the gap cannot fall under a budget of .0015, λ saturates while δ̄ rises, and accuracy collapses (.115 against GRPO's
+    .861 on chained arithmetic): watch `dual/multiplier` and `dual/discrepancy` together. With "auto" it ends where GRPO
+    does. A real model's gap is another: SmolLM2-135M's mean is some .008 in int8 and .035 in w8a8, above the paper's
+    budgets, so that "auto" is the budget to begin with. The paper reports gains at 8B and 30B in bf16 and fp8.
 
     Args:
       updates: optimiser updates per iteration, as given to `make_train_step` (paper A: 4).
