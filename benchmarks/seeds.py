@@ -2,7 +2,7 @@
 
     python benchmarks/seeds.py [--seeds 4] [--json PATH]
 
-Each seed has parameters, prompts, keys and a batch of its own. Both programs are plain_jax.py's, so that nothing of
+Seeds have keys of their own, and copies of the same parameters, prompts and batch. Both programs are plain_jax.py's, so that nothing of
 dcjax's limits them; verifiers, syncs and logging are left out. How they are timed is said in timing.py.
 """
 
@@ -22,6 +22,8 @@ from timing import environment, measure, pin, ratio, row, table  # pyrefly: igno
 
 from dcjax.allocator import keep_freed_memory
 
+LARGEST_DIFFERENCE = 1e-4
+"""Between what the programs compute: parameters, log-probs, and tokens, which must be equal."""
 MICROBATCH = 32
 """Rows of a forward and backward pass of one seed."""
 
@@ -43,6 +45,8 @@ def compare(title: str, program, inputs: list[tuple[Any, ...]], rounds: int) -> 
     different = max(
         float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
     )
+    if not different <= LARGEST_DIFFERENCE:
+        raise SystemExit(f"{title}: the programs differ by {different:.1e}, more than {LARGEST_DIFFERENCE}")
     programs = {
         "one after another": lambda number: [alone(*each) for each in inputs],
         "in one program": lambda number: together(*all_inputs),

@@ -10,7 +10,7 @@ import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Sample:
     # whether log-probs are the model's own, and not those of what is sampled from
     of_model: bool = False
     length: int = 0
-    cancelled: bool = field(default=False, repr=False)
+    cancelled: bool = False
 
 
 class EngineThread:

@@ -128,8 +128,8 @@ class ChatRequest(Asked):
         return self
 
 
-class Told(BaseModel):
-    """An error."""
+class Error(BaseModel):
+    """What is wrong."""
 
     message: str
     type: str
@@ -140,4 +140,4 @@ class Told(BaseModel):
 class ErrorAnswer(BaseModel):
     """What every status but 200 has for a body."""
 
-    error: Told
+    error: Error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -157,7 +158,7 @@ class CompletionWriter(Writer[CompletionRequest]):
             list(zip(ids[:top].tolist(), logs[:top].tolist(), strict=True))
             for ids, logs in zip(scores.top_tokens, scores.top_logps, strict=True)
         ]
-        offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
         return {
             "tokens": texts,
             "token_logprobs": [None, *scores.logps.tolist()],
