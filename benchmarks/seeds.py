@@ -2,8 +2,9 @@
 
     python benchmarks/seeds.py [--seeds 4] [--json PATH]
 
-Seeds have keys of their own, and copies of the same parameters, prompts and batch. Both programs are plain_jax.py's, so that nothing of
-dcjax's limits them; verifiers, syncs and logging are left out. How they are timed is said in timing.py.
+Seeds have keys of their own, and copies of the same parameters, prompts and batch. Both programs are plain_jax.py's,
+so that nothing of dcjax's limits them; verifiers, syncs and logging are left out. How they are timed is said in
+timing.py.
 """
 
 from __future__ import annotations

@@ -351,11 +351,11 @@ def test_a_contract_models_metrics_and_a_description(served, address, client):
 
 
 @pytest.mark.slow
-def test_whatever_its_description_allows_or_not_is_answered(address):
+def test_whatever_its_description_allows_or_not_is_answered(address, tmp_path):
     checks = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "unsupported_method")
     asked = ("--max-examples", "200", "--checks", ",".join(checks))
     command = ["-m", "schemathesis.cli", "run", f"{address}/openapi.json", *asked]
-    fuzzed = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    fuzzed = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
     assert fuzzed.returncode == 0, fuzzed.stdout[-4000:]
     assert "Tested: 6" in fuzzed.stdout
     assert ask(address, "/health")[0] == 200
