@@ -22,7 +22,7 @@ import grpc
 import psutil
 from jetstream.core.proto import jetstream_pb2
 
-from dcjax.serving.server.wire import MAX_METADATA, Answer
+from dcjax.serving.server.grpc.wire import MAX_METADATA, Answer
 
 proto: Any = jetstream_pb2
 

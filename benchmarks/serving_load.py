@@ -59,7 +59,8 @@ from dcjax.data.tokenizers import byte_tokenizer
 from dcjax.models import init_params, save_hf
 from dcjax.recipe.build import build_engine
 from dcjax.serving.rollout import Sampling, sample_keys, sample_responses
-from dcjax.serving.server.wire import STOP, Asked
+from dcjax.serving.server.contract import STOP
+from dcjax.serving.server.grpc.wire import Asked
 from dcjax.tools.open_model import OpenedModel, open_model
 from dcjax.types import Rollout
 

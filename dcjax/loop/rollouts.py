@@ -16,8 +16,8 @@ from dcjax.recipe.engine import contract_of
 from dcjax.recipe.rollout import IN_PROCESS
 from dcjax.serving.rollout import Sampling
 from dcjax.serving.scoring import Reading, read_hidden
-from dcjax.serving.server.client import Client
-from dcjax.serving.server.rollout import ServedSampling
+from dcjax.serving.server.grpc.client import Client
+from dcjax.serving.server.grpc.rollout import ServedSampling
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Params, Rollout
 

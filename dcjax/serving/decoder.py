@@ -79,7 +79,7 @@ class DecodeState:
 
 
 @flax.struct.dataclass
-class Told:
+class TopLogprobs:
     """What the model itself gives to a sampled token and to its most probable ones, beside what was sampled from."""
 
     # natural logs, at temperature 1 and over all tokens
@@ -109,8 +109,8 @@ class Emitted:
     experts: Int[Array, "slots M k"] | None
     # the residual stream after each layer; None unless requested
     residuals: Float[Array, "L slots E"] | None
-    # None unless told
-    told: Told | None
+    # None unless asked for
+    top: TopLogprobs | None
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Decoder:
     mesh: Mesh
     # how many of the most probable tokens are recorded with their log-probs, whatever the truncation; 0 records none
     head: int = 0
-    # how many of the model's most probable tokens are told, and whether it is asked at all; None asks nothing
-    tells: int | None = None
+    # of how many of the model's most probable tokens log-probs are emitted, beside those of each sampled one; 0 is none
+    top_logprobs: int = 0
     # whether layers are looped over, with weights and caches from `models.cache.stack_layers`; only on one device
     loops: bool = False
 
@@ -396,7 +396,7 @@ class Decoder:
             head_logps=head_logps,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
-            told=None if self.tells is None else self._told(logits, drawn_from, tokens),
+            top=self._top_logprobs(logits, drawn_from, tokens) if self.top_logprobs else None,
         )
         active = state.active & ~stopped & (generated < requests.limits)
         following = dataclasses.replace(
@@ -410,11 +410,10 @@ class Decoder:
         )
         return self._placed(following), emitted
 
-    def _told(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> Told:
+    def _top_logprobs(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> TopLogprobs:
         model = sampling.plain(logits)
-        logps, top = parallel.head(self.mesh, model, max(self.tells or 0, 1))
-        sampled = sampling.log_probs_of(drawn_from, top)
-        return Told(sampling.log_probs(model, tokens), *(leaf[:, : self.tells] for leaf in (top, logps, sampled)))
+        logps, top = parallel.head(self.mesh, model, self.top_logprobs)
+        return TopLogprobs(sampling.log_probs(model, tokens), top, logps, sampling.log_probs_of(drawn_from, top))
 
     @property
     def state_places(self) -> Any:
@@ -437,6 +436,24 @@ class Decoder:
         """What `prefill` leaves of so many prompts, empty."""
         pieces = -(-self.max_prompt_length // self.prefill_tokens)
         return self._caches(rows, pieces * min(self.max_prompt_length, self.prefill_tokens))
+
+    def no_prompts(self, rows: int) -> Prefix:
+        """Room for so many prompts, of which `put_prompt` fills a row."""
+        numbers = jnp.zeros(rows, jnp.int32)
+        return Prefix(pinned(self.mesh, self.prompt_caches(rows), SHARED_CACHE), numbers, numbers, None)
+
+    def put_prompt(self, prompts: Prefix, row: Int[Array, ""], new: Prefix) -> Prefix:
+        """`prompts` with the only row of `new` in place of one of its rows; what was there behind it is never read."""
+
+        def put(held: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice(held, new, (row, *[0] * (held.ndim - 1)))
+
+        return Prefix(
+            pinned(self.mesh, self._each_layer(put, prompts.caches, new.caches), SHARED_CACHE),
+            put(prompts.tokens, new.tokens),
+            put(prompts.positions, new.positions),
+            None,
+        )
 
     def _caches(self, batch: int, capacity: int) -> Caches:
         def one() -> LayerCache:

@@ -41,19 +41,17 @@ class SampledTokens(engine_api.ResultTokens):
 
     log_prob: Any = None
     version: Any = None
-    # a `decoder.Told` of [slots, K] tokens where it was asked for
-    told: Any = None
 
     def copy_to_host_async(self) -> None:
         """Starts the copies of all arrays."""
-        for array in jax.tree.leaves((self.data, self.log_prob, self.version, self.told)):
+        for array in (self.data, self.log_prob, self.version):
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
 
     def convert_to_numpy(self) -> SampledTokens:
         """The same on the host."""
-        data, log_prob, version, told = jax.device_get((self.data, self.log_prob, self.version, self.told))
-        return dataclasses.replace(self, data=data, log_prob=log_prob, version=version, told=told)
+        data, log_prob, version = jax.device_get((self.data, self.log_prob, self.version))
+        return dataclasses.replace(self, data=data, log_prob=log_prob, version=version)
 
     @property
     def tokens(self):
@@ -69,8 +67,7 @@ class SampledTokens(engine_api.ResultTokens):
 DEEP = 8
 """The number of layers from which on they are looped over, where that costs nothing at run time."""
 
-
-MOST_TOLD = 20
+MOST_TOP_LOGPROBS = 20
 """Most probable tokens that clients of a server can ask for."""
 
 NARROWEST_PREFILL = 16
@@ -147,7 +144,6 @@ def _generate(
         samples_per_slot=1,
         log_prob=jnp.where(valid, emitted.logps.T, 0.0),
         version=jnp.where(valid, params.version, -1),
-        told=jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), emitted.told),
     )
     return state, result
 
@@ -285,15 +281,9 @@ class Qwen3Engine(engine_api.Engine):
             self._unkeyed += 1
         return _programs(self.decoder).start(self.decoder, decode_state, slot, prefix, row, request)
 
-    def generate(
-        self, params: ServingParams, decode_state: DecodeState, tells: int | None = None
-    ) -> tuple[DecodeState, SampledTokens]:
-        """Decodes `steps_per_call` tokens in every slot that is active; `decode_state` is donated.
-
-        With `tells`, the model's own log-probs are told too, and those of so many of its most probable tokens.
-        """
-        decoder = dataclasses.replace(self.decoder, tells=tells)
-        return _programs(decoder).generate(decoder, params, decode_state, self.steps_per_call)
+    def generate(self, params: ServingParams, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
+        """Decodes `steps_per_call` tokens in every slot that is active; `decode_state` is donated."""
+        return _programs(self.decoder).generate(self.decoder, params, decode_state, self.steps_per_call)
 
     def init_decode_state(self) -> DecodeState:
         """A state in which all slots are empty."""
@@ -362,9 +352,9 @@ class Qwen3Engine(engine_api.Engine):
         return dataclasses.replace(self.decoder, loops=True), stacked(params)
 
     @property
-    def most_told(self) -> int:
-        """How many of the most probable tokens `generate` is asked to tell of by servers, whatever clients ask for."""
-        return min(MOST_TOLD, self.config.vocab_size)
+    def most_top_logprobs(self) -> int:
+        """Of how many of the most probable tokens servers know log-probs, whatever clients ask for."""
+        return min(MOST_TOP_LOGPROBS, self.config.vocab_size)
 
     def head_shardings(self, training: jax.sharding.Mesh) -> Any:
         """Where the parts of the output head, as it is served, lie on the mesh that trains: beside their master's."""
@@ -436,18 +426,13 @@ class Qwen3Engine(engine_api.Engine):
         shapes = jax.eval_shape(self.decoder.prefill, params, tokens, lengths)
         return with_shardings(shapes, compiled.output_shardings)
 
-    def rehearse(self, params: ServingParams, *, tells: int | None = None) -> None:
-        """Runs the programs that serve one request at a time once, so that none is compiled while a request waits.
-
-        With `tells` the one too that tells of so many of the most probable tokens.
-        """
+    def rehearse(self, params: ServingParams) -> None:
+        """Runs the programs that serve one request at a time once, so that none is compiled while a request waits."""
         state, request, length = self.init_decode_state(), self.make_requests([[0, 0]]), 0
         while length < self.max_prompt_length:
             length = self.width_of([0] * (length + 1))
             state = self.insert(self.prefill_many(params, [[0] * length], length), state, 0, request)
-        for told in dict.fromkeys((None, tells)):
-            state, _ = self.generate(params, state, told)
-        jax.block_until_ready(state)
+        jax.block_until_ready(self.generate(params, state))
 
     def make_requests(
         self,

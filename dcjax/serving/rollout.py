@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from dcjax.keys import require_key
 from dcjax.serving.decoder import Requests
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.scheduler import Samples, Scheduler, programs
+from dcjax.serving.scheduler import Samples, Scheduler, programs, queue_of
 from dcjax.serving.sync import ServingParams
 from dcjax.spans import span
 from dcjax.types import Array, Params, Rollout
@@ -106,13 +106,15 @@ class Sampling:
         )
         self._scheduler = Scheduler(engine, self._prefix, self._rows, self._requests)
         self._scheduler.wait(range(len(keys)))
-        self._left, self._ended = len(keys), [np.zeros(0, np.int64)]
+        self._left = len(keys)
+        self._ended: list[int] = []
 
     def advance(self, params: ServingParams) -> bool:
         """Decodes and refills REFILLS_PER_CALL times, or until all samples have ended; returns whether they have."""
         with span("decode"):
-            self._ended.append(self._scheduler.advance(params, REFILLS_PER_CALL))
-        self._left -= len(self._ended[-1])
+            ended = self._scheduler.advance(params, REFILLS_PER_CALL)
+        self._ended += ended.tolist()
+        self._left -= len(ended)
         return not self._left
 
     def as_they_end(self, params: ServingParams) -> Iterator[Ended]:
@@ -124,7 +126,7 @@ class Sampling:
 
     def take_ended(self) -> Ended:
         """The samples that have ended and were not taken before."""
-        samples, self._ended = np.sort(np.concatenate(self._ended)), [np.zeros(0, np.int64)]
+        samples, self._ended = np.array(sorted(self._ended), np.int64), []
         with span("decode"):
             tokens, lengths = jax.device_get((self._scheduler.samples.tokens, self._scheduler.samples.lengths))
         return Ended(
@@ -165,11 +167,10 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
     params = engine.compile_sync(masters)
     prefix = engine.compile_prefill(params, prompts)
     compiled, slots, numbers = programs(decoder), engine.slots_for(total), np.zeros(total, np.int32)
-    compiled.begin.lower(decoder, slots, total).compile()
-    state = jax.eval_shape(compiled.begin, decoder, slots, total)
-    asked = engine.make_requests(np.zeros((total, 2)))
-    inputs = (params, prefix, numbers, asked, numbers, np.int32(total), np.int32(REFILLS_PER_CALL))
-    compiled.decode.lower(decoder, engine.steps_per_call, *inputs, state).compile()
+    compiled.begin.lower(decoder, slots, total, True).compile()
+    state = jax.eval_shape(compiled.begin, decoder, slots, total, True)
+    queue = queue_of(prefix, numbers, engine.make_requests(np.zeros((total, 2))), numbers)
+    compiled.decode.lower(decoder, engine.steps_per_call, params, queue, np.int32(REFILLS_PER_CALL), state).compile()
 
 
 def assemble(

@@ -14,6 +14,7 @@ from dcjax.recipe.config import check_positions
 from dcjax.recipe.engine import contract_of, make_engine
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
+from dcjax.serving.continuous import rehearse
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract, read_contract
 from dcjax.serving.server.life import Serving, run_server
@@ -54,11 +55,11 @@ def serve(served: Served, server: ServerConfig, protocol: str, told: Callable[[s
 
 def _serving_by(protocol: str) -> Serving:
     if protocol == "grpc":
-        from dcjax.serving.server.server import serving
+        from dcjax.serving.server.grpc.server import serving
 
         return serving
     try:
-        from dcjax.serving.http.server import serving
+        from dcjax.serving.server.http.server import serving
     except ModuleNotFoundError as error:
         raise RunError(f"{error.name} is needed to serve over HTTP: pip install 'dcjax[serve]'") from None
     return serving
@@ -84,7 +85,7 @@ def load_served(
       other_format: whether a format other than the one that the policy was trained for may be served.
       devices: how many share the model.
       recipe_code: whether code of a run's own may be executed.
-      protocol: that it will be served by; HTTP tells of the most probable tokens.
+      protocol: that it will be served by, whose programs are compiled.
 
     Raises:
       RunError: there is no such source, or it cannot be served so.
@@ -95,6 +96,8 @@ def load_served(
         trained = model.contract() if model.step is not None else read_contract(model.directory)
         section, limits = _sections(model, trained, _given(serving), _given(lengths))
         check_positions(config.model, limits)
+        if protocol == "http":  # which keeps a prompt for each slot
+            limits = replace(limits, prompts=section.slots)
     except ValueError as error:
         raise RunError(str(error)) from None
     run, step = (None, None) if trained is None else (trained.run, trained.step)
@@ -103,7 +106,7 @@ def load_served(
         _check_numerics(contract, trained, source)
     engine = make_engine(config.model, section, limits, config.mismatch, model.mesh, end_tokens=model.end_tokens)
     params = engine.sync(model.params(), version)
-    engine.rehearse(params, tells=engine.most_told if protocol == "http" else None)
+    (rehearse if protocol == "http" else Qwen3Engine.rehearse)(engine, params)
     return Served(
         name=model.name,
         engine=engine,

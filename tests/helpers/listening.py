@@ -9,11 +9,12 @@ from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 from served import END, T, engine_of, params_of
 
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.serving.server.client import event_loop
+from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.grpc.client import event_loop
+from dcjax.serving.server.grpc.server import serving
+from dcjax.serving.server.grpc.wire import MAX_METADATA, Answer, Asked
 from dcjax.serving.server.served import Served, ServerConfig
-from dcjax.serving.server.server import serving
-from dcjax.serving.server.wire import MAX_METADATA, Answer, Asked
 
 CONTRACT = Contract(
     format="float32",
@@ -30,11 +31,11 @@ CONTRACT = Contract(
 )
 
 
-def small_policy(*, tells=False):
-    """A policy that is served by `CONTRACT`, its programs compiled."""
+def small_policy(rehearse=Qwen3Engine.rehearse):
+    """A policy that is served by `CONTRACT`, the programs of a protocol compiled."""
     engine = engine_of("float32", max_candidates=0)
     params = params_of(engine)
-    engine.rehearse(params, tells=engine.most_told if tells else None)
+    rehearse(engine, params)
     return Served("tests", engine, 7, params, build_tokenizer(), CONTRACT, newer=None, prompts=2)
 
 

@@ -12,7 +12,7 @@ from jetstream.core.proto import jetstream_pb2
 from jetstream.engine import token_utils, tokenizer_api
 from launching import fake_devices
 
-from dcjax.serving.server.driver import orchestrator
+from dcjax.serving.server.grpc.driver import orchestrator
 
 pytestmark = pytest.mark.heavy
 

@@ -136,7 +136,7 @@ def test_refusals_of_the_command_are_one_line(tmp_path, capfd):
 
 def test_what_http_needs_is_named_where_it_is_not_installed(finished_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "dcjax.serving.http.server", raising=False)
+    monkeypatch.delitem(sys.modules, "dcjax.serving.server.http.server", raising=False)
     with pytest.raises(RunError, match=r"uvicorn is needed to serve over HTTP: pip install 'dcjax\[serve\]'"):
         serve(load(finished_run), ServerConfig(port=0), "http", told=print)
 

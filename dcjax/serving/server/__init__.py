@@ -1,5 +1,5 @@
-"""The deployed policy behind JetStream's orchestrator and gRPC service. Import its modules by name: each is heavy.
+"""The deployed policy behind a server. Import its modules by name: each is heavy.
 
-`wire` says what travels beside the messages, `jetstream` mends the orchestrator, `driver` and `service` put the engine
-behind it, `server` runs them, and `client` samples rollouts from a server.
+Here is what servers of both protocols need: what is served and by which contract, its life, weights, text and metrics.
+`grpc` puts the engine behind JetStream's orchestrator and service, `http` behind what OpenAI's clients speak.
 """

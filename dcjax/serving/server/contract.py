@@ -10,6 +10,9 @@ from pathlib import Path
 CONTRACT_FILE = "dcjax.json"
 """The file that holds the contract in a Hugging Face folder which dcjax has exported."""
 
+STOP, LENGTH = "stop", "length"
+"""Reasons to finish a response: an end token was sampled, or the limit was reached."""
+
 
 @dataclass(frozen=True)
 class Contract:

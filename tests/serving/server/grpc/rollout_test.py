@@ -17,10 +17,10 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.errors import Interrupted, RunError
 from dcjax.recipe.engine import contract_of
 from dcjax.serving.rollout import Sampling
-from dcjax.serving.server.client import Client, Request
-from dcjax.serving.server.rollout import ServedSampling
+from dcjax.serving.server.grpc.client import Client, Request
+from dcjax.serving.server.grpc.rollout import ServedSampling
+from dcjax.serving.server.grpc.wire import Asked
 from dcjax.serving.server.served import Served
-from dcjax.serving.server.wire import Asked
 
 pytestmark = pytest.mark.heavy
 

@@ -20,11 +20,10 @@ from listening import CONTRACT, listening, small_policy
 from served import END, PROMPTS, SLOTS, T
 
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.http.engine_thread import EngineThread
-from dcjax.serving.http.server import LARGEST_BODY, serving
+from dcjax.serving.continuous import Continuous, rehearse
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import score_sequence
+from dcjax.serving.server.http.server import LARGEST_BODY, serving
 from dcjax.serving.server.served import Served
 
 pytestmark = pytest.mark.heavy
@@ -41,7 +40,7 @@ def http_server(served, **settings):
 
 @pytest.fixture(scope="module")
 def served():
-    return small_policy(tells=True)
+    return small_policy(rehearse)
 
 
 @pytest.fixture(scope="module")
@@ -270,13 +269,13 @@ def test_bodies_have_a_limit_whether_they_say_their_length_or_not(address):
 @pytest.fixture
 def gate(monkeypatch):
     """No sample begins unless it is open."""
-    opened, begin = threading.Event(), EngineThread._prefix
+    opened, begin = threading.Event(), Continuous.begin
 
-    def gated(self, prompt):
+    def gated(self, *given):
         assert opened.wait(30)
-        return begin(self, prompt)
+        return begin(self, *given)
 
-    monkeypatch.setattr(EngineThread, "_prefix", gated)
+    monkeypatch.setattr(Continuous, "begin", gated)
     yield opened
     opened.set()
 
@@ -303,13 +302,13 @@ def test_more_than_can_wait_are_refused_and_those_who_leave_make_room(served, ga
 
 
 def test_who_leaves_in_the_midst_of_a_stream_frees_the_slot_behind_the_turn(served, monkeypatch):
-    turns, generate = threading.Semaphore(1), Qwen3Engine.generate
+    turns, turn = threading.Semaphore(1), Continuous.turn
 
     def counted(*arguments):
         assert turns.acquire(timeout=30)
-        return generate(*arguments)
+        return turn(*arguments)
 
-    monkeypatch.setattr(Qwen3Engine, "generate", counted)
+    monkeypatch.setattr(Continuous, "turn", counted)
     with http_server(served) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
 
         def running():

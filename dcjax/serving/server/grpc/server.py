@@ -18,11 +18,11 @@ from jetstream.core.proto import jetstream_pb2_grpc
 from prometheus_client import start_http_server
 
 from dcjax.errors import RunError
-from dcjax.serving.server.driver import Driver, ServedEngine
+from dcjax.serving.server.grpc.driver import Driver, ServedEngine
+from dcjax.serving.server.grpc.service import Orchestrator
 from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
-from dcjax.serving.server.service import Orchestrator
 from dcjax.serving.server.weights import Reloader, Weights
 
 PING_INTERVAL = 10_000

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.data.task import encode
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.server.contract import Contract
-from dcjax.serving.server.driver import Call, Driver, orchestrator, text_stream
+from dcjax.serving.server.grpc.driver import Call, Driver, orchestrator, text_stream
+from dcjax.serving.server.grpc.wire import CONTRACT, Asked
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.weights import Weights
-from dcjax.serving.server.wire import CONTRACT, Asked
 
 proto: Any = jetstream_pb2
 

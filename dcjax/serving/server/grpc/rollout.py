@@ -10,8 +10,9 @@ import numpy as np
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import Ended, assemble, sample_keys
 from dcjax.serving.scheduler import Samples
-from dcjax.serving.server.client import Client, Request
-from dcjax.serving.server.wire import STOP, Asked
+from dcjax.serving.server.contract import STOP
+from dcjax.serving.server.grpc.client import Client, Request
+from dcjax.serving.server.grpc.wire import Asked
 from dcjax.spans import span
 from dcjax.types import Rollout
 

@@ -25,8 +25,8 @@ from dcjax.errors import RunError
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.server import server, service
 from dcjax.serving.server.contract import Contract
-from dcjax.serving.server.driver import ServedEngine
-from dcjax.serving.server.wire import CONTRACT, Asked
+from dcjax.serving.server.grpc.driver import ServedEngine
+from dcjax.serving.server.grpc.wire import CONTRACT, Asked
 
 pytestmark = pytest.mark.heavy
 

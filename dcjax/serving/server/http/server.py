@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import uvicorn
 
 from dcjax.errors import RunError
-from dcjax.serving.http.app import make_app
-from dcjax.serving.http.engine_thread import EngineThread
-from dcjax.serving.http.guard import Guard
-from dcjax.serving.http.service import Service
+from dcjax.serving.server.http.app import make_app
+from dcjax.serving.server.http.engine_thread import EngineThread
+from dcjax.serving.server.http.guard import Guard
+from dcjax.serving.server.http.service import Service
 from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
@@ -46,7 +46,7 @@ async def serving(
     loop, at_once = asyncio.get_running_loop(), asyncio.Event()
     weights = Weights(served.version, served.params)
     listening = _listen(config)
-    thread = EngineThread(served.engine, weights, waiting=config.waiting, prompts=served.prompts, on_failure=on_failure)
+    thread = EngineThread(served.engine, weights, waiting=config.waiting, on_failure=on_failure)
     metrics = Metrics(running=lambda: thread.running, slots=served.engine.slots)
     metrics.serves(served.version)
     service = Service(served.name, served.engine, thread, weights, served.contract, served.tokenizer)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dcjax.serving.http.engine_thread import Piece, Scored
+from dcjax.serving.server.contract import STOP
+from dcjax.serving.server.http.engine_thread import Piece, Scored
 from dcjax.serving.server.text import TextStream
-from dcjax.serving.server.wire import STOP
 
 
 @dataclass

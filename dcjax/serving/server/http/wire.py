@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dcjax.serving.engine import MOST_TOLD
+from dcjax.serving.engine import MOST_TOP_LOGPROBS
 
 LogprobsMode = Literal["sampled", "model"]
 """Whose log-probs are told: those of the distribution that a token was drawn from, after temperature and truncation, or
@@ -21,6 +21,7 @@ MOST_STOPS, MOST_CHOICES = 16, 64
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=2**22)]
+Top = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -73,12 +74,26 @@ class CompletionRequest(Asked):
         | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[list[Token]], Field(min_length=1)]
     )
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOLD, description="How many of the most probable tokens are told.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_TOP_LOGPROBS, description="How many of the most probable tokens are told."
+    )
     echo: bool = Field(False, description="Whether the prompt stands before each answer.")
-    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_TOLD, description="The same of the prompt's tokens.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MOST_TOP_LOGPROBS, description="The same of the prompt's tokens."
+    )
     best_of: int | None = None
     suffix: Literal[""] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a response at most."""
+        return self.max_tokens
+
+    @property
+    def top(self) -> int:
+        """Of how many of the most probable tokens log-probs are told."""
+        return self.logprobs or 0
 
     @model_validator(mode="after")
     def _as_many_as_asked(self) -> CompletionRequest:
@@ -116,8 +131,18 @@ class ChatRequest(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOLD)
+    top_logprobs: Top | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of `max_tokens`.")
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a response at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top(self) -> int:
+        """Of how many of the most probable tokens log-probs are told."""
+        return self.top_logprobs or 0
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:

@@ -11,8 +11,8 @@ from served import P, engine_of
 
 from dcjax.data.arithmetic import build_tokenizer
 from dcjax.serving.server import service
+from dcjax.serving.server.grpc.server import UnreadableAsEmpty
 from dcjax.serving.server.metrics import Metrics
-from dcjax.serving.server.server import UnreadableAsEmpty
 
 pytestmark = pytest.mark.heavy
 

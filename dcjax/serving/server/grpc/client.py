@@ -18,7 +18,7 @@ from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from dcjax.errors import Interrupted, RunError
 from dcjax.serving.server.contract import Contract
-from dcjax.serving.server.wire import CONTRACT, MAX_METADATA, Answer, Asked
+from dcjax.serving.server.grpc.wire import CONTRACT, MAX_METADATA, Answer, Asked
 
 proto: Any = jetstream_pb2
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcjax.serving.http.answers import Answer
-from dcjax.serving.http.engine_thread import Piece, Scored
+from dcjax.serving.server.http.answers import Answer
+from dcjax.serving.server.http.engine_thread import Piece, Scored
 
 LETTERS = "ab"
 END = 2

@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from dcjax.serving.http.answers import Delta
-from dcjax.serving.http.engine_thread import Scored
-from dcjax.serving.http.service import Choice, Service
-from dcjax.serving.http.wire import Asked, ChatRequest, CompletionRequest
 from dcjax.serving.scoring import ModelScores
+from dcjax.serving.server.http.answers import Delta
+from dcjax.serving.server.http.engine_thread import Scored
+from dcjax.serving.server.http.service import Choice, Service
+from dcjax.serving.server.http.wire import Asked, ChatRequest, CompletionRequest
 
 LAST = "data: [DONE]\n\n"
 """The end of a stream."""

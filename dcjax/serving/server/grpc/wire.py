@@ -19,9 +19,6 @@ CONTRACT = f"{PREFIX}contract"
 VERSIONS, FINISH_REASON, LOG_PROBS = f"{PREFIX}weights-versions", f"{PREFIX}finish-reason", f"{PREFIX}log-probs-bin"
 """The keys of an answer's trailing metadata."""
 
-STOP, LENGTH = "stop", "length"
-"""Reasons to finish: an end token was sampled, or the limit was reached."""
-
 MAX_METADATA = 2**24
 """Bytes of metadata that a client must accept where it asks for log-probs: four a token. gRPC's default is 8 KiB."""
 

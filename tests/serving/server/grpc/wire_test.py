@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcjax.serving.server.wire import LOG_PROBS, VERSIONS, Answer, Asked
+from dcjax.serving.server.grpc.wire import LOG_PROBS, VERSIONS, Answer, Asked
 
 FLOATS = st.floats(width=32, allow_nan=False)
 ASKED = st.builds(

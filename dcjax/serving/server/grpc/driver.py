@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from dcjax.serving.decoder import DecodeState, Prefix, Requests
 from dcjax.serving.engine import Qwen3Engine, SampledTokens
 from dcjax.serving.jetstream import Thread, import_orchestrator
+from dcjax.serving.server.contract import LENGTH, STOP
+from dcjax.serving.server.grpc.wire import Answer
 from dcjax.serving.server.text import TextStream
 from dcjax.serving.server.weights import Weights
-from dcjax.serving.server.wire import LENGTH, STOP, Answer
 
 orchestrator: Any = import_orchestrator()
 

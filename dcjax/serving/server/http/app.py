@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from dcjax.serving.http.service import Choice, Refused, Service
-from dcjax.serving.http.wire import Asked, ChatRequest, CompletionRequest, ErrorAnswer
-from dcjax.serving.http.writing import ChatWriter, CompletionWriter, Writer
+from dcjax.serving.server.http.service import Choice, Refused, Service
+from dcjax.serving.server.http.wire import Asked, ChatRequest, CompletionRequest, ErrorAnswer
+from dcjax.serving.server.http.writing import ChatWriter, CompletionWriter, Writer
 from dcjax.serving.server.metrics import Metrics
 
 T = TypeVar("T")
@@ -54,13 +54,13 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         writer = CompletionWriter(service, asked, await service.prompts_of(asked))
         top, limit = asked.logprobs or 0, asked.max_tokens
-        return await answered(request, writer, asked, service.answers(asked, writer.prompts, limit=limit, top=top))
+        return await answered(request, writer, asked)
 
     @app.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         writer = ChatWriter(service, asked, [await service.prompt_of(asked)])
         top, limit = asked.top_logprobs or 0, asked.max_completion_tokens or asked.max_tokens
-        return await answered(request, writer, asked, service.answers(asked, writer.prompts, limit=limit, top=top))
+        return await answered(request, writer, asked)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

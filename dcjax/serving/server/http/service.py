@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dcjax.data.task import encode
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.http.answers import Answer, Delta
-from dcjax.serving.http.engine_thread import EngineThread, Piece, Sample
-from dcjax.serving.http.wire import Asked, ChatRequest, CompletionRequest
 from dcjax.serving.scoring import ModelScores, score_sequence
 from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.http.answers import Answer, Delta
+from dcjax.serving.server.http.engine_thread import EngineThread, Piece, Sample
+from dcjax.serving.server.http.wire import Asked, ChatRequest, CompletionRequest
 from dcjax.serving.server.weights import Weights
 
 MOST_SAMPLES = 256
@@ -227,6 +227,6 @@ class Service:
         """What the model gives to a prompt's tokens behind the first, read beside the thread that decodes."""
         async with self._reading:
             scores = await asyncio.to_thread(
-                score_sequence, self._engine, self._weights.params, prompt, self._engine.most_told
+                score_sequence, self._engine, self._weights.params, prompt, self._engine.most_top_logprobs
             )
         return ModelScores(scores.logps, scores.top_tokens[:, :top], scores.top_logps[:, :top])
