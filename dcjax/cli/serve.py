@@ -12,7 +12,8 @@ from dcjax.errors import RunError
 
 SERVING_OPTIONS = ("format", "kv_cache", "slots", "steps_per_call")
 LENGTH_OPTIONS = ("max_prompt_length", "max_response_length")
-SERVER_OPTIONS = ("host", "port", "metrics_port", "waiting", "grace", "reload_every")
+SERVER_OPTIONS = ("host", "port", "metrics_port", "waiting", "grace", "reload_every", "request_seconds", "log")
+HTTP_OPTIONS = ("token_file", "request_seconds", "log", "train_logprobs")
 
 
 def add_parser(commands) -> None:
@@ -34,9 +35,6 @@ def add_parser(commands) -> None:
         choices=("grpc", "http"),
         default="grpc",
         help="grpc is JetStream's service, http OpenAI's completions and chat (default: grpc)",
-    )
-    parser.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="what HTTP clients must send as bearer token (default: nothing)"
     )
     parser.add_argument("--host", help="address to listen at (default: 127.0.0.1, which only this machine reaches)")
     parser.add_argument("--port", type=int, help="port to listen at; 0 takes any that is free (default: 9000)")
@@ -69,6 +67,22 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--grace", type=float, metavar="SECONDS", help="time that running requests have to end at a stop (default: 60)"
     )
+    http = parser.add_argument_group("over HTTP")
+    http.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="what clients must send as bearer token (default: nothing)"
+    )
+    http.add_argument("--request-seconds", type=float, metavar="SECONDS", help="time of a request (default: 600)")
+    http.add_argument(
+        "--log",
+        choices=("none", "requests", "prompts"),
+        help="print nothing, a line of JSON for each request, or that with its prompt (default: requests)",
+    )
+    http.add_argument(
+        "--train-logprobs",
+        action="store_true",
+        default=None,
+        help="keep the training policy too, to show where the served one differs from it",
+    )
     add_recipe_code_option(parser)
     parser.set_defaults(run=run)
 
@@ -88,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
             devices=options.devices,
             recipe_code=options.recipe_code,
             protocol=options.protocol,
+            train_logprobs=bool(options.train_logprobs),
         )
         serve(
             served, server, options.protocol, told=lambda line: print(f"serving: {line}", file=sys.stderr, flush=True)
@@ -98,14 +113,15 @@ def _token(options: argparse.Namespace) -> str | None:
     """What is in the file of the bearer token.
 
     Raises:
-      RunError: it is empty, or given beside a protocol that has none; or metrics are asked for at a port of their own.
+      RunError: it is empty, or an option is of the other protocol.
     """
     if options.protocol == "http" and options.metrics_port is not None:
         raise RunError("--metrics-port is of gRPC; over HTTP, metrics are at /metrics of --port")
+    for name in HTTP_OPTIONS:
+        if options.protocol == "grpc" and getattr(options, name) is not None:
+            raise RunError(f"--{name.replace('_', '-')} is of HTTP; give --protocol http")
     if options.token_file is None:
         return None
-    if options.protocol == "grpc":
-        raise RunError("--token-file is given, and gRPC is served without a token; give --protocol http")
     if not (token := options.token_file.read_text("utf-8").strip()):
         raise RunError(f"{options.token_file} is empty; it must hold the token")
     return token

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints
@@ -21,6 +23,8 @@ from dcjax.serving.server.life import Serving, run_server
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.sync import ServingParams
 from dcjax.tools.open_model import OpenedModel, open_model
+from dcjax.tools.probe.policies import Policies
+from dcjax.types import Params, Rollout
 
 FOLDER_LENGTH = 1024
 """Tokens of a prompt, and of a response, at most, where a Hugging Face folder says nothing of them."""
@@ -74,6 +78,7 @@ def load_served(
     devices: int = 1,
     recipe_code: bool = True,
     protocol: str = "grpc",
+    train_logprobs: bool = False,
 ) -> Served:
     """Loads a policy and compiles the programs that serve it.
 
@@ -86,6 +91,7 @@ def load_served(
       devices: how many share the model.
       recipe_code: whether code of a run's own may be executed.
       protocol: that it will be served by, whose programs are compiled.
+      train_logprobs: whether the training policy is kept beside the served one, to tell what it gives to tokens.
 
     Raises:
       RunError: there is no such source, or it cannot be served so.
@@ -105,7 +111,9 @@ def load_served(
     if trained is not None and not other_format:
         _check_numerics(contract, trained, source)
     engine = make_engine(config.model, section, limits, config.mismatch, model.mesh, end_tokens=model.end_tokens)
-    params = engine.sync(model.params(), version)
+    masters = model.params()
+    params = engine.sync(masters, version)
+    trainer = _Trainer(model, version, masters) if train_logprobs else None
     (rehearse if protocol == "http" else Qwen3Engine.rehearse)(engine, params)
     return Served(
         name=model.name,
@@ -114,8 +122,9 @@ def load_served(
         params=params,
         tokenizer=model.tokenizer,
         contract=contract,
-        newer=None if model.step is None or locate(source)[1] is not None else _Newest(model, engine),
+        newer=None if model.step is None or locate(source)[1] is not None else _Newest(model, engine, trainer),
         prompts=limits.prompts,
+        trainer=trainer,
     )
 
 
@@ -148,14 +157,56 @@ def _check_numerics(served: Contract, trained: Contract, source: Path) -> None:
             )
 
 
+class _Trainer:
+    """The training policy: the masters' own forward, for one sequence at a time."""
+
+    def __init__(self, model: OpenedModel, version: int, params: Params):
+        self._policies, self._mesh = Policies(model.config, model.end_tokens), model.mesh
+        self._version, self._params = version, params
+
+    def replace(self, version: int, params: Params) -> None:
+        """Reads with these masters from now on."""
+        self._version, self._params = version, params
+
+    def __call__(self, tokens: Sequence[int]) -> tuple[int, list[float]]:
+        """The version of the masters, and the natural logs that they give to all tokens but the first."""
+        count, version, params = len(tokens), self._version, self._params
+        # a power of two, so that few programs serve all
+        width = 1 << (count - 1).bit_length()
+        held, real = np.zeros((1, width), np.int32), np.arange(width)[None] >= width - count
+        held[0, width - count :] = tokens
+        row = _unscored(held, real, real[:, 1:] & real[:, :-1])
+        scored = self._policies.train(params, row, temperature=row.temperature, mesh=self._mesh)
+        return version, scored.logps[0, width - count :].tolist()
+
+
+def _unscored(tokens: np.ndarray, attention_mask: np.ndarray, response_mask: np.ndarray) -> Rollout:
+    """Tokens at temperature 1 of which no sampler has told anything."""
+    nothing = np.zeros(response_mask.shape, np.float32)
+    return Rollout(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        rollout_logps=nothing,
+        temperature=np.ones(len(tokens), np.float32),
+        versions=np.zeros(response_mask.shape, np.int32),
+        finished=np.zeros(len(tokens), bool),
+        log_mass=nothing,
+    )
+
+
 class _Newest:
     """Looks into a run's directory for a checkpoint that is newer than the one that is served."""
 
-    def __init__(self, model: OpenedModel, engine: Qwen3Engine):
-        self._model, self._engine = model, engine
+    def __init__(self, model: OpenedModel, engine: Qwen3Engine, trainer: _Trainer | None):
+        self._model, self._engine, self._trainer = model, engine, trainer
         self._checkpoints = Checkpoints(model.directory / "checkpoints")
 
     def __call__(self, version: int) -> tuple[int, ServingParams] | None:
         if (step := self._checkpoints.latest()) <= version:
             return None
-        return step, self._engine.sync(self._model.params(step), step)
+        masters = self._model.params(step)
+        served = self._engine.sync(masters, step)
+        if self._trainer is not None:
+            self._trainer.replace(step, masters)
+        return step, served

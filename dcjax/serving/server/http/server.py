@@ -8,11 +8,13 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from dcjax.errors import RunError
 from dcjax.serving.server.http.app import make_app
 from dcjax.serving.server.http.engine_thread import EngineThread
 from dcjax.serving.server.http.guard import Guard
+from dcjax.serving.server.http.log import RequestLog
 from dcjax.serving.server.http.service import Service
 from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
@@ -49,8 +51,10 @@ async def serving(
     thread = EngineThread(served.engine, weights, waiting=config.waiting, on_failure=on_failure)
     metrics = Metrics(running=lambda: thread.running, slots=served.engine.slots)
     metrics.serves(served.version)
-    service = Service(served.name, served.engine, thread, weights, served.contract, served.tokenizer)
-    app = Guard(make_app(service, metrics), largest=LARGEST_BODY, token=config.token)
+    service = Service(served.name, served.engine, thread, weights, served.contract, served.tokenizer, served.trainer)
+    app: ASGIApp = make_app(service, metrics)
+    app = Guard(app, largest=LARGEST_BODY, seconds=config.request_seconds, token=config.token)
+    app = RequestLog(app, _write if config.log != "none" else lambda line: None, prompts=config.log == "prompts")
     server = _Uvicorn(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(thread)
@@ -69,6 +73,10 @@ async def serving(
                 await asyncio.sleep(LINGER)  # requests that have come since are refused rather than cut off
             server.should_exit, server.force_exit = True, at_once.is_set()
             await running
+
+
+def _write(line: str) -> None:
+    print(line, flush=True)
 
 
 def _listen(config: ServerConfig) -> socket.socket:

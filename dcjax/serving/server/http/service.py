@@ -19,19 +19,19 @@ from dcjax.serving.scoring import ModelScores, score_sequence
 from dcjax.serving.server.contract import Contract
 from dcjax.serving.server.http.answers import Answer, Delta
 from dcjax.serving.server.http.engine_thread import EngineThread, Piece, Sample
-from dcjax.serving.server.http.wire import Asked, ChatRequest, CompletionRequest
+from dcjax.serving.server.http.refused import Refused
+from dcjax.serving.server.http.wire import (
+    AnyRequest,
+    ChatRequest,
+    CompletionRequest,
+    TrainLogprobs,
+    TrainLogprobsRequest,
+)
+from dcjax.serving.server.served import Trainer
 from dcjax.serving.server.weights import Weights
 
 MOST_SAMPLES = 256
 """Prompts × n of one request, at most."""
-
-
-class Refused(Exception):
-    """A request that cannot be served, with the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Service:
       weights: that are served.
       contract: what requests get that do not ask for anything else.
       tokenizer: of the policy.
+      trainer: the training policy; None where it is not kept.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Service:
         weights: Weights,
         contract: Contract,
         tokenizer: PreTrainedTokenizerFast,
+        trainer: Trainer | None,
     ):
         self.name, self._engine, self._thread = name, engine, thread
         self._weights, self._contract, self._tokenizer = weights, contract, tokenizer
+        self._trainer = trainer
         # characters that a prompt can have: no token stands for more of them than it is written with
         self._longest_text = engine.max_prompt_length * max(map(len, tokenizer.get_vocab()))
         self._backend = tokenizer.backend_tokenizer
@@ -82,7 +85,12 @@ class Service:
         """What is served now, and what log-probs mean."""
         step = None if self._contract.step is None else self._weights.version
         told = dataclasses.asdict(dataclasses.replace(self._contract, step=step))
-        return told | {"model": self.name, "weights_version": self._weights.version}
+        return told | {
+            "model": self.name,
+            "weights_version": self._weights.version,
+            "chat": self._tokenizer.chat_template is not None,
+            "train_logprobs": self._trainer is not None,
+        }
 
     def text_of(self, token: int) -> str:
         """A token as text, special or not."""
@@ -141,9 +149,7 @@ class Service:
                 "context_length_exceeded",
             )
 
-    async def answers(
-        self, asked: Asked, prompts: Sequence[Sequence[int]], *, limit: int | None, top: int
-    ) -> AsyncIterator[Choice]:
+    async def answers(self, asked: AnyRequest, prompts: Sequence[Sequence[int]]) -> AsyncIterator[Choice]:
         """What is sampled for each prompt, n answers of each side by side, as it comes.
 
         Leaving the iterator gives up what has not ended.
@@ -155,13 +161,13 @@ class Service:
         told: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
         put = partial(asyncio.get_running_loop().call_soon_threadsafe, told.put_nowait)
         samples = []
-        for number, request in enumerate(self._requests(asked, prompts, limit)):
+        for number, request in enumerate(self._requests(asked, prompts)):
             greedy = float(request.sampling.temperatures[0]) == 0
             sample = Sample(
                 prompt=tuple(prompts[number // asked.n]),
                 request=request,
                 told=lambda piece, number=number: put((number, piece)),
-                top=top,
+                top=asked.top,
                 of_model=greedy or asked.logprobs_mode == "model",
             )
             samples.append(sample)
@@ -194,7 +200,7 @@ class Service:
                 429, f"{self.running} samples run or wait already; try again later", code="rate_limit_exceeded"
             )
 
-    def _requests(self, asked: Asked, prompts: Sequence[Sequence[int]], limit: int | None) -> list[Any]:
+    def _requests(self, asked: AnyRequest, prompts: Sequence[Sequence[int]]) -> list[Any]:
         """The settings of each sample.
 
         Raises:
@@ -212,7 +218,7 @@ class Service:
             return [
                 self._engine.make_requests(
                     key[None],
-                    limits=limit or contract.max_response_length,
+                    limits=asked.limit or contract.max_response_length,
                     temperatures=contract.temperature if asked.temperature is None else asked.temperature,
                     top_ks=contract.top_k if asked.top_k is None else max(asked.top_k, 0),
                     top_ps=contract.top_p if asked.top_p is None else asked.top_p,
@@ -230,3 +236,20 @@ class Service:
                 score_sequence, self._engine, self._weights.params, prompt, self._engine.most_top_logprobs
             )
         return ModelScores(scores.logps, scores.top_tokens[:, :top], scores.top_logps[:, :top])
+
+    async def train_logprobs(self, asked: TrainLogprobsRequest) -> TrainLogprobs:
+        """What the training policy gives to a prompt and its response, read beside the thread that decodes.
+
+        Raises:
+          Refused: it is not kept, or there are too many tokens, or what are none.
+        """
+        if self._trainer is None:
+            raise Refused(404, "the training policy is not kept; start the server with --train-logprobs")
+        tokens, engine = asked.token_ids, self._engine
+        if len(tokens) > (most := engine.max_prompt_length + engine.max_response_length):
+            raise Refused(400, f"there are {len(tokens)} tokens; at most {most} are read", "token_ids")
+        if (wrong := max(tokens)) >= engine.config.vocab_size:
+            raise Refused(400, f"token {wrong} is none of the {engine.config.vocab_size}", "token_ids")
+        async with self._reading:
+            version, logprobs = await asyncio.to_thread(self._trainer, tokens)
+        return TrainLogprobs(logprobs=[None, *logprobs], weights_version=version)

@@ -153,6 +153,27 @@ class ChatRequest(Asked):
         return self
 
 
+AnyRequest = CompletionRequest | ChatRequest
+"""A request for answers."""
+
+
+class TrainLogprobsRequest(BaseModel):
+    """`POST /v1/train_logprobs`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token_ids: Annotated[list[Token], Field(min_length=2)]
+    """A prompt and its response."""
+
+
+class TrainLogprobs(BaseModel):
+    """What the training policy gives to tokens."""
+
+    logprobs: list[float | None]
+    """Natural logs at temperature 1 and over all tokens, as `logprobs_mode` model; of the first nothing is known."""
+    weights_version: int
+
+
 class Error(BaseModel):
     """What is wrong."""
 

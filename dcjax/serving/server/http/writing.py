@@ -15,6 +15,7 @@ from dcjax.serving.server.http.answers import Delta
 from dcjax.serving.server.http.engine_thread import Scored
 from dcjax.serving.server.http.service import Choice, Service
 from dcjax.serving.server.http.wire import Asked, ChatRequest, CompletionRequest
+from dcjax.serving.server.text import TextStream
 
 LAST = "data: [DONE]\n\n"
 """The end of a stream."""
@@ -38,8 +39,9 @@ class Writer(ABC, Generic[A]):
 
     def __init__(self, service: Service, asked: A, prompts: Sequence[Sequence[int]]):
         self._service, self._asked, self.prompts = service, asked, prompts
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._head = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "id": self.id,
             "created": int(time.time()),
             "model": service.name,
         }
@@ -158,7 +160,10 @@ class CompletionWriter(Writer[CompletionRequest]):
             list(zip(ids[:top].tolist(), logs[:top].tolist(), strict=True))
             for ids, logs in zip(scores.top_tokens, scores.top_logps, strict=True)
         ]
-        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
+        # a character of several tokens stands where the last of them does, as in answers
+        stream = TextStream(self._service.text_of_all)
+        pieces = [stream.push([token], last=place == len(prompt) - 1) for place, token in enumerate(prompt)]
+        offsets = list(itertools.accumulate(map(len, pieces[:-1]), initial=0))
         return {
             "tokens": texts,
             "token_logprobs": [None, *scores.logps.tolist()],

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.serving.continuous import Continuous, rehearse
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import score_sequence
+from dcjax.serving.server.http import guard
 from dcjax.serving.server.http.server import LARGEST_BODY, serving
 from dcjax.serving.server.served import Served
 
@@ -266,6 +269,88 @@ def test_bodies_have_a_limit_whether_they_say_their_length_or_not(address):
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_must_come_in_time(address, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    with sent(address, b'{"prompt": ', length=100) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_must_come_in_time_streamed_or_not(served, monkeypatch):
+    turn = Continuous.turn
+
+    def slow(*given):
+        time.sleep(0.2)
+        return turn(*given)
+
+    monkeypatch.setattr(Continuous, "turn", slow)
+    with http_server(served, request_seconds=0.3) as address:
+        asked = {"prompt": PROMPTS[0], "stop_token_ids": [0], "max_tokens": T}
+        code, answer = ask(address, body=asked)
+        assert (code, answer["error"]["code"]) == (504, "timeout")
+        with sent(address, json.dumps(asked | {"stream": True}).encode()) as connection:
+            told = b"".join(iter(lambda: connection.recv(1000), b"")).decode()
+        assert "took longer than 0.3 s, and was given up" in told and "[DONE]" not in told
+        poll(lambda: metric(address, "dcjax_running"), lambda found: found == 0)
+
+
+def sent(address, body, length=None):
+    """A connection on which a request has been written by hand, or some of one."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+    connection.sendall(head + str(length or len(body)).encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+def metric(address, name):
+    """A metric's value."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+        (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
+
+
+def test_a_line_is_logged_for_each_request_without_its_prompt_unless_told_otherwise(served, capfd):
+    for log in ("requests", "prompts", "none"):
+        with http_server(served, log=log) as address:
+            assert ask(address, body={"prompt": "1+1=", "seed": 3, "max_tokens": 2, "stop_token_ids": [0]})[0] == 200
+            ask(address, "/" + "x" * 300)
+        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        assert len(lines) == (0 if log == "none" else 2)
+        if lines:
+            one, wrong = lines
+            assert (one["status"], one["outcome"], one["prompt_tokens"], one["tokens"]) == (200, "length", 4, 2)
+            assert one["seconds"] >= one["first_token_seconds"] > 0
+            assert one.get("prompt") == ("1+1=" if log == "prompts" else None)
+            assert (wrong["status"], len(wrong["path"])) == (404, 200)
+
+
+def test_the_training_policy_tells_its_own_log_probs_where_it_is_kept(served, address):
+    given = []
+
+    def trainer(tokens):
+        given.append(tokens)
+        return 9, [-0.5] * (len(tokens) - 1)
+
+    code, answer = ask(address, "/v1/train_logprobs", {"token_ids": [1, 2]})
+    assert code == 404 and "--train-logprobs" in answer["error"]["message"]
+    most = tiny.PROMPT_LENGTH + T
+    with http_server(dataclasses.replace(served, trainer=trainer)) as address:
+        assert ask(address, "/v1/contract")[1]["train_logprobs"]
+        told = ask(address, "/v1/train_logprobs", {"token_ids": [1, 2, 3]})
+        assert told == (200, {"logprobs": [None, -0.5, -0.5], "weights_version": 9})
+        for tokens, wrong in (([1] * (most + 1), f"at most {most}"), ([1, 10**6], "token 1000000 is none of the")):
+            code, answer = ask(address, "/v1/train_logprobs", {"token_ids": tokens})
+            assert code == 400 and wrong in answer["error"]["message"]
+    assert given == [[1, 2, 3]]
+
+
+def test_the_page_loads_nothing_from_elsewhere(address):
+    with urllib.request.urlopen(f"{address}/", timeout=30) as answer:
+        page, policy = answer.read().decode(), answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert not re.search(r"https?://|\bsrc=|\bhref=|innerHTML|@import|url\(", page)
+
+
 @pytest.fixture
 def gate(monkeypatch):
     """No sample begins unless it is open."""
@@ -282,14 +367,9 @@ def gate(monkeypatch):
 
 def test_more_than_can_wait_are_refused_and_those_who_leave_make_room(served, gate):
     with http_server(served, waiting=2) as address:
-        host, port = address.removeprefix("http://").split(":")
 
         def leave_behind(n):
-            body = json.dumps({"prompt": PROMPTS[0], "n": n}).encode()
-            connection = socket.create_connection((host, int(port)), timeout=30)
-            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
-            connection.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
-            return connection
+            return sent(address, json.dumps({"prompt": PROMPTS[0], "n": n}).encode())
 
         held = leave_behind(SLOTS)
         waiting = leave_behind(2)
@@ -312,9 +392,7 @@ def test_who_leaves_in_the_midst_of_a_stream_frees_the_slot_behind_the_turn(serv
     with http_server(served) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
 
         def running():
-            with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
-                (line,) = [line for line in answer.read().decode().splitlines() if line.startswith("dcjax_running ")]
-            return float(line.split()[1])
+            return metric(address, "dcjax_running")
 
         # no end token, so that it would go on for five turns
         stream = complete(client, PROMPTS[0], stream=True, stop_token_ids=[0], max_tokens=T)
@@ -343,7 +421,7 @@ def test_a_contract_models_metrics_and_a_description(served, address, client):
         assert "dcjax_tokens_total" in answer.read().decode()
     _, described = ask(address, "/openapi.json")
     assert set(described["paths"]["/v1/completions"]["post"]["responses"]) == {
-        *map(str, (200, 400, 401, 404, 413, 429, 503))
+        *map(str, (200, 400, 401, 404, 408, 413, 429, 503, 504))
     }
     assert ask(address, "/nowhere")[0] == 404
     assert ask(address, "/v1/completions", method="GET")[0] == 405
@@ -356,5 +434,5 @@ def test_whatever_its_description_allows_or_not_is_answered(address, tmp_path):
     command = ["-m", "schemathesis.cli", "run", f"{address}/openapi.json", *asked]
     fuzzed = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
     assert fuzzed.returncode == 0, fuzzed.stdout[-4000:]
-    assert "Tested: 6" in fuzzed.stdout
+    assert "Tested: 8" in fuzzed.stdout
     assert ask(address, "/health")[0] == 200
