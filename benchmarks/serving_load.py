@@ -1,15 +1,20 @@
-"""`dcjax serve` under load, under nonsense, and for a long time: every answer is checked, and its cost measured.
+"""`dcjax serve` under load, under nonsense, at its end, and for long: every answer is checked, its cost measured.
 
-    python benchmarks/serving_load.py load [--model smollm2] [--requests 1000] [--long TOKENS] [--waiting N]
+    python benchmarks/serving_load.py load [--protocol http] [--model smollm2] [--requests 1000] [--long TOKENS]
     python benchmarks/serving_load.py fuzz [--rounds 20] [--seed 0]
-    python benchmarks/serving_load.py soak [--minutes 15] [--reload 5]
+    python benchmarks/serving_load.py ends [--protocol http]
+    python benchmarks/serving_load.py soak [--protocol http] [--minutes 15] [--reload 5]
 
 - load: several client processes send all requests at once: long and short ones, ones that are cancelled midway, too
-  large ones and malformed ones. Tokens of each answer are those that the engine's own loop (`sample_responses`) samples
-  with the same key in this process, in float32. Times are of a saturated server, queueing included; beside them stand
-  those of single requests. CPU-seconds a token are the server process's, beside those of the loop.
-- fuzz: random bytes as messages, valid messages of random fields, random metadata, and bytes that are no HTTP/2. The
-  server must stay alive and small, fail at nothing itself (UNKNOWN, INTERNAL), and answer a normal request as before.
+  large ones and malformed ones; over HTTP also streams, slow readers, and what is no JSON or means harm. Tokens of each
+  answer are those that the engine's own loop (`sample_responses`) samples with the same key in this process, in
+  float32. Times are of a saturated server, queueing included; beside them stand those of single requests. CPU-seconds a
+  token are the server process's, beside those of the loop.
+- fuzz, over gRPC: random bytes as messages, valid messages of random fields, random metadata, and bytes that are no
+  HTTP/2. The server must stay alive and small, fail at nothing itself (UNKNOWN, INTERNAL), and answer a normal request
+  as before. (Over HTTP schemathesis does that, `tests/serving/server/http`.)
+- ends: a server that is told to stop under load finishes what it has begun, and refuses what comes later; one that is
+  killed leaves no wrong token behind, and the next one at its port answers as it did.
 - soak: steady load with cancellations while newer checkpoints appear (copies of one, so that each seed has one right
   answer), and the server's memory, threads and open files every 10 seconds.
 
@@ -26,53 +31,36 @@ import json
 import math
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
-from depth import WIDTHS  # pyrefly: ignore[missing-import]  (beside this file)
-from serving_clients import (  # pyrefly: ignore[missing-import]
-    Seen,
-    Server,
-    Work,
-    ask,
-    ask_all,
-    from_processes,
-    open_channel,
-    proto,
-    served,
+import serving_grpc  # pyrefly: ignore[missing-import]  (beside this file)
+import serving_http  # pyrefly: ignore[missing-import]
+from serving_clients import Seen, Server, Work, ask_all, from_processes, served  # pyrefly: ignore[missing-import]
+from serving_subject import (  # pyrefly: ignore[missing-import]
+    MODELS,
+    PROMPTS,
+    Direct,
+    Subject,
+    sample_directly,
+    tiny,
 )
 from timing import environment  # pyrefly: ignore[missing-import]
 
 from dcjax.allocator import keep_freed_memory
-from dcjax.data.tokenizers import byte_tokenizer
-from dcjax.models import init_params, save_hf
-from dcjax.recipe.build import build_engine
-from dcjax.serving.rollout import Sampling, sample_keys, sample_responses
 from dcjax.serving.server.contract import STOP
-from dcjax.serving.server.grpc.wire import Asked
-from dcjax.tools.open_model import OpenedModel, open_model
 from dcjax.types import Rollout
 
 RESULTS = Path(__file__).parent / "results"
-TRAIN = ["--steps", "1", "--warm_start.steps", "5", "--warm_start.warmup_steps", "1", "--evaluation.prompts", "8"]
-TRAIN += ["--rollout.prompts", "4", "--rollout.group_size", "4", "--serving.format", "float32"]
-"""Of the quickstart's recipe: a run that is served in float32."""
-SHARES = {"long": 0.4, "short": 0.3, "cancelled": 0.14, "too large": 0.08, "malformed": 0.08}
-"""Kinds of requests, and how many of all they are."""
-REFUSED = ("too large", "malformed")
-PROMPTS = 16
-"""Different prompts, in turn as text and as tokens."""
+PROTOCOLS = {"grpc": serving_grpc, "http": serving_http}
 ALONE = 20
 """Requests that are sent one after another to a server that does nothing else."""
 CLOSE = 1e-4
@@ -80,153 +68,30 @@ CLOSE = 1e-4
 SAMPLE_EVERY, WORKERS, PAUSE = 10.0, 16, 0.05
 """Of the soak: seconds between two looks at the process, requests at once, and each one's pause before the next (s)."""
 
-OWN_FAULTS = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""Statuses of a server that fails, rather than of a request that does."""
-
 GROWTH = 256
 """MiB that nonsense may take for good."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A policy that is served, and what it answers."""
-
-    source: Path
-    options: list[str]
-    model: OpenedModel
-    # token ids, and the same as texts
-    prompts: list[list[int]]
-    texts: list[str]
-    # samples of each prompt at most; further requests ask for the same ones again
-    group: int
-    # tokens of a long response
-    long: int
-
-
-@dataclass(frozen=True)
-class Direct:
-    """What the engine's own loop samples: each sample in full, [N, T], and its cost (CPU-seconds a token)."""
-
-    rollout: Rollout
-    keys: np.ndarray
-    cpu: float
-
-
-# --- what is served ---
-
-
-def open_subject(source: Path, options: dict[str, int | str], group: int = 1000, long: int | None = None) -> Subject:
-    """A run or a folder with `dcjax serve`'s options, and prompts that its tokenizer reads back as they were.
-
-    Args:
-      source: the run or folder.
-      options: names and values.
-      group: samples of each prompt at most.
-      long: tokens of a long response; None are as many as are served.
-    """
-    names = ("max_prompt_length", "max_response_length")
-    lengths = {name: options[name] for name in names if name in options}
-    serving = {name: value for name, value in options.items() if name not in lengths}
-    model = open_model(source, serving=serving, rollout=lengths)
-    decode, vocabulary = model.tokenizer.backend_tokenizer.decode, model.tokenizer.get_vocab().values()
-    shown = [(token, decode([token], skip_special_tokens=True)) for token in sorted(vocabulary)]
-    usable = [token for token, text in shown if len(text) == 1 and text.isascii() and text.isprintable()]
-    draw = random.Random(0)
-    limits = model.config.rollout
-    chosen = [draw.choices(usable, k=draw.randint(1, limits.max_prompt_length)) for _ in range(PROMPTS)]
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    texts = [decode(prompt) for prompt in chosen]
-    return Subject(source, flags, model, chosen, texts, group, limits.max_response_length if long is None else long)
-
-
-def tiny(folder: Path) -> Subject:
-    """The quickstart's model after one step."""
-    run = folder / "run"
-    command = [sys.executable, "-m", "dcjax", "train", "quickstart", "--run-dir", str(run), *TRAIN]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return open_subject(run, {})
-
-
-def smollm2(folder: Path) -> Subject:
-    """SmolLM2-135M's sizes; few slots and tokens, and 96 different samples, so that it takes minutes on two cores."""
-    tokenizer, source = byte_tokenizer(), folder / "smollm2"
-    tokenizer.save_pretrained(folder / "tokenizer")
-    save_hf(source, WIDTHS, init_params(WIDTHS, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
-    sizes = {"slots": 8, "steps_per_call": 4, "max_prompt_length": 16, "max_response_length": 48}
-    return open_subject(source, {"format": "float32", **sizes}, group=6, long=8)
-
-
-def sample_directly(subject: Subject, group: int) -> Direct:
-    """A group of samples of each prompt by the engine's own loop, all of them to their ends."""
-    model, key = subject.model, jax.random.key(1)
-    engine = build_engine(model.config, model.mesh, model.end_tokens)
-    params = engine.sync(model.params(), model.step or 0)
-    settings = {"samples_per_prompt": group, "temperature": model.config.rollout.temperature, "key": key}
-    Sampling(engine, params, subject.prompts, **settings).advance(params)
-    began = time.process_time()
-    rollout = sample_responses(engine, params, subject.prompts, **settings)
-    taken = time.process_time() - began
-    keys = np.asarray(sample_keys(key, np.arange(group * len(subject.prompts))))
-    return Direct(rollout, keys, taken / int(rollout.response_mask.sum()))
 
 
 # --- requests ---
 
 
-def valid(subject: Subject, keys: np.ndarray, number: int, limit: int, version: int = 0, **of_work: Any) -> Work:
-    """A request for one of the direct samples: of every second prompt as text."""
-    sample = number % len(keys)
-    row = sample // (len(keys) // len(subject.prompts))
-    content: dict[str, Any] = (
-        {"text_content": proto.DecodeRequest.TextContent(text=subject.texts[row])}
-        if row % 2
-        else {"token_content": proto.DecodeRequest.TokenContent(token_ids=subject.prompts[row])}
-    )
-    high, low = keys[sample].tolist()
-    asked = Asked(seed=high << 32 | low, log_probs=True, weights_version=version)
-    message = proto.DecodeRequest(max_tokens=limit, **content).SerializeToString()
-    return Work(number, message=message, metadata=asked.to_metadata(), **of_work)
-
-
-def invalid(subject: Subject, number: int, kind: str, draw: random.Random) -> Work:
-    """A request that is to be refused."""
-    limits, (prompt, metadata) = subject.model.config.rollout, ([1], [])
-    tokens, fields = proto.DecodeRequest.TokenContent, {}
-    if kind == "too large":
-        prompt, fields = draw.choice(
-            [([1] * (limits.max_prompt_length + 1), {}), ([1], {"max_tokens": limits.max_response_length + 1})]
-        )
-    else:
-        prompt, metadata = draw.choice(
-            [
-                ([], []),
-                ([subject.model.config.model.vocab_size], []),
-                ([-1], []),
-                ([1], [("dcjax-sneed", "1")]),
-                ([1], [("dcjax-seed", "one")]),
-            ]
-        )
-    message = proto.DecodeRequest(token_content=tokens(token_ids=prompt), **fields).SerializeToString()
-    return Work(number, kind, message, metadata)
-
-
-def draw_kinds(total: int) -> tuple[list[str], int]:
+def draw_kinds(protocol: ModuleType, total: int) -> tuple[list[str], int]:
     """Kinds of so many requests, those that are sampled first, and how many these are."""
-    kinds = random.Random(0).choices(list(SHARES), list(SHARES.values()), k=total)
-    kinds.sort(key=lambda kind: kind in REFUSED)
-    return kinds, sum(kind not in REFUSED for kind in kinds)
+    kinds = random.Random(0).choices(list(protocol.SHARES), list(protocol.SHARES.values()), k=total)
+    kinds.sort(key=lambda kind: kind in protocol.REFUSED)
+    return kinds, sum(kind not in protocol.REFUSED for kind in kinds)
 
 
-def plan(subject: Subject, kinds: Sequence[str], keys: np.ndarray) -> list[Work]:
+def plan(protocol: ModuleType, subject: Subject, kinds: Sequence[str], keys: np.ndarray) -> list[Work]:
     """Requests in the order that they are sent; the direct samples are numbered as those that are sampled."""
     draw, works = random.Random(1), []
     for number, kind in enumerate(kinds):
-        if kind in REFUSED:
-            works.append(invalid(subject, number, kind, draw))
+        if kind in protocol.REFUSED:
+            works.append(protocol.invalid(subject, number, kind, draw))
             continue
         limit = draw.randint(1, 4) if kind == "short" else subject.long
         parts = draw.randint(0, 2) if kind == "cancelled" else None
-        works.append(valid(subject, keys, number, limit, kind=kind, parts=parts))
+        works.append(protocol.valid(subject, keys, number, limit, kind=kind, parts=parts))
     draw.shuffle(works)
     return works
 
@@ -268,22 +133,23 @@ def fault_of(subject: Subject, direct: Rollout, limit: int, seen: Seen, versions
     return None
 
 
-def faults_of(subject: Subject, direct: Rollout, works: list[Work], answers: list[Seen], full: bool) -> list[str]:
+def faults_of(
+    protocol: ModuleType, subject: Subject, direct: Rollout, works: list[Work], answers: list[Seen], full: bool
+) -> list[str]:
     """What is wrong with the answers to a plan; `full` is whether the server may refuse for want of room."""
     step = subject.model.step or 0
     numbers = Counter(seen.work.number for seen in answers)
     faults = [f"request {work.number}: {numbers[work.number]} answers" for work in works if numbers[work.number] != 1]
     for seen in answers:
         kind, number = seen.work.kind, seen.work.number
-        legal = {"cancelled": {"CANCELLED", "OK"}, "long": {"OK"}, "short": {"OK"}}.get(kind, {"INVALID_ARGUMENT"})
-        if seen.status == "RESOURCE_EXHAUSTED" and full:
+        legal = {protocol.REFUSAL} if kind in protocol.REFUSED else {"OK"}
+        if seen.status == protocol.FULL and full:
             continue
         fault = None
-        if seen.status not in legal:
+        if seen.status not in legal | ({"CANCELLED"} if seen.work.parts is not None else set()):
             fault = f"the status is {seen.status}: {seen.details}"
-        elif "INVALID_ARGUMENT" not in legal:
-            limit = proto.DecodeRequest.FromString(seen.work.message).max_tokens
-            fault = fault_of(subject, direct, limit, seen, (step, step))
+        elif kind not in protocol.REFUSED:
+            fault = fault_of(subject, direct, seen.work.limit, seen, (step, step))
         if fault:
             faults.append(f"request {number}, {kind}: {fault}")
     return faults
@@ -299,30 +165,35 @@ def milliseconds(values: Sequence[float]) -> dict[str, float]:
 
 def load(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Figures and faults."""
-    subject = MODELS[args.model](folder)
+    protocol, subject = PROTOCOLS[args.protocol], MODELS[args.model](folder)
     subject = dataclasses.replace(subject, long=args.long or subject.long)
-    kinds, sampled = draw_kinds(args.requests)
+    kinds, sampled = draw_kinds(protocol, args.requests)
     direct = sample_directly(subject, min(math.ceil(sampled / len(subject.prompts)), subject.group))
-    works = plan(subject, kinds, direct.keys)
+    works = plan(protocol, subject, kinds, direct.keys)
     waiting = args.requests if args.waiting is None else args.waiting
-    with served(subject.source, *subject.options, "--waiting", str(waiting)) as server:
-        alone = one_by_one(server, [work for work in works if work.kind == "long"][:ALONE])
+    with served(subject.source, *options_of(args.protocol, subject), "--waiting", str(waiting)) as server:
+        alone = one_by_one(protocol, server, [work for work in works if work.kind == "long"][:ALONE])
         before, cpu = server.rss(), server.cpu()
-        answers = from_processes(server.port, works, args.clients)
-        figures = figures_of(answers, server.cpu() - cpu, direct.cpu)
+        answers = from_processes(protocol, server.port, works, args.clients)
+        figures = figures_of(protocol, answers, server.cpu() - cpu, direct.cpu)
         figures["rss"] = {"before": round(before), "after": round(server.rss())}
     figures["alone"] = times_of(alone)
-    faults = faults_of(subject, direct.rollout, works, answers, waiting < args.requests)
+    faults = faults_of(protocol, subject, direct.rollout, works, answers, waiting < args.requests)
     held = {"slots": subject.model.config.serving.slots, "waiting": waiting, "long": subject.long}
     return held | figures, faults
 
 
-def one_by_one(server: Server, works: Sequence[Work]) -> list[Seen]:
+def options_of(protocol: str, subject: Subject) -> list[str]:
+    """Options of a server of a protocol."""
+    return [*subject.options, "--protocol", protocol, *(["--log", "none"] if protocol == "http" else [])]
+
+
+def one_by_one(protocol: ModuleType, server: Server, works: Sequence[Work]) -> list[Seen]:
     """Answers of a server that has nothing else to do."""
 
     async def run() -> list[Seen]:
-        async with open_channel(server.port) as channel:
-            return [await ask(channel, work) for work in works]
+        async with protocol.connected(server.port) as client:
+            return [await protocol.ask(client, work) for work in works]
 
     return asyncio.run(run())
 
@@ -337,12 +208,12 @@ def times_of(answers: Sequence[Seen]) -> dict[str, Any]:
     }
 
 
-def figures_of(answers: Sequence[Seen], server_cpu: float, direct_cpu: float) -> dict[str, Any]:
+def figures_of(protocol: ModuleType, answers: Sequence[Seen], server_cpu: float, direct_cpu: float) -> dict[str, Any]:
     """What the JSON says of a load."""
     tokens = sum(len(seen.tokens) for seen in answers)
     wall = max(seen.began + seen.seconds for seen in answers) - min(seen.began for seen in answers)
     return {
-        "statuses": {kind: dict(Counter(s.status for s in answers if s.work.kind == kind)) for kind in SHARES},
+        "statuses": {kind: dict(Counter(s.status for s in answers if s.work.kind == kind)) for kind in protocol.SHARES},
         "tokens": tokens,
         "seconds": round(wall, 2),
         "tokens_per_second": round(tokens / wall, 1),
@@ -356,88 +227,25 @@ def figures_of(answers: Sequence[Seen], server_cpu: float, direct_cpu: float) ->
 # --- fuzz ---
 
 
-def nonsense(draw: random.Random, number: int, vocabulary: int) -> Work:
-    """A request of random bytes, of random fields, or of random metadata."""
-    kind = draw.choice(["bytes", "fields", "metadata"])
-    message, metadata = proto.DecodeRequest(token_content={"token_ids": [1]}).SerializeToString(), []
-    if kind == "bytes":
-        message = draw.randbytes(draw.choice([0, 1, 3, 10, 100, 10_000, 5_000_000 if number == 0 else 50]))
-    elif kind == "fields":
-        message = random_fields(draw, vocabulary).SerializeToString()
-    else:
-        metadata = [random_setting(draw) for _ in range(draw.randint(1, 4))]
-    return Work(number, kind, message, metadata, parts=draw.choice([None, None, 0, 1]))
-
-
-def random_fields(draw: random.Random, vocabulary: int) -> Any:
-    """A DecodeRequest that is one, whatever it asks for."""
-    integer = partial(draw.choice, [0, 1, -1, 5, 2**31 - 1, -(2**31), vocabulary, vocabulary - 1])
-    request = proto.DecodeRequest(priority=integer(), max_tokens=integer())
-    if draw.random() < 0.2:
-        request.session_cache = draw.choice(["a", "\0", "é" * 5000])
-    if draw.random() < 0.5:
-        request.text_content.text = "".join(
-            chr(draw.choice([0, 10, 48, 61, 233, 0x1F600])) for _ in range(length(draw))
-        )
-    elif draw.random() < 0.9:
-        request.token_content.token_ids.extend(integer() for _ in range(length(draw)))
-    return request
-
-
-def length(draw: random.Random) -> int:
-    """Of a prompt, mostly one that would do."""
-    return draw.choice([0, 1, 2, 3, 10, 14, 1000])
-
-
-def random_setting(draw: random.Random) -> tuple[str, str | bytes]:
-    """A pair of metadata that gRPC sends."""
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(Asked)]
-    values = [
-        "",
-        "0",
-        "1",
-        "-1",
-        "nan",
-        "inf",
-        "1e400",
-        "1e-46",
-        "0.5",
-        "true",
-        "1,2",
-        ",",
-        "1," * 50,
-        "9" * 30,
-        "9" * 5000,
-    ]
-    values += ["".join(chr(draw.randint(32, 126)) for _ in range(20)).strip()]
-    key = "dcjax-" + draw.choice([*names, "log-probs-bin", "x" * 100])
-    return (key, draw.randbytes(20)) if key.endswith("-bin") else (key, draw.choice(values))
-
-
-def no_http(port: int, draw: random.Random) -> None:
-    """Bytes that are no gRPC on a connection of their own, which is closed, or left behind half open for a moment."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        preface = draw.choice([b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
-        connection.sendall(preface + draw.randbytes(draw.choice([0, 9, 1000])))
-
-
 def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Figures and faults: rounds of 100 requests and 5 connections, and a normal request behind each."""
-    subject, draw = tiny(folder), random.Random(args.seed)
+    subject, draw, grpc = tiny(folder), random.Random(args.seed), serving_grpc
     direct = sample_directly(subject, 1)
     statuses: dict[str, Counter] = {"bytes": Counter(), "fields": Counter(), "metadata": Counter()}
     faults = []
 
     async def one_round(port: int, turn: int) -> None:
         for _ in range(5):
-            await asyncio.to_thread(no_http, port, draw)
-        works = [nonsense(draw, number, subject.model.config.model.vocab_size) for number in range(99)]
-        works.append(Work(99, "fields", proto.DecodeRequest(text_content={"text": "1+2=" * 10**6}).SerializeToString()))
-        for seen in await ask_all(port, works):
+            await asyncio.to_thread(grpc.no_http, port, draw)
+        works = [grpc.nonsense(draw, number, subject.model.config.model.vocab_size) for number in range(99)]
+        large = grpc.proto.DecodeRequest(text_content={"text": "1+2=" * 10**6})
+        works.append(Work(99, "fields", large.SerializeToString()))
+        for seen in await ask_all(grpc, port, works):
             statuses[seen.work.kind][seen.status] += 1
-            if seen.status in OWN_FAULTS:
+            if seen.status in grpc.OWN_FAULTS:
                 faults.append(f"{seen.work}: {seen.status}: {seen.details}")
-        (seen,) = await ask_all(port, [valid(subject, direct.keys, turn % PROMPTS, subject.long, kind="long")])
+        normal = grpc.valid(subject, direct.keys, turn % PROMPTS, subject.long, kind="long")
+        (seen,) = await ask_all(grpc, port, [normal])
         if fault := fault_of(subject, direct.rollout, subject.long, seen, (1, 1)):
             faults.append(f"a normal request after round {turn}: {fault}")
 
@@ -455,6 +263,67 @@ def fuzz(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
     return figures | {"statuses": {kind: dict(counts) for kind, counts in statuses.items()}}, faults
 
 
+# --- ends ---
+
+
+def ends(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Figures and faults of servers that are stopped, and killed, under load."""
+    protocol, subject = PROTOCOLS[args.protocol], tiny(folder)
+    direct, options = sample_directly(subject, 16), options_of(args.protocol, subject)
+    kinds = [kind for kind in protocol.SHARES if kind not in (*protocol.REFUSED, "cancelled")]
+    works = plan(protocol, subject, [kinds[number % len(kinds)] for number in range(256)], direct.keys)
+    statuses, faults = {}, []
+    port = 0
+    for end in ("stopped", "killed"):
+        with served(subject.source, *options, port=port, killed=end == "killed") as server:
+            port = server.port
+            asking = _Asking(protocol, port, works)
+            asking.wait_for_some()
+        answers = asking.result()
+        statuses[end] = dict(Counter(seen.status for seen in answers))
+        for seen in answers:
+            # what was told before the end is right, and what was told whole is whole
+            whole = seen if seen.status == "OK" else dataclasses.replace(seen, status="CANCELLED")
+            step = subject.model.step or 0
+            if fault := fault_of(subject, direct.rollout, seen.work.limit, whole, (step, step)):
+                faults.append(f"{end}, request {seen.work.number}: {fault}")
+            if end == "stopped" and seen.tokens and seen.status != "OK":
+                faults.append(f"request {seen.work.number} had begun, and was not finished: {seen.status}")
+    with served(subject.source, *options, port=port) as server:
+        answers = asyncio.run(ask_all(protocol, server.port, works))
+        statuses["after"] = dict(Counter(seen.status for seen in answers))
+        faults += faults_of(protocol, subject, direct.rollout, works, answers, False)
+    return {"statuses": statuses}, faults
+
+
+class _Asking:
+    """All requests at once, in a thread."""
+
+    def __init__(self, protocol: ModuleType, port: int, works: Sequence[Work]):
+        self._answers: list[Seen] = []
+        self._some = threading.Event()
+
+        async def one(client: Any, work: Work) -> None:
+            self._answers.append(await protocol.ask(client, work))
+            self._some.set()
+
+        async def run() -> None:
+            async with protocol.connected(port) as client:
+                await asyncio.gather(*(one(client, work) for work in works))
+
+        self._thread = threading.Thread(target=asyncio.run, args=(run(),))
+        self._thread.start()
+
+    def wait_for_some(self) -> None:
+        """Until the first answer is whole."""
+        self._some.wait()
+
+    def result(self) -> list[Seen]:
+        """All answers."""
+        self._thread.join()
+        return self._answers
+
+
 # --- soak ---
 
 
@@ -462,6 +331,7 @@ class Soak:
     """Steady load on a server whose weights change under it, until a time.
 
     Args:
+      protocol: that the server speaks.
       subject: a run.
       direct: what it answers, whichever copy of its checkpoint is served.
       server: of it.
@@ -469,7 +339,17 @@ class Soak:
       seconds: how long.
     """
 
-    def __init__(self, subject: Subject, direct: Direct, server: Server, *, reload: float, seconds: float):
+    def __init__(
+        self,
+        protocol: ModuleType,
+        subject: Subject,
+        direct: Direct,
+        server: Server,
+        *,
+        reload: float,
+        seconds: float,
+    ):
+        self._protocol = protocol
         self._subject, self._direct, self._server, self._reload = subject, direct, server, reload
         self._began = time.monotonic()
         self._until, self.newest = self._began + seconds, subject.model.step or 0
@@ -480,9 +360,9 @@ class Soak:
 
     async def run(self) -> None:
         """Loads, saves and looks until the time is over."""
-        async with open_channel(self._server.port) as channel, asyncio.TaskGroup() as group:
+        async with self._protocol.connected(self._server.port) as client, asyncio.TaskGroup() as group:
             for number in range(WORKERS):
-                group.create_task(self._work(channel, random.Random(number)))
+                group.create_task(self._work(client, random.Random(number)))
             group.create_task(self._every(self._reload, lambda: asyncio.to_thread(self._save)))
             group.create_task(self._every(SAMPLE_EVERY, self._look))
 
@@ -491,15 +371,16 @@ class Soak:
             await asyncio.sleep(seconds)
             await act()
 
-    async def _work(self, channel: Any, draw: random.Random) -> None:
+    async def _work(self, client: Any, draw: random.Random) -> None:
         keys, longest = self._direct.keys, self._subject.long
         while time.monotonic() < self._until:
             parts = draw.randint(0, 2) if draw.random() < 0.2 else None
             version = self.newest if draw.random() < 0.1 else 0
             number = draw.randrange(len(keys))
-            seen = await ask(channel, valid(self._subject, keys, number, longest, version, kind="soak", parts=parts))
+            work = self._protocol.valid(self._subject, keys, number, longest, version, kind="soak", parts=parts)
+            seen = await self._protocol.ask(client, work)
             self.statuses[seen.status] += 1
-            within = (max(version, 1), self.newest)
+            within = (max(version, 1) if self._protocol is serving_grpc else 1, self.newest)
             fault = f"the status is {seen.status}: {seen.details}" if seen.status not in ("OK", "CANCELLED") else None
             if fault := fault or fault_of(self._subject, self._direct.rollout, longest, seen, within):
                 self.faults.append(f"request {number}: {fault}")
@@ -526,8 +407,8 @@ def soak(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
     """Figures and faults."""
     subject = tiny(folder)
     direct = sample_directly(subject, 16)
-    with served(subject.source, *subject.options) as server:
-        soaking = Soak(subject, direct, server, reload=args.reload, seconds=60 * args.minutes)
+    with served(subject.source, *options_of(args.protocol, subject)) as server:
+        soaking = Soak(PROTOCOLS[args.protocol], subject, direct, server, reload=args.reload, seconds=60 * args.minutes)
         asyncio.run(soaking.run())
     looks = np.array(soaking.looks)
     settled = looks[looks[:, 0] >= min(3, args.minutes / 3)]
@@ -562,8 +443,6 @@ def draw_soak(looks: np.ndarray, path: Path) -> None:
 
 # --- command line ---
 
-MODELS = {"tiny": tiny, "smollm2": smollm2}
-
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -583,20 +462,23 @@ def parse() -> argparse.Namespace:
     soaking.add_argument("--minutes", type=float, default=15, help="how long (default: 15)")
     soaking.add_argument("--reload", type=float, default=5, help="seconds between new checkpoints (default: 5)")
     soaking.add_argument("--picture", type=Path, metavar="PATH", help="draw memory, threads and files there")
-    for command in (loading, fuzzing, soaking):
+    ending = commands.add_parser("ends", help="a server that stops, or is killed")
+    for command in (loading, ending, soaking):
+        command.add_argument("--protocol", choices=PROTOCOLS, default="grpc")
+    for command in (loading, fuzzing, ending, soaking):
         command.add_argument("--json", type=Path, metavar="PATH", help="add the figures to those that are there")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Runs one of the three, prints and writes its figures, and fails where an answer was wrong."""
+    """Runs one of the four, prints and writes its figures, and fails where an answer was wrong."""
     args = parse()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        figures, faults = {"load": load, "fuzz": fuzz, "soak": soak}[args.what](args, Path(folder))
-    name = args.what
-    if name == "load":
-        name = f"load {args.model}, {args.requests} requests, long ones of {figures['long']}"
+        figures, faults = {"load": load, "fuzz": fuzz, "ends": ends, "soak": soak}[args.what](args, Path(folder))
+    name = args.what if args.what == "fuzz" or args.protocol == "grpc" else f"{args.protocol} {args.what}"
+    if args.what == "load":
+        name = f"{name} {args.model}, {args.requests} requests, long ones of {figures['long']}"
     figures = {"faults": len(faults), **figures, "environment": environment(args)}
     print(json.dumps(figures, indent=2))
     if args.json:

@@ -169,7 +169,7 @@ def compile_sampling(engine: Qwen3Engine, masters: Params, *, prompts: int, samp
     compiled, slots, numbers = programs(decoder), engine.slots_for(total), np.zeros(total, np.int32)
     compiled.begin.lower(decoder, slots, total, True).compile()
     state = jax.eval_shape(compiled.begin, decoder, slots, total, True)
-    queue = queue_of(prefix, numbers, engine.make_requests(np.zeros((total, 2))), numbers)
+    queue = queue_of(prefix, numbers, engine.make_requests(np.zeros((total, 2))), range(total))
     compiled.decode.lower(decoder, engine.steps_per_call, params, queue, np.int32(REFILLS_PER_CALL), state).compile()
 
 

@@ -51,7 +51,7 @@ def test_the_driver_as_it_is_kills_its_process_at_the_first_request_and_the_mend
     assert "tree_map" in as_it_is.stderr
     # the mends of the module, with JetStream's own engine, whose prefixes are plain arrays
     mended = (
-        "from dcjax.serving.server import jetstream",
+        "from dcjax.serving import jetstream",
         "orchestrator = jetstream.import_orchestrator()",
         "orchestrator.delete_pytree = lambda prefix: None",
     )

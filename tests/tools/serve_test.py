@@ -15,6 +15,7 @@ from listening import ask, connected, listening, message
 from dcjax.cli import main
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
+from dcjax.models import token_logps
 from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
 from dcjax.serving.server.served import ServerConfig
 from dcjax.tools.convert import export_run, import_model
@@ -126,12 +127,37 @@ def test_refusals_of_the_command_are_one_line(tmp_path, capfd):
     assert "carrier-pigeon" in capfd.readouterr().err
     (empty := tmp_path / "token").write_text("\n")
     for arguments, told in (
-        (["--token-file", str(empty)], "gRPC is served without a token; give --protocol http"),
+        (["--token-file", str(empty)], "--token-file is of HTTP; give --protocol http"),
+        (["--train-logprobs"], "--train-logprobs is of HTTP; give --protocol http"),
         (["--protocol", "http", "--token-file", str(empty)], "is empty; it must hold the token"),
         (["--protocol", "http", "--metrics-port", "1"], "metrics are at /metrics of --port"),
     ):
         assert main(["serve", str(tmp_path), *arguments]) == 2
         assert told in capfd.readouterr().err
+
+
+def test_the_training_policy_is_kept_beside_the_served_one_and_replaced_with_it(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    older = STEPS - EVERY
+    served = load_served(run, serving={}, lengths={}, protocol="http", train_logprobs=True)
+    tokens = np.random.default_rng(0).integers(4, tiny.CONFIG.model.vocab_size, size=13)
+
+    def expected(step):
+        model = open_model(run)
+        told = {"response_length": len(tokens) - 1, "temperature": np.ones(1, np.float32)}
+        return np.asarray(token_logps(model.config.model, model.params(step), tokens[None], **told).logps[0])
+
+    version, logps = served.trainer(tokens.tolist())
+    assert version == older
+    np.testing.assert_allclose(logps, expected(older), atol=1e-6)
+    shutil.copytree(finished_run / "checkpoints" / str(STEPS), run / "checkpoints" / str(STEPS))
+    assert served.newer(older)[0] == STEPS
+    version, logps = served.trainer(tokens.tolist())
+    assert version == STEPS
+    np.testing.assert_allclose(logps, expected(STEPS), atol=1e-6)
+    assert not np.allclose(expected(older), expected(STEPS), atol=1e-4)
 
 
 def test_what_http_needs_is_named_where_it_is_not_installed(finished_run, monkeypatch):

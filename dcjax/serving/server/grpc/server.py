@@ -97,7 +97,7 @@ async def serving(
         finally:
             await healthy.enter_graceful_shutdown()
             service.stopping = True
-            await until(lambda: at_once.is_set() or not driver.running, config.grace)
+            await until(lambda: at_once.is_set() or not service.open, config.grace)
             # calls that have come since are refused rather than cut off
             await server.stop(0 if at_once.is_set() else LINGER)
 

@@ -54,8 +54,10 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         # characters that a prompt can have: no token stands for more of them than it is written with, except where a
         # tokenizer has one for whole words that it does not know
         self._longest_text = engine.max_prompt_length * max(map(len, tokenizer.get_vocab()))
-        # whether new calls are refused, while those that run are finished
+        # whether new calls are refused, while those that are open are finished
         self.stopping = False
+        # calls that are open: read, waiting, decoded, or written
+        self.open = 0
 
     async def Decode(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Streams one sample; its trailing metadata are a `wire.Answer`.
@@ -64,6 +66,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         FAILED_PRECONDITION where weights are older than asked for, and UNAVAILABLE once the server stops.
         """
         began, outcome, call, answered = time.perf_counter(), "cancelled", None, False
+        self.open += 1
         try:
             call = await self._admitted(request, context)
             async for response in super().Decode(call, context):
@@ -77,6 +80,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             outcome = "refused"
             raise
         finally:
+            self.open -= 1
             if call is not None:
                 self._driver.leave(call)
             self._metrics.ended(outcome, time.perf_counter() - began, 0 if call is None else len(call.tokens))

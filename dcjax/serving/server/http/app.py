@@ -69,12 +69,14 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.post("/v1/completions", responses=ANSWERS, response_model=None)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
+        service.check_serving()
         writer = CompletionWriter(service, asked, await service.prompts_of(asked))
         request.state.record["prompt"] = asked.prompt
         return await answered(request, writer, asked)
 
     @app.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
+        service.check_serving()
         writer = ChatWriter(service, asked, [await service.prompt_of(asked)])
         request.state.record["prompt"] = [message.model_dump() for message in asked.messages]
         return await answered(request, writer, asked)
@@ -98,8 +100,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.get("/health", responses={503: ERRORS[503]}, response_model=None)
     async def health() -> Response:
-        if service.stopping:
-            return Refused(503, "the server is stopping", code="stopping").answer()
+        service.check_serving()
         return JSONResponse({"status": "serving"})
 
     @app.get("/metrics", response_class=Response)

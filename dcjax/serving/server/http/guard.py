@@ -35,11 +35,20 @@ class Guard:
     def __init__(self, app: ASGIApp, *, largest: int, seconds: float, token: str | None):
         self._app, self._largest, self._seconds = app, largest, seconds
         self._token = None if token is None else token.encode()
+        # requests that are open: read, waiting, decoded, or written
+        self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self.open += 1
+        try:
+            await self._let_through(scope, receive, send)
+        finally:
+            self.open -= 1
+
+    async def _let_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         passing = _Passing(scope, receive, send, self._largest)
         if self._token is not None and scope["path"] not in OPEN and not self._knows(scope):
             refused = Refused(401, "a bearer token is needed; it is missing or wrong", code="invalid_api_key")

@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from dcjax.errors import RunError
 from dcjax.serving.server.http.app import make_app
@@ -52,10 +51,10 @@ async def serving(
     metrics = Metrics(running=lambda: thread.running, slots=served.engine.slots)
     metrics.serves(served.version)
     service = Service(served.name, served.engine, thread, weights, served.contract, served.tokenizer, served.trainer)
-    app: ASGIApp = make_app(service, metrics)
-    app = Guard(app, largest=LARGEST_BODY, seconds=config.request_seconds, token=config.token)
-    app = RequestLog(app, _write if config.log != "none" else lambda line: None, prompts=config.log == "prompts")
-    server = _Uvicorn(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30))
+    guard = Guard(make_app(service, metrics), largest=LARGEST_BODY, seconds=config.request_seconds, token=config.token)
+    app = RequestLog(guard, _write if config.log != "none" else lambda line: None, prompts=config.log == "prompts")
+    times = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": 1}
+    server = _Uvicorn(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **times))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(thread)
         if served.newer is not None:
@@ -68,7 +67,7 @@ async def serving(
             yield listening.getsockname()[1], at_once
         finally:
             service.stopping = True
-            await until(lambda: at_once.is_set() or not service.running, config.grace)
+            await until(lambda: at_once.is_set() or not guard.open, config.grace)
             if not at_once.is_set():
                 await asyncio.sleep(LINGER)  # requests that have come since are refused rather than cut off
             server.should_exit, server.force_exit = True, at_once.is_set()

@@ -76,6 +76,15 @@ class Service:
         # whether new requests are refused, while those that run are finished
         self.stopping = False
 
+    def check_serving(self) -> None:
+        """Before anything is begun.
+
+        Raises:
+          Refused: the server is stopping.
+        """
+        if self.stopping:
+            raise Refused(503, "the server is stopping", code="stopping")
+
     @property
     def running(self) -> int:
         """How many samples there are."""
@@ -193,8 +202,6 @@ class Service:
         return self._backend.decode(tokens, skip_special_tokens=True)
 
     def _submit(self, samples: list[Sample]) -> None:
-        if self.stopping:
-            raise Refused(503, "the server is stopping", code="stopping")
         if not self._thread.submit(samples):
             raise Refused(
                 429, f"{self.running} samples run or wait already; try again later", code="rate_limit_exceeded"

@@ -10,7 +10,7 @@ from jetstream.core.proto import jetstream_pb2
 from served import P, engine_of
 
 from dcjax.data.arithmetic import build_tokenizer
-from dcjax.serving.server import service
+from dcjax.serving.server.grpc import service
 from dcjax.serving.server.grpc.server import UnreadableAsEmpty
 from dcjax.serving.server.metrics import Metrics
 

@@ -1,3 +1,4 @@
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -23,10 +24,11 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.task import decode_responses
 from dcjax.errors import RunError
 from dcjax.serving.rollout import sample_responses
-from dcjax.serving.server import server, service
 from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.grpc import server, service
 from dcjax.serving.server.grpc.driver import ServedEngine
 from dcjax.serving.server.grpc.wire import CONTRACT, Asked
+from dcjax.serving.server.life import LINGER
 
 pytestmark = pytest.mark.heavy
 
@@ -83,6 +85,23 @@ def drawn(served, temperature=0.8):
     )
     prompts = [prompt for prompt in PROMPTS for _ in range(8)]
     return prompts, [folded(key, number) for number in range(len(prompts))], rollout
+
+
+def test_a_server_that_stops_finishes_what_it_has_begun_to_read(served, monkeypatch):
+    reading, prompt_of = threading.Event(), service.Orchestrator._prompt
+
+    async def slow(*given):
+        reading.set()
+        await asyncio.sleep(1.5 * LINGER)
+        return await prompt_of(*given)
+
+    monkeypatch.setattr(service.Orchestrator, "_prompt", slow)
+    with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        with listening(served) as port:
+            stub = stack.enter_context(connected(port))
+            asked = pool.submit(ask, stub, message([5, 6], max_tokens=2), seed=1, stop_token_ids=(0,))
+            assert reading.wait(30)
+        assert len(asked.result()[1]) == 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -1,5 +1,6 @@
 """The server over a real port, asked by OpenAI's own client and by hand."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -27,6 +28,9 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import score_sequence
 from dcjax.serving.server.http import guard
 from dcjax.serving.server.http.server import LARGEST_BODY, serving
+from dcjax.serving.server.http.service import Service
+from dcjax.serving.server.http.writing import CompletionWriter
+from dcjax.serving.server.life import LINGER
 from dcjax.serving.server.served import Served
 
 pytestmark = pytest.mark.heavy
@@ -291,6 +295,34 @@ def test_an_answer_must_come_in_time_streamed_or_not(served, monkeypatch):
             told = b"".join(iter(lambda: connection.recv(1000), b"")).decode()
         assert "took longer than 0.3 s, and was given up" in told and "[DONE]" not in told
         poll(lambda: metric(address, "dcjax_running"), lambda found: found == 0)
+
+
+def test_a_server_that_stops_finishes_what_it_has_begun_to_read(served, monkeypatch):
+    reading, prompts_of = threading.Event(), Service.prompts_of
+
+    async def slow(*given):
+        reading.set()
+        await asyncio.sleep(1.5 * LINGER)
+        return await prompts_of(*given)
+
+    monkeypatch.setattr(Service, "prompts_of", slow)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with http_server(served) as address:
+            asked = pool.submit(ask, address, body={"prompt": PROMPTS[0], "max_tokens": 2, "stop_token_ids": [0]})
+            assert reading.wait(30)
+        code, answer = asked.result()
+    assert (code, answer["usage"]["completion_tokens"]) == (200, 2)
+
+
+def test_a_server_that_stops_waits_for_who_does_not_read_no_longer_than_it_may(served, monkeypatch):
+    # more than a connection holds back
+    monkeypatch.setattr(CompletionWriter, "part_choice", lambda *given, **more: {"index": 0, "text": "x" * 10**7})
+    with http_server(served, grace=0.3) as address:
+        held = sent(address, json.dumps({"prompt": PROMPTS[0], "stream": True, "stop_token_ids": [0]}).encode())
+        assert held.recv(20).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    held.close()
 
 
 def sent(address, body, length=None):
