@@ -30,16 +30,16 @@ class Turn(NamedTuple):
     version: int
     # under what was sampled from
     logps: Float[np.ndarray, "K"]
-    # under the model, and those of its most probable tokens
+    # under the model, and those of its most probable tokens; meaningless unless asked for
     top: TopLogprobs
 
 
 class Continuous:
     """Decodes with an engine, whose slots are given to samples as they come.
 
-    As many prompts' caches are kept as there are slots, so that samples of one prompt share its prefill. Every turn
-    tells log-probs of `engine.most_top_logprobs` tokens, whoever asks for them: which program decodes a sample must not
-    depend on its neighbours.
+    As many prompts' caches are kept as there are slots, so that samples of one prompt share its prefill. One program
+    runs all turns, those that tell log-probs of the `engine.most_top_logprobs` most probable tokens too: which one
+    decodes a sample must not depend on what its neighbours ask for.
 
     Args:
       engine: the engine; there must be memory for one prompt a slot beside the slots.
@@ -89,8 +89,12 @@ class Continuous:
             self._cancelled[number] = True
         self._free.append(number)
 
-    def turn(self, params: ServingParams) -> dict[int, Turn]:
+    def turn(self, params: ServingParams, *, wants_top: bool = False) -> dict[int, Turn]:
         """Decodes `steps_per_call` tokens of every sample at most; the numbers of those that end are free behind it.
+
+        Args:
+          params: of this turn; they may be others than those of the last.
+          wants_top: whether to tell the model's own log-probs, and its most probable tokens.
 
         Returns:
           What was sampled, by the samples' numbers; each ends by one of its request's stop tokens, or its limit.
@@ -99,7 +103,7 @@ class Continuous:
         self._waiting.clear()
         cancelled, self._cancelled = self._cancelled, np.zeros_like(self._cancelled)
         self._state, (running, emitted) = programs(self._decoder).turn(
-            self._decoder, self._engine.steps_per_call, params, queue, cancelled, self._state
+            self._decoder, self._engine.steps_per_call, params, queue, cancelled, np.bool_(wants_top), self._state
         )
         told = (
             running,

@@ -137,7 +137,7 @@ class Decoder:
     mesh: Mesh
     # how many of the most probable tokens are recorded with their log-probs, whatever the truncation; 0 records none
     head: int = 0
-    # of how many of the model's most probable tokens log-probs are emitted, beside those of each sampled one; 0 is none
+    # of how many of the model's most probable tokens log-probs can be emitted, beside those of each sampled one
     top_logprobs: int = 0
     # whether layers are looped over, with weights and caches from `models.cache.stack_layers`; only on one device
     loops: bool = False
@@ -268,8 +268,14 @@ class Decoder:
         )
         return self._placed(started)
 
-    def steps(self, params: ServingParams, state: DecodeState, count: int) -> tuple[DecodeState, Emitted]:
-        """Decodes `count` tokens in every active slot; each leaf of `Emitted` has a leading axis of tokens."""
+    def steps(
+        self, params: ServingParams, state: DecodeState, count: int, wants_top: Bool[Array, ""] | None = None
+    ) -> tuple[DecodeState, Emitted]:
+        """Decodes `count` tokens in every active slot; each leaf of `Emitted` has a leading axis of tokens.
+
+        `wants_top` is whether top log-probs are computed; where they are not, zeros are emitted. What is sampled is
+        the same, since it is one program.
+        """
         counts = state.generated + jnp.arange(count)[:, None]
 
         vocab_size, keys = self.config.vocab_size, state.requests.keys
@@ -289,13 +295,13 @@ class Decoder:
         def pick(distribution: sampling.Distribution, drawn: Array) -> Array:
             return sampling.draw(distribution, noise=drawn if ahead else noise(drawn))
 
-        return self._steps(params, state, pick, drawn, keeps_residuals=False)
+        return self._steps(params, state, pick, drawn, wants_top, keeps_residuals=False)
 
     def follow(
         self, params: ServingParams, state: DecodeState, tokens: Int[Array, "T slots"], *, keeps_residuals: bool
     ) -> Emitted:
         """What `steps` would have emitted for given tokens, fed one by one; with residual streams on request."""
-        return self._steps(params, state, lambda _, token: token, tokens, keeps_residuals=keeps_residuals)[1]
+        return self._steps(params, state, lambda _, token: token, tokens, None, keeps_residuals=keeps_residuals)[1]
 
     def hidden(
         self, params: ServingParams, tokens: Int[Array, "rows S"], starts: Int[Array, "rows"], length: int
@@ -355,15 +361,17 @@ class Decoder:
         state: DecodeState,
         pick: Callable[[sampling.Distribution, Array], Int[Array, "slots"]],
         inputs: Array,
+        wants_top: Array | None,
         *,
         keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
         """Takes one step per input; `pick` receives the input and the step's distribution."""
 
         def step(state: DecodeState, given: Array) -> tuple[DecodeState, Emitted]:
-            return self._step(
-                params, state, lambda distribution: pick(distribution, given), keeps_residuals=keeps_residuals
-            )
+            def picked(distribution: sampling.Distribution) -> Array:
+                return pick(distribution, given)
+
+            return self._step(params, state, picked, wants_top, keeps_residuals=keeps_residuals)
 
         return lax.scan(step, state, inputs)
 
@@ -372,6 +380,7 @@ class Decoder:
         params: ServingParams,
         state: DecodeState,
         pick: Callable[[sampling.Distribution], Int[Array, "slots"]],
+        wants_top: Array | None,
         *,
         keeps_residuals: bool,
     ) -> tuple[DecodeState, Emitted]:
@@ -396,7 +405,7 @@ class Decoder:
             head_logps=head_logps,
             experts=None if (experts := self._recorded(decoded)) is None else experts[:, 0],
             residuals=decoded.residuals[:, :, 0] if keeps_residuals else None,
-            top=self._top_logprobs(logits, drawn_from, tokens) if self.top_logprobs else None,
+            top=None if wants_top is None else lax.cond(wants_top, self._top, self._no_top, logits, drawn_from, tokens),
         )
         active = state.active & ~stopped & (generated < requests.limits)
         following = dataclasses.replace(
@@ -410,10 +419,14 @@ class Decoder:
         )
         return self._placed(following), emitted
 
-    def _top_logprobs(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> TopLogprobs:
+    def _top(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> TopLogprobs:
         model = sampling.plain(logits)
         logps, top = parallel.head(self.mesh, model, self.top_logprobs)
         return TopLogprobs(sampling.log_probs(model, tokens), top, logps, sampling.log_probs_of(drawn_from, top))
+
+    def _no_top(self, logits: Array, drawn_from: sampling.Distribution, tokens: Array) -> TopLogprobs:
+        several = jnp.zeros((len(tokens), self.top_logprobs), jnp.float32)
+        return TopLogprobs(jnp.zeros(len(tokens), jnp.float32), several.astype(jnp.int32), several, several)
 
     @property
     def state_places(self) -> Any:

@@ -147,7 +147,7 @@ def programs(decoder: Decoder) -> Programs:
         turn=jax.jit(
             turn,
             static_argnums=(0, 1),
-            donate_argnums=5,
+            donate_argnums=6,
             compiler_options=NO_EXCESS_PRECISION,
             out_shardings=(places, everywhere),
         ),
@@ -215,20 +215,27 @@ def turn(
     params: ServingParams,
     queue: Queue,
     cancelled: Bool[Array, "N"],
+    wants_top: Bool[Array, ""],
     state: SchedulerState,
 ) -> tuple[SchedulerState, tuple[Int[Array, "slots"], Emitted]]:
     """Gives up the samples that are cancelled, and runs one turn; returns which sample is in each slot, and its tokens.
 
-    Leaves of `Emitted` have a leading axis of tokens.
+    Leaves of `Emitted` have a leading axis of tokens; top log-probs mean something where they are wanted.
     """
     active = state.decode.active & ~jnp.asarray(cancelled)[state.running]
     state = dataclasses.replace(state, decode=dataclasses.replace(state.decode, active=active))
-    _, state, _, emitted = _turn(decoder, steps_per_call, params, queue, jnp.int32(0), state)
+    _, state, _, emitted = _turn(decoder, steps_per_call, params, queue, jnp.int32(0), state, wants_top)
     return state, (state.running, emitted)
 
 
 def _turn(
-    decoder: Decoder, steps_per_call: int, params: ServingParams, queue: Queue, begun: Array, state: SchedulerState
+    decoder: Decoder,
+    steps_per_call: int,
+    params: ServingParams,
+    queue: Queue,
+    begun: Array,
+    state: SchedulerState,
+    wants_top: Array | None = None,
 ) -> tuple[Array, SchedulerState, Array, Emitted]:
     """Fills the slots that are free, from the place `begun` of the queue on, and decodes.
 
@@ -237,7 +244,7 @@ def _turn(
     """
     begun, state = _fill(decoder, queue, begun, state)
     before = state.decode.generated
-    decode, emitted = decoder.steps(params, state.decode, steps_per_call)
+    decode, emitted = decoder.steps(params, state.decode, steps_per_call, wants_top)
     before, emitted = _everywhere(decoder, (before, emitted))
     return begun, dataclasses.replace(state, decode=decode), before, emitted
 

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dcjax.models import ModelConfig, init_params, logical_axes
+from dcjax.serving.continuous import Continuous
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.parallel import serving_mesh
 from dcjax.serving.rollout import REFILLS_PER_CALL, Sampling, sample_responses
-from dcjax.serving.scheduler import programs
+from dcjax.serving.scheduler import programs, queue_of
 from dcjax.serving.scoring import score_responses
 from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.sharding.rules import shardings
@@ -96,6 +97,32 @@ def test_tokens_are_those_of_one_device(config, format, tensor, training, top_k)
     np.testing.assert_allclose(rollout.log_mass, expected.log_mass, atol=3e-5)
 
 
+def one_by_one(engine, params, wants_top):
+    """The tokens of samples that come one in a turn, and what is told of the first turn of the first."""
+    batching, keys, told = Continuous(engine), jax.random.key_data(jax.random.split(KEY, len(PROMPTS))), []
+    tokens, samples, coming = [[] for _ in PROMPTS], {}, list(enumerate(PROMPTS))
+    while coming or batching.free < SLOTS:
+        if coming and batching.free:
+            sample, prompt = coming.pop(0)
+            samples[batching.begin(params, prompt, engine.make_requests(keys[sample][None]))] = sample
+        for number, turn in batching.turn(params, wants_top=wants_top).items():
+            tokens[samples[number]] += turn.tokens.tolist()
+            told.append(turn.top)
+    return tokens, told[0]
+
+
+def test_samples_that_come_one_by_one_are_those_of_one_device_and_so_are_log_probs_of_the_most_probable_tokens():
+    # as the one before
+    engine, plain = make_engine(MIXED, "w8a8", 2, EIGHT, max_candidates=4), make_engine(MIXED, "w8a8", max_candidates=4)
+    (tokens, told), (expected, top) = (
+        one_by_one(*given, wants_top=True)
+        for given in ((engine, served(engine, MIXED)), (plain, plain.sync(masters(MIXED), 3)))
+    )
+    assert tokens == expected and len({len(sample) for sample in tokens}) > 1
+    np.testing.assert_array_equal(told.top_tokens, top.top_tokens)
+    np.testing.assert_allclose(told.top_logps, top.top_logps, atol=3e-5)
+
+
 def numbers(text):
     return [int(number) for number in re.findall(r"\d+", text)]
 
@@ -134,8 +161,8 @@ def test_caches_and_weights_are_really_split_and_copies_of_the_model_do_not_wait
     layer = params.weights["layers"][1]
     assert layer["experts_up_proj"].values.sharding.shard_shape((8, 64, 32)) == (4, 64, 32)
     assert layer["o_proj"].values.sharding.spec == PartitionSpec("tensor", None)
-    queue, rows = np.arange(len(sampling._rows), dtype=np.int32), sampling._rows
-    given = (params, prefix, rows, sampling._requests, queue, np.int32(len(rows)), np.int32(REFILLS_PER_CALL), state)
+    queue = queue_of(prefix, sampling._rows, sampling._requests, range(len(sampling._rows)))
+    given = (params, queue, np.int32(REFILLS_PER_CALL), state)
     text = programs(engine.decoder).decode.lower(engine.decoder, 4, *given).compile().as_text()
     # arrays of one copy alone: nothing has the cache of all slots, or of all heads
     capacity = P + T

@@ -121,7 +121,8 @@ class EngineThread:
                     self._drop_cancelled()
                 self._begin()
                 if self._decoded:
-                    self._tell(self._batching.turn(self._weights.params))
+                    wants_top = any(sample.top or sample.of_model for sample in self._decoded.values())
+                    self._tell(self._batching.turn(self._weights.params, wants_top=wants_top))
         except BaseException as error:
             for sample in [*self._decoded.values(), *self._waiting]:
                 sample.told(error)
