@@ -24,6 +24,8 @@ DECODE = "/jetstream_proto.Orchestrator/Decode"
 SHARES = {"long": 0.4, "short": 0.3, "cancelled": 0.14, "too large": 0.08, "malformed": 0.08}
 """Kinds of requests, and how many of all they are."""
 REFUSED = ("too large", "malformed")
+STREAM = "long"
+"""A kind that is streamed and long."""
 REFUSAL, FULL = "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"
 """Statuses of what cannot be served, and of what there is no room for."""
 

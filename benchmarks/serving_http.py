@@ -33,6 +33,8 @@ SHARES = {
 REFUSED = ("too large", "malformed", "empty", "not UTF-8", "hostile")
 REFUSAL, FULL = "REFUSED", "429"
 """Statuses of what cannot be served and is explained, and of what there is no room for."""
+STREAM = "streamed"
+"""A kind that is streamed and long."""
 STREAMED = ("streamed", "slow", "cancelled", "soak")
 PATH = "/v1/completions"
 SLOWLY = 0.3

@@ -172,7 +172,7 @@ def load(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[s
     works = plan(protocol, subject, kinds, direct.keys)
     waiting = args.requests if args.waiting is None else args.waiting
     with served(subject.source, *options_of(args.protocol, subject), "--waiting", str(waiting)) as server:
-        alone = one_by_one(protocol, server, [work for work in works if work.kind == "long"][:ALONE])
+        alone = one_by_one(protocol, server, [work for work in works if work.kind == protocol.STREAM][:ALONE])
         before, cpu = server.rss(), server.cpu()
         answers = from_processes(protocol, server.port, works, args.clients)
         figures = figures_of(protocol, answers, server.cpu() - cpu, direct.cpu)
