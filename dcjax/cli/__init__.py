@@ -9,12 +9,12 @@ import select
 import sys
 from collections.abc import Sequence
 
-from dcjax.cli import convert, data, evaluate, lab, plan, probe, report, serve, train
+from dcjax.cli import convert, data, doctor, evaluate, lab, plan, probe, report, serve, train
 from dcjax.cli.arguments import NO_CACHE_FLAG, NO_CACHE_HELP, Parser
 from dcjax.cli.session import report_error
 from dcjax.errors import RunError
 
-COMMANDS = (train, plan, serve, evaluate, probe, report, lab, convert, data)
+COMMANDS = (train, plan, serve, evaluate, probe, report, lab, convert, data, doctor)
 """The modules of the commands, in the order of `dcjax --help`."""
 
 
