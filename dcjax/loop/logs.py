@@ -15,6 +15,7 @@ from dcjax.loop.evaluate import responses
 from dcjax.loop.setup import Setup
 from dcjax.reporting.progress import Progress
 from dcjax.reporting.record import MetricsLog, Transcripts
+from dcjax.reporting.trackers import Trackers
 from dcjax.sharding.hosts import is_main
 
 TRANSCRIPTS = 4
@@ -27,13 +28,14 @@ class RunLog:
     Args:
       setup: of the run.
       last_step: of the checkpoint that the run goes on from; None for one that begins.
+      trackers: that are told each step too; None on processes that write nothing.
 
     Raises:
       RunError: on entering, what was logged before is gone or damaged.
     """
 
-    def __init__(self, setup: Setup, last_step: int | None):
-        self._setup, self._last_step = setup, last_step
+    def __init__(self, setup: Setup, last_step: int | None, trackers: Trackers | None):
+        self._setup, self._last_step, self._trackers = setup, last_step, trackers
         self._deployed_accuracy: float | None = None
         self._open = ExitStack()
 
@@ -69,6 +71,8 @@ class RunLog:
         if sampled is not None and "eval/deployed_accuracy" in metrics:
             self._transcribe(step, sampled)
         self._metrics.write(step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
         if sampled is None:
             self._progress.begin()
         else:

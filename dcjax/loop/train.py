@@ -20,14 +20,16 @@ from dcjax.loop.evaluate import evaluate_state
 from dcjax.loop.logs import RunLog
 from dcjax.loop.profiler import Profiler
 from dcjax.loop.rollouts import Rollouts, open_rollouts
-from dcjax.loop.run_directory import check_data_agree, open_run
+from dcjax.loop.run_directory import check_data_agree, identity, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Checked, Setup, begin, check, set_up
 from dcjax.loop.updater import Updater
 from dcjax.models.hf_config import GENERATION_CONFIG
 from dcjax.recipe.build import abstract_state
 from dcjax.recipe.config import Config
+from dcjax.recipe.plain import to_dict
 from dcjax.reporting.run_report import write_report
+from dcjax.reporting.trackers import Trackers
 from dcjax.sharding.hosts import Preemption, Stopped, as_loss, gather, is_main, threads_may_launch
 from dcjax.spans import span
 from dcjax.types import TrainState
@@ -59,11 +61,25 @@ def train(config: Config, recipe: CodeFile | None = None, *, profile: int | None
         recipe=recipe,
         started=checked.started,
     ) as directory:
-        _train(checked, directory, recipe, profile)
-    return write_report(directory) if is_main() else None
+        if not is_main():
+            _train(checked, directory, recipe, profile, None)
+            return None
+        with _trackers(checked.config, directory) as trackers:
+            _train(checked, directory, recipe, profile, trackers)
+            picture, page = write_report(directory)
+            trackers.attach(page)
+    return picture, page
 
 
-def _train(checked: Checked, directory: Path, recipe: CodeFile | None, profile: int | None) -> None:
+def _trackers(config: Config, directory: Path) -> Trackers:
+    tracking = config.tracking
+    told = {"directory": directory, "identity": identity(directory), "config": to_dict(config)}
+    return Trackers(wandb=tracking.wandb, mlflow=tracking.mlflow, **told)
+
+
+def _train(
+    checked: Checked, directory: Path, recipe: CodeFile | None, profile: int | None, trackers: Trackers | None
+) -> None:
     """Trains in a run's directory, which this process holds."""
     with (
         checked.rewards as rewards,
@@ -74,14 +90,14 @@ def _train(checked: Checked, directory: Path, recipe: CodeFile | None, profile: 
         try:
             if is_main():
                 _save_tokenizer(setup, directory / "tokenizer")
-            _loop(setup, checkpoints, profiler)
+            _loop(setup, checkpoints, profiler, trackers)
         except Exception as error:
             if (loss := as_loss(error)) is None:
                 raise
             raise loss from error
 
 
-def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
+def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler, trackers: Trackers | None) -> None:
     config, preemption = setup.config, Preemption()
     restored = checkpoints.restore_latest(abstract_state(config, setup.mesh))
     if is_main():
@@ -94,7 +110,7 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler) -> None:
     with (
         open_rollouts(setup) as rollouts,
         make_sampler(setup, preemption, rollouts) as sampler,
-        RunLog(setup, last_step) as log,
+        RunLog(setup, last_step, trackers) as log,
         preemption,
     ):
         if not restored:

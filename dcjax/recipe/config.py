@@ -96,6 +96,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics and the report go besides the run's directory."""
+
+    wandb: str = ""
+    """Project of Weights & Biases; empty is none. WANDB_MODE=offline keeps it on this machine."""
+    mlflow: str = ""
+    """Experiment of MLflow, at MLFLOW_TRACKING_URI; empty is none."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run: a warm start, then RL with rollouts from the serving engine."""
 
@@ -121,6 +131,7 @@ class Config:
     optimizer: OptimizerSection = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     self_checks: bool = True

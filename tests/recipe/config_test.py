@@ -10,7 +10,7 @@ from dcjax.data.arithmetic import ArithmeticTask
 from dcjax.data.mathematics import MathTask
 from dcjax.models import ModelConfig, Precision, presets
 from dcjax.models.rope import YarnScaling
-from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, WarmStartConfig
+from dcjax.recipe.config import CheckpointConfig, Config, EvaluationConfig, TrackingConfig, WarmStartConfig
 from dcjax.recipe.objective import ObjectiveConfig
 from dcjax.recipe.optimizer import OptimizerConfig
 from dcjax.recipe.plain import differences, flatten, from_dict, to_dict
@@ -36,6 +36,7 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
     "mesh": MeshConfig,
     "distributed": DistributedConfig,
 }
