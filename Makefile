@@ -17,12 +17,13 @@ CREATE := $(if $(PYTHON),$(PYTHON),$(error dcjax needs Python 3.11, 3.12 or 3.13
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 endif
 
-.PHONY: help quickstart test test-fast test-all real lint clean
+.PHONY: help quickstart test test-fast test-all real lint docs clean
 
 help:
 	@echo "make quickstart   train the embedded task and show where the plot is (about 5 minutes)"
 	@echo "make test         the everyday tests     make test-fast pure functions alone, in a minute or so"
 	@echo "make test-all     the slow ones too      make lint      ruff and pyrefly"
+	@echo "make docs         the site, in build/site"
 	@echo "make real         the slow tests of SmolLM2-135M-Instruct, a published model of the package registry"
 	@echo "make clean        remove .venv (runs/ stays)"
 
@@ -46,6 +47,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 
+# what is missing, or leads nowhere, is an error
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=website $(BIN)/mkdocs build --quiet
+	@echo "the site is in build/site"
+
 clean:
 	rm -rf $(VENV)
 
@@ -62,6 +68,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	@$(INSTALL) --editable '.[tasks]' || echo "reasoning-gym needs a C compiler where it is installed; its tests are skipped"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0) is a file in this package; what the package itself imports is not needed
 $(VENV)/.installed-real: $(VENV)/.installed-dev

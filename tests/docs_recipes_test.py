@@ -14,7 +14,8 @@ from dcjax.reporting.record import read_metrics
 
 pytestmark = pytest.mark.heavy
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FILES = re.compile(r"^```python\n(# (\w+\.py): dcjax train ([^\n]*)\n.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALL = {
     "steps": 2,
@@ -44,11 +45,12 @@ OF_ARITHMETIC = {
 
 
 def files():
-    return [match for page in sorted(DOCS.glob("*.md")) for match in FILES.findall(page.read_text())]
+    return [match for page in PAGES for match in FILES.findall(page.read_text())]
 
 
 def test_the_pages_have_a_complete_file_each():
     assert {name for _, name, _ in files()} == {
+        "halved.py",
         "known_tokens.py",
         "restarts.py",
         "reversal.py",

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pages  # pyrefly: ignore[missing-import]  (beside this file)
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -25,9 +26,11 @@ def on_files(files: Files, config) -> Files:
         target
         for file in files.documentation_pages()
         for target in _outside(file.src_uri, file.content_string)
-        if Path(target).suffix != ".md"
+        if target not in BESIDE_DOCS
     }
     for target in sorted(linked):
+        if not (ROOT / target).exists():
+            raise PluginError(f"a page links to {target}, which is not there")
         files.append(File.generated(config, f"files/{target}", abs_src_path=str(ROOT / target)))
     return files
 

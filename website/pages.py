@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +22,19 @@ PACKAGES = ("models", "serving", "rl", "data", "rewards", "sharding", "recipe", 
 def all_pages() -> dict[str, str]:
     """Markdown by its place in docs/."""
     return {
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text("utf-8"),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8"),
+        "index.md": _from_root("README.md"),
+        "changelog.md": _from_root("CHANGELOG.md"),
+        "contributing.md": _from_root("CONTRIBUTING.md"),
         "reference/config.md": config_page(),
         "reference/commands.md": commands_page(),
         **api_pages(),
     }
+
+
+def _from_root(name: str) -> str:
+    """A page that lies beside docs/, its links as pages in docs/ have them."""
+    text = (ROOT / name).read_text("utf-8")
+    return re.sub(r"\]\((?!https?:|#)(?:docs/)?", lambda found: "](" if "docs/" in found[0] else "](../", text)
 
 
 # --- fields ---

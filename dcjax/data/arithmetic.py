@@ -116,7 +116,8 @@ class ArithmeticTask(Task):
 
         Args:
             split: "train" or "heldout".
-            seed, index: not negative. Different indices may draw equal problems.
+            seed: not negative.
+            index: not negative. Different ones may draw equal problems.
 
         Raises:
             ValueError: an unknown split, a negative number, or a task so small that the split is empty.

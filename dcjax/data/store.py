@@ -81,8 +81,10 @@ def load_examples(
     """A data set's examples in the order of the published rows, each question once; prepared on first use.
 
     Args:
-      name, data_dir, cache_dir: as `prepare`.
+      name: as `prepare`.
+      data_dir: as `prepare`.
       subset: "all", or a share such as "25%" (see `share_of`).
+      cache_dir: as `prepare`.
 
     Raises:
       FileNotFoundError, ValueError: as `prepare`, or `subset` is neither.

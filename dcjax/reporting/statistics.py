@@ -222,7 +222,8 @@ def welch_interval(first: Sequence[float], last: Sequence[float]) -> tuple[float
     """The 95% interval of mean(last) − mean(first) by Welch's t, as of independent values with variances of their own.
 
     Args:
-      first, last: at least two values each, the mean rewards of some iterations, say.
+      first: at least two values, the mean rewards of some iterations, say.
+      last: likewise.
 
     Returns:
       (lower, upper); without a width where neither side varies.
