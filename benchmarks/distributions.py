@@ -53,7 +53,7 @@ from dcjax.sharding.mesh import MeshConfig, make_mesh
 from dcjax.tools.plan.plan import Place
 from dcjax.types import Batch, Rollout
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+RECIPES = Path(__file__).parent.parent / "dcjax" / "recipes"
 ROWS, PROMPT, RESPONSE = 4, 64, 1024
 CENTRED: dict[str, Any] = {"penalty_form": "state_centred"}
 BOTH = CENTRED | {"score_centering": True}
@@ -137,7 +137,7 @@ STEPS: dict[str, tuple[dict[str, Any], str]] = {
 
 def compare_step(rounds: int) -> dict[str, Any]:
     """CPU-milliseconds of the quickstart's step, and of reading its rollout."""
-    config: Any = runpy.run_path(str(EXPERIMENTS / "quickstart.py"))["config"]()
+    config: Any = runpy.run_path(str(RECIPES / "quickstart.py"))["config"]()
     programs = {name: whole_step(config, *settings) for name, settings in STEPS.items()}
     programs["reading"] = reader(config)
     cpu = {name: of.cpu * 1e3 for name, of in measure("step", programs, rounds).items()}
@@ -193,7 +193,7 @@ def reader(config: Config) -> Callable[[int], Any]:
 
 def compare_plan() -> dict[str, Any]:
     """One chip's operations, memory and seconds at least, of the programs that differ."""
-    config, found = runpy.run_path(str(EXPERIMENTS / "dcmdp_qwen3_8b.py"))["config"](), {}
+    config, found = runpy.run_path(str(RECIPES / "dcmdp_qwen3_8b.py"))["config"](), {}
     for name, settings in {"published": {}, "centred and score centering": BOTH}.items():
         objective = dataclasses.replace(config.objective, **settings)
         place = Place.of(dataclasses.replace(config, objective=objective), "v5p:4x4x4")
@@ -213,7 +213,7 @@ def compare_plan() -> dict[str, Any]:
 def compare_left(folder: Path) -> dict[str, Any]:
     """Mean |p − q| by format, and by what of it the trainer's forward has."""
     model, params = load_hf(folder)
-    config = runpy.run_path(str(EXPERIMENTS / "quickstart.py"))["config"]()
+    config = runpy.run_path(str(RECIPES / "quickstart.py"))["config"]()
     mesh, tokenizer = make_mesh(MeshConfig()), config.task.build_tokenizer(None)
     problems = config.task.open(tokenizer).problems("train", 0, 0, 32)
     found: dict[str, dict[str, float]] = {}

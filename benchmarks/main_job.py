@@ -45,7 +45,7 @@ from dcjax.serving.rollout import sample_responses
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Batch, Rollout
 
-QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+QUICKSTART = Path(__file__).parent.parent / "dcjax" / "recipes" / "quickstart.py"
 SERVED: tuple[FormatName, ...] = ("float32", "bf16", "int8")
 """Formats whose rollouts are timed."""
 LARGEST_DIFFERENCE = 1e-5

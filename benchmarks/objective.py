@@ -44,7 +44,7 @@ from dcjax.rl.transforms import Context, initial_terms
 from dcjax.sharding.mesh import make_mesh
 from dcjax.types import Array, Batch
 
-QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+QUICKSTART = Path(__file__).parent.parent / "dcjax" / "recipes" / "quickstart.py"
 LARGEST = (512, 8192)
 """Responses and their tokens."""
 GROUP_SIZE = 8

@@ -23,7 +23,7 @@ from dcjax.sharding.mesh import MeshConfig
 from dcjax.tools.plan.plan import Place
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = Path(__file__).parents[1] / "experiments" / "dcmdp_qwen3_8b.py"
+RECIPE = Path(__file__).parents[1] / "dcjax" / "recipes" / "dcmdp_qwen3_8b.py"
 SLICES = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16"}
 STRONG_RESPONSES = 512
 COLUMNS = 9216

@@ -23,7 +23,8 @@ from dcjax.recipe.plain import flatten, to_dict
 from dcjax.tools.plan.plan import make_plan
 from dcjax.tools.plan.tables import to_json
 
-EXPERIMENTS, RESULTS = Path(__file__).parents[1] / "experiments", Path(__file__).parent / "results" / "plans.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "plans.json"
 CLAIMS = RESULTS.with_name("claims.json")
 RECIPES = (
     "dcmdp_qwen3_8b",
@@ -37,7 +38,7 @@ GIB = 2**30
 
 def described(recipe: str) -> tuple[dict[str, Any], str]:
     """A recipe's config as its fields are overridden, and the slice that its docstring names."""
-    file = runpy.run_path(str(EXPERIMENTS / f"{recipe}.py"))
+    file = runpy.run_path(str(ROOT / "dcjax" / "recipes" / f"{recipe}.py"))
     named = re.search(r"^Slice: (\S+),", file["__doc__"], re.MULTILINE)
     assert named is not None, recipe
     return json.loads(json.dumps(flatten(to_dict(file["config"]())), default=str)), named[1]
@@ -46,14 +47,14 @@ def described(recipe: str) -> tuple[dict[str, Any], str]:
 def planned(recipe: str) -> dict[str, Any]:
     """A recipe's plan, as `dcjax plan --json` prints it, beside its config."""
     fields, topology = described(recipe)
-    config = runpy.run_path(str(EXPERIMENTS / f"{recipe}.py"))["config"]()
+    config = runpy.run_path(str(ROOT / "dcjax" / "recipes" / f"{recipe}.py"))["config"]()
     plan = make_plan(config, topology, told=lambda line: print(f"{recipe}: {line}", file=sys.stderr, flush=True))
     return {"config": fields, "steps": config.steps, "plan": json.loads(to_json(plan))}
 
 
 def plan_claims() -> None:
     """Plans the full recipe of each claim that has no plan yet, and prints a row of docs/findings.md for each."""
-    study = runpy.run_path(str(EXPERIMENTS / "lab" / "study.py"))["study"]()
+    study = runpy.run_path(str(ROOT / "experiments" / "lab" / "study.py"))["study"]()
     results = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else {}
     lines = list(dict.fromkeys(line for claim in study.claims for line in claim.full))
     for line in (line for line in lines if line not in results):

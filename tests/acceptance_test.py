@@ -8,7 +8,7 @@ from launching import ended, processes
 from dcjax.reporting.record import read_metrics
 
 pytestmark = pytest.mark.slow
-RECIPE = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+RECIPE = Path(__file__).parent.parent / "dcjax" / "recipes" / "quickstart.py"
 
 
 def quickstart(run_dir, *overrides, count=1, devices=1):

@@ -24,7 +24,8 @@ from dcjax.tools.suite.published import PUBLISHED
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCRIPT = EXPERIMENTS / "sweeps.py"
 SWEEPS, command = (runpy.run_path(str(SCRIPT))[name] for name in ("SWEEPS", "command"))
-FILES = {recipe: runpy.run_path(str(EXPERIMENTS / f"{recipe}.py")) for recipe in SWEEPS}
+RECIPES = EXPERIMENTS.parent / "dcjax" / "recipes"
+FILES = {recipe: runpy.run_path(str(RECIPES / f"{recipe}.py")) for recipe in SWEEPS}
 CONFIGS = {recipe: file["config"]() for recipe, file in FILES.items()}
 ROWS = [pytest.param(recipe, row, id=f"{recipe}-{row.name}") for recipe, rows in SWEEPS.items() for row in rows]
 
@@ -263,4 +264,4 @@ COMMAND = re.compile(r"(?:dcjax (?:train|plan)|sweeps\.py| --)\s+(?:\\\n\s+)?([a
 @pytest.mark.parametrize("page", ["README.md", "docs/launching.md", "docs/papers.md", "docs/plan.md", "docs/server.md"])
 def test_recipes_in_commands_of_the_documentation_are_there(page):
     named = set(COMMAND.findall((EXPERIMENTS.parent / page).read_text()))
-    assert named and named <= {path.stem for path in EXPERIMENTS.glob("*.py")}
+    assert named and named <= {path.stem for path in RECIPES.glob("*.py")}

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "dcjax"
 FLOORS = (
     *("errors", "paths", "signals", "types", "arguments", "user_code", "keys", "spans", "allocator"),
     *("rewards", "data", "rl", "sharding", "models", "serving", "reporting"),
-    *("recipe", "loop", "tools", "cli", "__main__"),
+    *("recipe", "recipes", "loop", "tools", "cli", "__main__"),
 )
 """From the bottom up: what stands later may import what stands before it."""
 

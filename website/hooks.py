@@ -1,6 +1,6 @@
 """What MkDocs does beside rendering docs/: pages made from the code, and files that pages link to outside docs/.
 
-The site stands alone: a link such as ../experiments/quickstart.py leads to a copy of that file in the site.
+The site stands alone: a link such as ../dcjax/recipes/quickstart.py leads to a copy of that file in the site.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     up = "../" * page.file.src_uri.count("/")
 
     def led(found: re.Match) -> str:
-        before, _, path = found.groups()
+        before = found[1]
         target = _target(page.file.src_uri, found)
         if target is None:
             return found[0]

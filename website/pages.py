@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import json
 import pkgutil
 import re
 import textwrap
@@ -44,7 +43,8 @@ def config_page() -> str:
     """Every field of a recipe's `Config` with its type, default and meaning."""
     from dcjax.recipe.config import Config
 
-    lines = ["# Fields of a run", "", "What `dcjax train RECIPE --section.field value` sets ([recipes](../recipes.md)).", ""]
+    set_by = "What `dcjax train RECIPE --section.field value` sets ([recipes](../recipes.md))."
+    lines = ["# Fields of a run", "", set_by, ""]
     sections = []
     for field in dataclasses.fields(Config):
         default = _default(field)
@@ -52,7 +52,8 @@ def config_page() -> str:
             sections.append((field.name, default))
     lines += ["## Of the run", "", *_table("", Config(), skipped={name for name, _ in sections})]
     for name, default in sections:
-        lines += [f"## {name}", "", (inspect.getdoc(type(default)) or "").splitlines()[0], "", *_table(f"{name}.", default)]
+        told = (inspect.getdoc(type(default)) or "").splitlines()[0]
+        lines += [f"## {name}", "", told, "", *_table(f"{name}.", default)]
     return "\n".join(lines)
 
 
@@ -95,12 +96,9 @@ def documentation(section: type) -> dict[str, str]:
         for field, behind in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = behind.value if isinstance(behind, ast.Expr) else None
-                found[field.target.id] = inspect.cleandoc(text.value) if _is_text(text) else found.get(field.target.id, "")
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found[field.target.id] = inspect.cleandoc(text.value)
     return found
-
-
-def _is_text(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 # --- commands ---
@@ -111,10 +109,14 @@ def commands_page() -> str:
     from dcjax.cli import build_parser
 
     parser = build_parser()
-    lines = ["# Commands", "", "What `dcjax COMMAND --help` prints.", "", "```text", parser.format_help().rstrip(), "```", ""]
+    lines = ["# Commands", "", "What `dcjax COMMAND --help` prints.", "", *_help(parser)]
     for name, below in _parsers(parser):
-        lines += [f"## dcjax {name}", "", "```text", below.format_help().rstrip(), "```", ""]
+        lines += [f"## dcjax {name}", "", *_help(below)]
     return "\n".join(lines)
+
+
+def _help(parser: Any) -> list[str]:
+    return ["```text", parser.format_help().rstrip(), "```", ""]
 
 
 def _parsers(parser, before: str = ""):
@@ -144,11 +146,3 @@ def _modules(package: ModuleType) -> list[str]:
 
 def _api_page(title: str, modules: list[str]) -> str:
     return "\n".join([f"# {title}", "", *(f"::: {module}\n" for module in modules)])
-
-
-# --- benchmarks ---
-
-
-def results(name: str) -> Any:
-    """What a benchmark has left."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dcjax.recipe.config import Config
 
 RECIPES = Path("experiments")
+"""Where recipes are found by name in the working directory, before those of the package, `dcjax.recipes`."""
 """Where recipes are found by name: below the working directory, or else beside the package, in a checkout of dcjax."""
 DEFAULT_RECIPE = "quickstart"
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -187,15 +188,15 @@ def _find_recipe(path: Path, source: str, recipe_code: bool) -> CodeFile:
     """
     if not recipe_code:
         raise RunError(f"{NO_RECIPE_CODE_FLAG} is given; {source} is a recipe, which is code: give a run directory")
-    folders = (RECIPES, Path(dcjax.__file__).parents[1] / RECIPES)
+    folders = (RECIPES, Path(dcjax.__file__).parent / "recipes")
     paths = [path] if source.endswith(".py") else [folder / f"{source}.py" for folder in folders]
     if found := next((path for path in paths if path.is_file()), None):
         return CodeFile.read(found)
-    # The other experiments are scripts, which define no config().
+    # other files there are scripts, which define no config()
     files = (file for folder in folders for file in folder.glob("*.py"))
     recipes = {file.stem for file in files if "def config(" in file.read_text()}
     known = ", ".join(sorted(recipes)) or "there are none here"
-    raise RunError(f"no recipe {paths[0]}; give a Python file, a run directory, or a name in {RECIPES}/: {known}")
+    raise RunError(f"no recipe {paths[0]}; give a Python file, a run directory, or a name: {known}")
 
 
 def _call_recipe(recipe: CodeFile) -> Config:

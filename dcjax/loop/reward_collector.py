@@ -148,8 +148,9 @@ class Scores:
         return {name: float(part[row]) for name, part in sorted(self.parts.items()) if not np.isnan(part[row])}
 
     def part_means(self) -> dict[str, float]:
-        """The mean of each part over the responses that have it, by the names of metrics.jsonl."""
-        return {f"reward_parts/{name}": float(np.nanmean(part)) for name, part in sorted(self.parts.items())}
+        """The mean of each part over the responses that have it, by the names of metrics.jsonl; none if no one has."""
+        there = {name: part[~np.isnan(part)] for name, part in sorted(self.parts.items())}
+        return {f"reward_parts/{name}": float(np.mean(part)) for name, part in there.items() if len(part)}
 
 
 class RewardCollector:

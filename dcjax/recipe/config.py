@@ -99,10 +99,10 @@ class CheckpointConfig:
 class TrackingConfig:
     """Where metrics and the report go besides the run's directory."""
 
-    wandb: str = ""
-    """Project of Weights & Biases; empty is none. WANDB_MODE=offline keeps it on this machine."""
-    mlflow: str = ""
-    """Experiment of MLflow, at MLFLOW_TRACKING_URI; empty is none."""
+    wandb: str | None = None
+    """Project of Weights & Biases. WANDB_MODE=offline keeps it on this machine."""
+    mlflow: str | None = None
+    """Experiment of MLflow, at MLFLOW_TRACKING_URI."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class Trackers:
     """The trackers of a run, none where none is asked for. A context manager.
 
     Args:
-      wandb: a project of Weights & Biases, or empty.
-      mlflow: an experiment of MLflow, or empty.
+      wandb: a project of Weights & Biases; None is none.
+      mlflow: an experiment of MLflow; None is none.
       directory: of the run.
       identity: what tells the run from others (`run_directory.identity`).
       config: the run's settings, as in config.json.
@@ -42,7 +42,9 @@ class Trackers:
       RunError: a tracker is not installed, or does not start.
     """
 
-    def __init__(self, *, wandb: str, mlflow: str, directory: Path, identity: str, config: Mapping[str, Any]):
+    def __init__(
+        self, *, wandb: str | None, mlflow: str | None, directory: Path, identity: str, config: Mapping[str, Any]
+    ):
         self._trackers: list[Tracker] = []
         number = hashlib.sha256(identity.encode()).hexdigest()[:16]
         if wandb:

@@ -38,7 +38,7 @@ def config():
     )
 """
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+BUILT_IN = Path(__file__).parents[2] / "dcjax" / "recipes"
 
 
 @pytest.fixture(autouse=True)
@@ -210,11 +210,11 @@ def test_train_help_names_every_field_with_its_meaning_and_default(capfd):
         assert len(meaning.split()) >= 2, (name, meaning)
 
 
-def test_the_quickstart_is_the_default_recipe(started, monkeypatch):
-    monkeypatch.chdir(EXPERIMENTS.parent)
+def test_the_quickstart_is_the_default_recipe_wherever_one_is(started, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert main(["train"]) == 0
     assert main(["train", "quickstart"]) == 0
-    assert main(["train", str(EXPERIMENTS / "quickstart.py")]) == 0
+    assert main(["train", str(BUILT_IN / "quickstart.py")]) == 0
     assert main(["train", "--seed", "3"]) == 0
     first, second, third, seeded = started
     assert first == second == third
@@ -222,8 +222,7 @@ def test_the_quickstart_is_the_default_recipe(started, monkeypatch):
     assert seeded == dataclasses.replace(first, seed=3)
 
 
-# other experiments are scripts of their own, and no recipes
-RECIPES = sorted(path for path in EXPERIMENTS.glob("*.py") if "def config(" in path.read_text())
+RECIPES = sorted(path for path in BUILT_IN.glob("*.py") if "def config(" in path.read_text())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -232,6 +232,11 @@ def test_a_reward_sees_prompt_and_record_and_returns_its_parts(tmp_path, workers
     assert scores.parts_of(unfinished) == {"correct": 0.0}
 
 
+def test_a_part_that_no_response_of_an_iteration_has_has_no_mean():
+    scores = Scores(np.float32([1, 2]), {"there": np.float32([1, np.nan]), "gone": np.float32([np.nan, np.nan])})
+    assert scores.part_means() == {"reward_parts/there": 1}
+
+
 def test_accuracies_count_the_reward_where_it_has_no_part_that_says_correct():
     scores = Scores(np.float32([1, 2, 0]), {"correct": np.float32([0, np.nan, 0]), "length": np.float32([1, 2, 0])})
     assert scores.graded.tolist() == [0, 2, 0]

@@ -41,7 +41,7 @@ SECTIONS = {
     "distributed": DistributedConfig,
 }
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+RECIPES = Path(__file__).parents[2] / "dcjax" / "recipes"
 LONG = RolloutConfig(max_prompt_length=1024)
 
 # The smallest value that is right and a value that is not, of each field with a lower bound.
@@ -603,7 +603,7 @@ def test_no_more_tokens_are_overlong_than_there_are():
 
 
 def test_every_recipe_is_one():
-    recipes = [path for path in EXPERIMENTS.glob("*.py") if "def config(" in path.read_text()]
+    recipes = [path for path in RECIPES.glob("*.py") if "def config(" in path.read_text()]
     assert {path.stem for path in recipes} >= {
         "quickstart",
         "dcmdp_qwen3_8b",

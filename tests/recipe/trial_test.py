@@ -22,8 +22,8 @@ from dcjax.recipe.trial import Available, changes, check_fits, shrink
 from dcjax.sharding.mesh import MeshConfig
 from dcjax.user_code import CodeFile
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-FILES = [path for path in sorted(EXPERIMENTS.glob("*.py")) if "def config(" in path.read_text()]
+RECIPES = Path(__file__).parents[2] / "dcjax" / "recipes"
+FILES = [path for path in sorted(RECIPES.glob("*.py")) if "def config(" in path.read_text()]
 RECIPES = {path.stem: CodeFile.read(path).load().config() for path in FILES}
 GIB = 2**30
 LAPTOP = Available(devices=1, memory=16 * GIB, cores=2, data=False, tokens=258)

@@ -261,7 +261,7 @@ def test_hand_counts_of_8b_are_those_of_its_compiled_step():
     # with 11,776 columns, the recipe's own, activations are counted 30% too high: docs/plan.md
     fields = ["mesh.data=1", "mesh.fsdp=64", "model.remat=full", "model.head_chunk=512"]
     fields.append("optimizer.tokens_per_microbatch=17408")
-    config, _ = config_of([str(Path(__file__).parents[3] / "experiments/dcmdp_qwen3_8b.py"), *fields])
+    config, _ = config_of([str(Path(__file__).parents[3] / "dcjax/recipes/dcmdp_qwen3_8b.py"), *fields])
     mean = config.rollout.max_response_length / 2
     place = Place.of(config, "v5p:4x4x4")
     config, mesh = place.config, place.mesh
