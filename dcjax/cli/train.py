@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 RECIPES = Path("experiments")
 """Where recipes are found by name in the working directory, before those of the package, `dcjax.recipes`."""
-"""Where recipes are found by name: below the working directory, or else beside the package, in a checkout of dcjax."""
 DEFAULT_RECIPE = "quickstart"
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """What a field that is on or off may be set to."""

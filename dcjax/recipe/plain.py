@@ -17,6 +17,7 @@ FREE_TO_CHANGE_ON_RESUME = (
     # read before the first step only
     "pretrained",
     "checkpoint",
+    "tracking",
     "mesh",
     "rollout.engine",
     "rollout.patience",

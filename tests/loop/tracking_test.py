@@ -121,6 +121,18 @@ def test_mlflow_has_every_metric_of_every_step_and_the_report_in_one_run(run):
         assert told == {line["step"]: line[name] for line in lines if name in line}
 
 
+def test_a_run_may_be_tracked_from_any_checkpoint_on(run):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    forget(run(), EVERY)
+    run(mlflow="late")
+    client = MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("late").experiment_id])
+    told = [metric.step for metric in client.get_metric_history(found.info.run_id, "reward")]
+    assert told == list(range(EVERY + 1, STEPS + 1))
+
+
 def test_a_run_that_fails_is_said_to_have_failed(run, monkeypatch):
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
