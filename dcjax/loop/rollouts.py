@@ -70,6 +70,7 @@ class InProcess:
         return serving
 
     def begin(self, serving: ServingParams, prompts: Sequence[Sequence[int]], key: jax.Array) -> Sampling:
+        """As `Rollouts`."""
         settings = self._settings
         return Sampling(
             self._engine,
@@ -83,6 +84,7 @@ class InProcess:
         )
 
     def read(self, serving: ServingParams, rollout: Rollout) -> Reading:
+        """As `Rollouts`."""
         return read_hidden(self._engine, serving, rollout, self._mesh)
 
 

@@ -207,5 +207,6 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def magnitude(gap: Array) -> Array:
+    """|x|, whose derivative at 0 is 0."""
     # JAX's derivative of |x| at 0 is 1, with which the direct penalty would push even where there is no gap
     return jnp.where(gap == 0, 0, jnp.abs(gap))

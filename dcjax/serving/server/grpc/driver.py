@@ -105,6 +105,7 @@ class ServedEngine:
 
     @property
     def max_prefill_length(self) -> int:
+        """Longest prompt (tokens)."""
         return self.engine.max_prompt_length
 
     @property
@@ -133,9 +134,11 @@ class ServedEngine:
         """None: text becomes tokens before the Driver has it, and tokens text in `Driver`."""
 
     def build_tokenizer(self, metadata: None) -> None:
+        """None: texts are encoded before they get here."""
         return metadata
 
     def init_decode_state(self) -> DecodeState:
+        """As the engine's."""
         return self.engine.init_decode_state()
 
     def prefill(self, *, params: Weights, padded_tokens: Call, true_length: int) -> Prefilled:
