@@ -95,8 +95,14 @@ class EngineThread:
         return len(self._waiting) + len(self._decoded)
 
     def submit(self, samples: Sequence[Sample]) -> bool:
-        """Takes samples, all or none; returns whether there was room for them to wait."""
+        """Takes samples, all or none; returns whether there was room for them to wait.
+
+        Raises:
+          RuntimeError: the thread has ended.
+        """
         with self._changed:
+            if self._stopped:
+                raise RuntimeError("the engine's thread has ended")
             if self.running + len(samples) > self._room:
                 return False
             self._waiting.extend(samples)
@@ -124,7 +130,9 @@ class EngineThread:
                     wants_top = any(sample.top or sample.of_model for sample in self._decoded.values())
                     self._tell(self._batching.turn(self._weights.params, wants_top=wants_top))
         except BaseException as error:
-            for sample in [*self._decoded.values(), *self._waiting]:
+            with self._changed:
+                self._stopped, left = True, [*self._decoded.values(), *self._waiting]
+            for sample in left:
                 sample.told(error)
             self._on_failure(error)
 

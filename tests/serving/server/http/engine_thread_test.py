@@ -135,4 +135,6 @@ def test_what_ends_the_thread_is_told_to_all_and_to_the_server(served, monkeypat
     with EngineThread(served.engine, weights, waiting=1, on_failure=fail) as thread:
         thread.submit([sample])
         assert done.wait(30)
+        with pytest.raises(RuntimeError, match="has ended"):
+            thread.submit([sample])
     assert isinstance(failures[0], ZeroDivisionError) and heard == failures

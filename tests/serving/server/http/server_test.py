@@ -282,9 +282,9 @@ def test_a_body_must_come_in_time(address, monkeypatch):
 def test_an_answer_must_come_in_time_streamed_or_not(served, monkeypatch):
     turn = Continuous.turn
 
-    def slow(*given):
+    def slow(*given, **asked):
         time.sleep(0.2)
-        return turn(*given)
+        return turn(*given, **asked)
 
     monkeypatch.setattr(Continuous, "turn", slow)
     with http_server(served, request_seconds=0.3) as address:
@@ -416,9 +416,9 @@ def test_more_than_can_wait_are_refused_and_those_who_leave_make_room(served, ga
 def test_who_leaves_in_the_midst_of_a_stream_frees_the_slot_behind_the_turn(served, monkeypatch):
     turns, turn = threading.Semaphore(1), Continuous.turn
 
-    def counted(*arguments):
+    def counted(*given, **asked):
         assert turns.acquire(timeout=30)
-        return turn(*arguments)
+        return turn(*given, **asked)
 
     monkeypatch.setattr(Continuous, "turn", counted)
     with http_server(served) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
