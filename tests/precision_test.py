@@ -95,10 +95,15 @@ def serving_programs(engine, masters):
     yield engines._programs(decoder).generate.trace(decoder, served, slots, engine.steps_per_call)
     prefix = jax.eval_shape(decoder.prefill, served, tokens, lengths)
     requests = engine.make_requests(np.zeros((total, 2)))
-    state = jax.eval_shape(scheduler.programs(decoder).begin, decoder, total, total)
-    numbers = np.zeros(total, np.int32)
-    sampled = served, prefix, numbers, requests, numbers, np.int32(total), np.int32(1), state
-    yield scheduler.programs(decoder).decode.trace(decoder, engine.steps_per_call, *sampled)
+    programs, steps = scheduler.programs(decoder), engine.steps_per_call
+    queue = scheduler.queue_of(prefix, np.zeros(total, np.int32), requests, range(total))
+    state = jax.eval_shape(programs.begin, decoder, total, total, True)
+    yield programs.decode.trace(decoder, steps, served, queue, np.int32(1), state)
+    # samples that come one by one, whose log-probs may be told
+    telling = dataclasses.replace(decoder, top_logprobs=3)
+    state = jax.eval_shape(programs.begin, telling, total, total, False)
+    asked = np.zeros(total, bool), np.bool_(True)
+    yield scheduler.programs(telling).turn.trace(telling, steps, served, queue, *asked, state)
     yield scoring._score.trace(decoder, False, served, prefix, requests, np.zeros((3, total), np.int32))
 
 

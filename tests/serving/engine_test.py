@@ -372,15 +372,19 @@ def test_the_loop_that_decodes_and_refills_updates_the_cache_in_place(masters, n
     params = engine.sync(masters, 0)
     prefix = engine.prefill_many(params, PROMPTS)
     requests = engine.make_requests(sample_keys(jax.random.key(0), np.arange(12)))
-    programs, queue = scheduler.programs(engine.decoder), np.arange(12, dtype=np.int32)
-    state = programs.begin(engine.decoder, SLOTS, 12)
-    rows, sizes = np.repeat(np.arange(6, dtype=np.int32), 2), (np.int32(12), np.int32(64))
-    given = (params, prefix, rows, requests, queue, *sizes, state)
-    compiled = programs.decode.lower(engine.decoder, STEPS, *given).compile()
+    programs = scheduler.programs(engine.decoder)
+    state = programs.begin(engine.decoder, SLOTS, 12, True)
+    queue = scheduler.queue_of(prefix, np.repeat(np.arange(6, dtype=np.int32), 2), requests, range(12))
     shape = state.decode.caches[0].k.shape
-    assert copies(compiled, shape) == 0
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.decode.caches))
-    assert compiled.memory_analysis().alias_size_in_bytes >= held
+    of_server = programs.begin(engine.decoder, SLOTS, 12, False)
+    for program, given in (
+        (programs.decode, (np.int32(64), state)),
+        (programs.turn, (np.zeros(12, bool), np.bool_(False), of_server)),
+    ):
+        compiled = program.lower(engine.decoder, STEPS, params, queue, *given).compile()
+        assert copies(compiled, shape) == 0
+        assert compiled.memory_analysis().alias_size_in_bytes >= held
     # not donated, the cache is copied, and seen to be
     some, rows = np.arange(SLOTS) < 2, np.zeros(SLOTS, np.int32)
     asked = jax.tree.map(lambda leaf: leaf[:SLOTS], requests)
