@@ -84,6 +84,8 @@ def with_score_centering(
 ) -> Objective:
     """The objective with L += Ã · C, which takes the score's mean under μ out of each state (arXiv 2609.20807).
 
+    On small models it gains from the mismatch at int4, and nothing that could be told at int8 (docs/findings.md, N6).
+
     Args:
       objective: what sets the advantages, with a penalty or without; its surrogate should be unclipped at ratio 1.
       weight: of the objective's importance correction, as a function of a token's ratio π/μ.
