@@ -79,6 +79,7 @@ def parsed(path):
     return [record(), *map(record.FromString, records(path))]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_every_metric_once_a_step_and_the_report_in_one_run(run):
     pytest.importorskip("wandb")
     directory = run(wandb="project")

@@ -47,7 +47,7 @@ class Decoded:
             np.testing.assert_allclose(self.logps[sample], rollout.rollout_logps[sample][mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize("format", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_samples_that_come_at_any_time_are_those_of_a_rollout_whatever_is_told(format):
     decoded, generator = Decoded(engine_of(format)), np.random.default_rng(0)
     coming = generator.permutation(TOTAL).tolist()

@@ -111,6 +111,7 @@ def one_by_one(engine, params, wants_top):
     return tokens, told[0]
 
 
+@pytest.mark.slow
 def test_samples_that_come_one_by_one_are_those_of_one_device_and_so_are_log_probs_of_the_most_probable_tokens():
     # as the one before
     engine, plain = make_engine(MIXED, "w8a8", 2, EIGHT, max_candidates=4), make_engine(MIXED, "w8a8", max_candidates=4)
