@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -124,7 +123,7 @@ class _Passing:
         if self._streams is None:
             await self.refuse(refused)
         elif self._streams:
-            event = f"data: {json.dumps(json.loads(bytes(refused.answer().body)))}\n\n".encode()
+            event = b"data: " + bytes(refused.answer().body) + b"\n\n"
             with contextlib.suppress(TimeoutError):  # who does not read will not read that either
                 async with asyncio.timeout(PATIENCE):
                     await self._send({"type": "http.response.body", "body": event})
