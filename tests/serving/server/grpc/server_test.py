@@ -314,9 +314,11 @@ def test_a_server_that_stops_finishes_what_runs_and_refuses_what_comes(served, g
 
 def test_a_server_has_its_time_to_finish_and_no_more(served, gate):
     with concurrent.futures.ThreadPoolExecutor(1) as clients, contextlib.ExitStack() as stack:
-        with listening(served, grace=0.3) as port:
+        metrics = free_port()
+        with listening(served, grace=0.3, metrics_port=metrics) as port:
             stub = stack.enter_context(connected(port))
             code = clients.submit(code_of, stub.Decode(message([5])))
+            wait_until(lambda: gauge(metrics, "dcjax_running") == 1)
             threading.Timer(2, gate.set).start()
         assert code.result(timeout=30) != grpc.StatusCode.OK
 
