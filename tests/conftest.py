@@ -19,7 +19,8 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # compiled programs are kept between runs, for the processes that tests start too
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "dcjax-test-compilation-cache")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# but for those that are compiled in less time than they take to write and to read
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import jax
 import pytest
@@ -79,11 +80,17 @@ MANY = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_forgotten_in_time():
-    """A process that runs out of mappings crashes in whatever it compiles next."""
+def what_a_file_leaves_is_not_walked_again():
+    """Traced programs are a million objects by and by, and each collection walks them.
+
+    They are forgotten in time: a process that runs out of mappings crashes in whatever it compiles next.
+    """
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
+        gc.unfreeze()
         jax.clear_caches()
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

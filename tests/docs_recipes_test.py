@@ -68,14 +68,8 @@ def make_chat_model(folder):
     save_hf(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=Path("tokenizer"))
 
 
-EVERY_DAY = "known_tokens.py"
-"""The others differ in what other tests run every day: a task, a schedule, a format."""
-
-
-@pytest.mark.parametrize(
-    ("source", "name", "command"),
-    [pytest.param(*each, id=each[1], marks=[] if each[1] == EVERY_DAY else pytest.mark.slow) for each in files()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "name", "command"), [pytest.param(*each, id=each[1]) for each in files()])
 def test_a_file_of_the_documentation_trains(source, name, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(source)

@@ -23,6 +23,8 @@ from dcjax.types import Rollout
 ROOT = Path(__file__).parents[1]
 SCRIPT, JSON = ROOT / "benchmarks" / "quantization", ROOT / "benchmarks" / "results" / "quantization.json"
 
+pytestmark = pytest.mark.slow
+
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(SCRIPT)
     import laboratory

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
-
-import jax
-import numpy as np
+from typing import Any, Self
 
 from dcjax.errors import RunError
-from dcjax.loop.draw import Sampled
-from dcjax.loop.evaluate import responses
 from dcjax.loop.setup import Setup
 from dcjax.reporting.progress import Progress
 from dcjax.reporting.record import MetricsLog, Transcripts
 from dcjax.reporting.trackers import Trackers
 from dcjax.sharding.hosts import is_main
-
-TRANSCRIPTS = 4
-"""Prompts whose first response is kept at each evaluation."""
 
 
 class RunLog:
@@ -60,20 +53,20 @@ class RunLog:
         if is_main():
             self._progress.phase(name)
 
-    def write(self, step: int, metrics: dict[str, float], sampled: Sampled | None = None) -> None:
-        """Logs a step, and the first response of some prompts where it was evaluated; shows it if it was trained.
+    def write(self, step: int, metrics: dict[str, float], samples: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Logs a step, and samples as `transcribe` gives them; shows it if it was trained.
 
-        What was not trained is step 0, behind which the first one begins.
+        Step 0 was not, behind which the first one begins.
         """
         self._deployed_accuracy = metrics.get("eval/deployed_accuracy", self._deployed_accuracy)
         if not is_main():
             return
-        if sampled is not None and "eval/deployed_accuracy" in metrics:
-            self._transcribe(step, sampled)
+        for sample in samples:
+            self._transcripts.write(step, **sample)
         self._metrics.write(step, metrics)
         if self._trackers is not None:
             self._trackers.write(step, metrics)
-        if sampled is None:
+        if step == 0:
             self._progress.begin()
         else:
             self._progress.update(step, **self._shown(metrics))
@@ -90,20 +83,6 @@ class RunLog:
             return log, Transcripts(directory, last_step=last_step)
         except ValueError as error:
             raise RunError(f"{error}; mend that line, or choose another --run-dir to start anew") from error
-
-    def _transcribe(self, step: int, sampled: Sampled) -> None:
-        rows = np.arange(len(sampled.problems))[:TRANSCRIPTS] * sampled.group_size
-        texts = responses(self._setup.tokenizer, jax.tree.map(lambda leaf: leaf[rows], sampled.rollout))
-        for row, text in zip(rows, texts, strict=True):
-            self._transcripts.write(
-                step,
-                prompt=sampled.problems[row // sampled.group_size].prompt,
-                response=text,
-                reward=float(sampled.rewards[row]),
-                parts=sampled.scores.parts_of(row),
-                finished=bool(sampled.rollout.finished[row]),
-                policy_version=int(sampled.rollout.versions[row, 0]),
-            )
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, str]:
         deployed = self._deployed_accuracy

@@ -23,6 +23,7 @@ from dcjax.loop.rollouts import Rollouts, open_rollouts
 from dcjax.loop.run_directory import check_data_agree, identity, open_run
 from dcjax.loop.sampler import Asynchronous, InTurns, Sampler
 from dcjax.loop.setup import Checked, Setup, begin, check, set_up
+from dcjax.loop.transcripts import transcribe
 from dcjax.loop.updater import Updater
 from dcjax.models.hf_config import GENERATION_CONFIG
 from dcjax.recipe.build import abstract_state
@@ -126,18 +127,23 @@ def _loop(setup: Setup, checkpoints: Checkpoints, profiler: Profiler, trackers: 
                 except Stopped:
                     _stop(checkpoints, state, cursor)
                 stopwatch.sampled()
+                samples, evaluates = [], _due(following.step, config.evaluation.every, config.steps)
+                if evaluates:
+                    with span("transcripts"):
+                        samples = transcribe(setup, state, sampled)
                 log.phase("update")
+                stopwatch.update_begins()
                 state, metrics = updater(state, sampled)
                 cursor = following
                 metrics |= stopwatch.updated(sampled)
-                if _due(cursor.step, config.evaluation.every, config.steps):
+                if evaluates:
                     log.phase("evaluation")
                     sampler.settle()
                     with span("evaluation"):
                         metrics |= evaluate_state(setup, state)
                 # logged before it is saved, so that a resumed run finds every line up to its checkpoint
                 with span("log"):
-                    log.write(cursor.step, metrics, sampled)
+                    log.write(cursor.step, metrics, samples)
                 if preemption.announced(setup.mesh):
                     _stop(checkpoints, state, cursor)
                 if _due(cursor.step, config.checkpoint.every, config.steps):
@@ -160,21 +166,26 @@ class Stopwatch:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._cut_off = self._counted()
-        self._started = self._sampled = time.perf_counter()
+        self._began = time.perf_counter()
+        self._rollout = 0.0
 
     def sampled(self) -> None:
         """The samples are there."""
-        self._sampled = time.perf_counter()
+        self._rollout = time.perf_counter() - self._began
+
+    def update_begins(self) -> None:
+        """What was done since the samples were there is of neither."""
+        self._began = time.perf_counter()
 
     def updated(self, sampled: Sampled) -> dict[str, float]:
         """Seconds, tokens a second and counts, by the names of metrics.jsonl."""
-        ended, tokens = time.perf_counter(), int(sampled.rollout.response_mask.sum())
+        update, tokens = time.perf_counter() - self._began, int(sampled.rollout.response_mask.sum())
         return {
-            "time/rollout": self._sampled - self._started,
-            "time/update": ended - self._sampled,
-            "tokens_per_second": tokens / (ended - self._started),
+            "time/rollout": self._rollout,
+            "time/update": update,
+            "tokens_per_second": tokens / (self._rollout + update),
             "rollout_tokens_per_second": tokens / sampled.seconds,
-            "update_tokens_per_second": tokens / (ended - self._sampled),
+            "update_tokens_per_second": tokens / update,
             **{name: count - self._cut_off[name] for name, count in self._counted().items()},
         }
 

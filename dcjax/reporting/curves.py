@@ -1,6 +1,7 @@
-"""The curves of a run, as one picture."""
+"""The curves of a run, as one picture and as panels that a page can read values off."""
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,20 @@ from dcjax.reporting.statistics import wilson_interval
 _BLUE, _VERMILLION, _BLACK = "#0072B2", "#D55E00", "#000000"
 # A control character has no glyph, and NUL is not allowed in HTML: each is shown as its Unicode picture.
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
+_INK, _FAINT, _RULE = "#1c1e21", "#5f6670", "#d9dce1"
+_ON_PAGES = {
+    _BLUE: "--blue",
+    _VERMILLION: "--vermillion",
+    _BLACK: "--ink",
+    _INK: "--ink",
+    _FAINT: "--faint",
+    _RULE: "--rule",
+}
+"""What a page calls the colours of a panel: where it is dark, they are others."""
+_PLAIN = {r"$\bar\delta$": "δ̄", r"$\lambda$": "λ", "$c$": "c"}
+_POINTS = 500
+"""The most steps of a panel whose values a page tells: as many as it has room to point at."""
 
 Records = list[dict[str, Any]]
 """The lines of a log, `step` in each."""
@@ -36,6 +51,8 @@ class Panel(NamedTuple):
     from_zero: bool
     curves: tuple[Curve, ...]
 
+
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 
 _PANELS = (
     Panel("Reward", "mean reward of the responses", False, (Curve("reward", "reward", _BLUE),)),
@@ -72,6 +89,16 @@ _PANELS = (
 )
 
 
+class Drawing(NamedTuple):
+    """A panel as a page has it."""
+
+    title: str
+    # one SVG element, its colours those of `render_page`
+    svg: str
+    # (where a step is, as a share of the width; the step and its values as text)
+    points: list[tuple[float, str]]
+
+
 def draw_curves(records: Records, name: str) -> bytes:
     """The six panels of a run as a PNG; a panel says so if the run recorded none of its metrics.
 
@@ -83,16 +110,64 @@ def draw_curves(records: Records, name: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rc = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    with style.context(["default", rc]):
+    with style.context(["default", {**_STYLE, "font.size": 11}]):
         figure = Figure(figsize=(15, 8.4), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14))
         figure.suptitle(show_control_characters(name), fontsize=15, fontweight="bold", parse_math=False)
         for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
             _draw_panel(axes, panel, records)
-            _set_step_limits(axes, records)
+            if axes.lines and len(panel.curves) > 1:
+                # the legend stands beside the title, where it hides no curve
+                position = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.1}
+                axes.legend(**position, ncols=2, frameon=False, fontsize=10, handlelength=1.5, columnspacing=0.9)
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
     return stream.getvalue()
+
+
+def draw_panels(records: Records) -> list[Drawing]:
+    """Each panel of `draw_curves` by itself, for pages of any width and colour; those of what was recorded."""
+    from matplotlib import style
+
+    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    with style.context(
+        ["default", {**_STYLE, **inks, "font.size": 9, "svg.hashsalt": "dcjax", "axes.edgecolor": _FAINT}]
+    ):
+        return [_drawing(panel, records) for panel in _PANELS if any(series(records, c.key)[0] for c in panel.curves)]
+
+
+def _drawing(panel: Panel, records: Records) -> Drawing:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(4.4, 3.1), layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
+    axes = figure.subplots()
+    _draw_panel(axes, panel, records)
+    if len(panel.curves) > 1:
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, handlelength=1.5, columnspacing=0.9)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, name in _ON_PAGES.items():
+        svg = svg.replace(colour.lower(), f"var({name})")
+    steps = sorted({step for curve in panel.curves for step in series(records, curve.key)[0]})
+    steps = steps[:: math.ceil(len(steps) / _POINTS)]
+    places = axes.transData.transform([(step, 0) for step in steps])[:, 0] / figure.bbox.width
+    of_steps = {record["step"]: record for record in records}
+    told = [(round(float(x), 4), _told(panel, of_steps[step])) for x, step in zip(places, steps, strict=True)]
+    return Drawing(_plain(panel.title), svg, told)
+
+
+def _told(panel: Panel, record: Mapping[str, Any]) -> str:
+    """A step and its values as text."""
+    parts = []
+    for curve in panel.curves:
+        if curve.key in record:
+            part = f"{_plain(curve.label)} {record[curve.key]:.4g}"
+            if curve.interval and "eval/prompts" in record:
+                part += " (95% {:.3f} to {:.3f})".format(*accuracy_interval(record, curve.key))
+            parts.append(part)
+    return f"step {record['step']}: {', '.join(parts)}"
 
 
 def _draw_panel(axes, panel: Panel, records: Records) -> None:
@@ -105,7 +180,7 @@ def _draw_panel(axes, panel: Panel, records: Records) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         return
-    axes.grid(color="0.9", linewidth=0.8)
+    axes.grid(color=_RULE, linewidth=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=8)
     axes.yaxis.get_major_locator().set_params(nbins=6)
     # matplotlib's default format would move powers of ten to the corner where the title is.
@@ -113,10 +188,14 @@ def _draw_panel(axes, panel: Panel, records: Records) -> None:
     if panel.from_zero:
         # The axis starts slightly below 0, because it would hide half of a curve that is 0.
         axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
-    if len(panel.curves) > 1:
-        # The legend stands beside the title, where it hides no curve.
-        position = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.1}
-        axes.legend(**position, ncols=2, frameon=False, fontsize=10, handlelength=1.5, columnspacing=0.9)
+    _set_step_limits(axes, records)
+
+
+def _plain(label: str) -> str:
+    """A label as text that is no picture."""
+    for drawn, text in _PLAIN.items():
+        label = label.replace(drawn, text)
+    return label
 
 
 def _set_step_limits(axes, records: Records) -> None:

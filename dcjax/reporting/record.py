@@ -11,10 +11,10 @@ import operator
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsFloat
+from typing import Any, NamedTuple, Self, SupportsFloat
 
 
 class StepLog:
@@ -113,6 +113,14 @@ class MetricsLog(StepLog):
             self._events.close()
 
 
+class TokenProbabilities(NamedTuple):
+    """A token of a response, and what both policies gave to it."""
+
+    text: str
+    train: float
+    sampler: float
+
+
 class Transcripts(StepLog):
     """`samples.jsonl` in a run directory: prompts, responses and their rewards, one sample per line."""
 
@@ -130,7 +138,7 @@ class Transcripts(StepLog):
         finished: bool,
         policy_version: int,
         parts: Mapping[str, float] | None = None,
-        prob_diff_mean: float | None = None,
+        tokens: Sequence[TokenProbabilities] = (),
     ) -> None:
         """Writes one sample.
 
@@ -142,10 +150,10 @@ class Transcripts(StepLog):
           finished: whether the response ended with an end token rather than at the length limit.
           policy_version: version of the weights that sampled the response: the number of updates before them.
           parts: of the reward, by name; omitted where there are none.
-          prob_diff_mean: mean of |p_train − p_infer| over the response's tokens; omitted if None.
+          tokens: the response's first ones, each written as [text, p_train, p_infer]; omitted where there are none.
 
         Raises:
-          ValueError: if `reward` or `prob_diff_mean` is not finite.
+          ValueError: if `reward` is not finite.
         """
         fields: dict[str, Any] = {
             "prompt": prompt,
@@ -156,8 +164,8 @@ class Transcripts(StepLog):
         }
         if parts:
             fields["reward_parts"] = dict(parts)
-        if prob_diff_mean is not None:
-            fields["prob_diff_mean"] = float(prob_diff_mean)
+        if tokens:
+            fields["tokens"] = [(text, round(train, 6), round(sampler, 6)) for text, train, sampler in tokens]
         self.append(step, fields)
 
 

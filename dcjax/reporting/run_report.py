@@ -1,18 +1,26 @@
 """One page about a run: its curves, its metrics, samples of what the model wrote, and the configuration."""
 
-import base64
 import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcjax.reporting.curves import Records, accuracy_interval, draw_curves, series, show_control_characters
+from dcjax.reporting.curves import (
+    Drawing,
+    Records,
+    accuracy_interval,
+    draw_curves,
+    draw_panels,
+    series,
+    show_control_characters,
+)
 from dcjax.reporting.html import render_page
 from dcjax.reporting.record import read_metrics, read_object, read_transcripts, write_atomically
 from dcjax.reporting.statistics import welch_interval
 from dcjax.reporting.times import PROFILE, TIMES, Times, read_times, times_title
 
+_PAGE = Path(__file__).parent / "report_page"
 _SAMPLES_SHOWN = 4
 _ENDS = 5
 """Iterations at either end of a run whose rewards are compared."""
@@ -50,6 +58,19 @@ _HEADLINES = (
     Headline("update_tokens_per_second", "Throughput of the update alone (tokens/s)", max),
 )
 
+WIDEST_GAP = 0.1
+"""|p_train − p_infer| from which on the colour of a token is full."""
+
+
+class Token(NamedTuple):
+    """A token of a sample, |p_train − p_infer|, and what both policies gave to it."""
+
+    text: str
+    gap: float
+    train: float
+    sampler: float
+
+
 _FINAL_FIGURES = (
     ("eval/deployed_accuracy", "deployed accuracy"),
     ("eval/training_accuracy", "training accuracy"),
@@ -81,10 +102,9 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     samples_path = run_dir / "samples.jsonl"
     samples = read_transcripts(samples_path) if samples_path.exists() else []
     name = run_dir.resolve().name
-    picture = draw_curves(records, name)
     picture_path, page_path = run_dir / "report.png", run_dir / "report.html"
-    write_atomically(picture_path, picture)
-    page = _render(name, records, config, samples, picture, times)
+    write_atomically(picture_path, draw_curves(records, name))
+    page = _render(name, records, config, samples, draw_panels(records), times)
     # UTF-8 cannot encode a lone surrogate; it becomes a character reference, which a browser shows as �.
     write_atomically(page_path, page.encode("utf-8", "xmlcharrefreplace"))
     return picture_path, page_path
@@ -103,22 +123,32 @@ def _load_metrics(run_dir: Path) -> Records:
 
 
 def _render(
-    name: str, records: Records, config: dict[str, Any], samples: Records, picture: bytes, times: Times | None
+    name: str,
+    records: Records,
+    config: dict[str, Any],
+    samples: Records,
+    drawings: list[Drawing],
+    times: Times | None,
 ) -> str:
-    # Everything that comes from a run is escaped, because a model's text may contain markup.
+    from markupsafe import Markup
+
+    # Everything that comes from a run is escaped, because a model's text may contain markup; the drawings are our own.
+    body, style, script = ((_PAGE / name).read_text("utf-8") for name in ("body.html", "style.css", "script.js"))
     return render_page(
-        _BODY,
-        style=_STYLE,
+        body,
+        style=style,
+        script=script,
         filters={"number": _format_number, "visible": show_control_characters},
         title=f"{show_control_characters(name)}: report",
         name=name,
         last_step=records[-1]["step"],
         figures=_final_figures(records),
-        picture=base64.b64encode(picture).decode("ascii"),
+        drawings=[drawing._replace(svg=Markup(drawing.svg)) for drawing in drawings],
         rows=_headline_rows(records),
         times=times,
         times_title=times and times_title(times),
         samples_by_title=_first_and_last_samples(samples),
+        widest_gap=WIDEST_GAP,
         settings=_flatten({key: value for key, value in config.items() if key not in _ENVIRONMENT_KEYS}),
         environment=_flatten({key: config[key] for key in _ENVIRONMENT_KEYS if key in config}),
     )
@@ -180,7 +210,17 @@ def _samples_of_step(samples: Records, step: int) -> Records:
     for sample in samples:
         if sample["step"] == step:
             by_prompt.setdefault(sample["prompt"], sample)
-    return list(by_prompt.values())[:_SAMPLES_SHOWN]
+    return [sample | _told(sample) for sample in list(by_prompt.values())[:_SAMPLES_SHOWN]]
+
+
+def _told(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a page shows of the tokens that probabilities are kept of: `told`, their mean `gap`, the `rest` behind."""
+    told = [Token(text, abs(train - sampler), train, sampler) for text, train, sampler in sample.get("tokens", ())]
+    if not told:
+        return {"told": [], "gap": None, "rest": sample["response"]}
+    text = "".join(token.text for token in told)
+    rest = sample["response"].removeprefix(text) if sample["response"].startswith(text) else ""
+    return {"told": told, "gap": statistics.fmean(token.gap for token in told), "rest": rest}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -197,97 +237,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 def _format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-_STYLE = """\
-.figures { display: flex; flex-wrap: wrap; gap: .75rem }
-.figures div { padding: .6rem 1rem; border-radius: .5rem; background: var(--card) }
-.figures b { display: block; font-size: 1.5rem }
-.figures small { display: block }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-td.value { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .9rem }
-article { margin: 1rem 0; padding: .75rem 1rem; border-radius: .5rem; background: var(--card) }
-.text { max-height: 22rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
-  font: .9rem/1.45 ui-monospace, monospace; margin: .4rem 0 }
-.response { padding-left: .8rem; border-left: 3px solid var(--faint) }
-"""
-
-_BODY = """\
-<h1>{{ name | visible }}</h1>
-<p class="faint">after step {{ last_step }}</p>
-<div class="figures">
-{% for label, value, remark in figures %}
-<div><small>{{ label }}</small><b>{{ value | number }}</b><small>{{ remark }}</small></div>
-{% endfor %}
-</div>
-
-<h2>Curves</h2>
-<img alt="Reward, held-out accuracy, discrepancy, multiplier, response length and gradient norm by training step"
-  src="data:image/png;base64,{{ picture }}">
-<p class="faint">Bands are 95% Wilson intervals over the held-out prompts. The deployed policy samples with
-  the serving engine's numerics and the training policy with the trainer's; both have the same weights.</p>
-
-<h2>Metrics</h2>
-<div class="wide"><table>
-<thead><tr><th>metric</th><th>first</th><th>best</th><th>last</th></tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><td>{{ row.label }}</td>
-{% for point in (row.first, row.best, row.last) %}
-<td class="number">{% if point %}{{ point[1] | number }} <small>step {{ point[0] }}</small>{% else %}–{% endif %}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody>
-</table></div>
-
-{% if times %}
-<h2>Where the time went</h2>
-<p class="faint">{{ times_title }}</p>
-{% for title, parts in (("", times.parts), ("meanwhile, in the thread that samples", times.beside)) if parts %}
-<div class="wide"><table>
-<thead><tr><th>{{ title or "part" }}</th><th>seconds an iteration</th><th>share of it</th></tr></thead>
-<tbody>
-{% for part in parts %}
-<tr><td>{{ part.name }}</td><td class="number">{{ part.seconds | number }}</td>
-<td class="number">{{ "%.1f%%" | format(100 * part.share) }}</td></tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% endfor %}
-{% endif %}
-
-<h2>Samples</h2>
-{% for title, samples in samples_by_title %}
-<h3>{{ title }}</h3>
-{% for sample in samples %}
-<article>
-<div><b>reward {{ sample.reward | number }}</b>
-<small>{{ "finished" if sample.finished else "cut at the length limit" }}, policy {{ sample.policy_version }}
-{%- if sample.prob_diff_mean is defined %}, mean |p_train − p_infer| {{ sample.prob_diff_mean | number }}{% endif %}
-</small></div>
-<div class="text" dir="auto">{{ sample.prompt | visible }}</div>
-<div class="text response" dir="auto">{{ sample.response | visible }}</div>
-</article>
-{% endfor %}
-{% else %}
-<p class="faint">not recorded</p>
-{% endfor %}
-
-{% for title, leaves in (("Configuration", settings), ("Versions and platform", environment)) %}
-{% if leaves or title == "Configuration" %}
-<h2>{{ title }}</h2>
-{% if leaves %}
-<div class="wide"><table>
-<tbody>
-{% for key, value in leaves %}
-<tr><td>{{ key | visible }}</td><td class="value">{{ value | visible }}</td></tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% else %}
-<p class="faint">not recorded</p>
-{% endif %}
-{% endif %}
-{% endfor %}
-"""

@@ -14,6 +14,7 @@ from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.run_directory import locate
 from dcjax.recipe.config import check_positions
 from dcjax.recipe.engine import contract_of, make_engine
+from dcjax.recipe.forward import score
 from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.continuous import rehearse
@@ -23,7 +24,6 @@ from dcjax.serving.server.life import Serving, run_server
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.sync import ServingParams
 from dcjax.tools.open_model import OpenedModel, open_model
-from dcjax.tools.probe.policies import Policies
 from dcjax.types import Params, Rollout
 
 FOLDER_LENGTH = 1024
@@ -161,7 +161,7 @@ class _Trainer:
     """The training policy: the masters' own forward, for one sequence at a time."""
 
     def __init__(self, model: OpenedModel, version: int, params: Params):
-        self._policies, self._mesh = Policies(model.config, model.end_tokens), model.mesh
+        self._config, self._mesh = model.config, model.mesh
         self._version, self._params = version, params
 
     def replace(self, version: int, params: Params) -> None:
@@ -176,7 +176,7 @@ class _Trainer:
         held, real = np.zeros((1, width), np.int32), np.arange(width)[None] >= width - count
         held[0, width - count :] = tokens
         row = _unscored(held, real, real[:, 1:] & real[:, :-1])
-        scored = self._policies.train(params, row, temperature=row.temperature, mesh=self._mesh)
+        scored = score(self._config, self._mesh, params, row)
         return version, scored.logps[0, width - count :].tolist()
 
 

@@ -13,10 +13,12 @@ import optax
 
 import dcjax.loop.evaluate
 import dcjax.loop.rollouts
+import dcjax.loop.transcripts
 import dcjax.recipe.build
 import dcjax.reporting.run_report
 import dcjax.serving.engine
 import dcjax.tools.suite.answers
+from dcjax.recipe.forward import Scored
 from dcjax.serving.rollout import Ended
 from dcjax.serving.sync import ServingParams
 from dcjax.types import Rollout
@@ -88,6 +90,11 @@ def step(state, batch):
     }
 
 
+def score(config, mesh, params, rollout, *, replays):
+    """The sampler's own log-probs."""
+    return Scored(np.where(rollout.response_mask, rollout.rollout_logps, 0.0), None)
+
+
 def install_samples(patch):
     """Until the patch is undone, engines only pretend."""
     patch.setattr(dcjax.tools.suite.answers, "sample_responses", sample_responses)
@@ -101,4 +108,6 @@ def install(patch):
     """Until the patch is undone, trainers only pretend, and draw no picture of what they did."""
     install_samples(patch)
     patch.setattr(dcjax.reporting.run_report, "draw_curves", lambda *of_the_run: b"picture")
+    patch.setattr(dcjax.reporting.run_report, "draw_panels", lambda *of_the_run: [])
     patch.setattr(dcjax.recipe.build, "compile_train_step", lambda config, mesh: step)
+    patch.setattr(dcjax.loop.transcripts, "score", score)

@@ -27,6 +27,7 @@ class Stepper:
         stopwatch = Stopwatch(self.setup)
         sampled, following = self.sampler(state, cursor)
         stopwatch.sampled()
+        stopwatch.update_begins()
         state, metrics = self.updater(state, sampled)
         return state, following, metrics | stopwatch.updated(sampled), sampled
 

@@ -1,5 +1,6 @@
 """What one iteration does around the compiled step: groups sampled anew, averages, an alarm, replay, stale weights."""
 
+import contextlib
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ from stepping import Stepper
 
 from dcjax.data.problems import FixedProblems, TextProblem
 from dcjax.errors import RunError
-from dcjax.loop import evaluate, setup
+from dcjax.loop import evaluate, setup, transcripts
 from dcjax.loop.checkpoint import Checkpoints
 from dcjax.loop.draw import SAMPLING_ROUNDS, Draw, Sampled
 from dcjax.loop.reward_collector import Scores
@@ -26,6 +27,7 @@ from dcjax.rl.presets import METHODS
 from dcjax.serving import rollout
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.sharding.hosts import Preemption
+from dcjax.sharding.mesh import MeshConfig
 from dcjax.types import Rollout
 
 pytestmark = pytest.mark.heavy
@@ -309,6 +311,50 @@ def test_ahead_of_the_trainer_a_run_is_resumed_to_the_same_bits(ahead, tmp_path)
     assert same_loop == loop
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, sampled_again.rollout, sampled.rollout)
+
+
+# --- transcripts ---
+
+TOLD = {
+    "served in int8": replace(SMALL, serving=replace(SMALL.serving, format="int8")),
+    "replayed": replace(
+        SMALL,
+        model=replace(tiny.EXPERTS, num_layers=1),
+        rollout=replace(SMALL.rollout, replay_routing=True, top_k=5, top_p=0.9, temperature=0.8),
+        mismatch=MismatchConfig(routing_flips=1.0),
+    ),
+    "ahead": replace(LEARNING, rollout=replace(LEARNING.rollout, async_level=STALENESS)),
+    "eight devices": replace(SMALL, mesh=MeshConfig(data=2, fsdp=4)),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_transcripts_tell_of_tokens_is_what_the_step_measures(name, monkeypatch):
+    monkeypatch.setattr(transcripts, "TRANSCRIPTS", 1000)
+    stepper = Stepper(TOLD[name], Alternating())
+    state, loop = stepper.begin()
+    with contextlib.ExitStack() as stack:
+        if name == "ahead":
+            stack.enter_context(stepper.sampler)
+        for _ in range(STALENESS + 1 if name == "ahead" else 1):
+            sampled, loop = stepper.sampler(state, loop)
+            # each response as that of a problem of its own, so that none is left out
+            problems = [problem for problem in sampled.problems for _ in range(sampled.group_size)]
+            told = transcripts.transcribe(stepper.setup, state, replace(sampled, problems=problems))
+            state, metrics = stepper.updater(state, sampled)
+    rollout = sampled.rollout
+    tokens = [token for sample in told for token in sample["tokens"]]
+    assert len(tokens) == rollout.response_mask.sum()
+    np.testing.assert_allclose([t.sampler for t in tokens], np.exp(rollout.rollout_logps[rollout.response_mask]))
+    differences = np.abs([token.train - token.sampler for token in tokens])
+    assert differences.mean() == pytest.approx(metrics["mismatch/prob_diff_mean"], rel=1e-2, abs=1e-6)
+    assert differences.max() == pytest.approx(metrics["mismatch/prob_diff_max"], rel=1e-2, abs=1e-6)
+    assert (differences.max() > 1e-3) == (name == "served in int8")
+    # special tokens are told, and are no part of the text
+    texts = ["".join(token.text for token in sample["tokens"]) for sample in told]
+    for special in stepper.setup.tokenizer.all_special_tokens:
+        texts = [text.replace(special, "") for text in texts]
+    assert texts == [sample["response"] for sample in told]
 
 
 # --- rewards ---

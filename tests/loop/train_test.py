@@ -1,4 +1,3 @@
-import base64
 import contextlib
 import dataclasses
 import gc
@@ -265,10 +264,14 @@ def test_the_tokenizer_is_saved_as_transformers_loads_it(finished_run):
     assert tokenizer.eos_token_id is not None
 
 
-def test_the_report_is_drawn_and_holds_its_picture(finished_run):
+def test_the_report_is_drawn_and_tells_samples_token_by_token(finished_run):
     picture = (finished_run / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert base64.b64encode(picture).decode() in (finished_run / "report.html").read_text()
+    page = (finished_run / "report.html").read_text()
+    assert page.count("<svg") == 6
+    tokens = [token for line in read_transcripts(finished_run / "samples.jsonl") for token in line["tokens"]]
+    assert tokens and all(0 < p <= 1 for _, *both in tokens for p in both)
+    assert 0 < page.count("data-told=") <= len(tokens)
 
 
 # --- a profile: the finished run was asked for one of two iterations ---
@@ -597,7 +600,7 @@ def file_size_limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("full", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("full", ["samples", "checkpoint"])
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
     pretending, pretended_run, monkeypatch, tmp_path, full
 ):
@@ -607,8 +610,8 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
 
         def fill(self, state, sampled):
             if int(state.step) == STEPS - EVERY - 1:
-                # a line of metrics has hundreds of bytes, the arrays of a checkpoint have tens of thousands
-                limit(20_000 if full == "checkpoint" else (directory / "metrics.jsonl").stat().st_size + 100)
+                # a sample has hundreds of bytes, the arrays of a checkpoint have tens of thousands
+                limit(20_000 if full == "checkpoint" else (directory / "samples.jsonl").stat().st_size + 100)
             return update(self, state, sampled)
 
         patched.setattr(Updater, "__call__", fill)
@@ -616,7 +619,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
     assert status == 2
     assert len(told) == 1, told
     assert told[0].startswith("dcjax: error: ")
-    assert str(directory / ("metrics.jsonl" if full == "metrics" else "checkpoints")) in told[0]
+    assert str(directory / ("samples.jsonl" if full == "samples" else "checkpoints")) in told[0]
     assert checkpointed(directory)[-1] == STEPS - 2 * EVERY
     assert finite(restored(directory)[0])
     assert pretending(directory) == (0, [])

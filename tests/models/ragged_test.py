@@ -75,8 +75,12 @@ def close(found, expected, lengths, kind):
 @each_kernel
 @pytest.mark.parametrize(
     ("kind", "kv_heads", "groups", "capacity"),
-    [(kind, 2, 3, capacity) for kind in KINDS for capacity in CAPACITIES]
-    + [(kind, *heads, 20) for kind in ("float32", "int8") for heads in [(1, 4), (3, 1)]],
+    [
+        pytest.param(kind, 2, 3, capacity, marks=[] if (row + column) % 3 == 0 else pytest.mark.slow)
+        for row, kind in enumerate(KINDS)
+        for column, capacity in enumerate(CAPACITIES)
+    ]
+    + [(kind, *heads, 20) for kind, heads in [("float32", (1, 4)), ("int8", (3, 1))]],
 )
 def test_it_is_attention_on_what_is_filled(ragged_attention, kind, kv_heads, groups, capacity):
     args = case(kind, kv_heads, groups, capacity)
@@ -220,8 +224,15 @@ def test_products_for_a_gpu_have_the_asked_precision_and_float32_sums(kind, prec
         assert set(re.findall(r"Precision\.(\w+)", product)) == expected
 
 
-@pytest.mark.parametrize("kernel", ["ragged_tpu", "ragged_gpu"])
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "kernel"),
+    [
+        ("float32", "ragged_gpu"),
+        ("int8", "ragged_tpu"),
+        pytest.param("float32", "ragged_tpu", marks=pytest.mark.slow),
+        pytest.param("int8", "ragged_gpu", marks=pytest.mark.slow),
+    ],
+)
 def test_devices_attend_with_their_own_heads_and_slots(kind, kernel, monkeypatch):
     """Four devices: two copies of the model, of two halves of its heads."""
     q, k, v, lengths, k_scale, v_scale = case(kind, 2, 2, 24)

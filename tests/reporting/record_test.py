@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dcjax.reporting.record import (
     MetricsLog,
+    TokenProbabilities,
     Transcripts,
     check_writable,
     read_metrics,
@@ -219,13 +220,14 @@ def test_only_the_log_that_asks_writes_events(tmp_path):
 
 def test_transcripts_keep_any_text(tmp_path):
     response = 'a\n"b"\\ 计算 \u2028 \x00 \ud800 </script>'
+    told = TokenProbabilities("\n", 0.12345678, 1.0)
     with Transcripts(tmp_path, last_step=None) as log:
         log.write(2, prompt="x", response=response, reward=np.float32(0.5), finished=np.True_, policy_version=1)
-        log.write(2, prompt="y", response="", reward=1, finished=False, policy_version=2, prob_diff_mean=1e-3)
+        log.write(2, prompt="y", response="", reward=1, finished=False, policy_version=2, tokens=[told])
     first, second = read_transcripts(tmp_path / "samples.jsonl")
     assert list(first) == ["step", "prompt", "response", "reward", "finished", "policy_version"]
     assert (first["response"], first["reward"], first["finished"]) == (response, 0.5, True)
-    assert second["prob_diff_mean"] == 1e-3
+    assert second["tokens"] == [["\n", 0.123457, 1.0]]
     assert "计算" in (tmp_path / "samples.jsonl").read_text("utf-8")
 
 

@@ -1,24 +1,26 @@
 import base64
+import hashlib
 import io
 import json
-import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from records import evaluation, records_of_a_run, sample, write_run
 
 import dcjax.reporting.run_report
-from dcjax.reporting.record import MetricsLog, Transcripts
-from dcjax.reporting.run_report import draw_curves, write_report
+from dcjax.reporting.curves import draw_curves, draw_panels
+from dcjax.reporting.run_report import write_report
 from dcjax.reporting.statistics import wilson_interval
 
-PROMPTS = 128
 HOSTILE = "</div><script>alert('x')</script><img src=http://evil.test/x onerror=alert(1)> {{ 7 * 7 }} \x00 \ud800 &lt;"
 BLUE, VERMILLION, BLACK = (0, 114, 178), (213, 94, 0), (0, 0, 0)
 
 
-VOID_TAGS = ("meta", "img")
+VOID_TAGS = ("meta",)
+OWN_SCRIPT = (Path(dcjax.reporting.run_report.__file__).parent / "report_page" / "script.js").read_text("utf-8")
 
 
 class Page(HTMLParser):
@@ -45,75 +47,11 @@ class Page(HTMLParser):
             self.texts.append(data.strip())
 
 
-def evaluation(progress):
-    return {
-        "eval/deployed_accuracy": round(PROMPTS * (0.3 + 0.4 * progress)) / PROMPTS,
-        "eval/training_accuracy": round(PROMPTS * (0.35 + 0.4 * progress)) / PROMPTS,
-        "eval/prompts": PROMPTS,
-    }
-
-
-def update(progress, noise):
-    return {
-        "reward": 0.3 + 0.4 * progress + 0.02 * noise,
-        "response_length": 24.0 + 8 * progress + noise,
-        "entropy": 1.0 - 0.5 * progress,
-        "mismatch/prob_diff_mean": 0.002 * math.exp(-progress),
-        "grad_norm": 0.5 + 0.05 * noise,
-        "grad_norm_smoothed": 0.5,
-        "tokens_per_second": 8123.4,
-    }
-
-
-def dual(progress, noise):
-    return {
-        "dual/multiplier": 0.1 + 0.2 * progress,
-        "dual/budget": 0.001,
-        "dual/discrepancy": 0.002 * math.exp(-progress) + 1e-4 * noise,
-    }
-
-
-def records_of_a_run(*, steps=40, constrained=True):
-    noise = np.random.default_rng(0).standard_normal(steps + 1)
-    records = [{"step": 0, **evaluation(0.0)}]
-    for step in range(1, steps + 1):
-        record = {"step": step, **update(step / steps, noise[step])}
-        if constrained:
-            record |= dual(step / steps, noise[step])
-        if step % 10 == 0:
-            record |= evaluation(step / steps)
-        records.append(record)
-    return records
-
-
-def write_run(run_dir, records, *, samples=(), config=None):
-    with MetricsLog(run_dir, "metrics", last_step=None) as log:
-        for record in records:
-            log.write(record["step"], {key: value for key, value in record.items() if key != "step"})
-    if samples:
-        with Transcripts(run_dir, last_step=None) as transcripts:
-            for sample in samples:
-                transcripts.write(**sample)
-    if config is not None:
-        (run_dir / "config.json").write_text(json.dumps(config))
-
-
-def sample(step, prompt, response="42", **more):
-    return {
-        "step": step,
-        "prompt": prompt,
-        "response": response,
-        "reward": 1.0,
-        "finished": True,
-        "policy_version": step,
-        **more,
-    }
-
-
 def page_of(run_dir):
     """With no picture in it, which takes most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcjax.reporting.run_report, "draw_curves", lambda *of_the_run: b"picture")
+        patch.setattr(dcjax.reporting.run_report, "draw_panels", lambda *of_the_run: [])
         _, path = write_report(run_dir)
     return path.read_text("utf-8")
 
@@ -172,11 +110,19 @@ def test_page_stands_alone(tmp_path):
     picture_path, page_path = write_report(tmp_path)
     assert (picture_path, page_path) == (tmp_path / "report.png", tmp_path / "report.html")
     page = Page(page_path.read_text("utf-8"))
-    resources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
-    (picture,) = resources
-    assert base64.b64decode(picture.removeprefix("data:image/png;base64,")) == picture_path.read_bytes()
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    resources = {name: value for name, value in page.attributes if name in ("src", "srcset", "data", "action")}
+    assert not resources
+    # of a panel's own parts
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    assert not {"link", "iframe", "object", "img"} & set(page.tags)
+    assert page.tags.count("svg") == 6
+    # no script but the page's own may run
+    digest = base64.b64encode(hashlib.sha256(OWN_SCRIPT.encode()).digest()).decode()
+    (policy,) = (value for name, value in page.attributes if name == "content" and "default-src" in value)
+    assert policy.startswith("default-src 'none'; ") and policy.endswith(f"; script-src 'sha256-{digest}'")
+    assert [text for text in page.texts if "querySelector" in text] == [OWN_SCRIPT.strip()]
     assert not any("url(" in text or "@import" in text for text in page.texts)
+    assert picture_path.read_bytes().startswith(b"\x89PNG")
     assert "prefers-color-scheme: dark" in page_path.read_text("utf-8")
     assert "see http://example.test/a" in page.texts
 
@@ -226,25 +172,24 @@ def test_table_gives_first_best_and_last(tmp_path):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    samples = [sample(1, HOSTILE, HOSTILE)]
+    samples = [sample(1, HOSTILE, HOSTILE), sample(2, "told", HOSTILE, tokens=[(HOSTILE, 0.5, 0.25)])]
     run_dir = tmp_path / "<b>run"
     write_run(run_dir, records_of_a_run(steps=2), samples=samples, config={HOSTILE: {"k": HOSTILE}})
     html = page_of(run_dir)
     page = Page(html)
-    assert not {"script", "b>run"} & set(page.tags)
-    assert page.tags.count("img") == 1
-    assert "<script" not in html
+    assert page.tags.count("script") == html.count("<script") == 1
+    assert not {"b>run", "img"} & set(page.tags)
     assert "\x00" not in html
     # A browser and this parser alike show a lone surrogate as the replacement character.
     shown = HOSTILE.replace("\x00", "␀").replace("\ud800", "�")
-    assert page.texts.count(shown) == 3
+    assert page.texts.count(shown) == 4
     assert f"{shown}.k" in page.texts
     assert not any(name.startswith("on") for name, _ in page.attributes)
 
 
 def test_samples_are_of_the_first_and_last_step_one_a_prompt(tmp_path):
     samples = [sample(step, f"prompt {step}{name}", more) for step in (1, 2, 3) for name in "abcde" for more in "xy"]
-    samples[-1] |= {"finished": False, "prob_diff_mean": 0.00125}
+    samples[-1] |= {"finished": False}
     samples[-2] |= {"step": 3, "prompt": "prompt 3a"}
     write_run(tmp_path, records_of_a_run(steps=3), samples=samples)
     texts = Page(page_of(tmp_path)).texts
@@ -254,12 +199,52 @@ def test_samples_are_of_the_first_and_last_step_one_a_prompt(tmp_path):
 
 
 def test_a_sample_says_how_it_ended_and_its_discrepancy(tmp_path):
-    samples = [sample(5, "q", finished=False, prob_diff_mean=0.00125, reward=0.25)]
+    tokens = [("3", 0.5, 0.375), ("7", 0.25, 0.2), ("<eos>", 1.0, 0.995)]
+    samples = [sample(5, "q", "37", finished=False, reward=0.25, tokens=tokens)]
+    write_run(tmp_path, records_of_a_run(steps=2), samples=samples)
+    page = Page(page_of(tmp_path))
+    assert "reward 0.25" in page.texts
+    # (.125 + .05 + .005) / 3
+    assert "cut at the length limit, policy 5, mean |p_train − p_infer| 0.06" in page.texts
+    assert not any(text.startswith("Late") for text in page.texts)
+    told = [value for name, value in page.attributes if name == "data-told"]
+    assert told == [
+        *("p_train 0.5000, p_infer 0.3750", "p_train 0.2500, p_infer 0.2000", "p_train 1.0000, p_infer 0.9950"),
+    ]
+    # full from a difference of .1 on
+    assert [value for name, value in page.attributes if value.startswith("--strength") and name == "style"] == [
+        *("--strength: 1.000", "--strength: 0.500", "--strength: 0.050"),
+    ]
+    at = page.texts.index("3")
+    assert page.texts[at : at + 3] == ["3", "7", "<eos>"]
+
+
+def test_the_text_behind_the_told_tokens_is_shown(tmp_path):
+    samples = [sample(5, "q", "3 and more", tokens=[("3", 0.5, 0.5), (" and", 0.5, 0.5)])]
     write_run(tmp_path, records_of_a_run(steps=2), samples=samples)
     texts = Page(page_of(tmp_path)).texts
-    assert "reward 0.25" in texts
-    assert "cut at the length limit, policy 5, mean |p_train − p_infer| 0.00125" in texts
-    assert not any(text.startswith("Late") for text in texts)
+    at = texts.index("and")
+    assert texts[at : at + 2] == ["and", "more"]
+
+
+def test_a_panel_tells_the_values_of_its_steps_where_they_are():
+    drawings = draw_panels(records_of_a_run(steps=4, constrained=False))
+    assert [drawing.title for drawing in drawings] == ["Reward", "Accuracy", "Response length", "Gradient norm"]
+    reward, accuracy, *_ = drawings
+    assert [text.split(":")[0] for _, text in reward.points] == [f"step {step}" for step in range(1, 5)]
+    lower, upper = wilson_interval(38, 128)
+    interval = f"(95% {lower:.3f} to {upper:.3f})"
+    assert accuracy.points[0][1].startswith(f"step 0: deployed policy 0.2969 {interval}, training")
+    # a step has the same place in every panel's axes, and steps are evenly spaced
+    gaps = np.diff([place for place, _ in reward.points])
+    assert gaps == pytest.approx(gaps[0], abs=2e-4) and 0.1 < gaps[0] < 0.3
+    assert all(0 < place < 1 for drawing in drawings for place, _ in drawing.points)
+    assert all(drawing.svg.startswith("<svg") and "var(--blue)" in drawing.svg for drawing in drawings[:3])
+
+
+def test_a_panel_of_a_long_run_tells_as_many_steps_as_can_be_pointed_at():
+    (reward,) = draw_panels([{"step": step, "reward": 0.5} for step in range(3001)])
+    assert 400 < len(reward.points) <= 501
 
 
 def test_config_is_flattened_and_versions_stand_apart(tmp_path):
@@ -277,7 +262,7 @@ def test_config_is_flattened_and_versions_stand_apart(tmp_path):
         *("opt.lr", "1e-06", "opt.betas", "[0.9, 0.95]", "opt.schedule", "{}"),
         *("run_dir", "runs/x", "name", "null"),
     ]
-    assert texts[middle + 1 :] == ["versions.jax", "0.10.2", "platform", "cpu"]
+    assert texts[middle + 1 : -1] == ["versions.jax", "0.10.2", "platform", "cpu"]
 
 
 def test_a_run_without_config_and_samples_says_so(tmp_path):

@@ -230,7 +230,7 @@ def test_a_gap_of_whole_distributions_in_the_advantage_only_widens_it():
         assert kl_rate(policy=policy, behaviour=behaviour, update=found) > 0
 
 
-@pytest.mark.parametrize("head", [1, 3, 7])
+@pytest.mark.parametrize("head", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)])
 def test_what_a_head_loses_of_the_centred_penalty(head):
     """The drift of what its mean is wrong by, which the bound holds."""
     baseline = StateBaseline.of_head(head)
@@ -246,7 +246,7 @@ def test_what_a_head_loses_of_the_centred_penalty(head):
             np.testing.assert_allclose(found, exact, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", [1, 3, 7])
+@pytest.mark.parametrize("head", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)])
 def test_what_a_head_loses_of_score_centering(head):
     """A (μ − r π) on the tokens outside, which sums to 0 there; nothing of what is within."""
     quantity = HeadQuantity("C", expected_score_of_head())

@@ -57,7 +57,7 @@ def gap(scored):
     return np.abs(ours - theirs).mean()
 
 
-EVERY_DAY = ("int4", "w8a8")
+EVERY_DAY = ("int4",)
 
 
 @pytest.mark.parametrize("name", [name if name in EVERY_DAY else pytest.param(name, marks=SLOW) for name in formats])

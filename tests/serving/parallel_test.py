@@ -214,6 +214,7 @@ def test_slots_that_copies_cannot_share_and_devices_that_copies_cannot_are_refus
         Qwen3Engine(DENSE, format="w8a8", mesh=serving_mesh(mesh, 2), **sizes)
 
 
+@pytest.mark.slow
 def test_the_most_probable_tokens_that_are_recorded_do_not_depend_on_devices():
     """Devices share the vocabulary, and each copy records its own samples."""
     found = {}

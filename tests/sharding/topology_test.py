@@ -87,7 +87,8 @@ def splash(q, k, v, cotangent, segments=None):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("length", "segmented"), [pytest.param(4096, False, marks=pytest.mark.slow), (8192, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "segmented"), [(4096, False), (8192, True)])
 def test_splash_compiles_for_a_tpu_in_memory_linear_in_the_length(length, segmented):
     """Here, since two processes that load libtpu at once may get into each other's way, and a file has one."""
     chip = slice_devices("v5e:2x2")[0]

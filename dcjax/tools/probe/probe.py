@@ -14,6 +14,7 @@ from dcjax.keys import make_key
 from dcjax.models.parallel.forward import check_model
 from dcjax.recipe.build import objective_of, params_shardings
 from dcjax.recipe.config import Config
+from dcjax.recipe.forward import Chunks, Scored
 from dcjax.reporting.progress import Progress
 from dcjax.rl.discrepancy import DistributionGap
 from dcjax.rl.dual import CALIBRATION_FACTOR
@@ -33,7 +34,7 @@ from dcjax.tools.probe.gaps import (
     worst_tokens,
 )
 from dcjax.tools.probe.ladder import RAW_LOGPS, Rung, Served, ladder
-from dcjax.tools.probe.policies import Policies, Scored
+from dcjax.tools.probe.policies import Policies
 from dcjax.tools.probe.source import Source
 from dcjax.types import Rollout
 
@@ -143,12 +144,10 @@ def _sample(source: Source, rungs: list[Rung], key: jax.Array) -> _Measurement:
     recording = replace(config, rollout=replace(config.rollout, replay_routing=bool(config.model.num_experts)))
     policies = Policies(recording, source.model.end_tokens)
     rollout = policies.sample(rungs[-1].served, source.weights, source.prompts, key)
-    trained = policies.train(source.weights.params, rollout, temperature=rollout.temperature)
+    trained = policies.train(source.weights.params, rollout)
     replayed, replays = trained.logps, _replays(config, rollout)
     if replays is not None:
-        replayed = policies.train(
-            source.weights.params, rollout, temperature=rollout.temperature, replays=replays
-        ).logps
+        replayed = policies.train(source.weights.params, rollout, replays=replays).logps
     return _Measurement(source, policies, rungs, key, rollout, trained, replayed)
 
 
@@ -274,7 +273,7 @@ def _sharding(measured: _Measurement) -> dict[str, Any]:
         params = jax.device_put(measured.source.weights.params, params_shardings(model.config, mesh))
     except ValueError as error:
         return {"not_measured": str(error)}
-    scored = measured.policies.train(params, rollout, temperature=rollout.temperature, mesh=mesh)
+    scored = measured.policies.train(params, rollout, mesh=mesh)
     sizes = {name: size for name, size in vars(several).items() if size > 1}
     return {"mesh": sizes} | gap(old_logps=measured.trained.logps, rollout_logps=scored.logps, mask=measured.mask)
 
@@ -285,8 +284,7 @@ def _sampling(measured: _Measurement) -> dict[str, Any]:
     replays = _replays(measured.source.model.config, rollout)
     plain = measured.policies.train(
         measured.source.weights.params,
-        rollout,
-        temperature=np.ones_like(rollout.temperature),
+        replace(rollout, temperature=np.ones_like(rollout.temperature)),
         replays=None if replays is None else replace(replays, candidate_tokens=None),
     )
     return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")} | gap(
@@ -300,7 +298,7 @@ def _chunks(measured: _Measurement) -> dict[str, dict[str, Any]]:
     The mathematics is the same; what differs is how products of other shapes round, and sum.
     """
     params, rollout = measured.source.weights.params, measured.rollout
-    own = measured.policies.chunks(rollout.tokens.shape[1])
+    own = Chunks.of_run(measured.policies.config, rollout.tokens.shape[1])
     whole_head = min(own.head, measured.mask.shape[1])
     own = own._replace(sequences=min(own.sequences, len(measured.mask)), head=whole_head)
     others = {
@@ -309,7 +307,7 @@ def _chunks(measured: _Measurement) -> dict[str, dict[str, Any]]:
     }
     found = {}
     for name, chunks in others.items():
-        scored = measured.policies.train(params, rollout, temperature=rollout.temperature, chunks=chunks)
+        scored = measured.policies.train(params, rollout, chunks=chunks)
         sizes = {"own": getattr(own, name), "other": getattr(chunks, name)}
         found[name] = sizes | gap(old_logps=measured.trained.logps, rollout_logps=scored.logps, mask=measured.mask)
     return found
@@ -321,7 +319,7 @@ def _routing(measured: _Measurement) -> dict[str, Any] | None:
     if trained.experts is None:
         return None
     params, replays = measured.source.weights.params, replace(rollout, candidate_tokens=None)
-    replayed = measured.policies.train(params, rollout, temperature=rollout.temperature, replays=replays)
+    replayed = measured.policies.train(params, rollout, replays=replays)
     real = np.asarray(rollout.attention_mask)
     # The last token of a response is never fed.
     shares = changed_experts(trained.experts, np.asarray(rollout.experts), real[:, :-1] & real[:, 1:])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launching import complaints
 from probes import RESULT
 
-import dcjax.tools.probe.policies
+import dcjax.recipe.forward
 import dcjax.tools.probe.probe
 import dcjax.tools.probe.tables
 from dcjax.cli import main
@@ -337,7 +337,7 @@ def stages_with(cause, seed):
     moved = jax.tree.map(lambda x: x * (1 + 0.05 * rng.normal(size=x.shape).astype(np.float32)), masters)
     weights, key, own = Weights(masters, moved, seed), jax.random.key(seed), policies()
     rollout = own.sample(dataclasses.replace(Served.of("bf16"), stale=stale is not None), weights, prompts(), key)
-    trained = own.train(masters, rollout, temperature=rollout.temperature).logps
+    trained = own.train(masters, rollout).logps
     scores = [(rung.name, rung.detail, own.score(rung.served, weights, rollout, key).logps) for rung in rungs]
     if stale is not None:
         scores.append(("as_sampled", "", rollout.rollout_logps))
@@ -386,7 +386,7 @@ def test_masters_that_were_rounded_are_the_cause_with_the_gap_that_rounding_them
         lambda path, x: x if "norm" in path[-1].key else np.asarray(x).astype(jnp.bfloat16).astype(np.float32),
         params_of(CONFIG.model),
     )
-    of_each = [own.train(p, rollout, temperature=rollout.temperature).logps for p in (params_of(CONFIG.model), rounded)]
+    of_each = [own.train(p, rollout).logps for p in (params_of(CONFIG.model), rounded)]
     difference = np.abs(np.diff(np.exp(of_each), axis=0))[0][rollout.response_mask]
     assert found.stages[1].own["prob_diff_mean"] == pytest.approx(difference.mean(), rel=1e-2)
     assert difference.mean() > 1e-4
@@ -421,16 +421,16 @@ def test_log_probs_without_the_samplers_transform_are_the_cause_with_the_transfo
 
 def test_a_forward_that_depends_on_its_chunks_is_found_by_what_is_cut_otherwise(only_float32, monkeypatch):
     """Planted: a thousandth of log-prob where one sequence is alone, a hundredth where the head's chunks are short."""
-    compiled_forward = dcjax.tools.probe.policies._compiled_forward
+    compiled_forward = dcjax.recipe.forward._compiled
 
     def depending(rounds):
-        def forward(model, numerics, width, mesh, params, tokens, *inputs):
+        def shifted(model, numerics, width, mesh, params, tokens, *inputs):
             logps, experts = compiled_forward(rounds)(model, numerics, width, mesh, params, tokens, *inputs)
             return logps + 0.001 * (len(tokens) == 1) + 0.01 * (model.head_chunk < width), experts
 
-        return forward
+        return shifted
 
-    monkeypatch.setattr(dcjax.tools.probe.policies, "_compiled_forward", depending)
+    monkeypatch.setattr(dcjax.recipe.forward, "_compiled", depending)
     found = probe(source_of(dataclasses.replace(CONFIG, serving=FLOAT32)))
     for name, sizes, shift in (("sequences", (3, 1), 0.001), ("head", (20, 2), 0.01)):
         row = found.chunks[name]

@@ -1,10 +1,10 @@
 """The page in headless Chromium, as a person uses it."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
+from browsing import browsing, needs_browser
 from listening import listening, small_policy
 from served import T
 
@@ -12,18 +12,8 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.serving.continuous import rehearse
 from dcjax.serving.server.http.server import serving
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (shutil.which("chromium") and shutil.which("chromedriver")),
-        reason="needs Chromium and its driver (Debian's packages chromium and chromium-driver)",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 OFF = 0.25
 """What the training policy of these tests adds to each log-prob of `-1`."""
 
@@ -40,19 +30,9 @@ def served():
 
 @pytest.fixture
 def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS.split(), "--window-size=400,800", f"--user-data-dir={tmp_path}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    driver.implicitly_wait(10)
-    yield driver
-    problems = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    driver.quit()
     # what these tests have refused
-    assert all("status of 40" in problem["message"] for problem in problems), problems
+    with browsing(tmp_path, tolerated="status of 40") as driver:
+        yield driver
 
 
 def sampled(browser, prompt):
