@@ -1,4 +1,4 @@
-"""The pages of the site that are made from the code: fields, commands, names, benchmarks, changelog."""
+"""Pages of the site that are made from other files: fields, commands and names from the code, notebooks, changelog."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nbconvert import MarkdownExporter
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "serving", "rl", "data", "rewards", "sharding", "recipe", "loop", "reporting", "tools")
 """Packages whose names the reference documents."""
 
 
-def all_pages() -> dict[str, str]:
-    """Markdown by its place in docs/."""
+def all_pages() -> dict[str, str | bytes]:
+    """Markdown, and the pictures that it shows, by their places in docs/."""
     return {
         "index.md": _from_root("README.md"),
         "changelog.md": _from_root("CHANGELOG.md"),
@@ -27,6 +29,7 @@ def all_pages() -> dict[str, str]:
         "reference/config.md": config_page(),
         "reference/commands.md": commands_page(),
         **api_pages(),
+        **notebook_pages(),
     }
 
 
@@ -146,3 +149,19 @@ def _modules(package: ModuleType) -> list[str]:
 
 def _api_page(title: str, modules: list[str]) -> str:
     return "\n".join([f"# {title}", "", *(f"::: {module}\n" for module in modules)])
+
+
+# --- notebooks ---
+
+
+def notebook_pages() -> dict[str, str | bytes]:
+    """A page for each notebook, with the outputs that it was saved with, and their pictures."""
+    pages: dict[str, str | bytes] = {}
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        named = {"output_files_dir": path.stem, "unique_key": path.stem}
+        text, resources = MarkdownExporter().from_filename(str(path), resources=named)
+        title, _, rest = text.strip().partition("\n")
+        told = f"This page is the notebook [{path.name}]({path.name}), to be run in Jupyter or in Colab."
+        pages[f"notebooks/{path.stem}.md"] = "\n\n".join([title, told, rest])
+        pages |= {f"notebooks/{name}": picture for name, picture in resources["outputs"].items()}
+    return pages

@@ -22,7 +22,8 @@ def require(section: str, config: Any, at_least: dict[str, float]) -> None:
 
 
 def require_choice(section: str, config: Any, name: str) -> None:
-    """Raises ValueError for a word that is not one of the field's Literal."""
-    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    """Raises ValueError for a word that is not one of the field's Literal, in the nearest class that has one."""
+    hints = (typing.get_type_hints(kind).get(name) for kind in type(config).__mro__)
+    choices = next(args for hint in hints if (args := typing.get_args(hint)))
     if (value := getattr(config, name)) not in choices:
         raise ValueError(f"{section}{name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -218,6 +218,16 @@ def test_a_word_that_is_no_choice_is_quoted_with_those_there_are(path):
         assert choice in message
 
 
+def test_a_section_of_ones_own_with_another_default_keeps_the_choices():
+    @dataclasses.dataclass(frozen=True)
+    class Own(ObjectiveConfig):
+        algorithm: str = "grpo"
+
+    assert Own().algorithm == "grpo"
+    message = refusal(lambda: Own(algorithm="nonesuch"))
+    assert "objective.algorithm is 'nonesuch'; it must be one of grpo, dual_grpo, " in message
+
+
 def test_a_format_that_is_none_is_quoted_with_those_there_are():
     message = refusal(lambda: ServingConfig(format="int3"))
     assert message == f"serving.format is 'int3'; it must be one of {', '.join(formats)}"
