@@ -29,10 +29,8 @@ def transcribe(setup: Setup, state: TrainState, sampled: Sampled) -> list[dict[s
     Args:
       setup: of the run.
       state: before the iteration's update.
-      sampled: the iteration's responses; every process calls with the same.
-
-    Raises:
-      RunError: a log-prob of the training policy is not finite.
+      sampled: the iteration's responses; every process calls with the same. Log-probs of the training policy that are
+        not finite are told as they are, since the update that follows ends the run with the whole batch.
     """
     rows = np.arange(len(sampled.problems))[:TRANSCRIPTS] * sampled.group_size
     rollout = jax.tree.map(lambda leaf: leaf[rows], sampled.rollout)

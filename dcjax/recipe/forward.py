@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from dcjax.errors import RunError
 from dcjax.models import ModelConfig, token_logps
 from dcjax.models.layers import round_up
 from dcjax.models.numerics import MASTERS, Numerics
@@ -27,7 +26,7 @@ from dcjax.types import Array, Params, Rollout
 class Scored(NamedTuple):
     """The training policy's log-probs of a rollout's tokens, and its experts; on the host."""
 
-    # natural logs, 0 outside the response mask
+    # natural logs, 0 outside the response mask; not finite where the params make them so
     logps: Float[np.ndarray, "B T"]
     # that its tokens went to, laid out as `Rollout.experts`; None if the model has none
     experts: Int[np.ndarray, "B S-1 M k"] | None
@@ -66,9 +65,6 @@ def score(
       replays: whose experts the forward uses in place of its own choice, and whose candidates it normalises over in
         place of the whole softmax; either where it has them.
       chunks: the run's own if None.
-
-    Raises:
-      RunError: a log-prob is not finite.
     """
     mask, shares = np.asarray(rollout.attention_mask), split(mesh.shape, "batch")
     inputs = (
@@ -87,14 +83,7 @@ def score(
         parts.append(jax.device_get(forward(model, numerics, width, mesh, params, *batch)))
     logps, experts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(mask)], *parts)
     logps = np.where(rollout.response_mask, logps, 0.0)
-    require_finite("the trainer", logps)
     return Scored(logps, experts)
-
-
-def require_finite(what: str, logps: Float[np.ndarray, "B T"]) -> None:
-    """Raises RunError with the place of the first log-prob that is not finite."""
-    if len(bad := np.argwhere(~np.isfinite(logps))):
-        raise RunError(f"{what} gives log-prob {logps[tuple(bad[0])]} at response, token {tuple(bad[0].tolist())}")
 
 
 @cache

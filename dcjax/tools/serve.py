@@ -176,8 +176,10 @@ class _Trainer:
         held, real = np.zeros((1, width), np.int32), np.arange(width)[None] >= width - count
         held[0, width - count :] = tokens
         row = _unscored(held, real, real[:, 1:] & real[:, :-1])
-        scored = score(self._config, self._mesh, params, row)
-        return version, scored.logps[0, width - count :].tolist()
+        logps = score(self._config, self._mesh, params, row).logps[0, width - count :]
+        if not np.isfinite(logps).all():
+            raise RunError(f"the training policy of version {version} gives log-probs that are not finite")
+        return version, logps.tolist()
 
 
 def _unscored(tokens: np.ndarray, attention_mask: np.ndarray, response_mask: np.ndarray) -> Rollout:

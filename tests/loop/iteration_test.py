@@ -357,6 +357,20 @@ def test_what_transcripts_tell_of_tokens_is_what_the_step_measures(name, monkeyp
     assert texts == [sample["response"] for sample in told]
 
 
+def test_params_that_are_no_numbers_are_the_updates_to_report(tmp_path):
+    config = replace(TOLD["served in int8"], run_dir=tmp_path)
+    stepper = Stepper(config, Alternating())
+    state, loop = stepper.begin()
+    sampled, _ = stepper.sampler(state, loop)
+    state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+    told = transcripts.transcribe(stepper.setup, state, sampled)
+    assert all(np.isnan(token.train) for sample in told for token in sample["tokens"])
+    config.directory.mkdir(parents=True, exist_ok=True)
+    told = r"log-prob at response, token .* is not finite; the batch is in .*bad_batch\.npz"
+    with pytest.raises(RunError, match=told):
+        stepper.updater(state, sampled)
+
+
 # --- rewards ---
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dcjax.errors import RunError
 from dcjax.recipe.build import build_engine
 from dcjax.recipe.config import Config
-from dcjax.recipe.forward import Chunks, Scored, require_finite, score
+from dcjax.recipe.forward import Chunks, Scored, score
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.rollout import sample_responses
 from dcjax.serving.scoring import DecodeScores, read_responses, score_responses
@@ -98,14 +99,14 @@ class Policies:
         scores = score_responses(
             engine, params, rollout, key=key, top_k=top_k, top_p=top_p, keeps_residuals=keeps_residuals
         )
-        require_finite(f"format {served.format.name}", scores.logps)
+        _require_finite(f"format {served.format.name}", scores.logps)
         return scores
 
     def read(self, served: Served, weights: Weights, rollout: Rollout) -> Logps:
         """As `score` without truncation, from one pass over each sequence; errors are the same."""
         engine = self.engine(served)
         logps = read_responses(engine, _synced(engine, served, weights), rollout)
-        require_finite(f"format {served.format.name}", logps)
+        _require_finite(f"format {served.format.name}", logps)
         return logps
 
     def train(
@@ -123,8 +124,15 @@ class Policies:
           RunError: a log-prob is not finite.
         """
         mesh = self._mesh if mesh is None else mesh
-        return score(self.config, mesh, params, rollout, replays=replays, chunks=chunks)
+        scored = score(self.config, mesh, params, rollout, replays=replays, chunks=chunks)
+        _require_finite("the trainer", scored.logps)
+        return scored
 
 
 def _synced(engine: Qwen3Engine, served: Served, weights: Weights) -> ServingParams:
     return engine.sync(weights.stale if served.stale else weights.params, weights.version)
+
+
+def _require_finite(what: str, logps: Logps) -> None:
+    if len(bad := np.argwhere(~np.isfinite(logps))):
+        raise RunError(f"{what} gives log-prob {logps[tuple(bad[0])]} at response, token {tuple(bad[0].tolist())}")
