@@ -52,6 +52,7 @@ def test_the_pages_have_a_complete_file_each():
     assert {name for _, name, _ in files()} == {
         "halved.py",
         "known_tokens.py",
+        "mine.py",
         "restarts.py",
         "reversal.py",
         "small_floats.py",

@@ -15,6 +15,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(!?\[[^\]]*\]\()((?:\.\./)+)([^)#\s]+)")
 """A link that begins with ../, in three parts: before it, the ways up, and the path."""
+NOTEBOOK = re.compile(r"(\]\([^)\s]*notebooks/\w+)\.ipynb\)")
+"""A link to a notebook, which the site shows as a page."""
 BESIDE_DOCS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 
@@ -36,7 +38,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Leads links to files outside docs/ to their copies, and those to what is a page to the page."""
+    """Leads links to files outside docs/ to their copies, and those to what is a page, a notebook too, to the page."""
     up = "../" * page.file.src_uri.count("/")
 
     def led(found: re.Match) -> str:
@@ -51,6 +53,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
             return f"{before}{up}{target.removeprefix('docs/')}"
         return f"{before}{up}files/{target}"
 
+    if not page.file.src_uri.startswith("notebooks/"):  # whose pages lead to the files
+        markdown = NOTEBOOK.sub(r"\1.md)", markdown)
     return LINK.sub(led, markdown)
 
 

@@ -160,7 +160,7 @@ def notebook_pages() -> dict[str, str | bytes]:
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         named = {"output_files_dir": path.stem, "unique_key": path.stem}
         text, resources = MarkdownExporter().from_filename(str(path), resources=named)
-        title, _, rest = text.strip().partition("\n")
+        title, _, rest = re.sub(r"(\]\(\w+)\.ipynb\)", r"\1.md)", text).strip().partition("\n")
         told = f"This page is the notebook [{path.name}]({path.name}), to be run in Jupyter or in Colab."
         pages[f"notebooks/{path.stem}.md"] = "\n\n".join([title, told, rest])
         pages |= {f"notebooks/{name}": picture for name, picture in resources["outputs"].items()}
