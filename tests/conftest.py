@@ -49,8 +49,9 @@ gc.set_threshold(50_000, 20, 100)
 # a shell's background job ignores interrupts, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("dcjax", deadline=None)
-settings.load_profile("dcjax")
+settings.register_profile("everyday", deadline=None, max_examples=30)
+settings.register_profile("thorough", deadline=None)
+settings.load_profile("thorough")
 
 
 UNOPTIMISED = " --xla_backend_optimization_level=0"
@@ -60,12 +61,13 @@ if Version(version("jaxlib")) < Version("0.12"):
 
 
 def pytest_configure(config):
-    """What runs without the slow tests is compiled without optimisation, in a quarter of the time.
+    """What runs without the slow tests is compiled without optimisation, in a quarter of the time, on fewer examples.
 
     With the slow tests everything is compiled as for users.
     """
     if config.option.markexpr.startswith("not slow"):
         os.environ["XLA_FLAGS"] += UNOPTIMISED
+        settings.load_profile("everyday")
 
 
 def pytest_collection_finish():
@@ -75,7 +77,7 @@ def pytest_collection_finish():
 
 
 MAPPINGS = Path("/proc/self/maps")
-MANY = 20_000
+MANY = 35_000
 """Of the 65,530 memory mappings that Linux lets a process have; every compiled program takes some for good."""
 
 

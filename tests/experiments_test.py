@@ -27,7 +27,11 @@ SWEEPS, command = (runpy.run_path(str(SCRIPT))[name] for name in ("SWEEPS", "com
 RECIPES = EXPERIMENTS.parent / "dcjax" / "recipes"
 FILES = {recipe: runpy.run_path(str(RECIPES / f"{recipe}.py")) for recipe in SWEEPS}
 CONFIGS = {recipe: file["config"]() for recipe, file in FILES.items()}
-ROWS = [pytest.param(recipe, row, id=f"{recipe}-{row.name}") for recipe, rows in SWEEPS.items() for row in rows]
+ROWS = [
+    pytest.param(recipe, row, id=f"{recipe}-{row.name}", marks=pytest.mark.slow if number % 4 else [])
+    for recipe, rows in SWEEPS.items()
+    for number, row in enumerate(rows)
+]
 
 PAPER_A = {
     "task.dataset": "dapo-math-17k",

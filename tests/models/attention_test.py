@@ -186,7 +186,7 @@ def causal_kernel(length, more, block):
     )
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))])
 def test_splash_skips_exactly_the_blocks_in_which_nothing_is_seen(seed):
     """Forward and backward; where a block is skipped, one is held that is at hand or comes next."""
     block, rng = 128, np.random.default_rng(seed)

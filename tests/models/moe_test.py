@@ -345,7 +345,7 @@ def test_each_platform_is_lowered_to_its_own_products(platform):
     assert ("while" in text) == (platform != "cuda")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 @pytest.mark.parametrize("sizes", [(5, 0, 20, 3), (0, 0, 0, 7), (40, 0, 0, 0), (0, 0, 0, 0), (16, 16, 4, 4)])
 def test_a_tpus_kernel_gradients_are_those_of_a_loop(sizes, dtype):
     """Rows behind the last group are not read: they hold NaN, as what a kernel leaves unwritten may."""

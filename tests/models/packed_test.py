@@ -102,7 +102,7 @@ def check(model, batch, *, bins=BINS, mesh=None, shares=1):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), "experts"])
 def test_scores_and_gradients_are_those_of_rows(name):
     check(MODELS[name], random_rows())
 

@@ -188,7 +188,7 @@ def log_dropped(terms, context):
     return dataclasses.replace(terms, metrics=terms.metrics | {"dropped": shown})
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("microbatch_size", [1, 2, ROWS])
 def test_m2po_drops_the_same_tokens_of_the_whole_minibatch_however_it_is_cut(microbatch_size, updates):
     # a row's first token is its number, for the base of its digits

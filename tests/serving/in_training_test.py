@@ -145,6 +145,7 @@ def test_in_float32_it_is_the_base_to_the_bit(how):
     jax.tree.map(np.testing.assert_array_equal, found, base)
 
 
+@SLOW
 def test_gradients_through_activations_and_cache_are_near_those_of_the_weights_alone():
     """Roundings are seen by the forward pass only, so that the gradient is another by the size of the gap."""
     rollout = rollout_of("float32")

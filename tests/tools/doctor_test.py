@@ -14,6 +14,7 @@ from dcjax.tools import doctor
 pytestmark = pytest.mark.heavy
 
 
+@pytest.mark.slow
 def test_it_fits_on_a_screen_and_says_the_same_as_json(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")

@@ -187,6 +187,7 @@ def test_http_is_served_until_the_process_is_told_to_stop_and_what_runs_is_finis
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(finished_run):
     command = [sys.executable, "-m", "dcjax", "serve", str(finished_run), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=fake_devices(1)) as process:
