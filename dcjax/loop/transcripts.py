@@ -26,18 +26,18 @@ TOKENS = 512
 def transcribe(setup: Setup, state: TrainState, sampled: Sampled) -> list[dict[str, Any]]:
     """The first responses to some prompts, as `Transcripts.write` takes them.
 
+    With several processes they are told without their tokens: one more program there, at whose first call four
+    processes met too late for their collectives, is not worth a run.
+
     Args:
       setup: of the run.
       state: before the iteration's update.
-      sampled: the iteration's responses; every process calls with the same. Log-probs of the training policy that are
-        not finite are told as they are, since the update that follows ends the run with the whole batch.
+      sampled: the iteration's responses. Log-probs of the training policy that are not finite are told as they are,
+        since the update that follows ends the run with the whole batch.
     """
     rows = np.arange(len(sampled.problems))[:TRANSCRIPTS] * sampled.group_size
     rollout = jax.tree.map(lambda leaf: leaf[rows], sampled.rollout)
-    # whose log-probs are the step's old ones
-    params = state.history[0] if setup.config.rollout.async_level else state.params
-    probabilities = np.exp(score(setup.config, setup.mesh, params, rollout, replays=rollout).logps)
-    return_freed_memory()
+    tokens = [[]] * len(rows) if jax.process_count() > 1 else _tokens(setup, state, rollout)
     texts = responses(setup.tokenizer, rollout)
     return [
         {
@@ -47,10 +47,19 @@ def transcribe(setup: Setup, state: TrainState, sampled: Sampled) -> list[dict[s
             "parts": sampled.scores.parts_of(row),
             "finished": bool(rollout.finished[index]),
             "policy_version": int(rollout.versions[index, 0]),
-            "tokens": _told(setup, rollout, probabilities, index),
+            "tokens": tokens[index],
         }
         for index, (row, text) in enumerate(zip(rows, texts, strict=True))
     ]
+
+
+def _tokens(setup: Setup, state: TrainState, rollout: Rollout) -> list[list[TokenProbabilities]]:
+    """Those of each response, with what both policies gave to them."""
+    # whose log-probs are the step's old ones
+    params = state.history[0] if setup.config.rollout.async_level else state.params
+    probabilities = np.exp(score(setup.config, setup.mesh, params, rollout, replays=rollout).logps)
+    return_freed_memory()
+    return [_told(setup, rollout, probabilities, row) for row in range(len(rollout.tokens))]
 
 
 def _told(setup: Setup, rollout: Rollout, probabilities: np.ndarray, row: int) -> list[TokenProbabilities]:
