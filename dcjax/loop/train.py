@@ -174,7 +174,7 @@ class Stopwatch:
         self._rollout = time.perf_counter() - self._began
 
     def update_begins(self) -> None:
-        """What was done since the samples were there is of neither."""
+        """The update starts now; the time since the samples were there counts as neither."""
         self._began = time.perf_counter()
 
     def updated(self, sampled: Sampled) -> dict[str, float]:

@@ -26,8 +26,8 @@ TOKENS = 512
 def transcribe(setup: Setup, state: TrainState, sampled: Sampled) -> list[dict[str, Any]]:
     """The first responses to some prompts, as `Transcripts.write` takes them.
 
-    With several processes they are told without their tokens: one more program there, at whose first call four
-    processes met too late for their collectives, is not worth a run.
+    With several processes they are told without their tokens: a run of four ended in the collectives of this program,
+    for a reason that has not been found.
 
     Args:
       setup: of the run.

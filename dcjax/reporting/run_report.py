@@ -133,7 +133,7 @@ def _render(
     from markupsafe import Markup
 
     # Everything that comes from a run is escaped, because a model's text may contain markup; the drawings are our own.
-    body, style, script = ((_PAGE / name).read_text("utf-8") for name in ("body.html", "style.css", "script.js"))
+    body, style, script = ((_PAGE / file).read_text("utf-8") for file in ("body.html", "style.css", "script.js"))
     return render_page(
         body,
         style=style,
