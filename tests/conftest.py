@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 import jax
 import pytest
 from beartype import beartype
+from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
 from packaging.version import Version
@@ -54,7 +56,7 @@ settings.register_profile("thorough", deadline=None)
 settings.load_profile("thorough")
 
 
-UNOPTIMISED = " --xla_backend_optimization_level=0"
+UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if Version(version("jaxlib")) < Version("0.12"):
     # later ones have no other way, and end the process where they do not know a flag
     UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
@@ -77,7 +79,7 @@ def pytest_collection_finish():
 
 
 MAPPINGS = Path("/proc/self/maps")
-MANY = 35_000
+MANY = 50_000
 """Of the 65,530 memory mappings that Linux lets a process have; every compiled program takes some for good."""
 
 
@@ -107,10 +109,15 @@ def recipe(tmp_path_factory):
 def finished_run(recipe, tmp_path_factory):
     """The directory of a run of `tiny.CONFIG` that nothing disturbed, by the command line; two iterations are profiled.
 
-    Tests look at it, and change copies.
+    The first worker that needs it makes it. Tests look at their worker's copy, and change copies of that.
     """
     from dcjax.cli import main
 
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["train", str(recipe), "--run-dir", str(directory), "--profile", "2"]) == 0
-    return directory
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made = shared / "finished"
+    with FileLock(shared / "finished.lock"):
+        if not made.exists():
+            assert main(["train", str(recipe), "--run-dir", str(made), "--profile", "2"]) == 0
+    return shutil.copytree(made, tmp_path_factory.mktemp("runs") / "finished")

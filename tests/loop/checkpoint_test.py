@@ -308,7 +308,10 @@ def test_a_run_whose_checkpoints_were_all_damaged_stays_refused(saved, like, cap
             assert "damaged" in refusal(lambda: checkpoints.restore_latest(like))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "emptied", "deleted"])
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", pytest.param("emptied", marks=pytest.mark.slow), pytest.param("deleted", marks=pytest.mark.slow)],
+)
 def test_whatever_file_is_damaged_nothing_wrong_is_restored(saved, like, kind):
     """Each file in turn: either the checkpoint is called damaged, or what comes back is what was saved."""
     expected, damaged = filled(like, 2), 0

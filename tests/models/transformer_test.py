@@ -241,7 +241,7 @@ def test_the_flax_module_is_the_same_function():
     assert str(module) == str(jax.make_jaxpr(lambda params: hidden_states(DENSE, params, tokens))(params))
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_narrow_policy_computes_narrow_and_is_close(name):
     params, tokens = masters(ALTERNATING), random_tokens()
     narrow = dataclasses.replace(ALTERNATING, precision=Precision(compute=name))

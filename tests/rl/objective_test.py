@@ -143,7 +143,10 @@ def log_them(terms, context):
     return dataclasses.replace(terms, metrics=terms.metrics | shown)
 
 
-@pytest.mark.parametrize(("microbatch_size", "updates"), [(ROWS, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("microbatch_size", "updates"),
+    [pytest.param(ROWS, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)],
+)
 def test_quantities_of_the_iteration_are_of_all_its_rows_in_every_minibatch(microbatch_size, updates):
     old = np.asarray(policy(TABLE, BATCH).logps)
     gap = np.abs(old - BATCH.rollout_logps)
@@ -189,7 +192,7 @@ def log_dropped(terms, context):
 
 
 @pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("microbatch_size", [1, 2, ROWS])
+@pytest.mark.parametrize("microbatch_size", [pytest.param(1, marks=pytest.mark.slow), 2, ROWS])
 def test_m2po_drops_the_same_tokens_of_the_whole_minibatch_however_it_is_cut(microbatch_size, updates):
     # a row's first token is its number, for the base of its digits
     batch = dataclasses.replace(BATCH, tokens=np.concatenate([np.arange(ROWS)[:, None], BATCH.tokens[:, 1:]], axis=1))
@@ -274,7 +277,7 @@ def test_the_optimiser_is_given_the_effective_share_of_the_minibatchs_responses(
     np.testing.assert_allclose(metrics["mismatch/ess_sequence"], share, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("updates", "microbatch_size"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("updates", "microbatch_size"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_the_skew_is_of_the_parameters_of_each_update(updates, microbatch_size):
     _, metrics = run(untouched, NOTHING, updates=updates, microbatch_size=microbatch_size)
     found = {name: float(value) for name, value in metrics.items() if name.startswith("skew/")}

@@ -255,7 +255,7 @@ def test_one_update_is_that_of_the_whole_batch_whatever_the_microbatch_size(pair
     assert not any(name.startswith("staleness") for name in metrics)
 
 
-@pytest.mark.parametrize("updates", [2, 4])
+@pytest.mark.parametrize("updates", [2, slow(4)])
 def test_several_updates_share_old_log_probs_and_one_step_of_the_multiplier(pairs, updates):
     step, state = bigram_step(penalty, updates=updates, learning_rate=20.0)
     state, metrics = step(state, pairs)

@@ -113,7 +113,7 @@ def test_it_is_a_jetstream_engine_with_nothing_left_abstract(name):
     assert all(place.is_fully_replicated for place in jax.tree.leaves(engine.get_prefix_destination_sharding()))
 
 
-@pytest.mark.parametrize("name", ["float32", "int8"])
+@pytest.mark.parametrize("name", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_jetstreams_own_calls_work_without_extra_arguments(masters, name):
     engine = make_engine(name)
     params = engine.load_params(masters)
@@ -307,7 +307,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("max_candidates", [0, 8])
+@pytest.mark.parametrize("max_candidates", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_first_tokens_follow_the_softmax_of_their_setting_within_one_batch(masters, max_candidates):
     samples, prompt = 1024 * len(DRAWN), [3, 1, 4]
     drawn = dict(DRAWN) if max_candidates else DRAWN | {"top-p": (1.0, 0, 0.75)}

@@ -18,9 +18,9 @@ from jetstream.core.proto import jetstream_pb2_grpc
 from prometheus_client import start_http_server
 
 from dcjax.errors import RunError
+from dcjax.serving.server import life
 from dcjax.serving.server.grpc.driver import Driver, ServedEngine
 from dcjax.serving.server.grpc.service import Orchestrator
-from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.server.weights import Reloader, Weights
@@ -97,9 +97,9 @@ async def serving(
         finally:
             await healthy.enter_graceful_shutdown()
             service.stopping = True
-            await until(lambda: at_once.is_set() or not service.open, config.grace)
+            await life.until(lambda: at_once.is_set() or not service.open, config.grace)
             # calls that have come since are refused rather than cut off
-            await server.stop(0 if at_once.is_set() else LINGER)
+            await server.stop(0 if at_once.is_set() else life.LINGER)
 
 
 def _listen(server: Any, config: ServerConfig) -> int:

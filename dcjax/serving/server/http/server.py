@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import uvicorn
 
 from dcjax.errors import RunError
+from dcjax.serving.server import life
 from dcjax.serving.server.http.app import make_app
 from dcjax.serving.server.http.engine_thread import EngineThread
 from dcjax.serving.server.http.guard import Guard
 from dcjax.serving.server.http.log import RequestLog
 from dcjax.serving.server.http.service import Service
-from dcjax.serving.server.life import LINGER, until
 from dcjax.serving.server.metrics import Metrics
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.server.weights import Reloader, Weights
@@ -67,9 +67,9 @@ async def serving(
             yield listening.getsockname()[1], at_once
         finally:
             service.stopping = True
-            await until(lambda: at_once.is_set() or not guard.open, config.grace)
+            await life.until(lambda: at_once.is_set() or not guard.open, config.grace)
             if not at_once.is_set():
-                await asyncio.sleep(LINGER)  # requests that have come since are refused rather than cut off
+                await asyncio.sleep(life.LINGER)  # requests that have come since are refused rather than cut off
             server.should_exit, server.force_exit = True, at_once.is_set()
             await running
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.heavy
 SETTINGS = {"samples_per_prompt": G, "temperature": TEMPERATURE}
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def served(request):
     engine = engine_of(request.param, max_candidates=0)
     params = params_of(engine)

@@ -24,11 +24,11 @@ from dcjax.data.arithmetic import build_tokenizer
 from dcjax.data.task import decode_responses
 from dcjax.errors import RunError
 from dcjax.serving.rollout import sample_responses
+from dcjax.serving.server import life
 from dcjax.serving.server.contract import Contract
 from dcjax.serving.server.grpc import server, service
 from dcjax.serving.server.grpc.driver import ServedEngine
 from dcjax.serving.server.grpc.wire import CONTRACT, Asked
-from dcjax.serving.server.life import LINGER
 
 pytestmark = pytest.mark.heavy
 
@@ -92,7 +92,7 @@ def test_a_server_that_stops_finishes_what_it_has_begun_to_read(served, monkeypa
 
     async def slow(*given):
         reading.set()
-        await asyncio.sleep(1.5 * LINGER)
+        await asyncio.sleep(1.5 * life.LINGER)
         return await prompt_of(*given)
 
     monkeypatch.setattr(service.Orchestrator, "_prompt", slow)
