@@ -79,7 +79,7 @@ def pytest_collection_finish():
 
 
 MAPPINGS = Path("/proc/self/maps")
-MANY = 50_000
+MANY = 40_000
 """Of the 65,530 memory mappings that Linux lets a process have; every compiled program takes some for good."""
 
 

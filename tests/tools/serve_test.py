@@ -147,7 +147,8 @@ def test_the_training_policy_is_kept_beside_the_served_one_and_replaced_with_it(
     def expected(step):
         model = open_model(run)
         told = {"response_length": len(tokens) - 1, "temperature": np.ones(1, np.float32)}
-        return np.asarray(token_logps(model.config.model, model.params(step), tokens[None], **told).logps[0])
+        forward = jax.jit(lambda params: token_logps(model.config.model, params, tokens[None], **told).logps[0])
+        return np.asarray(forward(model.params(step)))
 
     version, logps = served.trainer(tokens.tolist())
     assert version == older

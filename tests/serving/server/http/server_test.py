@@ -286,7 +286,7 @@ def test_an_answer_must_come_in_time_streamed_or_not(served, monkeypatch):
 
     monkeypatch.setattr(Continuous, "turn", slow)
     with http_server(served, request_seconds=0.3) as address:
-        asked = {"prompt": PROMPTS[0], "stop_token_ids": [0], "max_tokens": T}
+        asked = {"prompt": PROMPTS[0], "seed": 3, "stop_token_ids": [0], "max_tokens": T}
         code, answer = ask(address, body=asked)
         assert (code, answer["error"]["code"]) == (504, "timeout")
         with sent(address, json.dumps(asked | {"stream": True}).encode()) as connection:
@@ -306,7 +306,9 @@ def test_a_server_that_stops_finishes_what_it_has_begun_to_read(served, monkeypa
     monkeypatch.setattr(Service, "prompts_of", slow)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with http_server(served) as address:
-            asked = pool.submit(ask, address, body={"prompt": PROMPTS[0], "max_tokens": 2, "stop_token_ids": [0]})
+            asked = pool.submit(
+                ask, address, body={"prompt": "1+1=", "seed": 3, "max_tokens": 2, "stop_token_ids": [0]}
+            )
             assert reading.wait(30)
         code, answer = asked.result()
     assert (code, answer["usage"]["completion_tokens"]) == (200, 2)
@@ -426,7 +428,7 @@ def test_who_leaves_in_the_midst_of_a_stream_frees_the_slot_behind_the_turn(serv
             return metric(address, "dcjax_running")
 
         # no end token, so that it would go on for five turns
-        stream = complete(client, PROMPTS[0], stream=True, stop_token_ids=[0], max_tokens=T)
+        stream = complete(client, PROMPTS[0], seed=3, stream=True, stop_token_ids=[0], max_tokens=T)
         assert next(iter(stream)).choices[0].finish_reason is None
         assert running() == 1
         stream.close()
