@@ -26,18 +26,15 @@ TOKENS = 512
 def transcribe(setup: Setup, state: TrainState, sampled: Sampled) -> list[dict[str, Any]]:
     """The first responses to some prompts, as `Transcripts.write` takes them.
 
-    With several processes they are told without their tokens: a run of four ended in the collectives of this program,
-    for a reason that has not been found.
-
     Args:
       setup: of the run.
       state: before the iteration's update.
-      sampled: the iteration's responses. Log-probs of the training policy that are not finite are told as they are,
-        since the update that follows ends the run with the whole batch.
+      sampled: the iteration's responses; every process calls with the same. Log-probs of the training policy that are
+        not finite are told as they are, since the update that follows ends the run with the whole batch.
     """
     rows = np.arange(len(sampled.problems))[:TRANSCRIPTS] * sampled.group_size
     rollout = jax.tree.map(lambda leaf: leaf[rows], sampled.rollout)
-    tokens = [[]] * len(rows) if jax.process_count() > 1 else _tokens(setup, state, rollout)
+    tokens = _tokens(setup, state, rollout)
     texts = responses(setup.tokenizer, rollout)
     return [
         {

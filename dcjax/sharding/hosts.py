@@ -112,6 +112,9 @@ def join(config: DistributedConfig) -> None:
             shutdown_timeout_seconds=LEAVING,
         )
         start_devices()
+        if jax.default_backend() == "cpu":
+            # The first process alone finds its programs there, and Gloo waits half a minute for those that compile.
+            jax.config.update("jax_enable_compilation_cache", False)
         # all processes synchronise here once more, when devices are found
         multihost_utils.sync_global_devices("joined")
         waiting.cancel()

@@ -96,9 +96,12 @@ def restored(directory, step, mesh):
 def assert_same_run(ours, theirs, *, rel, rounding=0.0):
     """Sampled texts identical, and every metric within `rel` or `rounding`, as is every leaf of the final state."""
     ours_samples, theirs_samples = (read_transcripts(run / "samples.jsonl") for run in (ours, theirs))
-    for one, other in zip(ours_samples, theirs_samples, strict=True):
-        # a process that is alone tells their tokens too
-        assert one | {"tokens": None} == other | {"tokens": None}
+    our_tokens, their_tokens = ([sample.pop("tokens") for sample in run] for run in (ours_samples, theirs_samples))
+    assert ours_samples == theirs_samples
+    our_tokens, their_tokens = itertools.chain(*our_tokens), itertools.chain(*their_tokens)
+    for (text, *ours_gave), (their_text, *theirs_gave) in zip(our_tokens, their_tokens, strict=True):
+        assert text == their_text
+        assert ours_gave == pytest.approx(theirs_gave, rel=rel, abs=max(rounding, 1e-9))
     ours_metrics, theirs_metrics = measured(ours), measured(theirs)
     assert [record["step"] for record in ours_metrics] == list(range(len(theirs_metrics)))
     for one, other in zip(ours_metrics, theirs_metrics, strict=True):
@@ -364,6 +367,8 @@ from dcjax.sharding.transfer import across
 
 coordinator, number = sys.argv[1], int(sys.argv[2])
 join(DistributedConfig(coordinator=coordinator, num_processes=2, process_id=number))
+# only the first would read from it
+assert not jax.config.jax_enable_compilation_cache
 trains, serves = set_aside(jax.devices(), 4)
 # hosts take turns in it
 training = make_mesh(MeshConfig(fsdp=2, tensor=2), [trains[number] for number in (2, 0, 3, 1)])
