@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "experiments/toy_theorem.py"

@@ -1,12 +1,16 @@
 """TFDS's own contract test over the builders; each count is of lines in a sample file, read by eye."""
 
+import unittest
+
+import pytest
 import tensorflow_datasets as tfds
 
 from dcjax.data.builders import Math
 from dcjax.data.datasets import SAMPLES
 
 
-def contract(name, **splits):
+def contract(name, splits):
+    """TFDS's cases for one builder; made within a test, since to make them imports TensorFlow."""
     members = {
         "DATASET_CLASS": Math,
         "EXAMPLE_DIR": SAMPLES,
@@ -17,11 +21,20 @@ def contract(name, **splits):
     return type(f"Test_{name}", (tfds.testing.DatasetBuilderTestCase,), members)
 
 
-# of 33 lines, three repeat a question, and one repeats it with another answer
-Dapo = contract("dapo-math-17k", train=29)
-Aime24 = contract("aime24", test=6)
-Aime25 = contract("aime25", test=6)
-Amc23 = contract("amc23", test=7)
-Math500 = contract("math500", test=7)
-Minerva = contract("minerva", test=6)
-OlympiadBench = contract("olympiadbench", test=7)
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [
+        # of 33 lines, three repeat a question, and one repeats it with another answer
+        ("dapo-math-17k", {"train": 29}),
+        ("aime24", {"test": 6}),
+        ("aime25", {"test": 6}),
+        ("amc23", {"test": 7}),
+        ("math500", {"test": 7}),
+        ("minerva", {"test": 6}),
+        ("olympiadbench", {"test": 7}),
+    ],
+)
+def test_a_builder_keeps_tfds_contract(name, splits):
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(contract(name, splits)).run(result)
+    assert result.testsRun >= 5 and not (result.errors or result.failures), result.errors + result.failures

@@ -328,7 +328,9 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "eight devices" else name for name in TOLD]
+)
 def test_what_transcripts_tell_of_tokens_is_what_the_step_measures(name, monkeypatch):
     monkeypatch.setattr(transcripts, "TRANSCRIPTS", 1000)
     stepper = Stepper(TOLD[name], Alternating())

@@ -636,6 +636,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(pretending, tmp_path, si
     assert told[0].startswith("dcjax: error: ") and str(tmp_path / "run") in told[0]
 
 
+@pytest.mark.slow
 def test_penalty_correction_decay_and_estimator_compose_from_the_command_line(train, monkeypatch, tmp_path):
     directory = tmp_path / "run"
     choices = {

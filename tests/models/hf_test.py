@@ -927,7 +927,8 @@ print(after_load - before, peak[0] - before)
 """
 
 
-@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [True, False])
 def test_the_host_holds_the_params_and_one_leaf(tmp_path, half):
     # 300 MB in bf16: a table of 50 MB, and seven leaves of up to 67 MB; or half as much
     vocab, layers = (12_288, 4) if half else (24_576, 8)

@@ -132,12 +132,13 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
         ("dense", "data 2 × fsdp 2 × tensor 2"),
-        pytest.param("dense", "fsdp 4 × context 2", marks=pytest.mark.slow),
-        pytest.param("experts", "expert 2 × tensor 2", marks=pytest.mark.slow),
+        ("dense", "fsdp 4 × context 2"),
+        ("experts", "expert 2 × tensor 2"),
     ],
 )
 def test_devices_that_each_pack_their_share_score_as_one(name, mesh):

@@ -202,6 +202,7 @@ def test_routing_of_a_pretrained_model_can_be_replayed():
     assert engine.decoder.records_experts and engine.decoder.max_candidates == 20
 
 
+@pytest.mark.slow
 def test_gradients_of_all_layers_are_in_memory_little_more_than_once():
     """Beside their sums, and whatever the loop over microbatches copies; it was 3.9 times the parameters."""
     model = dataclasses.replace(tiny.DENSE, hidden_size=128, intermediate_size=512, num_layers=8)

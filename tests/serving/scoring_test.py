@@ -91,7 +91,7 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once():
     # a pass of many sequences, of a few, and of one; layers are looped over, and with experts they are not
     [
         pytest.param("float32", DENSE, 4096, marks=SLOW),
-        ("float32", MIXED, 100),
+        pytest.param("float32", MIXED, 100, marks=SLOW),
         ("int8", DENSE, 1),
         pytest.param("fp8", MIXED, 4096, marks=SLOW),
     ],

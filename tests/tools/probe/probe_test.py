@@ -392,7 +392,8 @@ def test_masters_that_were_rounded_are_the_cause_with_the_gap_that_rounding_them
     assert difference.mean() > 1e-4
 
 
-@pytest.mark.parametrize("truncated", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("truncated", [False, True])
 def test_log_probs_without_the_samplers_transform_are_the_cause_with_the_transforms_gap(only_float32, truncated):
     rollout = TRUNCATED if truncated else CONFIG.rollout
     mismatch = MismatchConfig(raw_logps=True)
