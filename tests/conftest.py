@@ -56,6 +56,7 @@ settings.register_profile("thorough", deadline=None)
 settings.load_profile("thorough")
 
 
+# nor cut into 32 pieces for as many threads, each of which costs time and memory mappings
 UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if Version(version("jaxlib")) < Version("0.12"):
     # later ones have no other way, and end the process where they do not know a flag
