@@ -24,21 +24,37 @@ LABELS = {
 _DPI = 80
 
 
-def draw_gains(effects: Sequence[Effect]) -> bytes:
-    """A PNG with a line an effect: its gain, and what of it comes from the mismatch, with 95% intervals."""
+def draw_gains(effects: Sequence[Effect], margin: float) -> bytes:
+    """A PNG with a row an arm on a task and a column a format: its gain, and what of it comes from the mismatch.
+
+    Bars are 95% intervals; differences below the margin, which do not matter, lie in the grey band.
+    """
     shown = [effect for effect in effects if effect.gain is not None and effect.interaction is not None]
-    figure = _figure(9, 1.2 + 0.34 * len(shown))
-    axes = figure.subplots()
-    for row, effect in enumerate(shown):
-        for test, offset, colour in ((effect.gain, -0.13, "C0"), (effect.interaction, 0.13, "C1")):
-            if test is not None:
-                (low, high), middle = test.interval, test.difference
-                axes.errorbar(middle, row + offset, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, ms=4)
-    names = [f"{each.claim}: {each.arm} − {each.against}, {each.task}, {each.format}" for each in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_xlabel("difference of accuracies: gain (blue), gain less that without a mismatch (orange), 95%")
+    names = list(dict.fromkeys(_name(effect) for effect in shown))
+    formats = list(dict.fromkeys(effect.format for effect in shown)) or [""]
+    figure = _figure(3 + 3.2 * len(formats), 1.4 + 0.27 * len(names))
+    row_of_axes = figure.subplots(1, len(formats), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, format in zip(row_of_axes, formats, strict=True):
+        axes.set_title(format, fontsize=9)
+        axes.set_xscale("symlog", linthresh=margin)
+        axes.axvspan(-margin, margin, color="0.9", linewidth=0)
+        axes.axvline(0, color="0.5", linewidth=1)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y", color="0.93")
+        for name, attribute, offset, colour in (
+            ("gain", "gain", -0.15, "C0"),
+            ("gain from the mismatch", "interaction", 0.15, "C1"),
+        ):
+            of_format = [effect for effect in shown if effect.format == format]
+            rows = [names.index(_name(effect)) + offset for effect in of_format]
+            tests = [getattr(effect, attribute) for effect in of_format]
+            middles = [test.difference for test in tests]
+            lengths = [test.interval[1] - test.difference for test in tests]
+            axes.errorbar(middles, rows, xerr=lengths, fmt="o", ms=3.5, lw=1.2, color=colour, label=name)
+    row_of_axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    row_of_axes[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.supxlabel("difference, and its 95% interval (linear within the band, logarithmic outside)", fontsize=9)
+    _add_legend(figure)
     return _png(figure)
 
 
@@ -54,7 +70,7 @@ def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
     for row, format in zip(grid, formats, strict=True):
         for axes, name in zip(row, RECENT, strict=True):
             axes.set_title(f"{format}: {LABELS[name]}", fontsize=9, loc="left")
-            for arm in (arm for arm in study.arms if arm.name in judged):
+            for number, arm in enumerate(arm for arm in study.arms if arm.name in judged):
                 runs = [
                     result
                     for cell, result in made.items()
@@ -64,15 +80,18 @@ def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
                 ]
                 if runs:
                     columns = zip(*(result.curves[name] for result in runs), strict=True)
-                    axes.plot(runs[0].curves["step"], [statistics.fmean(column) for column in columns], label=arm.name)
-    handles, names = grid[0][0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+                    means = [statistics.fmean(column) for column in columns]
+                    axes.plot(runs[0].curves["step"], means, label=arm.name, **_style(number))
+    figure.supxlabel("iteration", fontsize=9)
+    _add_legend(figure)
     return _png(figure)
 
 
-def draw_doses(effects: Sequence[Effect], baseline: str) -> bytes:
-    """A PNG of what pays at which gap: each arm's gain from the mismatch against the gap that the baseline has."""
+def draw_doses(effects: Sequence[Effect], baseline: str, margin: float) -> bytes:
+    """A PNG of what pays at which gap: each arm's gain from the mismatch against the gap that the baseline has.
+
+    Bars are 95% intervals; differences below the margin, which do not matter, lie in the grey band.
+    """
     points: dict[str, dict[str, list[tuple[float, Difference]]]] = {}
     for effect in effects:
         if effect.against == baseline and effect.gap is not None and effect.interaction is not None:
@@ -86,8 +105,13 @@ def draw_doses(effects: Sequence[Effect], baseline: str) -> bytes:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(points) :]:
         axes.set_visible(False)
+    colours: dict[str, int] = {}
     for axes, (arm, tasks) in zip(grid.flat, points.items(), strict=False):
-        axes.set(title=arm, xscale="log", xlim=(lowest / 2, highest * 2))
+        axes.set(xscale="log", xlim=(lowest / 2, highest * 2))
+        axes.set_title(arm, fontsize=9)
+        axes.set_yscale("symlog", linthresh=margin)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.axhspan(-margin, margin, color="0.9", linewidth=0)
         axes.axhline(0, color="0.5", linewidth=1)
         for task, doses in tasks.items():
             gaps, gains = zip(*sorted(doses, key=lambda dose: dose[0]), strict=True)
@@ -95,15 +119,18 @@ def draw_doses(effects: Sequence[Effect], baseline: str) -> bytes:
                 [gain.difference for gain in gains],
                 [gain.interval[1] - gain.difference for gain in gains],
             )
-            axes.errorbar(gaps, middles, yerr=errors, fmt="o-", ms=4, lw=1, label=task)
-        axes.legend(frameon=False, fontsize=7)
+            colour = f"C{colours.setdefault(task, len(colours))}"
+            axes.errorbar(gaps, middles, yerr=errors, fmt="o-", ms=4, lw=1, color=colour, label=task)
     figure.supxlabel(f"{LABELS['gap']} of {baseline}", fontsize=9)
-    figure.supylabel("accuracy gained from the mismatch, 95%", fontsize=9)
+    figure.supylabel("gain from the mismatch", fontsize=9)
+    _add_legend(figure)
     return _png(figure)
 
 
 def draw_noise(study: Study, made: Mapping[Cell, Result]) -> bytes:
     """A PNG of all runs that judge: the gradient norm at the end against the gap, each format in a colour."""
+    from matplotlib.ticker import LogLocator
+
     figure = _figure(6, 4)
     axes = figure.subplots()
     for format in dict.fromkeys(format for claim in study.claims for format in claim.formats):
@@ -111,11 +138,30 @@ def draw_noise(study: Study, made: Mapping[Cell, Result]) -> bytes:
         points = [(result.figures["grad_norm"], result.figures["gap"]) for result in runs]
         if points:
             axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, label=format)
-            axes.set(xscale="log", yscale="log")
-    axes.set(xlabel=LABELS["grad_norm"], ylabel=LABELS["gap"])
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel=LABELS["grad_norm"], ylabel=LABELS["gap"])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    _add_legend(figure)
     return _png(figure)
+
+
+def _name(effect: Effect) -> str:
+    return f"{effect.claim}: {effect.arm} − {effect.against}, {effect.task}"
+
+
+def _style(number: int) -> dict[str, str]:
+    """How the line of an arm looks: matplotlib has ten colours, and a study may have more arms."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+
+
+def _add_legend(figure: Any) -> None:
+    """One legend of all panels above them, with each label once."""
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=12, frameon=False, fontsize=8)
 
 
 def _figures(made: Mapping[Cell, Result]) -> dict[Cell, dict[str, float]]:
@@ -129,10 +175,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _png(figure: Any) -> bytes:
-    """The figure in at most 64 colours, which takes a third of the bytes: such files are committed."""
+    """The figure in at most 128 colours, which takes a third of the bytes: such files are committed."""
     from PIL import Image
 
     drawn, stream = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)
     return stream.getvalue()

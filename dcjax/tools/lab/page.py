@@ -59,10 +59,13 @@ def _pictures(study: Study, made: Mapping[Cell, Result]) -> dict[str, tuple[str,
     """Titles and PNGs by the names of their files."""
     effects = effects_of(study, {cell: result.figures for cell, result in made.items()})
     judged = {claim.key for claim in study.claims if claim.verdict}
+    verdicts = [effect for effect in effects if effect.claim in judged]
+    looks = [effect for effect in effects if effect.claim not in judged]
+    baseline = study.claims[0].against[0]
     pictures = {
-        "gains": ("Gains", draw_gains([effect for effect in effects if effect.claim in judged])),
-        "first_looks": ("First looks", draw_gains([effect for effect in effects if effect.claim not in judged])),
-        "doses": ("What pays at which gap", draw_doses(effects, study.claims[0].against[0])),
+        "gains": ("Gains", draw_gains(verdicts, study.margin)),
+        "first_looks": ("First looks", draw_gains(looks, study.margin)),
+        "doses": ("What pays at which gap", draw_doses(effects, baseline, study.margin)),
         "noise": ("Gap and gradient norm", draw_noise(study, made)),
     }
     for task in dict.fromkeys(task for claim in study.claims if claim.verdict for task in claim.tasks):
