@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import string
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -74,7 +75,7 @@ def chat_prompt(
     Raises:
       ValueError: the chat template cannot be rendered, leaves a message out, or does not know of thinking.
     """
-    if thinking != "auto" and "enable_thinking" not in str(tokenizer.chat_template):
+    if thinking != "auto" and not knows_thinking(tokenizer):
         raise ValueError(
             f"thinking is {thinking!r}; {_name(tokenizer)} has no chat template with enable_thinking, so it must be "
             "'auto'"
@@ -92,11 +93,29 @@ def chat_prompt(
     return prompt + answer_start
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, turns: dict[str, str], thinking: Thinking) -> str:
-    chat = [{"role": role, "content": text} for role, text in turns.items()]
+def knows_thinking(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the chat template asks for `enable_thinking`."""
+    return "enable_thinking" in str(tokenizer.chat_template)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]], thinking: Thinking) -> str:
+    """The text of a conversation up to where the model answers, by its chat template.
+
+    Args:
+      tokenizer: of the model, with a chat template.
+      messages: the turns, with `role` and `content`.
+      thinking: what the chat template is told of `enable_thinking`.
+
+    Raises:
+      Exception: whatever the template raises, which is a program.
+    """
     told: dict[str, Any] = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
+    return cast(str, tokenizer.apply_chat_template([*messages], add_generation_prompt=True, tokenize=False, **told))
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, turns: dict[str, str], thinking: Thinking) -> str:
     try:
-        return cast(str, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **told))
+        return render_chat(tokenizer, [{"role": role, "content": text} for role, text in turns.items()], thinking)
     except Exception as error:  # a template is a program: it may raise anything
         said = " ".join(str(error).split())[:200]
         raise ValueError(

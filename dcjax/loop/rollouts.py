@@ -130,7 +130,7 @@ class FromServer:
             return
         setup, theirs = self._setup, self._client.contract()
         config, run = setup.config, identity(setup.config.directory)
-        ours = contract_of(config.serving, config.rollout, setup.end_tokens, run=run, step=theirs.step)
+        ours = contract_of(config.serving, config.rollout, config.task, setup.end_tokens, run=run, step=theirs.step)
         if differing := ours.differences(theirs):
             raise RunError(
                 f"rollout.engine {config.rollout.engine} serves another policy: {differing}; dcjax serve "

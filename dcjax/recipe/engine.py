@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from dcjax.data.chat_task import ChatTask
+from dcjax.data.task import Task
 from dcjax.errors import RunError
 from dcjax.models.config import ModelConfig
 from dcjax.recipe.rollout import RolloutConfig
@@ -15,7 +17,7 @@ from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.formats import serving_format
 from dcjax.serving.mismatch import MismatchConfig
 from dcjax.serving.parallel import serving_mesh
-from dcjax.serving.server.contract import Contract
+from dcjax.serving.server.contract import CHAT, Contract
 from dcjax.sharding.mesh import MeshConfig, make_mesh, set_aside
 
 
@@ -32,9 +34,16 @@ def rollout_mesh(serving: ServingConfig, mesh: Mesh, devices: Sequence[jax.Devic
 
 
 def contract_of(
-    serving: ServingConfig, lengths: RolloutConfig, end_tokens: Sequence[int], *, run: str | None, step: int | None
+    serving: ServingConfig,
+    lengths: RolloutConfig,
+    task: Task,
+    end_tokens: Sequence[int],
+    *,
+    run: str | None,
+    step: int | None,
 ) -> Contract:
-    """How a deployed policy is sampled, and which run it is of."""
+    """How a deployed policy is sampled and asked, and which run it is of."""
+    chat = {name: getattr(task, name) for name in CHAT} if isinstance(task, ChatTask) else {}
     return Contract(
         format=serving_format(serving.format).name,
         kv_cache=serving.kv_cache,
@@ -47,6 +56,7 @@ def contract_of(
         end_tokens=tuple(end_tokens),
         run=run,
         step=step,
+        **chat,
     )
 
 

@@ -92,7 +92,8 @@ class OpenedModel:
     def contract(self) -> Contract:
         """How the policy is sampled: as it was trained to be, or for a folder by the defaults."""
         run = None if self.step is None else identity(self.directory)
-        return contract_of(self.config.serving, self.config.rollout, self.end_tokens, run=run, step=self.step)
+        config = self.config
+        return contract_of(config.serving, config.rollout, config.task, self.end_tokens, run=run, step=self.step)
 
     @property
     def version(self) -> int:

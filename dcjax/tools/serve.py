@@ -19,7 +19,7 @@ from dcjax.recipe.rollout import RolloutConfig
 from dcjax.recipe.serving import ServingConfig
 from dcjax.serving.continuous import rehearse
 from dcjax.serving.engine import Qwen3Engine
-from dcjax.serving.server.contract import Contract, read_contract
+from dcjax.serving.server.contract import CHAT, Contract, read_contract
 from dcjax.serving.server.life import Serving, run_server
 from dcjax.serving.server.served import Served, ServerConfig
 from dcjax.serving.sync import ServingParams
@@ -107,7 +107,9 @@ def load_served(
     except ValueError as error:
         raise RunError(str(error)) from None
     run, step = (None, None) if trained is None else (trained.run, trained.step)
-    contract = contract_of(section, limits, model.end_tokens, run=run, step=step)
+    contract = contract_of(section, limits, config.task, model.end_tokens, run=run, step=step)
+    if trained is not None:  # a folder's task is nobody's
+        contract = replace(contract, **{name: getattr(trained, name) for name in CHAT})
     if trained is not None and not other_format:
         _check_numerics(contract, trained, source)
     engine = make_engine(config.model, section, limits, config.mismatch, model.mesh, end_tokens=model.end_tokens)

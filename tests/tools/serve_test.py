@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,9 +14,11 @@ from launching import fake_devices
 from listening import ask, connected, listening, message
 
 from dcjax.cli import main
+from dcjax.data.mathematics import MathTask
 from dcjax.errors import RunError
 from dcjax.loop.run_directory import identity
 from dcjax.models import token_logps
+from dcjax.recipe.engine import contract_of
 from dcjax.serving.server.contract import CONTRACT_FILE, Contract, read_contract
 from dcjax.serving.server.served import ServerConfig
 from dcjax.tools.convert import export_run, import_model
@@ -60,8 +63,11 @@ def test_a_run_is_served_as_it_was_trained_to_be(finished_run):
 def test_an_export_carries_the_contract_and_is_served_like_the_run(finished_run, exported, tmp_path):
     trained = load(finished_run)
     assert read_contract(exported) == trained.contract
-    served = load(exported)
-    assert served.contract == trained.contract and served.newer is None
+    asked = replace(trained.contract, system_prompt="Add.", thinking="off", answer_start="It is ")
+    folder = shutil.copytree(exported, tmp_path / "asked")
+    (folder / CONTRACT_FILE).write_text(asked.to_json())
+    served = load(folder)
+    assert served.contract == asked and served.newer is None
     for source in (trained, served):
         with listening(source) as port, connected(port) as stub:
             answers = [ask(stub, message("1+2="), seed=seed)[0] for seed in range(10)]
@@ -93,9 +99,25 @@ def test_other_numerics_than_those_trained_for_are_refused_unless_told(source, o
 
 def test_a_contract_that_is_damaged_is_one_line(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "folder")
-    (folder / CONTRACT_FILE).write_text(json.dumps({"format": "int8"}))
-    with pytest.raises(RunError, match="holds no contract"):
-        load(folder)
+    text = (folder / CONTRACT_FILE).read_text()
+    for held, told in (
+        ({"format": "int8"}, "holds no contract"),
+        (json.loads(text) | {"thinking": "maybe"}, "thinking is 'maybe'; it must be one of auto, on, off"),
+    ):
+        (folder / CONTRACT_FILE).write_text(json.dumps(held))
+        with pytest.raises(RunError, match=told):
+            load(folder)
+
+
+def test_a_contract_says_what_chats_were_asked_with_and_older_ones_say_nothing():
+    asked = {"system_prompt": "Add.", "thinking": "on", "answer_start": "It is "}
+    serving, rollout = tiny.CONFIG.serving, tiny.CONFIG.rollout
+    untold, told = (
+        contract_of(serving, rollout, task, [1], run=None, step=None) for task in (tiny.CONFIG.task, MathTask(**asked))
+    )
+    assert told == replace(untold, **asked) and Contract.from_json(told.to_json(), "it") == told
+    older = {name: value for name, value in json.loads(told.to_json()).items() if name not in asked}
+    assert Contract.from_json(json.dumps(older), "it") == untold
 
 
 def test_newer_checkpoints_of_a_run_are_served_and_one_checkpoint_is_for_good(finished_run, tmp_path):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcjax.data.chat import Thinking
+
 CONTRACT_FILE = "dcjax.json"
 """The file that holds the contract in a Hugging Face folder which dcjax has exported."""
+
+CHAT = ("system_prompt", "thinking", "answer_start")
+"""The fields of a contract that are of a `ChatTask`."""
 
 STOP, LENGTH = "stop", "length"
 """Reasons to finish a response: an end token was sampled, or the limit was reached."""
@@ -37,6 +43,16 @@ class Contract:
     """The identity of the training run; None for weights of which none is known."""
     step: int | None = None
     """The step of the checkpoint."""
+    system_prompt: str = ""
+    """What the system said in chats that the policy was trained in; "" left the chat template its own."""
+    thinking: Thinking = "auto"
+    """What the chat template was told of `enable_thinking`."""
+    answer_start: str = ""
+    """Text that every answer began with, and that was part of its prompt."""
+
+    def __post_init__(self):
+        if self.thinking not in (kinds := typing.get_args(Thinking)):
+            raise ValueError(f"thinking is {self.thinking!r}; it must be one of {', '.join(kinds)}")
 
     def differences(self, theirs: Contract) -> str:
         """What differs in words, ours first; nothing if all is equal."""

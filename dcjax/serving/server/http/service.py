@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dcjax.data.chat import Thinking, knows_thinking, render_chat
 from dcjax.data.task import encode
 from dcjax.serving.engine import Qwen3Engine
 from dcjax.serving.scoring import ModelScores, score_sequence
@@ -29,6 +30,9 @@ from dcjax.serving.server.http.wire import (
 )
 from dcjax.serving.server.served import Trainer
 from dcjax.serving.server.weights import Weights
+
+SYSTEM = ("system", "developer")
+"""The roles of a message that takes the place of the contract's system prompt."""
 
 MOST_SAMPLES = 256
 """Prompts × n of one request, at most."""
@@ -126,7 +130,7 @@ class Service:
                 return [[token for token in tokens if isinstance(token, int)]]
 
     async def prompt_of(self, asked: ChatRequest) -> list[int]:
-        """The token ids of a conversation, by the tokenizer's chat template.
+        """The token ids of a conversation, by the tokenizer's chat template, as the policy was trained unless it asks.
 
         Raises:
           Refused: there is none, or it does not take the conversation.
@@ -134,14 +138,28 @@ class Service:
         if self._tokenizer.chat_template is None:
             raise Refused(400, f"{self.name} has no chat template; use /v1/completions", "messages")
         messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        start = messages.pop()["content"] if asked.continue_final_message else self._contract.answer_start
+        if self._contract.system_prompt and not any(message["role"] in SYSTEM for message in messages):
+            messages.insert(0, {"role": "system", "content": self._contract.system_prompt})
+        self._check_length(sum(len(message["content"]) for message in messages) + len(start), "messages")
+        thinking = self._thinking(asked.chat_template_kwargs.enable_thinking)
         try:
-            text = await asyncio.to_thread(
-                self._tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True
-            )
+            text = await asyncio.to_thread(render_chat, self._tokenizer, messages, thinking)
         except Exception as error:  # a template raises what it likes
             raise Refused(400, f"the chat template does not take these messages: {error}"[:500], "messages") from None
-        return (await self._encoded([str(text)]))[0]
+        return (await self._encoded([text + start]))[0]
+
+    def _thinking(self, enabled: bool | None) -> Thinking:
+        """What the chat template is told.
+
+        Raises:
+          Refused: it is asked for, and the template knows nothing of it.
+        """
+        if enabled is None:
+            return self._contract.thinking
+        if not knows_thinking(self._tokenizer):
+            raise Refused(400, f"the chat template of {self.name} knows no enable_thinking", "chat_template_kwargs")
+        return "on" if enabled else "off"
 
     async def _encoded(self, texts: list[str]) -> list[list[int]]:
         for text in texts:

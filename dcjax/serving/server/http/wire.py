@@ -1,7 +1,8 @@
 """What clients send and get: OpenAI's completions and chat, with what a policy's own clients need beside them.
 
-Fields are OpenAI's, and vLLM's where OpenAI has none: `top_k`, `stop_token_ids`, `prompt_logprobs`, `return_token_ids`.
-`logprobs_mode` is ours. A field that would change what is sampled and that is not served is refused, never ignored.
+Fields are OpenAI's, and vLLM's where OpenAI has none: `top_k`, `stop_token_ids`, `prompt_logprobs`, `return_token_ids`,
+`chat_template_kwargs`, `continue_final_message`. `logprobs_mode` is ours. A field that would change what is sampled and
+that is not served is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -126,10 +127,26 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class ChatTemplateArguments(BaseModel):
+    """What the chat template is told; others of its arguments are not taken from clients."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    chat_template_kwargs: ChatTemplateArguments = Field(
+        ChatTemplateArguments(), description="Whether the model thinks; by default as trained."
+    )
+    continue_final_message: bool = Field(
+        False,
+        description="Whether the last message, an assistant's, begins the answer; else it begins as trained.",
+    )
+    add_generation_prompt: bool | None = Field(None, description="False with `continue_final_message`, else true.")
     logprobs: bool = False
     top_logprobs: Top | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of `max_tokens`.")
@@ -148,6 +165,16 @@ class ChatRequest(Asked):
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is given, and logprobs is false; set it to true")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError(
+                f"continue_final_message is true, and the last message is of the {self.messages[-1].role}; it must be "
+                "of the assistant"
+            )
+        if self.add_generation_prompt is self.continue_final_message:
+            raise ValueError(
+                f"add_generation_prompt and continue_final_message are both {self.continue_final_message}; one of them "
+                "is true, the other false"
+            )
         if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self

@@ -31,7 +31,7 @@ SETTINGS = {"samples_per_prompt": G, "temperature": TEMPERATURE}
 def served(request):
     engine = engine_of(request.param, max_candidates=0)
     params = params_of(engine)
-    contract = contract_of(tiny.CONFIG.serving, tiny.CONFIG.rollout, [END], run="a run", step=7)
+    contract = contract_of(tiny.CONFIG.serving, tiny.CONFIG.rollout, tiny.CONFIG.task, [END], run="a run", step=7)
     return Served("tests", engine, 7, params, build_tokenizer(), contract, newer=None, prompts=2)
 
 

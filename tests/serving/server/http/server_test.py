@@ -30,6 +30,7 @@ from dcjax.serving.server import life
 from dcjax.serving.server.http import guard
 from dcjax.serving.server.http.server import LARGEST_BODY, serving
 from dcjax.serving.server.http.service import Service
+from dcjax.serving.server.http.wire import ChatRequest
 from dcjax.serving.server.http.writing import CompletionWriter
 from dcjax.serving.server.served import Served
 
@@ -245,6 +246,51 @@ def test_a_chat_is_a_completion_of_its_template(served):
             assert "".join(delta.content for delta in streamed) == written.text
         with pytest.raises(openai.BadRequestError, match="top_logprobs is given, and logprobs is false"):
             client.chat.completions.create(messages=messages, top_logprobs=2, **asked)
+
+
+# which turn it is, what it says, and whether the model is told to think
+TURNS = (
+    "{% for message in messages %}{{ {'system': 0, 'user': 1, 'assistant': 2}[message.role] }}{{ message.content }}+"
+    "{% endfor %}{{ 5 if enable_thinking is undefined else 6 if enable_thinking else 4 }}="
+)
+USER, BEGUN = {"role": "user", "content": "33"}, {"role": "assistant", "content": "88"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "as_trained", "untold"),
+    [
+        ({}, "099+133+4=77", "133+5="),
+        ({"messages": [{"role": "system", "content": ""}, USER]}, "0+133+4=77", "0+133+5="),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "099+133+6=77", "133+6="),
+        ({"messages": [USER, BEGUN], "continue_final_message": True}, "099+133+4=88", "133+5=88"),
+        ({"messages": [USER, BEGUN]}, "099+133+288+4=77", "133+288+5="),
+    ],
+)
+def test_a_chat_is_put_as_the_policy_was_trained_unless_it_asks_otherwise(served, asked, as_trained, untold):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TURNS
+    trained = dataclasses.replace(CONTRACT, system_prompt="99", thinking="off", answer_start="77")
+    for contract, expected in ((trained, as_trained), (CONTRACT, untold)):
+        service = Service("tests", served.engine, None, None, contract, tokenizer, None)
+        prompt = asyncio.run(service.prompt_of(ChatRequest.model_validate({"messages": [USER]} | asked)))
+        assert tokenizer.decode(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "the chat template of tests knows no enable_thinking"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"continue_final_message": True}, "the last message is of the user; it must be of the assistant"),
+        ({"add_generation_prompt": False}, "add_generation_prompt and continue_final_message are both False"),
+    ],
+)
+def test_what_a_chat_cannot_ask_for(served, asked, told):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}="
+    with http_server(dataclasses.replace(served, tokenizer=tokenizer)) as address:
+        code, answer = ask(address, "/v1/chat/completions", {"messages": [USER], **asked})
+    assert code == 400 and told in answer["error"]["message"]
 
 
 def test_who_knows_no_token_is_refused(served):
