@@ -171,8 +171,11 @@ FULL = {
     "N4": (f"{EXPERT} {GRPO} rollout.replay_routing=true",),
     "B1": (f"{FOUR} rollout.prompts=16",),
     "B5": (f"{FOUR} optimizer.decay_period=125",),
-    "A6": ("case_study_1_5b rollout.temperature=0.6",),
-    "B7": (f"{FOUR} model.precision.compute=fp16 model.precision.head=fp16 serving.format=fp16",),
+    "A6": ("case_study_1_5b rollout.temperature=0.6", "case_study_1_5b rollout.temperature=1.2"),
+    "B7": (
+        FOUR,
+        f"{FOUR} model.precision.compute=fp16 model.precision.head=fp16 serving.format=fp16",
+    ),
 }
 """The same question at the papers' scale: a recipe and its fields, by claim."""
 

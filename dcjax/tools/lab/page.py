@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dcjax.reporting.html import render_page
@@ -12,8 +12,8 @@ from dcjax.tools.lab.figures import draw_curves, draw_doses, draw_gains, draw_no
 from dcjax.tools.lab.results import AT_THE_END, Result
 from dcjax.tools.lab.schedule import count_made, total, tuned_rates
 from dcjax.tools.lab.study import Cell, Study
-from dcjax.tools.lab.table import HEADER, rows_of
-from dcjax.tools.lab.verdicts import effects_of
+from dcjax.tools.lab.table import HEADER, rows_of, summaries_of
+from dcjax.tools.lab.verdicts import Effect, effects_of
 
 
 def write_page(folder: Path, study: Study, made: Mapping[Cell, Result], *, command: str) -> Path:
@@ -29,8 +29,9 @@ def write_page(folder: Path, study: Study, made: Mapping[Cell, Result], *, comma
       the page's path.
     """
     done = {cell: result.figures for cell, result in made.items()}
+    effects = effects_of(study, done)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(study, made)
+    pictures = _pictures(study, made, effects)
     for name, (_, picture) in pictures.items():
         write_atomically(folder / f"{name}.png", picture)
     others = [name for name in AT_THE_END if name != study.metric]
@@ -38,13 +39,12 @@ def write_page(folder: Path, study: Study, made: Mapping[Cell, Result], *, comma
         _BODY,
         style=_STYLE,
         title=f"{study.name}: findings",
-        study=study,
+        claims=summaries_of(study, effects),
         command=command,
         made=count_made(study, done),
         total=total(study),
         header=HEADER,
-        tables={study.metric: rows_of(effects_of(study, done))}
-        | {name: rows_of(effects_of(study, done, figure=name)) for name in others},
+        tables={study.metric: _rows(effects)} | {name: _rows(effects_of(study, done, figure=name)) for name in others},
         rates=sorted(tuned_rates(study, done).items()),
         pictures={title: base64.b64encode(picture).decode("ascii") for title, picture in pictures.values()},
         made_by=sorted(
@@ -55,9 +55,13 @@ def write_page(folder: Path, study: Study, made: Mapping[Cell, Result], *, comma
     return path
 
 
-def _pictures(study: Study, made: Mapping[Cell, Result]) -> dict[str, tuple[str, bytes]]:
+def _rows(effects: Sequence[Effect]) -> list[list[str]]:
+    """The cells of the effects that there are runs of."""
+    return rows_of([effect for effect in effects if effect.gain is not None])
+
+
+def _pictures(study: Study, made: Mapping[Cell, Result], effects: Sequence[Effect]) -> dict[str, tuple[str, bytes]]:
     """Titles and PNGs by the names of their files."""
-    effects = effects_of(study, {cell: result.figures for cell, result in made.items()})
     judged = {claim.key for claim in study.claims if claim.verdict}
     verdicts = [effect for effect in effects if effect.claim in judged]
     looks = [effect for effect in effects if effect.claim not in judged]
@@ -74,6 +78,7 @@ def _pictures(study: Study, made: Mapping[Cell, Result]) -> dict[str, tuple[str,
 
 
 _STYLE = """\
+body { max-width: 90rem }
 table { font-size: .85rem }
 th, td { padding-right: .8rem; white-space: nowrap }
 """
@@ -83,8 +88,8 @@ _BODY = """\
 <p>{{ made }} of {{ total }} runs are made. <code>{{ command }}</code> makes the others.</p>
 <h2>Claims</h2>
 <ul>
-{% for claim in study.claims %}
-<li><b>{{ claim.key }}</b> {{ claim.hypothesis }}{% if not claim.verdict %} (a first look, no verdict){% endif %}
+{% for claim in claims %}
+<li><b>{{ claim.key }}</b> {{ claim.hypothesis }} <i>{{ claim.verdicts }}</i>
 
 {% for line in claim.full %}<br><code>dcjax train {{ line }}</code>{% endfor %}</li>
 {% endfor %}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dcjax.reporting.statistics import Difference
 from dcjax.tools.lab.study import Study
@@ -42,15 +43,44 @@ def rows_of(effects: Sequence[Effect]) -> list[list[str]]:
     ]
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What is known of the claims that have one key."""
+
+    key: str
+    hypothesis: str
+    verdicts: str
+    """How often there is each of them."""
+    seeds: int
+    """Those that every effect has."""
+    full: tuple[str, ...]
+    """The same question at full scale."""
+
+
+def summaries_of(study: Study, effects: Sequence[Effect]) -> list[Summary]:
+    """A summary a key, in the study's order."""
+    found = []
+    for key, group in itertools.groupby(study.claims, key=lambda claim: claim.key):
+        claims, of_key = list(group), [effect for effect in effects if effect.claim == key]
+        counts = Counter(effect.verdict for effect in of_key)
+        found.append(
+            Summary(
+                key,
+                hypothesis=" ".join(claim.hypothesis for claim in claims),
+                verdicts=", ".join(f"{verdict} {count}" for verdict, count in counts.items()),
+                seeds=min(effect.seeds for effect in of_key),
+                full=tuple(dict.fromkeys(line for claim in claims for line in claim.full)),
+            )
+        )
+    return found
+
+
 def render_summary(study: Study, effects: Sequence[Effect], command: str) -> str:
     """A table in Markdown, a row a claim: what it says, its verdicts, and the command that makes its runs."""
     lines = [_line(("claim", "hypothesis", "verdicts", "n", "command")), _line(["---"] * 5)]
-    for key, claims in itertools.groupby(study.claims, key=lambda claim: claim.key):
-        verdicts = Counter(effect.verdict for effect in effects if effect.claim == key)
-        counted = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
-        seeds = str(min(effect.seeds for effect in effects if effect.claim == key))
-        said = " ".join(claim.hypothesis for claim in claims)
-        lines.append(_line((key, said, counted, seeds, f"`{command} --claims {key}`")))
+    for each in summaries_of(study, effects):
+        made = f"`{command} --claims {each.key}`"
+        lines.append(_line((each.key, each.hypothesis, each.verdicts, str(each.seeds), made)))
     return "\n".join(lines)
 
 
