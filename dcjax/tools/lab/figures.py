@@ -138,7 +138,7 @@ def draw_noise(study: Study, made: Mapping[Cell, Result]) -> bytes:
         points = [(result.figures["grad_norm"], result.figures["gap"]) for result in runs]
         if points:
             axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, label=format)
-        axes.set(xscale="log", yscale="log", xlabel=LABELS["grad_norm"], ylabel=LABELS["gap"])
+    axes.set(xscale="log", yscale="log", xlabel=LABELS["grad_norm"], ylabel=LABELS["gap"])
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
