@@ -226,6 +226,7 @@ def test_holm_by_hand():
         ({"claims": (replace(STUDY.claims[1], formats=("float32",)),)}, "formats has 'float32', which is the twin's"),
         ({"arms": (*STUDY.arms, Arm("same"))}, "arms 'grpo' and 'same' have the same settings"),
         ({"tuning_seeds": (3, 100)}, "tuning_seeds has 3, by which claims are judged"),
+        ({"margin": 0.0}, "margin is 0.0; it must be above 0"),
         ({"rates": ()}, "claim A4 has no rate, and the study has none to choose from"),
         (
             {"claims": (replace(STUDY.claims[0], arms=("dcc",)),)},

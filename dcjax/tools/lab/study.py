@@ -93,7 +93,7 @@ class Study:
 
     Raises:
       ValueError: two arms are the same; a claim names an arm or task that there is not; the twin is among the formats;
-        seeds that tune are seeds that judge; or there is nothing to choose a rate from.
+        seeds that tune are seeds that judge; there is nothing to choose a rate from; or the margin is not above 0.
     """
 
     name: str
@@ -138,6 +138,8 @@ class Study:
                 raise ValueError(f"formats has {self.twin!r}, which is the twin's; it must be none of them")
             if claim.rate is None and not self.rates:
                 raise ValueError(f"claim {claim.key} has no rate, and the study has none to choose from")
+        if not self.margin > 0:
+            raise ValueError(f"margin is {self.margin}; it must be above 0")
         if both := {*self.seeds, *self.few_seeds} & {*self.tuning_seeds}:
             raise ValueError(f"tuning_seeds has {min(both)}, by which claims are judged; they must be others")
 

@@ -172,8 +172,8 @@ class ChatRequest(Asked):
             )
         if self.add_generation_prompt is self.continue_final_message:
             raise ValueError(
-                f"add_generation_prompt and continue_final_message are both {self.continue_final_message}; one of them "
-                "is true, the other false"
+                "add_generation_prompt and continue_final_message are both "
+                f"{str(self.continue_final_message).lower()}; one of them is true, the other false"
             )
         if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")

@@ -280,9 +280,9 @@ def test_a_chat_is_put_as_the_policy_was_trained_unless_it_asks_otherwise(served
     ("asked", "told"),
     [
         ({"chat_template_kwargs": {"enable_thinking": True}}, "the chat template of tests knows no enable_thinking"),
-        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "Extra inputs are not permitted (given: '{{ 1 }}')"),
         ({"continue_final_message": True}, "the last message is of the user; it must be of the assistant"),
-        ({"add_generation_prompt": False}, "add_generation_prompt and continue_final_message are both False"),
+        ({"add_generation_prompt": False}, "add_generation_prompt and continue_final_message are both false"),
     ],
 )
 def test_what_a_chat_cannot_ask_for(served, asked, told):
