@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from damage import halve, largest_array_file
 
 from dcjax.errors import RunError
 from dcjax.loop.checkpoint import Checkpoints, Cursor, whole
@@ -97,14 +98,6 @@ def refusal(action):
 
 def files(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def largest(directory):
-    return max(files(directory), key=lambda path: path.stat().st_size)
-
-
-def halve(path):
-    os.truncate(path, path.stat().st_size // 2)
 
 
 def test_a_state_comes_back_bit_for_bit_with_the_loop(two_saved, like):
@@ -267,7 +260,7 @@ def test_a_missing_step_lists_those_there_are(two_saved, like):
 
 @pytest.mark.parametrize("damage", [halve, os.remove], ids=["truncated", "deleted"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken(saved, like, capfd, damage):
-    damage(largest(saved / "2"))
+    damage(largest_array_file(saved / "2"))
     with Checkpoints(saved, keep=3) as checkpoints:
         state, loop = checkpoints.restore_latest(like)
         assert loop == loop_at(1) and same(state, filled(like, 1))
@@ -284,7 +277,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken(sav
 
 def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(saved, like, capfd):
     shutil.copytree(saved / "2", saved / "2.damaged")
-    halve(largest(saved / "2"))
+    halve(largest_array_file(saved / "2"))
     with Checkpoints(saved, keep=3) as checkpoints:
         assert checkpoints.restore_latest(like)[1] == loop_at(1)
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2.damaged"]
@@ -292,7 +285,7 @@ def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(saved, like, capf
 
 def test_where_all_checkpoints_are_damaged_the_run_is_refused(saved, like, capfd):
     for step in ("1", "2"):
-        os.remove(largest(saved / step))
+        os.remove(largest_array_file(saved / step))
     with Checkpoints(saved, keep=3) as checkpoints:
         message = refusal(lambda: checkpoints.restore_latest(like))
     assert f"all checkpoints in {saved} are damaged" in message and "--run-dir" in message
@@ -302,7 +295,7 @@ def test_where_all_checkpoints_are_damaged_the_run_is_refused(saved, like, capfd
 def test_a_run_whose_checkpoints_were_all_damaged_stays_refused(saved, like, capfd):
     """The second attempt must not take the emptied directory for a new run and overwrite what is left of the old."""
     for step in ("1", "2"):
-        os.remove(largest(saved / step))
+        os.remove(largest_array_file(saved / step))
     for _ in range(2):
         with Checkpoints(saved, keep=3) as checkpoints:
             assert "damaged" in refusal(lambda: checkpoints.restore_latest(like))
@@ -338,7 +331,7 @@ def test_whatever_file_is_damaged_nothing_wrong_is_restored(saved, like, kind):
 
 def test_one_wrong_bit_in_the_arrays_is_damage(saved, like):
     """As a failing disk leaves it: no file is shorter, and yet a parameter is not what was saved."""
-    path = largest(saved / "2")
+    path = largest_array_file(saved / "2")
     whole = path.read_bytes()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
@@ -373,7 +366,7 @@ def test_a_state_of_another_model_is_refused(two_saved):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(saved, like, capfd):
-    size = largest(saved / "2").stat().st_size
+    size = largest_array_file(saved / "2").stat().st_size
 
     def save_on_a_full_disk():
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

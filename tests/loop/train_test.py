@@ -20,6 +20,7 @@ import optax
 import pretend
 import pytest
 import tiny
+from damage import halve, largest_array_file
 from launching import complaints, send_sigterm_at
 from records import untimed
 from stepping import change_rollouts
@@ -540,14 +541,9 @@ def test_a_run_goes_on_over_more_devices(train, finished_run, tmp_path):
 # --- damage ---
 
 
-def halve_largest(directory):
-    path = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(train, finished_run, tmp_path):
     directory = shutil.copytree(finished_run, tmp_path / "run")
-    halve_largest(directory / "checkpoints" / str(STEPS))
+    halve(largest_array_file(directory / "checkpoints" / str(STEPS)))
     status, told = train(directory)
     assert status == 0
     assert len(told) == 1 and str(directory / "checkpoints" / str(STEPS)) in told[0], told
@@ -558,7 +554,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(train, fi
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_was(pretending, pretended_run, tmp_path):
     directory = shutil.copytree(pretended_run, tmp_path / "run")
     for step in checkpointed(directory):
-        halve_largest(directory / "checkpoints" / str(step))
+        halve(largest_array_file(directory / "checkpoints" / str(step)))
     before = (directory / "metrics.jsonl").read_bytes()
     # however often it is tried
     for _ in range(2):
@@ -610,8 +606,9 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_can_go_on(
 
         def fill(self, state, sampled):
             if int(state.step) == STEPS - EVERY - 1:
-                # a sample has hundreds of bytes, the arrays of a checkpoint have tens of thousands
-                limit(20_000 if full == "checkpoint" else (directory / "samples.jsonl").stat().st_size + 100)
+                # the records have some thousand bytes, a checkpoint's list of arrays has more than ten thousand, and so
+                # have the arrays, however many files they are spread over
+                limit(10_000 if full == "checkpoint" else (directory / "samples.jsonl").stat().st_size + 100)
             return update(self, state, sampled)
 
         patched.setattr(Updater, "__call__", fill)
