@@ -85,9 +85,9 @@ BOTH, FORMATS = ("chains", "legs"), ("int8", "int4")
 METHODS = ("dc", "centred", "score", "served", "direct", "tis", "length")
 
 
-def look(key: str, hypothesis: str, arms, against, *, task="chains", formats=FORMATS, metric="") -> Claim:
+def look(key: str, hypothesis: str, arms, against, *, task="chains", formats=FORMATS, **others) -> Claim:
     """A claim without a verdict: few seeds, all at the rate that is GRPO's best without a mismatch."""
-    return Claim(key, hypothesis, arms, against, (task,), formats, verdict=False, rate=6e-4, metric=metric)
+    return Claim(key, hypothesis, arms, against, (task,), formats, verdict=False, rate=6e-4, **others)
 
 
 CLAIMS = (
@@ -125,6 +125,7 @@ CLAIMS = (
     look(
         *("B6", "At a constant rate, corrections only postpone the collapse."),
         *(tuple(f"constant_{name}" for name in CORRECTIONS), ("constant",)),
+        drawn=True,
     ),
     look("D1", "What pays where the gap is that of fp8?", METHODS, ("grpo",), formats=("fp8",)),
     look("D2", "What pays with four updates an iteration?", METHODS, ("grpo",), task="updates"),
@@ -138,6 +139,7 @@ CLAIMS = (
     look(
         *("B5", "A rate that is halved often enough ends better than a constant one."),
         *(tuple(f"period_{period}" for period in PERIODS), ("constant",)),
+        drawn=True,
     ),
     *(look("A6", f"The penalty pays at temperature {heat}.", (f"dc_{heat}",), (f"grpo_{heat}",)) for heat in HEATS),
     *(

@@ -32,6 +32,8 @@ STUDY = Study(
     tuning_seeds=(100, 101),
     rates=(1e-4, 2e-4),
 )
+ABOUT_GAPS = replace(STUDY.claims[0], key="B1", metric="gap", verdict=False)
+PICTURES = ("gains", "first_looks", "doses", "noise", "curves_chains")
 BEST = {"grpo": 2e-4, "dc": 1e-4}
 
 
@@ -184,6 +186,24 @@ def test_a_claim_may_be_about_another_figure_and_tells_the_gap_it_answers():
     for effect in effects_of(study, done):
         assert (effect.mean, effect.gap) == pytest.approx((0.02, 0.01))
         assert effect.gain.difference == effect.interaction.difference == pytest.approx(0.01)
+        assert effect.metric == "gap"
+
+
+def test_gaps_have_more_decimals_than_accuracies():
+    study = replace(STUDY, claims=(STUDY.claims[0], ABOUT_GAPS))
+    done = {
+        cell: {**figures, "gap": 0.001 + 0.00024 * (cell.arm == "dc")}
+        for cell, figures in all_done(lambda arm, format, seed: 0.8).items()
+    }
+    (row, *_) = [row for row in render(effects_of(study, done)).splitlines() if row.startswith("| B1 ")]
+    assert "| .00124 | +.00024 [+.00024, +.00024], p 0.000 |" in row
+
+
+def test_what_has_a_picture_of_its_own(tmp_path):
+    elsewhere = replace(STUDY.claims[1], key="D1", formats=("fp8",), drawn=True)
+    write_page(tmp_path, replace(STUDY, claims=(*STUDY.claims, ABOUT_GAPS, elsewhere)), {}, command="dcjax lab")
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {*PICTURES, "gains_gap", "first_looks_elsewhere", "curves_D1_chains"}
 
 
 def test_wide_intervals_are_inconclusive_and_few_seeds_have_no_verdict():
@@ -270,7 +290,8 @@ def test_the_page_holds_tables_and_pictures_and_escapes_what_it_shows(tmp_path):
     for known in ({}, made_all):
         page = write_page(tmp_path, study, known, command="dcjax lab study.py").read_text()
         assert "&lt;b&gt;It&lt;/b&gt; helps." in page and "<script" not in page
-        assert page.count("data:image/png;base64,") == len([*tmp_path.glob("*.png")]) == 5
+        assert page.count("data:image/png;base64,") == len(PICTURES)
+        assert {path.stem for path in tmp_path.glob("*.png")} == {*PICTURES}
         assert page.count("<details") == 4
     assert "88 of 88 runs are made" in page and "abc" in page
     claims, _, tables = page.partition("<details")

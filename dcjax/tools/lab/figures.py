@@ -11,7 +11,7 @@ from typing import Any
 from dcjax.reporting.statistics import Difference
 from dcjax.tools.lab.results import RECENT, Result
 from dcjax.tools.lab.schedule import tuned_rates
-from dcjax.tools.lab.study import Cell, Study
+from dcjax.tools.lab.study import Cell, Claim, Study
 from dcjax.tools.lab.verdicts import Effect
 
 LABELS = {
@@ -21,23 +21,28 @@ LABELS = {
     "length": "response length (tokens)",
     "grad_norm": "gradient norm",
 }
+FEWEST_DOSES = 3
 _DPI = 80
 
 
-def draw_gains(effects: Sequence[Effect], margin: float) -> bytes:
+def draw_gains(effects: Sequence[Effect], margin: float | None) -> bytes:
     """A PNG with a row an arm on a task and a column a format: its gain, and what of it comes from the mismatch.
 
-    Bars are 95% intervals; differences below the margin, which do not matter, lie in the grey band.
+    Bars are 95% intervals; differences below the margin, which do not matter, lie in the grey band. With no margin
+    each column has a linear scale of its own.
     """
     shown = [effect for effect in effects if effect.gain is not None and effect.interaction is not None]
     names = list(dict.fromkeys(_name(effect) for effect in shown))
     formats = list(dict.fromkeys(effect.format for effect in shown)) or [""]
     figure = _figure(3 + 3.2 * len(formats), 1.4 + 0.27 * len(names))
-    row_of_axes = figure.subplots(1, len(formats), squeeze=False, sharex=True, sharey=True)[0]
+    row_of_axes = figure.subplots(1, len(formats), squeeze=False, sharex=margin is not None, sharey=True)[0]
     for axes, format in zip(row_of_axes, formats, strict=True):
         axes.set_title(format, fontsize=9)
-        axes.set_xscale("symlog", linthresh=margin)
-        axes.axvspan(-margin, margin, color="0.9", linewidth=0)
+        if margin is None:
+            axes.locator_params(axis="x", nbins=4)
+        else:
+            axes.set_xscale("symlog", linthresh=margin)
+            axes.axvspan(-margin, margin, color="0.9", linewidth=0)
         axes.axvline(0, color="0.5", linewidth=1)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="y", color="0.93")
@@ -53,35 +58,37 @@ def draw_gains(effects: Sequence[Effect], margin: float) -> bytes:
             axes.errorbar(middles, rows, xerr=lengths, fmt="o", ms=3.5, lw=1.2, color=colour, label=name)
     row_of_axes[0].set_yticks(range(len(names)), names, fontsize=8)
     row_of_axes[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.supxlabel("difference, and its 95% interval (linear within the band, logarithmic outside)", fontsize=9)
+    scale = "" if margin is None else " (linear within the band, logarithmic outside)"
+    figure.supxlabel(f"difference, and its 95% interval{scale}", fontsize=9)
     _add_legend(figure)
     return _png(figure)
 
 
-def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
-    """A PNG of the arms that are judged, on a task at their tuned rates: means over seeds.
+def draw_curves(study: Study, made: Mapping[Cell, Result], claims: Sequence[Claim], task: str) -> bytes:
+    """A PNG of the arms of some claims on a task, at the claims' rates or their own: means over seeds.
 
-    A row is a format, a column a quantity.
+    A row is a format, a column a quantity; one that is zero in all runs is left out.
     """
-    judged = {arm for claim in study.claims if claim.verdict for arm in claim.all_arms}
-    formats, rates = (study.twin, *study.formats), tuned_rates(study, _figures(made))
-    figure = _figure(3.6 * len(RECENT), 2.7 * len(formats))
-    grid = figure.subplots(len(formats), len(RECENT), squeeze=False)
+    rates = tuned_rates(study, {cell: result.figures for cell, result in made.items()})
+    rate_of = {arm: claim.rate or rates.get((task, arm)) for claim in claims for arm in claim.all_arms}
+    arms = [arm.name for arm in study.arms if arm.name in rate_of]
+    runs: dict[tuple[str, str], list[Result]] = {}
+    for cell, result in made.items():
+        at_its_rate = (cell.arm, cell.rate) in rate_of.items()
+        if cell.task == task and at_its_rate and cell.seed not in study.tuning_seeds:
+            runs.setdefault((cell.format, cell.arm), []).append(result)
+    formats = (study.twin, *dict.fromkeys(format for claim in claims for format in claim.formats))
+    names = [name for name in RECENT if any(any(result.curves[name]) for each in runs.values() for result in each)]
+    figure = _figure(3.2 * max(1, len(names)), 2.4 * len(formats))
+    grid = figure.subplots(len(formats), max(1, len(names)), squeeze=False)
     for row, format in zip(grid, formats, strict=True):
-        for axes, name in zip(row, RECENT, strict=True):
+        for axes, name in zip(row, names, strict=False):
             axes.set_title(f"{format}: {LABELS[name]}", fontsize=9, loc="left")
-            for number, arm in enumerate(arm for arm in study.arms if arm.name in judged):
-                runs = [
-                    result
-                    for cell, result in made.items()
-                    if (cell.task, cell.format, cell.arm) == (task, format, arm.name)
-                    and cell.rate == rates.get((task, arm.name))
-                    and cell.seed not in study.tuning_seeds
-                ]
-                if runs:
-                    columns = zip(*(result.curves[name] for result in runs), strict=True)
-                    means = [statistics.fmean(column) for column in columns]
-                    axes.plot(runs[0].curves["step"], means, label=arm.name, **_style(number))
+            for number, arm in enumerate(arms):
+                if (format, arm) in runs:
+                    of_arm = [result.curves for result in runs[format, arm]]
+                    means = [statistics.fmean(at) for at in zip(*(curves[name] for curves in of_arm), strict=True)]
+                    axes.plot(of_arm[0]["step"], means, label=arm, **_style(number))
     figure.supxlabel("iteration", fontsize=9)
     _add_legend(figure)
     return _png(figure)
@@ -90,13 +97,15 @@ def draw_curves(study: Study, made: Mapping[Cell, Result], task: str) -> bytes:
 def draw_doses(effects: Sequence[Effect], baseline: str, margin: float) -> bytes:
     """A PNG of what pays at which gap: each arm's gain from the mismatch against the gap that the baseline has.
 
-    Bars are 95% intervals; differences below the margin, which do not matter, lie in the grey band.
+    It has the arms that were tried at three gaps or more. Bars are 95% intervals; differences below the margin, which
+    do not matter, lie in the grey band.
     """
     points: dict[str, dict[str, list[tuple[float, Difference]]]] = {}
     for effect in effects:
         if effect.against == baseline and effect.gap is not None and effect.interaction is not None:
             point = (effect.gap, effect.interaction)
             points.setdefault(effect.arm, {}).setdefault(effect.task, []).append(point)
+    points = {arm: tasks for arm, tasks in points.items() if sum(map(len, tasks.values())) >= FEWEST_DOSES}
     gaps = [gap for tasks in points.values() for doses in tasks.values() for gap, _ in doses] or [1.0]
     lowest, highest = max(min(gaps), 1e-7), max(*gaps, 1e-7)
     columns = 4
@@ -162,10 +171,6 @@ def _add_legend(figure: Any) -> None:
     }
     if named:
         figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=12, frameon=False, fontsize=8)
-
-
-def _figures(made: Mapping[Cell, Result]) -> dict[Cell, dict[str, float]]:
-    return {cell: result.figures for cell, result in made.items()}
 
 
 def _figure(width: float, height: float) -> Any:

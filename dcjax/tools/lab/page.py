@@ -62,19 +62,42 @@ def _rows(effects: Sequence[Effect]) -> list[list[str]]:
 
 def _pictures(study: Study, made: Mapping[Cell, Result], effects: Sequence[Effect]) -> dict[str, tuple[str, bytes]]:
     """Titles and PNGs by the names of their files."""
+    of_metric = [effect for effect in effects if effect.metric == study.metric]
+    pictures = _pictures_of_gains(study, of_metric)
+    for metric in dict.fromkeys(claim.metric for claim in study.claims if claim.metric):
+        # the margin is one of the study's metric
+        of_other = [effect for effect in effects if effect.metric == metric]
+        pictures[f"gains_{metric}"] = (f"Gains: {metric}", draw_gains(of_other, None))
+    doses = draw_doses(of_metric, study.claims[0].against[0], study.margin)
+    pictures["doses"] = ("What pays at which gap", doses)
+    pictures["noise"] = ("Gap and gradient norm", draw_noise(study, made))
+    return pictures | _pictures_of_curves(study, made)
+
+
+def _pictures_of_gains(study: Study, effects: Sequence[Effect]) -> dict[str, tuple[str, bytes]]:
+    """Those of claims with verdicts, and of the others at the study's formats and at other ones."""
     judged = {claim.key for claim in study.claims if claim.verdict}
-    verdicts = [effect for effect in effects if effect.claim in judged]
     looks = [effect for effect in effects if effect.claim not in judged]
-    baseline = study.claims[0].against[0]
-    pictures = {
-        "gains": ("Gains", draw_gains(verdicts, study.margin)),
-        "first_looks": ("First looks", draw_gains(looks, study.margin)),
-        "doses": ("What pays at which gap", draw_doses(effects, baseline, study.margin)),
-        "noise": ("Gap and gradient norm", draw_noise(study, made)),
+    groups = {
+        "gains": ("Gains", [effect for effect in effects if effect.claim in judged]),
+        "first_looks": ("First looks", [effect for effect in looks if effect.format in study.formats]),
+        "first_looks_elsewhere": (
+            "First looks at other formats",
+            [effect for effect in looks if effect.format not in study.formats],
+        ),
     }
-    for task in dict.fromkeys(task for claim in study.claims if claim.verdict for task in claim.tasks):
-        pictures[f"curves_{task}"] = (f"Curves: {task}", draw_curves(study, made, task))
-    return pictures
+    return {name: (title, draw_gains(group, study.margin)) for name, (title, group) in groups.items() if group}
+
+
+def _pictures_of_curves(study: Study, made: Mapping[Cell, Result]) -> dict[str, tuple[str, bytes]]:
+    """One a task of all claims with verdicts, and those that claims ask for."""
+    judged = [claim for claim in study.claims if claim.verdict]
+    wanted = {task: (task, judged) for claim in judged for task in claim.tasks}
+    wanted |= {f"{claim.key}_{task}": (task, [claim]) for claim in study.claims if claim.drawn for task in claim.tasks}
+    return {
+        f"curves_{name}": (f"Curves: {name.replace('_', ', ')}", draw_curves(study, made, claims, task))
+        for name, (task, claims) in wanted.items()
+    }
 
 
 _STYLE = """\

@@ -50,6 +50,8 @@ class Claim:
     """The learning rate of all its runs; where None, each arm's own, which is tuned on each task."""
     metric: str = ""
     """The figure that it is about; the study's where empty."""
+    drawn: bool = False
+    """Whether the curves of its runs are a picture of their own; claims with verdicts share one a task anyway."""
     full: tuple[str, ...] = ()
     """The same question at full scale: recipes and their fields, as `dcjax train` and `dcjax plan` take them."""
 

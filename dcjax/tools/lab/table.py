@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcjax.reporting.statistics import Difference
+from dcjax.tools.lab.results import AT_THE_END
 from dcjax.tools.lab.study import Study
 from dcjax.tools.lab.verdicts import Candidate, Effect
 
@@ -33,13 +34,14 @@ def render(effects: Sequence[Effect]) -> str:
 
 def rows_of(effects: Sequence[Effect]) -> list[list[str]]:
     """The cells of each effect: means of paired differences with their 95% intervals, and Holm's p-values."""
+    return [_row(effect, 3 if effect.metric in AT_THE_END else 5) for effect in effects]
+
+
+def _row(effect: Effect, decimals: int) -> list[str]:
     return [
-        [
-            *(effect.claim, effect.task, effect.format, effect.arm, effect.against, str(effect.seeds)),
-            *(_number(effect.mean).removeprefix("+"), _cell(effect.gain, p=True), _cell(effect.twin)),
-            *(_cell(effect.interaction, p=True), effect.verdict),
-        ]
-        for effect in effects
+        *(effect.claim, effect.task, effect.format, effect.arm, effect.against, str(effect.seeds)),
+        *(_number(effect.mean, decimals).removeprefix("+"), _cell(effect.gain, decimals, p=True)),
+        *(_cell(effect.twin, decimals), _cell(effect.interaction, decimals, p=True), effect.verdict),
     ]
 
 
@@ -93,16 +95,16 @@ def render_candidates(found: Sequence[Candidate], margin: float) -> str:
     return "\n".join([_line(heads), _line(["---"] * len(heads)), *map(_line, rows), "", told])
 
 
-def _cell(difference: Difference | None, *, p: bool = False) -> str:
+def _cell(difference: Difference | None, decimals: int, *, p: bool = False) -> str:
     if difference is None:
         return ""
-    lower, upper = difference.interval
-    shown = f"{_number(difference.difference)} [{_number(lower)}, {_number(upper)}]"
+    middle, lower, upper = (_number(value, decimals) for value in (difference.difference, *difference.interval))
+    shown = f"{middle} [{lower}, {upper}]"
     return f"{shown}, p {difference.p_value:.3f}" if p else shown
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3f}".replace("0.", ".", 1)
+def _number(value: float | None, decimals: int = 3) -> str:
+    return "" if value is None else f"{value:+.{decimals}f}".replace("0.", ".", 1)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -25,12 +25,14 @@ class Effect:
     against: str
     seeds: int = 0
     """How many seeds both arms were run with, at the format and at its twin."""
+    metric: str = ""
+    """The figure whose differences these are."""
     mean: float | None = None
-    """Of the arm's metric."""
+    """Of the metric, of the arm."""
     gap: float | None = None
     """Of a token, of the other arm: the dose that the arm answers."""
     gain: Difference | None = None
-    """The arm's metric less the other's, in pairs of equal seeds; p-values are Holm's within the claim."""
+    """The metric of the arm less that of the other, in pairs of equal seeds; p-values are Holm's within the claim."""
     twin: Difference | None = None
     """The same without a mismatch."""
     interaction: Difference | None = None
@@ -78,10 +80,10 @@ def _measure(measured: Measured, claim: Claim) -> list[Effect]:
 def _effect(measured: Measured, claim: Claim, effect: Effect) -> Effect:
     """An effect with its numbers, as far as there are runs."""
     pairs = _paired(measured, claim, effect)
-    effect = replace(effect, seeds=len(pairs))
+    name = measured.figure or claim.metric or measured.study.metric
+    effect = replace(effect, seeds=len(pairs), metric=name)
     if len(pairs) < 2:
         return effect
-    name = measured.figure or claim.metric or measured.study.metric
     ours, theirs, ours_twin, theirs_twin = ([each[name] for each in column] for column in zip(*pairs, strict=True))
     gains = [a - b for a, b in zip(ours, theirs, strict=True)]
     twins = [a - b for a, b in zip(ours_twin, theirs_twin, strict=True)]
