@@ -265,7 +265,9 @@ def dc_direct(
 ) -> Objective:
     """Ã = A, loss += λ · |p_θ − stop_gradient(μ)| on sampled tokens, λ as in `dc_grpo`. Ours, not the paper's.
 
-    Seen, with a linearly decaying learning rate and ten fresh seeds: it brings the two policies together (δ̄ changes by
+    Seen on a model of 100 thousand parameters (docs/findings.md, claim N1, ten seeds on two tasks): with "auto" λ ends
+    at 0, and nothing is gained from the mismatch that could be told. Seen before the laboratory, with a given budget, a
+    linearly decaying learning rate and ten other seeds: it brings the two policies together (δ̄ changes by
     −.0020 ± .0010 at int4 and −.0015 ± .0004 at fp4), and the training policy gains accuracy (+.069 ± .020 and
     +.055 ± .011). The deployed policy gains +.020 ± .011 at int4, about half of it mere sharpening, and nothing at fp4
     (−.005 ± .007). A fixed λ of 1 collapsed on one seed of three, hence the bound.
