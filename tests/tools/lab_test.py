@@ -13,7 +13,7 @@ from dcjax.reporting.statistics import holm, paired_t
 from dcjax.tools.lab.page import write_page
 from dcjax.tools.lab.results import Result, Results, summarise
 from dcjax.tools.lab.runner import run_study
-from dcjax.tools.lab.schedule import count_made, needed, total, tuned_rates, waiting
+from dcjax.tools.lab.schedule import count_made, following, needed, total, tuned_rates, waiting
 from dcjax.tools.lab.study import Arm, Cell, Claim, LabTask, Study
 from dcjax.tools.lab.table import render, render_candidates, render_summary
 from dcjax.tools.lab.verdicts import candidates, effects_of
@@ -94,6 +94,20 @@ def test_a_claim_is_tuned_first_and_each_seed_of_its_arms_comes_before_the_next_
     assert of_claims == sorted(of_claims)
     seeds = [cell.seed for cell in judged if cell.rate != 1e-3]
     assert seeds == sorted(seeds)
+
+
+def test_no_run_waits_for_a_warm_start_that_another_makes_while_there_are_others():
+    first, *others = waiting(STUDY, {})
+    assert following(STUDY, {}, []) == first
+    # the others of its seed would wait, and so those of the next one come first
+    assert following(STUDY, {}, [first]) == next(cell for cell in others if cell.start != first.start)
+    # behind the first run of a seed its warm start is there
+    assert following(STUDY, {first: {}}, others[:1]) == others[1] and others[1].start == first.start
+    # and where only such runs are left, one of them is the next
+    alone = replace(STUDY, claims=STUDY.claims[1:], few_seeds=(0,))
+    one, two, *_ = waiting(alone, {})
+    assert following(alone, {}, [one]) == two and one.start == two.start
+    assert following(alone, {}, waiting(alone, {})) is None
 
 
 def test_a_stopped_study_goes_on_and_failures_are_told(tmp_path):

@@ -19,7 +19,7 @@ from dcjax.errors import RunError
 from dcjax.reporting.progress import Progress
 from dcjax.reporting.record import read_metrics
 from dcjax.tools.lab.results import Result, Results, summarise
-from dcjax.tools.lab.schedule import count_made, total, waiting
+from dcjax.tools.lab.schedule import count_made, following, total
 from dcjax.tools.lab.study import Cell, Study
 from dcjax.tools.lab.worker import Command, Worker
 
@@ -150,8 +150,9 @@ def run_study(
     with ThreadPoolExecutor(workers) as pool, Progress(total(study), initial=made, description="run") as progress:
         try:
             while True:
-                following = [cell for cell in waiting(study, results.of(study)) if cell not in running.values()]
-                running |= {pool.submit(runner, cell): cell for cell in following[: workers - len(running)]}
+                done = results.of(study)
+                while len(running) < workers and (cell := following(study, done, running.values())):
+                    running[pool.submit(runner, cell)] = cell
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

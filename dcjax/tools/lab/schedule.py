@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from dcjax.tools.lab.study import Cell, Claim, Study, cells_of
 
@@ -55,6 +55,16 @@ def needed(study: Study, done: Mapping[Cell, Figures]) -> list[Cell]:
 def waiting(study: Study, done: Mapping[Cell, Figures]) -> list[Cell]:
     """The runs that can be made now and are not done."""
     return [cell for cell in needed(study, done) if cell not in done]
+
+
+def following(study: Study, done: Mapping[Cell, Figures], running: Collection[Cell]) -> Cell | None:
+    """The next run to make, or None where all are made or being made.
+
+    It is one that need not wait for a warm start which another run is making, if there is such a run.
+    """
+    being_started = {cell.start for cell in running} - {cell.start for cell in done}
+    cells = (cell for cell in waiting(study, done) if cell not in running)
+    return min(cells, key=lambda cell: cell.start in being_started, default=None)
 
 
 def count_made(study: Study, done: Mapping[Cell, Figures]) -> int:
