@@ -6,7 +6,11 @@ from dcjax.recipe.optimizer import OptimizerConfig
 
 
 def config() -> Config:
-    """Zero-variance groups are dropped (paper B); paper-exact dc_grpo keeps them."""
+    """Zero-variance groups are dropped (paper B); paper-exact dc_grpo keeps them.
+
+    The gap of int8 falls under this budget, and the penalty loses nothing (docs/findings.md, A4). The gap of int4 does
+    not: set `objective.budget=auto` beside `serving.format=int4`.
+    """
     return Config(
         name="quickstart",
         steps=80,
