@@ -21,7 +21,7 @@ LABELS = {
     "length": "response length (tokens)",
     "grad_norm": "gradient norm",
 }
-FEWEST_DOSES = 3
+_FEWEST_DOSES = 3
 _DPI = 80
 
 
@@ -105,7 +105,7 @@ def draw_doses(effects: Sequence[Effect], baseline: str, margin: float) -> bytes
         if effect.against == baseline and effect.gap is not None and effect.interaction is not None:
             point = (effect.gap, effect.interaction)
             points.setdefault(effect.arm, {}).setdefault(effect.task, []).append(point)
-    points = {arm: tasks for arm, tasks in points.items() if sum(map(len, tasks.values())) >= FEWEST_DOSES}
+    points = {arm: tasks for arm, tasks in points.items() if sum(map(len, tasks.values())) >= _FEWEST_DOSES}
     gaps = [gap for tasks in points.values() for doses in tasks.values() for gap, _ in doses] or [1.0]
     lowest, highest = max(min(gaps), 1e-7), max(*gaps, 1e-7)
     columns = 4
